@@ -1,0 +1,286 @@
+"""Sizes -> what to launch: tiles, warps, splits, grid. Pure Python; needs neither torch nor Triton nor a GPU.
+
+A *sweep* is one kernel's walk over x (tiles.py has the words). Its plan also knows what it costs: bytes in flight, programs,
+the tail of the finalising program. Each choice carries its reason; [sass] marks what was read off compiled kernels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from math import gcd
+
+MODES = {"rows": 0, "cycles": 1, "planes": 2, "runs": 3}  # as in tiles.py
+INT32 = 2**31
+WARP = 32
+VECTOR_BYTES = 16
+
+# Warps of a reducing program, and how many such programs share an SM. 16 warps with 4 loads of 16 bytes a thread are 32 KB,
+# two of them 64 KB in flight an SM at <= 64 registers [sass]; an H200 wants 48 or more. Fewer, fatter programs also mean fewer
+# partials for the last one to merge. Tensors too small for that take smaller programs.
+REDUCE = ((16, 2), (8, 4), (4, 8))
+# Elementwise programs have nothing to merge and hide latency by number: 12 of 4 warps fit an SM at <= 40 registers [sass].
+MAP_WARPS, MAP_PROGRAMS_A_SM = 4, 12
+LOADS_IN_FLIGHT = 4  # of 16 bytes a thread, over all inputs
+
+
+def ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def power_of_two(n: int) -> int:
+    """The smallest power of two >= n."""
+    return 1 << max(0, n - 1).bit_length()
+
+
+def floor_power_of_two(n: int) -> int:
+    """The largest power of two <= n (1 for 0)."""
+    return 1 << max(0, n.bit_length() - 1)
+
+
+@dataclass(frozen=True)
+class View:
+    """How a layout is seen by tiles.py, before tiles are chosen. Sizes in elements."""
+
+    mode: str
+    rows: int
+    pitch: int
+    width: int
+    inner: int
+    channels: int
+    lanes: int
+    total: int
+    pieces: int = 1
+    channels_a_block: int = 1  # what a block is answerable for, as a power of two
+    positions: int = 1  # lanes of a block that hold the same channel, as a power of two
+
+    @property
+    def blocks(self) -> int:
+        return self.channels if self.mode == "runs" else ceil_div(self.pitch, self.width)
+
+    @property
+    def used(self) -> float:
+        """Share of the lanes that carry data."""
+        if self.mode == "runs":
+            return self.width / (self.pieces * self.lanes)
+        return self.pitch / (self.blocks * self.lanes)
+
+    def vector(self, itemsize: int, aligned: bool) -> int:
+        """Elements a load instruction: the largest power of two up to 16 bytes that divides all that an address is made of."""
+        vec = gcd(VECTOR_BYTES // itemsize if aligned else 1, gcd(self.pitch, self.width))
+        return gcd(vec, self.total) if self.mode == "cycles" else vec
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """One kernel's walk over x."""
+
+    view: View
+    vec: int
+    unroll: int  # U: loads in flight a thread and input
+    group: int  # R: rows that share a step, U * R rows a tile
+    warps: int
+    tiles: int  # of a block
+    splits: int  # programs that share a block's tiles
+    inputs: int  # tensors read
+    itemsize: int
+
+    @cached_property
+    def programs(self) -> int:
+        return self.view.blocks * self.splits
+
+    @cached_property
+    def tile_rows(self) -> int:
+        return self.unroll * self.group
+
+    @cached_property
+    def merge(self) -> int:
+        """Splits that the finalising program merges a step: 8 values a thread, so that their loads overlap."""
+        return min(power_of_two(self.splits), max(1, 8 * WARP * self.warps // self.view.channels_a_block))
+
+    @cached_property
+    def sizes(self) -> tuple[int, ...]:
+        """The kernels' integer arguments, in their order. Raises ValueError where one does not fit 32 bits."""
+        v = self.view
+        sizes = (
+            v.rows, v.pitch // self.vec, v.width // self.vec, v.inner, v.channels,
+            self.tiles, v.pieces, v.total // self.vec if v.mode == "cycles" else 0, v.blocks, self.splits,
+        )  # fmt: skip
+        in_tile = self.tile_rows * (v.lanes if v.mode == "runs" else v.pitch)
+        if max(*sizes, in_tile, self.programs, v.channels * 4, self.partials) >= INT32:
+            raise ValueError(f"this tensor is too large for 32-bit tile offsets, grid or tables: {v}")
+        return sizes
+
+    @cached_property
+    def partials(self) -> int:
+        """Elements of the workspace that programs of a reduction hand to the last one."""
+        return self.splits * (2 * self.view.channels + self.view.blocks)
+
+    @cached_property
+    def bytes_a_program(self) -> float:
+        """Bytes one program has in flight when the loads of a tile, from all inputs, are issued together."""
+        return self.inputs * self.tile_rows * self.view.lanes * self.itemsize * self.view.used
+
+    @cached_property
+    def tail_bytes(self) -> int:
+        """What the last program of a block reads back: the part of a launch that a single SM does alone."""
+        return self.splits * (2 * self.view.channels_a_block + 1) * max(4, self.itemsize)
+
+
+def _rows_view(m: int, c: int, itemsize: int) -> View:
+    """[m, c]: channels_last and 2-D input. Blocks of 128 bytes a row, whole DRAM bursts; wider ones where C divides badly."""
+    lanes = 128 // itemsize
+    if c % lanes and c <= 2 * lanes:
+        lanes = power_of_two(c)
+    return View("rows", m, c, lanes, 1, c, lanes, m * c, channels_a_block=lanes)
+
+
+def _cycles_view(m: int, c: int, itemsize: int, lanes: int) -> View | None:
+    """[m, c] with rows that are not whole vectors: as many rows taken as one as make it so. None: too wide for a tile."""
+    step = (VECTOR_BYTES // itemsize) // gcd(c, VECTOR_BYTES // itemsize)
+    if step * c > lanes:
+        return None
+    taken = min(lanes // (step * c) * step, ceil_div(m, step) * step)
+    return View(
+        "cycles", ceil_div(m, taken), taken * c, taken * c, 1, c, power_of_two(taken * c), m * c,
+        channels_a_block=power_of_two(c), positions=power_of_two(taken),
+    )  # fmt: skip
+
+
+def _planes_view(n: int, c: int, s: int, itemsize: int, lanes: int) -> View:
+    """[n, c * s], a block of whole channels, starting on a vector where the sizes allow one at all."""
+    step = (VECTOR_BYTES // itemsize) // gcd(s, VECTOR_BYTES // itemsize)
+    held = lanes // s
+    held = c if held >= c else (held // step * step or held)
+    return View(
+        "planes", n, c * s, held * s, s, c, min(lanes, power_of_two(held * s)), n * c * s,
+        channels_a_block=power_of_two(held), positions=power_of_two(s),
+    )  # fmt: skip
+
+
+def _strips_view(n: int, c: int, s: int, lanes: int) -> View:
+    """[n, c * s] in strips that ignore where channels begin: nothing is reduced, so a lane only needs to know its channel."""
+    lanes = min(lanes, power_of_two(c * s))
+    return View("planes", n, c * s, lanes, s, c, lanes, n * c * s)
+
+
+def _runs_view(n: int, c: int, s: int, lanes: int) -> View:
+    """One channel a block, its runs of s positions cut into pieces of a tile's width."""
+    pieces = ceil_div(s, lanes)
+    return View("runs", n * pieces, c * s, s, s, c, lanes, n * c * s, pieces=pieces)
+
+
+def _reduce_view(n: int, c: int, s: int, itemsize: int, channels_last: bool, threads: int) -> View:
+    lanes = threads * (VECTOR_BYTES // itemsize)
+    if channels_last:
+        rows = _rows_view(n * s, c, itemsize)
+        narrow = rows.vector(itemsize, True) * itemsize < VECTOR_BYTES
+        return (_cycles_view(n * s, c, itemsize, lanes) if narrow else None) or rows
+    if s > lanes:
+        # shorter pieces waste less of the last one, but a warp must still have its vectors
+        return _runs_view(n, c, s, lanes // 2 if s <= 4 * lanes and lanes >= 2048 else lanes)
+    return _planes_view(n, c, s, itemsize, lanes)
+
+
+def _sweep(view: View, itemsize: int, aligned: bool, inputs: int, threads: int, fewest_rows: bool) -> tuple[int, int, int]:
+    """-> (vec, unroll, group) of a program with this many threads."""
+    vec = view.vector(itemsize, aligned)
+    group = 1
+    if view.mode == "rows":
+        group = max(1, threads * (VECTOR_BYTES // itemsize) // view.lanes)
+        group = min(group, power_of_two(view.rows))
+    unroll = 1 if fewest_rows else LOADS_IN_FLIGHT // inputs
+    limit = view.pieces if view.mode == "runs" else ceil_div(view.rows, group)
+    return vec, min(unroll, floor_power_of_two(limit)), group
+
+
+def _evened(tiles: int, splits: int) -> int:
+    """As few splits as give the same number of rounds, unless that idles too much of the GPU."""
+    splits = max(1, min(tiles, splits))
+    even = ceil_div(tiles, ceil_div(tiles, splits))
+    return even if even >= 0.85 * splits else splits
+
+
+@lru_cache(maxsize=4096)
+def reduce_sweep(
+    n: int, c: int, s: int, itemsize: int, channels_last: bool, aligned: bool, sms: int, inputs: int
+) -> Sweep:
+    """The plan of a kernel that reduces x, [n, c, s], over n and s."""
+    sweep = None
+    for fewest_rows in (False, True):
+        for warps, programs_a_sm in REDUCE:
+            view = _reduce_view(n, c, s, itemsize, channels_last, warps * WARP)
+            vec, unroll, group = _sweep(view, itemsize, aligned, inputs, warps * WARP, fewest_rows)
+            tiles = ceil_div(view.rows, unroll * group)
+            splits = _evened(tiles, sms * programs_a_sm // view.blocks)
+            warps = max(1, min(warps, ceil_div(group * view.lanes * itemsize, VECTOR_BYTES * WARP)))
+            sweep = Sweep(view, vec, unroll, group, warps, tiles, splits, inputs, itemsize)
+            if tiles * view.blocks >= sms * programs_a_sm:
+                return sweep
+    assert sweep is not None
+    return sweep
+
+
+@lru_cache(maxsize=4096)
+def map_sweep(
+    n: int, c: int, s: int, itemsize: int, channels_last: bool, aligned: bool, sms: int, inputs: int
+) -> Sweep:
+    """The plan of a kernel that maps x, [n, c, s], element by element with coefficients by channel."""
+    warps = MAP_WARPS
+    lanes = warps * WARP * (VECTOR_BYTES // itemsize)
+    if channels_last:
+        view = _rows_view(n * s, c, itemsize)
+        if view.vector(itemsize, True) * itemsize < VECTOR_BYTES:
+            # a wide row may need a wide tile
+            view = _cycles_view(n * s, c, itemsize, lanes) or _cycles_view(n * s, c, itemsize, 4 * lanes) or view
+    elif s >= LOADS_IN_FLIGHT * lanes and s % (VECTOR_BYTES // itemsize) == 0:
+        view = _runs_view(n, c, s, lanes)  # one channel a program: scalar coefficients
+    else:
+        view = _strips_view(n, c, s, lanes)
+    vec, unroll, group = _sweep(view, itemsize, aligned, inputs, warps * WARP, False)
+    tiles = ceil_div(view.rows, unroll * group)
+    splits = _evened(tiles, ceil_div(sms * MAP_PROGRAMS_A_SM, view.blocks))
+    warps = max(1, min(16, ceil_div(group * view.lanes * itemsize, VECTOR_BYTES * WARP)))
+    return Sweep(view, vec, unroll, group, warps, tiles, splits, inputs, itemsize)
+
+
+@dataclass(frozen=True)
+class BatchNormPlan:
+    """The four sweeps of a BatchNorm over x [n, c, s], and what a training step of it moves and launches."""
+
+    statistics: Sweep
+    transform: Sweep
+    gradient_sums: Sweep
+    gradient_transform: Sweep
+    forward_launches: int = 2
+    backward_launches: int = 2
+
+    @property
+    def x_bytes(self) -> int:
+        """T: the bytes of x."""
+        return self.statistics.view.total * self.statistics.itemsize
+
+    @property
+    def forward_bytes(self) -> int:
+        """x twice, y once, and the partials out and back. Tables of a few floats a channel are not counted."""
+        return 3 * self.x_bytes + 2 * self._partial_bytes(self.statistics)
+
+    @property
+    def backward_bytes(self) -> int:
+        """dy and x twice, dx once, and the partials."""
+        return 5 * self.x_bytes + 2 * self._partial_bytes(self.gradient_sums)
+
+    @staticmethod
+    def _partial_bytes(sweep: Sweep) -> int:
+        return sweep.partials * max(4, sweep.itemsize)
+
+
+def batch_norm(
+    n: int, c: int, s: int, itemsize: int, channels_last: bool, sms: int = 132, aligned: bool = True
+) -> BatchNormPlan:
+    """n, c, s: batch, channels, spatial positions (1 for 2-D input). itemsize: bytes an element of x. channels_last: C is
+    the fastest dimension (2-D input counts as that). aligned: every tensor starts on 16 bytes. sms: of the GPU."""
+    size = (n, c, s, itemsize, channels_last, aligned, sms)
+    return BatchNormPlan(
+        reduce_sweep(*size, 1), map_sweep(*size, 1), reduce_sweep(*size, 2), map_sweep(*size, 2)
+    )  # fmt: skip

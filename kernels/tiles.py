@@ -1,0 +1,130 @@
+"""How a program walks x: one view of memory for every layout.
+
+x is seen as a matrix of `rows` rows, `pitch` elements apart. A *block* is a strip of `width` neighbouring elements of each
+row; a *tile* is the part of a block that a program loads at once, [U * R, LANES]. Program (block, split) visits the tiles
+split, split + splits, split + 2 * splits ... so that all programs move through memory as one front.
+
+Two addressings, each with a variant for the shapes that do not fit it:
+
+    ROWS    x is [N*S, C] (channels_last, 2-D input). A lane is a channel.
+    CYCLES  the same with C not divisible by a 16-byte vector: several rows are taken as one, lane p holds channel p % C.
+    PLANES  x is [N, C*S] (contiguous). A block is a strip of a sample's plane, lane p of the plane holds channel p // S.
+    RUNS    x is [N, C*S] and S is larger than a tile: a block is one channel, a row one piece of its S positions.
+
+Every quantity that decides alignment (pitch, width) comes in units of VEC elements and is multiplied here: Triton then
+proves the divisibility that 16-byte loads need, whatever the number (it specialises integers on 16 only).
+"""
+
+import triton
+import triton.language as tl
+
+ROWS = tl.constexpr(0)
+CYCLES = tl.constexpr(1)
+PLANES = tl.constexpr(2)
+RUNS = tl.constexpr(3)
+
+
+@triton.jit
+def as_scalar(value, DTYPE: tl.constexpr):
+    """A float argument in the accumulator's type. (Arguments are fp64: Inductor passes Python floats so, and fp64 needs it.)"""
+    return tl.full((1,), value, DTYPE)
+
+
+@triton.jit
+def lanes_and_channels(block, pitch_v, width_v, inner, channels, MODE: tl.constexpr, VEC: tl.constexpr, LANES: tl.constexpr):
+    """Which channel each lane of a block holds: (offs_c, mask_c), [LANES], or [1] where a block is one channel."""
+    if MODE == RUNS:
+        offs_c = block + tl.arange(0, 1)
+        mask_c = offs_c < channels
+    else:
+        lane = tl.arange(0, LANES)
+        position = block * (width_v * VEC) + lane
+        mask_c = (lane < width_v * VEC) & (position < pitch_v * VEC)
+        if MODE == ROWS:
+            offs_c = position
+        elif MODE == CYCLES:
+            offs_c = position % channels
+        else:
+            offs_c = position // inner
+    return offs_c, mask_c
+
+
+@triton.jit
+def tile(
+    block, index, rows, pitch_v, width_v, pieces, total_v,
+    MODE: tl.constexpr, VEC: tl.constexpr, ROWS_A_TILE: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    """Tile `index` of a block: (base, offs, mask, size).
+
+    base: int64 element offset of the tile; offs, mask: [ROWS_A_TILE, LANES]; size: how much of it exists, counted in rows
+    (ROWS, PLANES) or in elements (CYCLES, RUNS). pieces: rows that one sample's run of S positions is cut into (RUNS).
+    """
+    row = tl.arange(0, ROWS_A_TILE)[:, None]
+    lane = tl.arange(0, LANES)[None, :]
+    first = index * ROWS_A_TILE
+    left = tl.minimum(rows - first, ROWS_A_TILE)
+    wide_pitch = tl.cast(pitch_v, tl.int64) * VEC
+    wide_width = tl.cast(width_v, tl.int64) * VEC
+    if MODE == RUNS:
+        # A tile is ROWS_A_TILE consecutive pieces; the plan keeps ROWS_A_TILE <= pieces, so it enters at most one new sample.
+        sample = first // pieces
+        piece = first - sample * pieces + row
+        wraps = piece >= pieces
+        piece = tl.where(wraps, piece - pieces, piece)
+        base = tl.cast(sample, tl.int64) * wide_pitch + tl.cast(block, tl.int64) * wide_width
+        offs = tl.where(wraps, wide_pitch, 0) + tl.cast(piece, tl.int64) * LANES + lane
+        short = tl.cast(pieces, tl.int64) * LANES - wide_width  # what the last piece of a run lacks
+        mask = (row < left) & (lane < LANES - tl.where(piece == pieces - 1, (short // VEC).to(tl.int32) * VEC, 0))
+        ends_a_run = (first - sample * pieces) + left >= pieces
+        size = left * LANES - tl.where(ends_a_run, short.to(tl.int32), 0)
+    else:
+        start = block * (width_v * VEC)
+        base = tl.cast(first, tl.int64) * wide_pitch + start
+        offs = row * (pitch_v * VEC) + lane
+        mask = (row < left) & (lane < width_v * VEC) & (start + lane < pitch_v * VEC)
+        size = left
+        if MODE == CYCLES:  # the last row may be short
+            elements = tl.minimum(tl.cast(total_v, tl.int64) * VEC - base, ROWS_A_TILE * wide_pitch).to(tl.int32)
+            mask = mask & (offs < (elements // VEC) * VEC)
+            size = elements
+    return base, offs, mask, size
+
+
+@triton.jit
+def channels_of_block(block, width_v, inner, channels, MODE: tl.constexpr, VEC: tl.constexpr, CHANNELS: tl.constexpr):
+    """The channels a block is answerable for: (offs_c, mask_c), [CHANNELS]."""
+    k = tl.arange(0, CHANNELS)
+    if MODE == RUNS:
+        held = 1
+    elif MODE == CYCLES:
+        held = channels
+    elif MODE == ROWS:
+        held = width_v * VEC
+    else:
+        held = (width_v * VEC) // inner
+    offs_c = block * held + k
+    return offs_c, (k < held) & (offs_c < channels)
+
+
+@triton.jit
+def lanes_of_channels(
+    width_v, inner, channels,
+    MODE: tl.constexpr, VEC: tl.constexpr, LANES: tl.constexpr, CHANNELS: tl.constexpr, POSITIONS: tl.constexpr,
+):  # fmt: skip
+    """For PLANES and CYCLES: which lanes hold each channel: (lane, mask), [CHANNELS, POSITIONS]."""
+    k = tl.arange(0, CHANNELS)[:, None]
+    j = tl.arange(0, POSITIONS)[None, :]
+    if MODE == PLANES:
+        lane = k * inner + j
+        mask = (j < inner) & (lane < width_v * VEC)
+    else:
+        lane = j * channels + k
+        mask = (k < channels) & (lane < width_v * VEC)
+    return tl.where(mask, lane, 0), mask
+
+
+@triton.jit
+def gather_lanes(values, lane, CHANNELS: tl.constexpr, POSITIONS: tl.constexpr):
+    """[LANES] -> [CHANNELS, POSITIONS]."""
+    flat = tl.gather(values, tl.reshape(lane, (CHANNELS * POSITIONS,)), 0)
+    return tl.reshape(flat, (CHANNELS, POSITIONS))
