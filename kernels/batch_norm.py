@@ -103,7 +103,7 @@ def _make_step(kind: str, x: torch.Tensor, index: int, aligned: bool, rest: tupl
         sweep = plan.reduce_sweep(*size, 1 if kind == "statistics" else 2)
         v = sweep.view
         constants: tuple[Any, ...] = (
-            plan.MODES[v.mode], sweep.vec, sweep.unroll, sweep.group, v.lanes, v.channels_a_block, v.positions, sweep.merge,
+            plan.MODES[v.mode], sweep.vec, sweep.unroll, sweep.group, v.lanes, v.channels_a_block, sweep.fold, v.positions, sweep.merge,
         )  # fmt: skip
         kernel = gradient_sums_kernel
         if kind == "statistics":
@@ -116,7 +116,7 @@ def _make_step(kind: str, x: torch.Tensor, index: int, aligned: bool, rest: tupl
         if kind == "transform":
             constants += rest[:2]  # EVAL, CENTRED
             kernel = transform_kernel
-    launch = Launch(kernel, sweep.programs, sweep.warps, constants, bind_once=aligned)
+    launch = Launch(kernel, sweep.programs, sweep.warps, sweep.registers, constants, bind_once=aligned)
     return _Step(launch, sweep.sizes, sweep.partials, sweep.view.blocks)
 
 

@@ -6,25 +6,32 @@ import triton.language as tl
 
 from .coefficients import arrive_last, batch_norm_backward
 from .statistics import SIZES
-from .tiles import ROWS, RUNS, channels_of_block, gather_lanes, lanes_and_channels, lanes_of_channels, tile
+from .tiles import ROWS, RUNS, channels_held, channels_of_block, gather_lanes, lanes_and_channels, lanes_of_channels, tile
 from .transform import load_coefficient
 
 
 @triton.jit
-def sum_by_channel(
-    values, width_v, inner, channels,
-    MODE: tl.constexpr, VEC: tl.constexpr, LANES: tl.constexpr, CHANNELS: tl.constexpr, POSITIONS: tl.constexpr,
+def store_partials(
+    partials_ptr, block, split, sum_g, sum_gd, width_v, inner, channels,
+    MODE: tl.constexpr, VEC: tl.constexpr, LANES: tl.constexpr, FOLD: tl.constexpr, POSITIONS: tl.constexpr,
 ):  # fmt: skip
-    """[R, LANES] -> [CHANNELS]."""
-    values = tl.sum(values, 0)
-    if MODE == ROWS:
-        sums = values
-    elif CHANNELS == 1:
-        sums = tl.sum(values[None, :], 1)
+    """[LANES] to channels, and out. FOLD channels at a time, as in the forward."""
+    held = channels_held(width_v, inner, channels, MODE, VEC)
+    mine_ptr = partials_ptr + tl.cast(split, tl.int64) * (2 * channels)
+    if MODE == ROWS or MODE == RUNS or POSITIONS == LANES:
+        if MODE != ROWS:  # the whole block is one channel
+            sum_g, sum_gd = tl.sum(sum_g[None, :], 1), tl.sum(sum_gd[None, :], 1)
+        offs_c, mask_c = channels_of_block(block, tl.arange(0, sum_g.shape[0]), held, channels)
+        tl.store(mine_ptr + offs_c, sum_g, mask=mask_c)
+        tl.store(mine_ptr + channels + offs_c, sum_gd, mask=mask_c)
     else:
-        lane, mask = lanes_of_channels(width_v, inner, channels, MODE, VEC, LANES, CHANNELS, POSITIONS)
-        sums = tl.sum(tl.where(mask, gather_lanes(values, lane, CHANNELS, POSITIONS), 0.0), 1)
-    return sums
+        for start in tl.range(0, held, FOLD):
+            offs_c, mask_c = channels_of_block(block, start + tl.arange(0, FOLD), held, channels)
+            lane, mask = lanes_of_channels(start + tl.arange(0, FOLD), width_v, inner, channels, MODE, VEC, POSITIONS)
+            channel_g = tl.sum(tl.where(mask, gather_lanes(sum_g, lane, FOLD, POSITIONS), 0.0), 1)
+            channel_gd = tl.sum(tl.where(mask, gather_lanes(sum_gd, lane, FOLD, POSITIONS), 0.0), 1)
+            tl.store(mine_ptr + offs_c, channel_g, mask=mask_c)
+            tl.store(mine_ptr + channels + offs_c, channel_gd, mask=mask_c)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -33,16 +40,16 @@ def gradient_sums_kernel(
     rows, pitch_v, width_v, inner, channels, tiles, pieces, total_v, blocks, splits,
     count: tl.float64,
     MODE: tl.constexpr, VEC: tl.constexpr, U: tl.constexpr, R: tl.constexpr, LANES: tl.constexpr,
-    CHANNELS: tl.constexpr, POSITIONS: tl.constexpr, MERGE: tl.constexpr,
+    CHANNELS: tl.constexpr, FOLD: tl.constexpr, POSITIONS: tl.constexpr, MERGE: tl.constexpr,
 ):  # fmt: skip
     """partials: [splits, 2, channels]. dx_ptr is given in eval only (dx = a * g), gradients_ptr in training only."""
     ACC: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
     block = tl.program_id(0) % blocks
     split = tl.program_id(0) // blocks
-    offs_c, mask_c = lanes_and_channels(block, pitch_v, width_v, inner, channels, MODE, VEC, LANES)
-    p = load_coefficient(table_ptr, 0, offs_c, mask_c, channels)
+    offs_lane, mask_lane = lanes_and_channels(block, pitch_v, width_v, inner, channels, MODE, VEC, LANES)
+    p = load_coefficient(table_ptr, 0, offs_lane, mask_lane, channels)
     if dx_ptr is not None:
-        a = load_coefficient(table_ptr, 1, offs_c, mask_c, channels)
+        a = load_coefficient(table_ptr, 1, offs_lane, mask_lane, channels)
     sum_g = tl.zeros((R, LANES), ACC)
     sum_gd = tl.zeros((R, LANES), ACC)
     for index in tl.range(split, tiles, splits):
@@ -58,14 +65,13 @@ def gradient_sums_kernel(
         distance = tl.reshape(x, (U, R, LANES)).to(ACC) - p[None, :, :]
         sum_g += tl.sum(g, 0)
         sum_gd += tl.sum(g * distance, 0)
-    sum_g = sum_by_channel(sum_g, width_v, inner, channels, MODE, VEC, LANES, CHANNELS, POSITIONS)
-    sum_gd = sum_by_channel(sum_gd, width_v, inner, channels, MODE, VEC, LANES, CHANNELS, POSITIONS)
-
-    offs_c, mask_c = channels_of_block(block, width_v, inner, channels, MODE, VEC, CHANNELS)
-    mine_ptr = partials_ptr + tl.cast(split, tl.int64) * (2 * channels) + offs_c
-    tl.store(mine_ptr, sum_g, mask=mask_c)
-    tl.store(mine_ptr + channels, sum_gd, mask=mask_c)
+    store_partials(
+        partials_ptr, block, split, tl.sum(sum_g, 0), tl.sum(sum_gd, 0), width_v, inner, channels,
+        MODE, VEC, LANES, FOLD, POSITIONS,
+    )  # fmt: skip
     if arrive_last(arrivals_ptr + block, splits):
+        held = channels_held(width_v, inner, channels, MODE, VEC)
+        offs_c, mask_c = channels_of_block(block, tl.arange(0, CHANNELS), held, channels)
         all_g = tl.zeros((MERGE, CHANNELS), ACC)
         all_gd = tl.zeros((MERGE, CHANNELS), ACC)
         for start in tl.range(0, splits, MERGE):

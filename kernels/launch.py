@@ -45,10 +45,15 @@ class Launch:
     bind_once: the caller vouches that dtypes, None-ness and 16-byte alignment of all arguments are those of the first call.
     """
 
-    __slots__ = ("_constants", "_function", "_kernel", "_lock", "_metadata", "_run", "bind_once", "grid", "warps")
+    __slots__ = ("_constants", "_function", "_kernel", "_lock", "_metadata", "_options", "_run", "bind_once", "grid")
 
-    def __init__(self, kernel: Any, programs: int, warps: int, constants: tuple[Any, ...], bind_once: bool) -> None:
-        self.grid, self.warps, self.bind_once = programs, warps, bind_once
+    def __init__(
+        self, kernel: Any, programs: int, warps: int, registers: int, constants: tuple[Any, ...], bind_once: bool
+    ) -> None:
+        self.grid, self.bind_once = programs, bind_once
+        self._options = {"num_warps": warps}
+        if not INTERPRET and driver.active.get_current_target().backend == "cuda":
+            self._options["maxnreg"] = registers
         self._kernel, self._constants = kernel, constants
         self._run: Any = None
         self._function: Any = None
@@ -70,7 +75,7 @@ class Launch:
         if INTERPRET:
             self._kernel[(self.grid,)](*args, *self._constants)
             return
-        compiled = self._kernel[(self.grid,)](*args, *self._constants, num_warps=self.warps)
+        compiled = self._kernel[(self.grid,)](*args, *self._constants, **self._options)
         if not self.bind_once or not _calling_convention_known():
             return
         with self._lock:  # _run last: another thread may look at it at any moment

@@ -15,12 +15,21 @@ INT32 = 2**31
 WARP = 32
 VECTOR_BYTES = 16
 
-# Warps of a reducing program, and how many such programs share an SM. 16 warps with 4 loads of 16 bytes a thread are 32 KB,
-# two of them 64 KB in flight an SM at <= 64 registers [sass]; an H200 wants 48 or more. Fewer, fatter programs also mean fewer
-# partials for the last one to merge. Tensors too small for that take smaller programs.
-REDUCE = ((16, 2), (8, 4), (4, 8))
-# Elementwise programs have nothing to merge and hide latency by number: 12 of 4 warps fit an SM at <= 40 registers [sass].
-MAP_WARPS, MAP_PROGRAMS_A_SM = 4, 12
+@dataclass(frozen=True)
+class Program:
+    """How large a program is, how many of them share an SM, and the registers a thread is compiled for to make that so."""
+
+    warps: int
+    an_sm: int
+    registers: int
+
+
+# Reducing programs: 1024 threads an SM, each with 4 loads of 16 bytes under way, are 64 KB in flight; an H200 wants 48 or more.
+# Few fat programs leave few partials for the last one to merge, so the fattest come first; tensors too small for them take
+# smaller ones. All compile without spills at these registers [sass].
+REDUCE = (Program(16, 2, 64), Program(8, 4, 64), Program(4, 6, 80))
+# Elementwise programs have nothing to merge: small ones start and end more smoothly.
+MAP = Program(4, 7, 72)
 LOADS_IN_FLIGHT = 4  # of 16 bytes a thread, over all inputs
 
 
@@ -80,6 +89,7 @@ class Sweep:
     unroll: int  # U: loads in flight a thread and input
     group: int  # R: rows that share a step, U * R rows a tile
     warps: int
+    registers: int  # a thread, at most
     tiles: int  # of a block
     splits: int  # programs that share a block's tiles
     inputs: int  # tensors read
@@ -95,8 +105,13 @@ class Sweep:
 
     @cached_property
     def merge(self) -> int:
-        """Splits that the finalising program merges a step: 8 values a thread, so that their loads overlap."""
-        return min(power_of_two(self.splits), max(1, 8 * WARP * self.warps // self.view.channels_a_block))
+        """Splits that the finalising program merges a step: 4 values a thread, so that their loads overlap within 64 registers."""
+        return min(power_of_two(self.splits), max(1, 4 * WARP * self.warps // self.view.channels_a_block))
+
+    @cached_property
+    def fold(self) -> int:
+        """Channels that a program gathers from its lanes a step, again 4 values a thread."""
+        return min(self.view.channels_a_block, max(1, 4 * WARP * self.warps // self.view.positions))
 
     @cached_property
     def sizes(self) -> tuple[int, ...]:
@@ -177,21 +192,23 @@ def _reduce_view(n: int, c: int, s: int, itemsize: int, channels_last: bool, thr
         narrow = rows.vector(itemsize, True) * itemsize < VECTOR_BYTES
         return (_cycles_view(n * s, c, itemsize, lanes) if narrow else None) or rows
     if s > lanes:
-        # shorter pieces waste less of the last one, but a warp must still have its vectors
-        return _runs_view(n, c, s, lanes // 2 if s <= 4 * lanes and lanes >= 2048 else lanes)
+        return _runs_view(n, c, s, lanes)
     return _planes_view(n, c, s, itemsize, lanes)
 
 
-def _sweep(view: View, itemsize: int, aligned: bool, inputs: int, threads: int, fewest_rows: bool) -> tuple[int, int, int]:
-    """-> (vec, unroll, group) of a program with this many threads."""
-    vec = view.vector(itemsize, aligned)
+def _shape(view: View, itemsize: int, aligned: bool, unroll: int, program: Program) -> tuple[int, int, int]:
+    """-> (vec, unroll, group) of a tile for a program of this size."""
     group = 1
     if view.mode == "rows":
-        group = max(1, threads * (VECTOR_BYTES // itemsize) // view.lanes)
+        group = max(1, program.warps * WARP * (VECTOR_BYTES // itemsize) // view.lanes)
         group = min(group, power_of_two(view.rows))
-    unroll = 1 if fewest_rows else LOADS_IN_FLIGHT // inputs
     limit = view.pieces if view.mode == "runs" else ceil_div(view.rows, group)
-    return vec, min(unroll, floor_power_of_two(limit)), group
+    return view.vector(itemsize, aligned), min(unroll, floor_power_of_two(limit)), group
+
+
+def _wasteful(view: View) -> bool:
+    """Runs cut so that the last piece is mostly empty: a narrower tile does better."""
+    return view.mode == "runs" and view.used < 0.85
 
 
 def _evened(tiles: int, splits: int) -> int:
@@ -201,21 +218,34 @@ def _evened(tiles: int, splits: int) -> int:
     return even if even >= 0.85 * splits else splits
 
 
+def _fit(program: Program, vec: int, itemsize: int) -> Program:
+    """fp64, and loads of single elements, need twice the registers: half as many programs."""
+    if itemsize < 8 and vec * itemsize == VECTOR_BYTES:
+        return program
+    return Program(program.warps, max(1, program.an_sm // 2), 128)
+
+
+def _warps(view: View, group: int, itemsize: int) -> int:
+    """No more warps than there are vectors in a step."""
+    return max(1, min(16, ceil_div(group * view.lanes * itemsize, VECTOR_BYTES * WARP)))
+
+
 @lru_cache(maxsize=4096)
 def reduce_sweep(
     n: int, c: int, s: int, itemsize: int, channels_last: bool, aligned: bool, sms: int, inputs: int
 ) -> Sweep:
     """The plan of a kernel that reduces x, [n, c, s], over n and s."""
     sweep = None
-    for fewest_rows in (False, True):
-        for warps, programs_a_sm in REDUCE:
-            view = _reduce_view(n, c, s, itemsize, channels_last, warps * WARP)
-            vec, unroll, group = _sweep(view, itemsize, aligned, inputs, warps * WARP, fewest_rows)
+    for single in (False, True):
+        for program in REDUCE:
+            view = _reduce_view(n, c, s, itemsize, channels_last, program.warps * WARP)
+            vec, unroll, group = _shape(view, itemsize, aligned, 1 if single else LOADS_IN_FLIGHT // inputs, program)
+            program = _fit(program, vec, itemsize)
             tiles = ceil_div(view.rows, unroll * group)
-            splits = _evened(tiles, sms * programs_a_sm // view.blocks)
-            warps = max(1, min(warps, ceil_div(group * view.lanes * itemsize, VECTOR_BYTES * WARP)))
-            sweep = Sweep(view, vec, unroll, group, warps, tiles, splits, inputs, itemsize)
-            if tiles * view.blocks >= sms * programs_a_sm:
+            splits = _evened(tiles, sms * program.an_sm // view.blocks)
+            warps = _warps(view, group, itemsize)
+            sweep = Sweep(view, vec, unroll, group, warps, program.registers, tiles, splits, inputs, itemsize)
+            if tiles * view.blocks >= sms * program.an_sm and not _wasteful(view):
                 return sweep
     assert sweep is not None
     return sweep
@@ -226,8 +256,7 @@ def map_sweep(
     n: int, c: int, s: int, itemsize: int, channels_last: bool, aligned: bool, sms: int, inputs: int
 ) -> Sweep:
     """The plan of a kernel that maps x, [n, c, s], element by element with coefficients by channel."""
-    warps = MAP_WARPS
-    lanes = warps * WARP * (VECTOR_BYTES // itemsize)
+    lanes = MAP.warps * WARP * (VECTOR_BYTES // itemsize)
     if channels_last:
         view = _rows_view(n * s, c, itemsize)
         if view.vector(itemsize, True) * itemsize < VECTOR_BYTES:
@@ -237,11 +266,12 @@ def map_sweep(
         view = _runs_view(n, c, s, lanes)  # one channel a program: scalar coefficients
     else:
         view = _strips_view(n, c, s, lanes)
-    vec, unroll, group = _sweep(view, itemsize, aligned, inputs, warps * WARP, False)
+    vec, unroll, group = _shape(view, itemsize, aligned, LOADS_IN_FLIGHT // inputs, MAP)
+    program = _fit(MAP, vec, itemsize)
     tiles = ceil_div(view.rows, unroll * group)
-    splits = _evened(tiles, ceil_div(sms * MAP_PROGRAMS_A_SM, view.blocks))
-    warps = max(1, min(16, ceil_div(group * view.lanes * itemsize, VECTOR_BYTES * WARP)))
-    return Sweep(view, vec, unroll, group, warps, tiles, splits, inputs, itemsize)
+    splits = _evened(tiles, ceil_div(sms * program.an_sm, view.blocks))
+    warps = _warps(view, group, itemsize)
+    return Sweep(view, vec, unroll, group, warps, program.registers, tiles, splits, inputs, itemsize)
 
 
 @dataclass(frozen=True)

@@ -68,15 +68,15 @@ def tile(
     if MODE == RUNS:
         # A tile is ROWS_A_TILE consecutive pieces; the plan keeps ROWS_A_TILE <= pieces, so it enters at most one new sample.
         sample = first // pieces
-        piece = first - sample * pieces + row
-        wraps = piece >= pieces
-        piece = tl.where(wraps, piece - pieces, piece)
-        base = tl.cast(sample, tl.int64) * wide_pitch + tl.cast(block, tl.int64) * wide_width
-        offs = tl.where(wraps, wide_pitch, 0) + tl.cast(piece, tl.int64) * LANES + lane
-        short = tl.cast(pieces, tl.int64) * LANES - wide_width  # what the last piece of a run lacks
-        mask = (row < left) & (lane < LANES - tl.where(piece == pieces - 1, (short // VEC).to(tl.int32) * VEC, 0))
-        ends_a_run = (first - sample * pieces) + left >= pieces
-        size = left * LANES - tl.where(ends_a_run, short.to(tl.int32), 0)
+        piece = first - sample * pieces
+        wraps = piece + row >= pieces
+        all_pieces = tl.cast(pieces, tl.int64) * LANES
+        short = ((all_pieces - wide_width) // VEC).to(tl.int32) * VEC  # what the last piece of a run lacks
+        base = tl.cast(sample, tl.int64) * wide_pitch + tl.cast(block, tl.int64) * wide_width + tl.cast(piece, tl.int64) * LANES
+        offs = row * LANES + lane + tl.where(wraps, wide_pitch - all_pieces, 0)
+        last = (piece + row == pieces - 1) | (piece + row == 2 * pieces - 1)
+        mask = (row < left) & (lane < LANES - tl.where(last, short, 0))
+        size = left * LANES - tl.where(piece + left >= pieces, short, 0)
     else:
         start = block * (width_v * VEC)
         base = tl.cast(first, tl.int64) * wide_pitch + start
@@ -91,9 +91,8 @@ def tile(
 
 
 @triton.jit
-def channels_of_block(block, width_v, inner, channels, MODE: tl.constexpr, VEC: tl.constexpr, CHANNELS: tl.constexpr):
-    """The channels a block is answerable for: (offs_c, mask_c), [CHANNELS]."""
-    k = tl.arange(0, CHANNELS)
+def channels_held(width_v, inner, channels, MODE: tl.constexpr, VEC: tl.constexpr):
+    """How many channels a block is answerable for."""
     if MODE == RUNS:
         held = 1
     elif MODE == CYCLES:
@@ -102,17 +101,23 @@ def channels_of_block(block, width_v, inner, channels, MODE: tl.constexpr, VEC: 
         held = width_v * VEC
     else:
         held = (width_v * VEC) // inner
+    return held
+
+
+@triton.jit
+def channels_of_block(block, k, held, channels):
+    """The k-th channels of a block: (offs_c, mask_c), as wide as k."""
     offs_c = block * held + k
     return offs_c, (k < held) & (offs_c < channels)
 
 
 @triton.jit
 def lanes_of_channels(
-    width_v, inner, channels,
-    MODE: tl.constexpr, VEC: tl.constexpr, LANES: tl.constexpr, CHANNELS: tl.constexpr, POSITIONS: tl.constexpr,
+    k, width_v, inner, channels,
+    MODE: tl.constexpr, VEC: tl.constexpr, POSITIONS: tl.constexpr,
 ):  # fmt: skip
-    """For PLANES and CYCLES: which lanes hold each channel: (lane, mask), [CHANNELS, POSITIONS]."""
-    k = tl.arange(0, CHANNELS)[:, None]
+    """PLANES and CYCLES: which lanes hold the k-th channels of a block, k: [FOLD]: (lane, mask), [FOLD, POSITIONS]."""
+    k = k[:, None]
     j = tl.arange(0, POSITIONS)[None, :]
     if MODE == PLANES:
         lane = k * inner + j
@@ -124,7 +129,7 @@ def lanes_of_channels(
 
 
 @triton.jit
-def gather_lanes(values, lane, CHANNELS: tl.constexpr, POSITIONS: tl.constexpr):
-    """[LANES] -> [CHANNELS, POSITIONS]."""
-    flat = tl.gather(values, tl.reshape(lane, (CHANNELS * POSITIONS,)), 0)
-    return tl.reshape(flat, (CHANNELS, POSITIONS))
+def gather_lanes(values, lane, FOLD: tl.constexpr, POSITIONS: tl.constexpr):
+    """[LANES] -> [FOLD, POSITIONS]."""
+    flat = tl.gather(values, tl.reshape(lane, (FOLD * POSITIONS,)), 0)
+    return tl.reshape(flat, (FOLD, POSITIONS))
