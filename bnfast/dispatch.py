@@ -1,0 +1,63 @@
+"""Kernels or plain torch? One place decides, from the tensor and from what is going on around the call."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+
+import torch
+from torch.autograd import forward_ad
+
+KERNEL_DTYPES = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
+INTERPRET = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
+TRITON = importlib.util.find_spec("triton") is not None
+
+
+@functools.lru_cache
+def unsuitable_gpu(index: int) -> str | None:
+    """Why Triton cannot serve this CUDA device, or None."""
+    if torch.version.hip is None and torch.cuda.get_device_capability(index) < (8, 0):
+        return "Triton needs a GPU of compute capability 8.0 or later"
+    return None
+
+
+def transforming() -> bool:
+    """Whether a functorch transform (vmap, grad, jvp ...) or a forward-mode AD level is active.
+
+    Kernels are opaque to both, and a mutating operator fails in them; torch's own batch_norm does not.
+    """
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def reason_for_torch(x: torch.Tensor) -> str | None:
+    """Why x would take the plain-torch path for its own sake, or None if the kernels can have it."""
+    if not TRITON:
+        return "Triton is not installed"
+    if x.dtype not in KERNEL_DTYPES:
+        return f"no kernels for {x.dtype}"
+    if x.is_cuda:
+        return unsuitable_gpu(x.get_device())
+    if x.device.type == "cpu":
+        return None if INTERPRET else "CPU tensors run plain torch (the kernels themselves with TRITON_INTERPRET=1)"
+    return f"no kernels for the device type {x.device.type!r}"
+
+
+def use_kernels(x: torch.Tensor) -> bool:
+    """Whether this call runs the kernels. Exported and traced graphs must hold nothing but aten operators."""
+    return (
+        (x.is_cuda or INTERPRET)
+        and not torch.jit.is_tracing()
+        and not torch.compiler.is_exporting()
+        and reason_for_torch(x) is None
+        and x.numel() > 0
+        and not transforming()
+    )
+
+
+def eager(x: torch.Tensor) -> bool:
+    """Whether nothing is watching operators go by, so that the kernels may be called without one (4 us less)."""
+    return type(x) in _PLAIN and not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack() == 0
+
+
+_PLAIN = (torch.Tensor, torch.nn.Parameter)

@@ -1,0 +1,119 @@
+"""torch.nn.functional's signatures over the kernels."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function_variadic
+
+from . import reference
+from .dispatch import TRITON, use_kernels
+
+if TRITON:
+    from . import autograd
+    from .kernels.batch_norm import dense
+
+
+def batch_norm(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    """Batch normalization, as torch.nn.functional.batch_norm (Ioffe and Szegedy 2015, arXiv 1502.03167).
+
+    input: [N, C, *], fp16, bf16, fp32 or fp64, any strides; contiguous, channels_last and channels_last_3d inputs give outputs
+    of the same memory format, others contiguous ones. running_mean, running_var, weight, bias: [C] or None, of dtypes of their
+    own; statistics are computed in fp32 (fp64 for fp64 input). With `training` the running statistics, where given, are updated
+    in place: new = (1 - momentum) * old + momentum * batch statistic, with the unbiased variance.
+
+    Returns a tensor of input's shape and dtype. Raises what torch.nn.functional.batch_norm raises (ValueError for one value a
+    channel in training and for eps <= 0 there, RuntimeError for sizes and devices that do not match), before anything is updated.
+    """
+    if has_torch_function_variadic(input, running_mean, running_var, weight, bias):
+        return handle_torch_function(
+            batch_norm, (input, running_mean, running_var, weight, bias), input, running_mean, running_var,
+            weight=weight, bias=bias, training=training, momentum=momentum, eps=eps,
+        )  # fmt: skip
+    return counting_batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps, None)
+
+
+def counting_batch_norm(
+    input: Tensor, running_mean: Tensor | None, running_var: Tensor | None, weight: Tensor | None, bias: Tensor | None,
+    training: bool, momentum: float | None, eps: float, batches: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """batch_norm that also counts the batch, on the device: batches, an int64 scalar tensor, or None. momentum None is the
+    cumulative average, with the factor 1 / (batches + 1)."""
+    if training:
+        F._verify_batch_size(input.size())  # type: ignore[arg-type]  # more than one value a channel
+        if eps <= 0.0:
+            raise ValueError(f"batch_norm eps must be positive during training, but got {eps}")
+    elif eps < 0.0:
+        raise ValueError(f"batch_norm eps must be non-negative, but got {eps}")
+    if not (use_kernels(input) and _fits(input, running_mean, running_var, weight, bias, training, batches)):
+        return _torch_batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps, batches)
+    x = dense(input)
+    cumulative = momentum is None
+    arguments = (
+        x, weight, bias, running_mean, running_var, batches, training, cumulative, 0.0 if cumulative else momentum, eps
+    )  # fmt: skip
+    if torch.is_grad_enabled() and (
+        x.requires_grad or (weight is not None and weight.requires_grad) or (bias is not None and bias.requires_grad)
+    ):
+        return autograd.BatchNorm.apply(*arguments)
+    return autograd.run(*arguments, keep=False)[0]
+
+
+def _fits(
+    x: Tensor, running_mean: Tensor | None, running_var: Tensor | None, weight: Tensor | None, bias: Tensor | None,
+    training: bool, batches: Tensor | None,
+) -> bool:  # fmt: skip
+    """Whether the kernels can take these arguments. What they cannot take goes to torch, which raises its own errors."""
+    if x.dim() < 2 or x.dim() > 5 or (not training and (running_mean is None or running_var is None)):
+        return False
+    if (running_mean is None) != (running_var is None):
+        return False
+    channels, device = x.shape[1], x.device
+    for t in (running_mean, running_var, weight, bias):
+        if t is not None and not (
+            t.dim() == 1 and t.shape[0] == channels and t.device == device and t.is_floating_point() and t.is_contiguous()
+        ):
+            return False
+    return batches is None or (batches.device == device and batches.dtype == torch.int64)
+
+
+def _torch_batch_norm(
+    x: Tensor, running_mean: Tensor | None, running_var: Tensor | None, weight: Tensor | None, bias: Tensor | None,
+    training: bool, momentum: float | None, eps: float, batches: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """torch's own batch_norm. The batch is counted after it: a rejected batch leaves no trace."""
+    if momentum is None and training and batches is not None and torch.compiler.is_compiling():
+        return _torch_cumulative(x, running_mean, running_var, weight, bias, eps, batches)
+    if momentum is None:
+        momentum = 1.0 / (float(batches) + 1.0) if training and batches is not None else 0.0
+    y = F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
+    if batches is not None:
+        batches.add_(1)
+    return y
+
+
+def _torch_cumulative(
+    x: Tensor, running_mean: Tensor | None, running_var: Tensor | None, weight: Tensor | None, bias: Tensor | None,
+    eps: float, batches: Tensor,
+) -> Tensor:  # fmt: skip
+    """momentum=None without reading the counter on the host, so that a compiled graph stays whole."""
+    y = F.batch_norm(x, None, None, weight, bias, True, 0.0, eps)
+    with torch.no_grad():
+        mean, variance = reference.moments(x)
+        n = x.numel() / x.shape[1]
+        factor = 1.0 / (batches + 1)
+        for running, value in ((running_mean, mean), (running_var, variance * (n / (n - 1)))):
+            if running is not None:
+                running.lerp_(value.to(running.dtype), factor.to(running.dtype))
+        batches.add_(1)
+    return y

@@ -1,0 +1,84 @@
+"""BatchNorm1d, BatchNorm2d, BatchNorm3d: torch.nn's, with another forward."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Proxy
+
+from ..functional import counting_batch_norm
+
+
+class _Kernels(nn.modules.batchnorm._BatchNorm):
+    """What the three share. Everything but the forward is inherited: state_dict, buffers, repr, dimension checks."""
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        *,
+        bias: bool = True,
+    ) -> None:
+        # torch has had the argument since 2.13; before, a layer without a bias is one that has lost it
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype)
+        if affine and not bias:
+            self.register_parameter("bias", None)
+
+    def reset_parameters(self) -> None:
+        self.reset_running_stats()
+        if self.affine:
+            nn.init.ones_(self.weight)
+            if self.bias is not None:
+                nn.init.zeros_(self.bias)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """input: [N, C, *] -> the same shape, dtype and memory format. See bnfast.functional.batch_norm."""
+        if isinstance(input, Proxy):  # a leaf for torch.fx, like torch.nn's layers
+            tracer: Any = input.tracer
+            return tracer.create_proxy("call_module", tracer.path_of_module(self), (input,), {})
+        self._check_input_dim(input)
+        tracked = self.training and self.track_running_stats
+        use_buffers = tracked or not self.training
+        batches = self.num_batches_tracked if tracked else None
+        momentum = self.momentum
+        if momentum is None and batches is None:
+            momentum = 0.0
+        return counting_batch_norm(
+            input,
+            self.running_mean if use_buffers else None,
+            self.running_var if use_buffers else None,
+            self.weight,
+            self.bias,
+            self.training or (self.running_mean is None and self.running_var is None),
+            momentum,
+            self.eps,
+            batches,
+        )
+
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        """torch.jit.script compiles Python, which the kernels' host code is more of than it takes: it gets torch.nn's layer,
+        with the same parameters and buffers."""
+        plain = next(c for c in type(self).__mro__ if c.__module__ == nn.modules.batchnorm.__name__)
+        module = plain.__new__(plain)
+        module.__dict__ = dict(self.__dict__)
+        return module
+
+
+class BatchNorm1d(_Kernels, nn.BatchNorm1d):
+    """torch.nn.BatchNorm1d on bnfast's kernels. input: [N, C] or [N, C, L]."""
+
+
+class BatchNorm2d(_Kernels, nn.BatchNorm2d):
+    """torch.nn.BatchNorm2d on bnfast's kernels. input: [N, C, H, W], contiguous or channels_last."""
+
+
+class BatchNorm3d(_Kernels, nn.BatchNorm3d):
+    """torch.nn.BatchNorm3d on bnfast's kernels. input: [N, C, D, H, W], contiguous or channels_last_3d."""

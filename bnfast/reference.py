@@ -1,0 +1,62 @@
+"""The same maths in plain torch, any dtype: the oracle of the tests and the path to higher derivatives.
+
+Shapes: x, dy [N, C, *], parameters and statistics [C]. Half precision computes in fp32.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def wide(x: Tensor) -> Tensor:
+    """x in the type that statistics are kept in."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def reduced_dims(x: Tensor) -> list[int]:
+    return [0, *range(2, x.dim())]
+
+
+def by_channel(v: Tensor, x: Tensor) -> Tensor:
+    """[C] -> [1, C, 1 ...], to go with x."""
+    return v.view(1, -1, *[1] * (x.dim() - 2))
+
+
+def batch_norm(x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    """y = gamma * (x - mean) * rstd + beta (Ioffe and Szegedy 2015, algorithm 1), in x's dtype."""
+    y = (wide(x) - by_channel(mean, x)) * by_channel(rstd, x)
+    if weight is not None:
+        y = y * by_channel(wide(weight), x)
+    if bias is not None:
+        y = y + by_channel(wide(bias), x)
+    return y.to(x.dtype)
+
+
+def moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    """(mean, biased variance) of each channel."""
+    variance, mean = torch.var_mean(wide(x), reduced_dims(x), correction=0)
+    return mean, variance
+
+
+def batch_norm_backward(
+    dy: Tensor, x: Tensor, weight: Tensor | None, eps: float, fixed: tuple[Tensor, Tensor] | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dx, dweight, dbias), differentiable in dy, x and weight.
+
+    fixed: (mean, rstd) that do not depend on x, as in eval; None in training.
+    """
+    g, dims = wide(dy), reduced_dims(x)
+    if fixed is None:
+        mean, variance = moments(x)
+        rstd = torch.rsqrt(variance + eps)
+    else:
+        mean, rstd = fixed
+    xhat = (wide(x) - by_channel(mean, x)) * by_channel(rstd, x)
+    dbias, dweight = g.sum(dims), (g * xhat).sum(dims)
+    dx = g
+    if fixed is None:
+        n = x.numel() / x.shape[1]
+        dx = g - by_channel(dbias / n, x) - xhat * by_channel(dweight / n, x)
+    scale = rstd if weight is None else rstd * wide(weight)
+    return (dx * by_channel(scale, x)).to(x.dtype), dweight, dbias
