@@ -9,9 +9,25 @@ import os
 import torch
 from torch.autograd import forward_ad
 
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+_TRACED = ("FakeTensor", "FunctionalTensor")  # what graph capture passes; any other subclass is its own business
 KERNEL_DTYPES = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
 INTERPRET = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
 TRITON = importlib.util.find_spec("triton") is not None
+
+
+def refuse_dtensor(*tensors: torch.Tensor | None) -> None:
+    """A DTensor's statistics would span devices, which needs communication that no kernel here does."""
+    for t in tensors:
+        if t is not None and type(t) not in _PLAIN and type(t).__name__ == "DTensor":
+            raise TypeError(
+                "bnfast layers compute on local tensors, and this is a DTensor. Data parallelism works with FSDP2 "
+                "(torch.distributed.fsdp.fully_shard) or DistributedDataParallel, which hand local tensors to each layer."
+            )
+
+
+def _known(x: torch.Tensor) -> bool:
+    return type(x) in _PLAIN or type(x).__name__ in _TRACED
 
 
 @functools.lru_cache
@@ -34,6 +50,8 @@ def reason_for_torch(x: torch.Tensor) -> str | None:
     """Why x would take the plain-torch path for its own sake, or None if the kernels can have it."""
     if not TRITON:
         return "Triton is not installed"
+    if x.layout is not torch.strided or x.is_nested or not _known(x):
+        return f"no kernels for {type(x).__name__} of layout {x.layout}"
     if x.dtype not in KERNEL_DTYPES:
         return f"no kernels for {x.dtype}"
     if x.is_cuda:
@@ -58,6 +76,3 @@ def use_kernels(x: torch.Tensor) -> bool:
 def eager(x: torch.Tensor) -> bool:
     """Whether nothing is watching operators go by, so that the kernels may be called without one (4 us less)."""
     return type(x) in _PLAIN and not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack() == 0
-
-
-_PLAIN = (torch.Tensor, torch.nn.Parameter)

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from . import reference
-from .dispatch import TRITON, use_kernels
+from .dispatch import TRITON, refuse_dtensor, use_kernels
 
 if TRITON:
     from . import autograd
@@ -49,6 +49,7 @@ def counting_batch_norm(
 ) -> Tensor:  # fmt: skip
     """batch_norm that also counts the batch, on the device: batches, an int64 scalar tensor, or None. momentum None is the
     cumulative average, with the factor 1 / (batches + 1)."""
+    refuse_dtensor(input, weight)
     if training:
         F._verify_batch_size(input.size())  # type: ignore[arg-type]  # more than one value a channel
         if eps <= 0.0:

@@ -1,6 +1,6 @@
 """BatchNorm on dense tensors: allocate, pick the plan, launch. Knows sizes and pointers, nothing of autograd or modules.
 
-x is contiguous, channels_last or channels_last_3d (see `dense`), fp16, bf16, fp32 or fp64; parameters and running statistics
+x is best contiguous, channels_last or channels_last_3d (anything else is copied), fp16, bf16, fp32 or fp64; parameters and running statistics
 are contiguous and of any floating dtype; everything is on one device. The caller has checked all that.
 """
 
@@ -49,6 +49,13 @@ def dense(x: torch.Tensor) -> torch.Tensor:
     return x.contiguous()
 
 
+def out_like(x: torch.Tensor) -> torch.Tensor:
+    """An empty tensor for a result: in x's memory order where x is dense, contiguous where it is not."""
+    if dense(x) is x:
+        return torch.empty_like(x)
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
 def dense_like(dy: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """dy in the memory order of a dense x. Gradients come expanded (`y.sum()`), transposed, sliced: then it is copied."""
     if dy.stride() == x.stride():
@@ -56,7 +63,7 @@ def dense_like(dy: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     return dy.contiguous(memory_format=torch.contiguous_format if x.is_contiguous() else _FORMATS[x.dim()])
 
 
-def _accumulator(x: torch.Tensor) -> torch.dtype:
+def accumulator(x: torch.Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
@@ -94,6 +101,12 @@ def _step(kind: str, x: torch.Tensor, index: int, aligned: bool, *rest: Any) -> 
             _steps.clear()
         step = _steps[key] = _make_step(kind, x, index, aligned, rest)
     return step
+
+
+def forget_plans() -> None:
+    """Plan anew from here on: for tests that change what plans depend on."""
+    multiprocessors.cache_clear()
+    _steps.clear()
 
 
 def _make_step(kind: str, x: torch.Tensor, index: int, aligned: bool, rest: tuple[Any, ...]) -> _Step:
@@ -141,12 +154,13 @@ def forward(
     cumulative: bool, momentum: float, eps: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """Training: -> (y, table [4, C]). Updates the running statistics and the batch counter in place. Two launches."""
+    x = dense(x)
     aligned = _aligned(x, weight, bias, running_mean, running_var, batches)
     dtypes = (_dtype(weight), _dtype(bias), _dtype(running_mean), _dtype(running_var), batches is None)
     first = _step("statistics", x, index, aligned, cumulative, dtypes)
     second = _step("transform", x, index, aligned, False, True, batches is None)
-    acc = _accumulator(x)
-    y = torch.empty_like(x)
+    acc = accumulator(x)
+    y = out_like(x)
     table = torch.empty((4, x.shape[1]), dtype=acc, device=x.device)
     partials = torch.empty(first.partials, dtype=acc, device=x.device)
     first.launch(
@@ -163,11 +177,12 @@ def inference(
     running_mean: torch.Tensor, running_var: torch.Tensor, eps: float, keep: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """Eval: -> (y, table [4, C] if `keep`, for a backward, else an empty one). One launch."""
+    x = dense(x)
     aligned = _aligned(x, weight, bias, running_mean, running_var)
     dtypes = (_dtype(weight), _dtype(bias), running_mean.dtype, running_var.dtype, keep)
     step = _step("transform", x, index, aligned, True, True, dtypes)
-    y = torch.empty_like(x)
-    table = torch.empty((4, x.shape[1]) if keep else 0, dtype=_accumulator(x), device=x.device)
+    y = out_like(x)
+    table = torch.empty((4, x.shape[1]) if keep else 0, dtype=accumulator(x), device=x.device)
     step.launch(
         index, x, y, table if keep else None, weight, bias, running_mean, running_var, None, *step.sizes, eps
     )  # fmt: skip
@@ -181,18 +196,20 @@ def backward(
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:  # fmt: skip
     """-> (dx, dweight, dbias), None where not wanted (a dtype of None: that parameter's gradient is not).
 
-    dy is in x's memory order. Two launches in training, one where dx is not wanted; one in eval, which reads x only if a
+    Two launches in training, one where dx is not wanted; one in eval, which reads x only if a
     parameter needs a gradient.
     """
+    x = dense(x)
+    dy = dense_like(dy, x)
     aligned = _aligned(x, dy)
     channels, device = x.shape[1], x.device
-    dx = torch.empty_like(x) if need_dx else None
+    dx = out_like(x) if need_dx else None
     if not training and weight_dtype is None and bias_dtype is None:
         step = _step("transform", x, index, aligned, False, False, dy.dtype)
         step.launch(index, dy, dx, table, None, None, None, None, None, *step.sizes, 0.0)
         return dx, None, None
     wanted = need_dx and training
-    acc = _accumulator(x)
+    acc = accumulator(x)
     dweight = None if weight_dtype is None else torch.empty(channels, dtype=weight_dtype, device=device)
     dbias = None if bias_dtype is None else torch.empty(channels, dtype=bias_dtype, device=device)
     gradients = torch.empty((3, channels), dtype=acc, device=device) if wanted else None

@@ -16,7 +16,6 @@ import triton
 from triton.runtime import driver
 
 INTERPRET: bool = triton.knobs.runtime.interpret
-_LAUNCHER_ARGUMENTS = ["stream", "function", "kernel_metadata", "launch_metadata", "launch_enter_hook", "launch_exit_hook"]
 
 
 def current_stream(index: int) -> int:
@@ -29,14 +28,17 @@ def is_capturing() -> bool:
 
 
 def _calling_convention_known() -> bool:
-    """Whether the active driver's launcher takes the arguments that `Launch` passes: grid, then the names above, then the kernel's."""
+    """Whether the active driver's launcher takes what `Launch` passes: grid, stream, function, then Triton's four (metadata,
+    launch metadata, two hooks), then the kernel's arguments. 3.6 collects the last two groups in *args, 3.7 names the four."""
     try:
         if driver.active.get_current_target().backend != "cuda":
             return False
         names = list(inspect.signature(driver.active.launcher_cls.__call__).parameters)
     except (ValueError, TypeError, AttributeError):
         return False
-    return names[:4] == ["self", "gridX", "gridY", "gridZ"] and names[4:10] == _LAUNCHER_ARGUMENTS or names == ["self", "args"]
+    four = ["kernel_metadata", "launch_metadata", "launch_enter_hook", "launch_exit_hook"]
+    start = ["self", "gridX", "gridY", "gridZ", "stream", "function"]
+    return names in ([*start, "args"], [*start, *four, "args"])
 
 
 class Launch:

@@ -17,20 +17,23 @@ VECTOR_BYTES = 16
 
 @dataclass(frozen=True)
 class Program:
-    """How large a program is, how many of them share an SM, and the registers a thread is compiled for to make that so."""
+    """How large a program is, how many share an SM, the registers a thread is compiled for to make that so, and the 16-byte loads
+    that a thread has under way at a time, over all inputs. warps * an_sm * loads / 2 is KB in flight an SM: an H200 wants 48."""
 
     warps: int
     an_sm: int
     registers: int
+    loads: int
 
 
-# Reducing programs: 1024 threads an SM, each with 4 loads of 16 bytes under way, are 64 KB in flight; an H200 wants 48 or more.
-# Few fat programs leave few partials for the last one to merge, so the fattest come first; tensors too small for them take
-# smaller ones. All compile without spills at these registers [sass].
-REDUCE = (Program(16, 2, 64), Program(8, 4, 64), Program(4, 6, 80))
+# Reducing programs. Many loads a thread rather than many threads: a thread then runs its loop longer for one epilogue, and 128
+# registers hold 8 vectors beside the accumulators, where 64 hold 3 of the 4 that twice the threads would need [sass]. Two
+# programs an SM leave few partials for the last one to merge. Tensors too small for that take smaller programs.
+REDUCE = (Program(8, 2, 128, 8), Program(4, 4, 128, 8), Program(4, 6, 80, 4), Program(4, 6, 80, 0))
+# A run of S positions holds fewer loads a thread, so more threads.
+REDUCE_RUNS = (Program(8, 4, 64, 4), Program(4, 6, 80, 4), Program(4, 6, 80, 0))
 # Elementwise programs have nothing to merge: small ones start and end more smoothly.
-MAP = Program(4, 7, 72)
-LOADS_IN_FLIGHT = 4  # of 16 bytes a thread, over all inputs
+MAP = Program(4, 7, 72, 4)
 
 
 def ceil_div(a: int, b: int) -> int:
@@ -105,13 +108,13 @@ class Sweep:
 
     @cached_property
     def merge(self) -> int:
-        """Splits that the finalising program merges a step: 4 values a thread, so that their loads overlap within 64 registers."""
+        """Splits that the finalising program merges a step: 4 values a thread, so that loads overlap within 64 registers."""
         return min(power_of_two(self.splits), max(1, 4 * WARP * self.warps // self.view.channels_a_block))
 
     @cached_property
     def fold(self) -> int:
-        """Channels that a program gathers from its lanes a step, again 4 values a thread."""
-        return min(self.view.channels_a_block, max(1, 4 * WARP * self.warps // self.view.positions))
+        """Channels that a program gathers from its lanes a step: 2 values a thread."""
+        return min(self.view.channels_a_block, max(2, 2 * WARP * self.warps // self.view.positions))
 
     @cached_property
     def sizes(self) -> tuple[int, ...]:
@@ -129,7 +132,7 @@ class Sweep:
     @cached_property
     def partials(self) -> int:
         """Elements of the workspace that programs of a reduction hand to the last one."""
-        return self.splits * (2 * self.view.channels + self.view.blocks)
+        return self.splits * (3 * self.view.channels + self.view.blocks)
 
     @cached_property
     def bytes_a_program(self) -> float:
@@ -139,7 +142,7 @@ class Sweep:
     @cached_property
     def tail_bytes(self) -> int:
         """What the last program of a block reads back: the part of a launch that a single SM does alone."""
-        return self.splits * (2 * self.view.channels_a_block + 1) * max(4, self.itemsize)
+        return self.splits * (3 * self.view.channels_a_block + 1) * max(4, self.itemsize)
 
 
 def _rows_view(m: int, c: int, itemsize: int) -> View:
@@ -185,25 +188,30 @@ def _runs_view(n: int, c: int, s: int, lanes: int) -> View:
     return View("runs", n * pieces, c * s, s, s, c, lanes, n * c * s, pieces=pieces)
 
 
-def _reduce_view(n: int, c: int, s: int, itemsize: int, channels_last: bool, threads: int) -> View:
-    lanes = threads * (VECTOR_BYTES // itemsize)
+def _reduce_view(n: int, c: int, s: int, itemsize: int, channels_last: bool, program: Program) -> View:
+    lanes = program.warps * WARP * (VECTOR_BYTES // itemsize)
     if channels_last:
         rows = _rows_view(n * s, c, itemsize)
         narrow = rows.vector(itemsize, True) * itemsize < VECTOR_BYTES
         return (_cycles_view(n * s, c, itemsize, lanes) if narrow else None) or rows
-    if s > lanes:
+    if s > 2 * lanes:
         return _runs_view(n, c, s, lanes)
-    return _planes_view(n, c, s, itemsize, lanes)
+    one, two = (_planes_view(n, c, s, itemsize, k * lanes) for k in (1, 2))
+    return two if s > lanes or two.used > 1.1 * one.used else one
 
 
-def _shape(view: View, itemsize: int, aligned: bool, unroll: int, program: Program) -> tuple[int, int, int]:
+def _shape(view: View, itemsize: int, aligned: bool, inputs: int, program: Program) -> tuple[int, int, int]:
     """-> (vec, unroll, group) of a tile for a program of this size."""
+    vectors = program.warps * WARP * (VECTOR_BYTES // itemsize)  # elements that one load of every thread brings
     group = 1
     if view.mode == "rows":
-        group = max(1, program.warps * WARP * (VECTOR_BYTES // itemsize) // view.lanes)
-        group = min(group, power_of_two(view.rows))
+        group = min(max(1, vectors // view.lanes), power_of_two(view.rows))
+    unroll = max(1, program.loads // inputs * vectors // max(vectors, group * view.lanes))
     limit = view.pieces if view.mode == "runs" else ceil_div(view.rows, group)
-    return view.vector(itemsize, aligned), min(unroll, floor_power_of_two(limit)), group
+    vec = view.vector(itemsize, aligned)
+    if vec * itemsize < VECTOR_BYTES:  # a step is several loads already
+        unroll = 1
+    return vec, min(unroll, floor_power_of_two(limit)), group
 
 
 def _wasteful(view: View) -> bool:
@@ -219,15 +227,17 @@ def _evened(tiles: int, splits: int) -> int:
 
 
 def _fit(program: Program, vec: int, itemsize: int) -> Program:
-    """fp64, and loads of single elements, need twice the registers: half as many programs."""
+    """fp64, and loads of single elements, need 128 registers."""
     if itemsize < 8 and vec * itemsize == VECTOR_BYTES:
         return program
-    return Program(program.warps, max(1, program.an_sm // 2), 128)
+    registers = 128
+    an_sm = min(program.an_sm, 65536 // (program.warps * WARP * registers))
+    return Program(program.warps, an_sm, registers, program.loads)
 
 
-def _warps(view: View, group: int, itemsize: int) -> int:
+def _warps(view: View, group: int, itemsize: int, program: Program) -> int:
     """No more warps than there are vectors in a step."""
-    return max(1, min(16, ceil_div(group * view.lanes * itemsize, VECTOR_BYTES * WARP)))
+    return max(1, min(program.warps, ceil_div(group * view.lanes * itemsize, VECTOR_BYTES * WARP)))
 
 
 @lru_cache(maxsize=4096)
@@ -235,18 +245,18 @@ def reduce_sweep(
     n: int, c: int, s: int, itemsize: int, channels_last: bool, aligned: bool, sms: int, inputs: int
 ) -> Sweep:
     """The plan of a kernel that reduces x, [n, c, s], over n and s."""
+    runs = not channels_last and s > 2 * REDUCE[0].warps * WARP * (VECTOR_BYTES // itemsize)
     sweep = None
-    for single in (False, True):
-        for program in REDUCE:
-            view = _reduce_view(n, c, s, itemsize, channels_last, program.warps * WARP)
-            vec, unroll, group = _shape(view, itemsize, aligned, 1 if single else LOADS_IN_FLIGHT // inputs, program)
-            program = _fit(program, vec, itemsize)
-            tiles = ceil_div(view.rows, unroll * group)
-            splits = _evened(tiles, sms * program.an_sm // view.blocks)
-            warps = _warps(view, group, itemsize)
-            sweep = Sweep(view, vec, unroll, group, warps, program.registers, tiles, splits, inputs, itemsize)
-            if tiles * view.blocks >= sms * program.an_sm and not _wasteful(view):
-                return sweep
+    for program in REDUCE_RUNS if runs else REDUCE:
+        view = _reduce_view(n, c, s, itemsize, channels_last, program)
+        vec, unroll, group = _shape(view, itemsize, aligned, inputs, program)
+        program = _fit(program, vec, itemsize)
+        tiles = ceil_div(view.rows, unroll * group)
+        splits = _evened(tiles, sms * program.an_sm // view.blocks)
+        warps = _warps(view, group, itemsize, program)
+        sweep = Sweep(view, vec, unroll, group, warps, program.registers, tiles, splits, inputs, itemsize)
+        if tiles * view.blocks >= sms * program.an_sm and not _wasteful(view):
+            return sweep
     assert sweep is not None
     return sweep
 
@@ -262,15 +272,15 @@ def map_sweep(
         if view.vector(itemsize, True) * itemsize < VECTOR_BYTES:
             # a wide row may need a wide tile
             view = _cycles_view(n * s, c, itemsize, lanes) or _cycles_view(n * s, c, itemsize, 4 * lanes) or view
-    elif s >= LOADS_IN_FLIGHT * lanes and s % (VECTOR_BYTES // itemsize) == 0:
+    elif s >= MAP.loads * lanes and s % (VECTOR_BYTES // itemsize) == 0:
         view = _runs_view(n, c, s, lanes)  # one channel a program: scalar coefficients
     else:
         view = _strips_view(n, c, s, lanes)
-    vec, unroll, group = _shape(view, itemsize, aligned, LOADS_IN_FLIGHT // inputs, MAP)
+    vec, unroll, group = _shape(view, itemsize, aligned, inputs, MAP)
     program = _fit(MAP, vec, itemsize)
     tiles = ceil_div(view.rows, unroll * group)
     splits = _evened(tiles, ceil_div(sms * program.an_sm, view.blocks))
-    warps = _warps(view, group, itemsize)
+    warps = _warps(view, group, itemsize, MAP)
     return Sweep(view, vec, unroll, group, warps, program.registers, tiles, splits, inputs, itemsize)
 
 

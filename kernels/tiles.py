@@ -52,9 +52,10 @@ def lanes_and_channels(block, pitch_v, width_v, inner, channels, MODE: tl.conste
 @triton.jit
 def tile(
     block, index, rows, pitch_v, width_v, pieces, total_v,
-    MODE: tl.constexpr, VEC: tl.constexpr, ROWS_A_TILE: tl.constexpr, LANES: tl.constexpr,
+    MODE: tl.constexpr, VEC: tl.constexpr, ROWS_A_TILE: tl.constexpr, LANES: tl.constexpr, WHOLE: tl.constexpr = False,
 ):  # fmt: skip
-    """Tile `index` of a block: (base, offs, mask, size).
+    """Tile `index` of a block: (base, offs, mask, size). WHOLE: the caller knows that it is not the block's last, so that all
+    its rows are there (in RUNS the last piece of a run is short all the same).
 
     base: int64 element offset of the tile; offs, mask: [ROWS_A_TILE, LANES]; size: how much of it exists, counted in rows
     (ROWS, PLANES) or in elements (CYCLES, RUNS). pieces: rows that one sample's run of S positions is cut into (RUNS).
@@ -81,9 +82,15 @@ def tile(
         start = block * (width_v * VEC)
         base = tl.cast(first, tl.int64) * wide_pitch + start
         offs = row * (pitch_v * VEC) + lane
-        mask = (row < left) & (lane < width_v * VEC) & (start + lane < pitch_v * VEC)
+        mask = (lane < width_v * VEC) & (start + lane < pitch_v * VEC)
+        if WHOLE:
+            mask = tl.broadcast_to(mask, (ROWS_A_TILE, LANES))
+        else:
+            mask = mask & (row < left)
         size = left
-        if MODE == CYCLES:  # the last row may be short
+        if MODE == CYCLES and WHOLE:
+            size = left * (pitch_v * VEC)
+        elif MODE == CYCLES:  # the last row may be short
             elements = tl.minimum(tl.cast(total_v, tl.int64) * VEC - base, ROWS_A_TILE * wide_pitch).to(tl.int32)
             mask = mask & (offs < (elements // VEC) * VEC)
             size = elements
