@@ -6,32 +6,8 @@ import triton.language as tl
 
 from .coefficients import arrive_last, batch_norm_backward
 from .statistics import SIZES
-from .tiles import ROWS, RUNS, channels_held, channels_of_block, gather_lanes, lanes_and_channels, lanes_of_channels, tile
+from .tiles import channels_held, channels_of_block, lanes_and_channels, sum_by_channel, tile
 from .transform import load_coefficient
-
-
-@triton.jit
-def store_partials(
-    partials_ptr, block, split, sum_g, sum_gd, width_v, inner, channels,
-    MODE: tl.constexpr, VEC: tl.constexpr, LANES: tl.constexpr, FOLD: tl.constexpr, POSITIONS: tl.constexpr,
-):  # fmt: skip
-    """[LANES] to channels, and out. FOLD channels at a time, as in the forward."""
-    held = channels_held(width_v, inner, channels, MODE, VEC)
-    mine_ptr = partials_ptr + tl.cast(split, tl.int64) * (2 * channels)
-    if MODE == ROWS or MODE == RUNS or POSITIONS == LANES:
-        if MODE != ROWS:  # the whole block is one channel
-            sum_g, sum_gd = tl.sum(sum_g[None, :], 1), tl.sum(sum_gd[None, :], 1)
-        offs_c, mask_c = channels_of_block(block, tl.arange(0, sum_g.shape[0]), held, channels)
-        tl.store(mine_ptr + offs_c, sum_g, mask=mask_c)
-        tl.store(mine_ptr + channels + offs_c, sum_gd, mask=mask_c)
-    else:
-        for start in tl.range(0, held, FOLD):
-            offs_c, mask_c = channels_of_block(block, start + tl.arange(0, FOLD), held, channels)
-            lane, mask = lanes_of_channels(start + tl.arange(0, FOLD), width_v, inner, channels, MODE, VEC, POSITIONS)
-            channel_g = tl.sum(tl.where(mask, gather_lanes(sum_g, lane, FOLD, POSITIONS), 0.0), 1)
-            channel_gd = tl.sum(tl.where(mask, gather_lanes(sum_gd, lane, FOLD, POSITIONS), 0.0), 1)
-            tl.store(mine_ptr + offs_c, channel_g, mask=mask_c)
-            tl.store(mine_ptr + channels + offs_c, channel_gd, mask=mask_c)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -65,23 +41,28 @@ def gradient_sums_kernel(
         distance = tl.reshape(x, (U, R, LANES)).to(ACC) - p[None, :, :]
         sum_g += tl.sum(g, 0)
         sum_gd += tl.sum(g * distance, 0)
-    store_partials(
-        partials_ptr, block, split, tl.sum(sum_g, 0), tl.sum(sum_gd, 0), width_v, inner, channels,
-        MODE, VEC, LANES, FOLD, POSITIONS,
-    )  # fmt: skip
+    sum_g, sum_gd = tl.sum(sum_g, 0), tl.sum(sum_gd, 0)
+    held = channels_held(width_v, inner, channels, MODE, VEC)
+    mine_ptr = partials_ptr + tl.cast(split, tl.int64) * (2 * channels)
+    for start in tl.range(0, held, FOLD):
+        offs_k = start + tl.arange(0, FOLD)
+        offs_c, mask_c = channels_of_block(block, offs_k, held, channels)
+        channel_g = sum_by_channel(sum_g, offs_k, width_v, inner, channels, MODE, VEC, LANES, POSITIONS)
+        channel_gd = sum_by_channel(sum_gd, offs_k, width_v, inner, channels, MODE, VEC, LANES, POSITIONS)
+        tl.store(mine_ptr + offs_c, channel_g, mask=mask_c)
+        tl.store(mine_ptr + channels + offs_c, channel_gd, mask=mask_c)
     if arrive_last(arrivals_ptr + block, splits):
-        held = channels_held(width_v, inner, channels, MODE, VEC)
-        offs_c, mask_c = channels_of_block(block, tl.arange(0, CHANNELS), held, channels)
+        offs_done, mask_done = channels_of_block(block, tl.arange(0, CHANNELS), held, channels)
         all_g = tl.zeros((MERGE, CHANNELS), ACC)
         all_gd = tl.zeros((MERGE, CHANNELS), ACC)
         for start in tl.range(0, splits, MERGE):
             offs_s = start + tl.arange(0, MERGE)[:, None]
-            mask = (offs_s < splits) & mask_c[None, :]
-            theirs_ptr = partials_ptr + tl.cast(offs_s, tl.int64) * (2 * channels) + offs_c[None, :]
+            mask = (offs_s < splits) & mask_done[None, :]
+            theirs_ptr = partials_ptr + tl.cast(offs_s, tl.int64) * (2 * channels) + offs_done[None, :]
             all_g += tl.load(theirs_ptr, mask=mask, other=0.0, cache_modifier=".cg")
             all_gd += tl.load(theirs_ptr + channels, mask=mask, other=0.0, cache_modifier=".cg")
         batch_norm_backward(
-            offs_c, mask_c, tl.sum(all_g, 0), tl.sum(all_gd, 0),
+            offs_done, mask_done, tl.sum(all_g, 0), tl.sum(all_gd, 0),
             table_ptr, gradients_ptr, dweight_ptr, dbias_ptr, channels, count, ACC,
         )  # fmt: skip
 

@@ -53,9 +53,12 @@ class Launch:
         self, kernel: Any, programs: int, warps: int, registers: int, constants: tuple[Any, ...], bind_once: bool
     ) -> None:
         self.grid, self.bind_once = programs, bind_once
-        self._options = {"num_warps": warps}
-        if not INTERPRET and driver.active.get_current_target().backend == "cuda":
-            self._options["maxnreg"] = registers
+        self._options: dict[str, int] = {}
+        if not INTERPRET:
+            target = driver.active.get_current_target()
+            self._options["num_warps"] = max(1, warps * 32 // target.warp_size)  # the plan counts warps of 32 threads
+            if target.backend == "cuda":
+                self._options["maxnreg"] = registers
         self._kernel, self._constants = kernel, constants
         self._run: Any = None
         self._function: Any = None

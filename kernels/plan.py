@@ -29,9 +29,9 @@ class Program:
 # Reducing programs. Many loads a thread rather than many threads: a thread then runs its loop longer for one epilogue, and 128
 # registers hold 8 vectors beside the accumulators, where 64 hold 3 of the 4 that twice the threads would need [sass]. Two
 # programs an SM leave few partials for the last one to merge. Tensors too small for that take smaller programs.
-REDUCE = (Program(8, 2, 128, 8), Program(4, 4, 128, 8), Program(4, 6, 80, 4), Program(4, 6, 80, 0))
+REDUCE = (Program(8, 2, 128, 8), Program(4, 4, 128, 8), Program(4, 4, 128, 2), Program(4, 4, 128, 0))
 # A run of S positions holds fewer loads a thread, so more threads.
-REDUCE_RUNS = (Program(8, 4, 64, 4), Program(4, 6, 80, 4), Program(4, 6, 80, 0))
+REDUCE_RUNS = (Program(8, 4, 64, 4), Program(4, 8, 64, 4), Program(4, 8, 64, 0))
 # Elementwise programs have nothing to merge: small ones start and end more smoothly.
 MAP = Program(4, 7, 72, 4)
 
@@ -113,8 +113,11 @@ class Sweep:
 
     @cached_property
     def fold(self) -> int:
-        """Channels that a program gathers from its lanes a step: 2 values a thread."""
-        return min(self.view.channels_a_block, max(2, 2 * WARP * self.warps // self.view.positions))
+        """Channels that a program sums over its lanes a step: as many as its registers hold the values of."""
+        if self.view.mode == "rows":
+            return self.view.lanes
+        values = 4 if self.registers >= 128 else 2
+        return min(self.view.channels_a_block, max(1, values * WARP * self.warps // self.view.positions))
 
     @cached_property
     def sizes(self) -> tuple[int, ...]:
@@ -172,7 +175,7 @@ def _planes_view(n: int, c: int, s: int, itemsize: int, lanes: int) -> View:
     held = c if held >= c else (held // step * step or held)
     return View(
         "planes", n, c * s, held * s, s, c, min(lanes, power_of_two(held * s)), n * c * s,
-        channels_a_block=power_of_two(held), positions=power_of_two(s),
+        channels_a_block=power_of_two(held), positions=power_of_two(s) if held > 1 else min(lanes, power_of_two(s)),
     )  # fmt: skip
 
 
@@ -185,7 +188,7 @@ def _strips_view(n: int, c: int, s: int, lanes: int) -> View:
 def _runs_view(n: int, c: int, s: int, lanes: int) -> View:
     """One channel a block, its runs of s positions cut into pieces of a tile's width."""
     pieces = ceil_div(s, lanes)
-    return View("runs", n * pieces, c * s, s, s, c, lanes, n * c * s, pieces=pieces)
+    return View("runs", n * pieces, c * s, s, s, c, lanes, n * c * s, pieces, positions=lanes)
 
 
 def _reduce_view(n: int, c: int, s: int, itemsize: int, channels_last: bool, program: Program) -> View:
@@ -196,8 +199,7 @@ def _reduce_view(n: int, c: int, s: int, itemsize: int, channels_last: bool, pro
         return (_cycles_view(n * s, c, itemsize, lanes) if narrow else None) or rows
     if s > 2 * lanes:
         return _runs_view(n, c, s, lanes)
-    one, two = (_planes_view(n, c, s, itemsize, k * lanes) for k in (1, 2))
-    return two if s > lanes or two.used > 1.1 * one.used else one
+    return _planes_view(n, c, s, itemsize, lanes if s <= lanes else 2 * lanes)
 
 
 def _shape(view: View, itemsize: int, aligned: bool, inputs: int, program: Program) -> tuple[int, int, int]:

@@ -5,20 +5,9 @@ import triton.language as tl
 
 from .coefficients import arrive_last, batch_norm_forward
 from .moments import finite_or_zero, from_pivoted_sums, merge, merge_along
-from .tiles import CYCLES, PLANES, ROWS, RUNS, channels_held, channels_of_block, gather_lanes, lanes_of_channels, tile
+from .tiles import PLANES, ROWS, RUNS, channels_held, channels_of_block, sum_by_channel, tile, values_a_channel
 
 SIZES = ["rows", "pitch_v", "width_v", "inner", "channels", "tiles", "pieces", "total_v", "blocks", "splits"]
-
-
-@triton.jit
-def rows_held(lane, size, pitch_v, MODE: tl.constexpr, VEC: tl.constexpr, ACC: tl.constexpr):
-    """How many values a `size` of tiles.tile is for the accumulator of each lane, as wide as `lane`."""
-    if MODE == CYCLES:  # the last row may be short
-        pitch = pitch_v * VEC
-        held = size // pitch + (lane < size % pitch)
-    else:
-        held = size + lane * 0
-    return held.to(ACC)
 
 
 @triton.jit
@@ -36,28 +25,46 @@ def pivoted_sums(
 
 
 @triton.jit
-def moments_by_lane(
-    x_ptr, block, split, rows, pitch_v, width_v, tiles, pieces, total_v, splits,
-    MODE: tl.constexpr, VEC: tl.constexpr, U: tl.constexpr, R: tl.constexpr, LANES: tl.constexpr,
+def pivot_by_lane(
+    sums, size, width_v, inner, channels,
+    MODE: tl.constexpr, VEC: tl.constexpr, LANES: tl.constexpr, FOLD: tl.constexpr, POSITIONS: tl.constexpr,
 ):  # fmt: skip
-    """One program's share of x: (size as in tiles.tile; pivot, shift and M2 of each lane, [LANES]; [1] in RUNS).
+    """The mean of each lane's channel in one tile, from the sums of its lanes: [LANES], or [1] where a block is one channel.
 
-    Sums are taken about a pivot, the mean of the program's own first tile, kept in registers: any fixed choice fails on
-    some data (x[0] may be a padded zero or a spike, running_mean may be NaN for good).
+    Any fixed choice of a pivot fails on some data: x[0] may be a padded zero or a spike, running_mean may be NaN for good.
     """
+    count = tl.full((1,), values_a_channel(size, inner, channels, MODE), sums.dtype)
+    if MODE == ROWS or POSITIONS == LANES:
+        offs_k = tl.arange(0, FOLD)
+        pivot = sum_by_channel(sums, offs_k, width_v, inner, channels, MODE, VEC, LANES, POSITIONS) / count
+    else:
+        lane = tl.arange(0, LANES)
+        k = lane // inner if MODE == PLANES else lane % channels
+        pivot = tl.zeros((LANES,), sums.dtype)
+        for start in tl.range(0, channels_held(width_v, inner, channels, MODE, VEC), FOLD):
+            offs_k = start + tl.arange(0, FOLD)
+            means = sum_by_channel(sums, offs_k, width_v, inner, channels, MODE, VEC, LANES, POSITIONS) / count
+            here = (k >= start) & (k < start + FOLD)
+            pivot = tl.where(here, tl.gather(means, tl.where(here, k - start, 0), 0), pivot)
+    return finite_or_zero(pivot)
+
+
+@triton.jit
+def sums_by_lane(
+    x_ptr, block, split, rows, pitch_v, width_v, inner, channels, tiles, pieces, total_v, splits,
+    MODE: tl.constexpr, VEC: tl.constexpr, U: tl.constexpr, R: tl.constexpr, LANES: tl.constexpr,
+    FOLD: tl.constexpr, POSITIONS: tl.constexpr,
+):  # fmt: skip
+    """One program's share of x: (size as in tiles.tile; pivot, sum and sum of squares about it, of each lane: [LANES])."""
     ACC: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
-    PIVOTS: tl.constexpr = 1 if MODE == RUNS else LANES
-    # The block's last tile may lack rows. Its program takes it first, outside the loop, which then needs no test of rows: there
-    # are fewer predicate registers than loads to be kept under way.
+    # The block's last tile may lack rows. Its program takes it first, outside the loop, which then needs no test of rows:
+    # there are fewer predicate registers than loads to be kept under way.
     last = split + (tiles - 1 - split) // splits * splits
     base, offs, mask, seen = tile(block, last, rows, pitch_v, width_v, pieces, total_v, MODE, VEC, U * R, LANES)
     # evict_last: the second launch reads x again, backwards, and finds in L2 what is left of it
     raw = tl.load(x_ptr + base + offs, mask=mask, other=0.0, eviction_policy="evict_last")
-    pivot = tl.sum(tl.sum(tl.reshape(raw, (U, R, LANES)).to(ACC), 0), 0)
-    if MODE == RUNS:
-        pivot = tl.sum(pivot[None, :], 1)
-    held = rows_held(tl.arange(0, PIVOTS), seen, pitch_v, MODE, VEC, ACC)
-    pivot = finite_or_zero(pivot / tl.maximum(held, 1.0))
+    sums = tl.sum(tl.sum(tl.reshape(raw, (U, R, LANES)).to(ACC), 0), 0)
+    pivot = pivot_by_lane(sums, seen, width_v, inner, channels, MODE, VEC, LANES, FOLD, POSITIONS)
     total, squares = pivoted_sums(raw, mask, pivot, True, ACC, U, R, LANES)
     for index in tl.range(split, last, splits):
         base, offs, mask, size = tile(
@@ -68,51 +75,30 @@ def moments_by_lane(
         total += more_total
         squares += more_squares
         seen += size
-    total, squares = tl.sum(total, 0), tl.sum(squares, 0)
-    if MODE == RUNS:
-        total, squares = tl.sum(total[None, :], 1), tl.sum(squares[None, :], 1)
-    held = rows_held(tl.arange(0, PIVOTS), seen, pitch_v, MODE, VEC, ACC)
-    shift, m2 = from_pivoted_sums(held, total, squares)
-    return seen, pivot, shift, m2
+    return seen, pivot, tl.sum(total, 0), tl.sum(squares, 0)
 
 
 @triton.jit
-def store_moments(partials_ptr, channels, offs_c, mask_c, pivot, shift, m2):
-    tl.store(partials_ptr + offs_c, pivot, mask=mask_c)
-    tl.store(partials_ptr + channels + offs_c, shift, mask=mask_c)
-    tl.store(partials_ptr + 2 * channels + offs_c, m2, mask=mask_c)
-
-
-@triton.jit
-def store_partials(
-    mine_ptr, block, seen, pivot, shift, m2, pitch_v, width_v, inner, channels,
+def store_moments(
+    mine_ptr, block, count, pivot, total, squares, width_v, inner, channels,
     MODE: tl.constexpr, VEC: tl.constexpr, LANES: tl.constexpr, FOLD: tl.constexpr, POSITIONS: tl.constexpr,
 ):  # fmt: skip
-    """Lanes to channels, and out."""
-    ACC: tl.constexpr = m2.dtype
+    """Lanes to channels, and out, FOLD channels at a time: all at once would need too many registers."""
     held = channels_held(width_v, inner, channels, MODE, VEC)
-    if MODE == ROWS or MODE == RUNS:
-        offs_c, mask_c = channels_of_block(block, tl.arange(0, m2.shape[0]), held, channels)
-        store_moments(mine_ptr, channels, offs_c, mask_c, pivot, shift, m2)
-    elif POSITIONS == LANES:  # the whole block is one channel
-        offs_c, mask_c = channels_of_block(block, tl.arange(0, 1), held, channels)
-        count = tl.where(tl.arange(0, LANES) < width_v * VEC, seen, 0).to(ACC)
-        _, pivot, shift, m2 = merge_along(count[None, :], pivot[None, :], shift[None, :], m2[None, :], 1)
-        store_moments(mine_ptr, channels, offs_c, mask_c, pivot, shift, m2)
-    else:  # FOLD channels at a time: all at once would need twice the registers
-        for start in tl.range(0, held, FOLD):
-            offs_k = start + tl.arange(0, FOLD)
-            offs_c, mask_c = channels_of_block(block, offs_k, held, channels)
-            lane, mask = lanes_of_channels(offs_k, width_v, inner, channels, MODE, VEC, POSITIONS)
-            count = tl.where(mask, rows_held(lane, seen, pitch_v, MODE, VEC, ACC), 0.0)
-            _, channel_pivot, channel_shift, channel_m2 = merge_along(
-                count,
-                gather_lanes(pivot, lane, FOLD, POSITIONS),
-                gather_lanes(shift, lane, FOLD, POSITIONS),
-                gather_lanes(m2, lane, FOLD, POSITIONS),
-                1,
-            )
-            store_moments(mine_ptr, channels, offs_c, mask_c, channel_pivot, channel_shift, channel_m2)
+    for start in tl.range(0, held, FOLD):
+        offs_k = start + tl.arange(0, FOLD)
+        offs_c, mask_c = channels_of_block(block, offs_k, held, channels)
+        channel_total = sum_by_channel(total, offs_k, width_v, inner, channels, MODE, VEC, LANES, POSITIONS)
+        channel_squares = sum_by_channel(squares, offs_k, width_v, inner, channels, MODE, VEC, LANES, POSITIONS)
+        if MODE == ROWS or POSITIONS == LANES:
+            channel_pivot = pivot
+        else:  # any lane of the channel will do
+            first = offs_k * inner if MODE == PLANES else offs_k
+            channel_pivot = tl.gather(pivot, tl.where(mask_c, first, 0), 0)
+        shift, m2 = from_pivoted_sums(tl.full((1,), count, total.dtype), channel_total, channel_squares)
+        tl.store(mine_ptr + offs_c, channel_pivot, mask=mask_c)
+        tl.store(mine_ptr + channels + offs_c, shift, mask=mask_c)
+        tl.store(mine_ptr + 2 * channels + offs_c, m2, mask=mask_c)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -128,15 +114,16 @@ def statistics_kernel(
     ACC: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
     block = tl.program_id(0) % blocks
     split = tl.program_id(0) // blocks
-    seen, pivot, shift, m2 = moments_by_lane(
-        x_ptr, block, split, rows, pitch_v, width_v, tiles, pieces, total_v, splits, MODE, VEC, U, R, LANES
+    seen, pivot, total, squares = sums_by_lane(
+        x_ptr, block, split, rows, pitch_v, width_v, inner, channels, tiles, pieces, total_v, splits,
+        MODE, VEC, U, R, LANES, FOLD, POSITIONS,
+    )  # fmt: skip
+    count = values_a_channel(seen, inner, channels, MODE)
+    store_moments(
+        partials_ptr + tl.cast(split, tl.int64) * (3 * channels), block, count, pivot, total, squares,
+        width_v, inner, channels, MODE, VEC, LANES, FOLD, POSITIONS,
     )  # fmt: skip
     counts_ptr = partials_ptr + tl.cast(splits, tl.int64) * (3 * channels) + block
-    store_partials(
-        partials_ptr + tl.cast(split, tl.int64) * (3 * channels), block, seen, pivot, shift, m2,
-        pitch_v, width_v, inner, channels, MODE, VEC, LANES, FOLD, POSITIONS,
-    )  # fmt: skip
-    count = seen * inner if MODE == PLANES else (seen // channels if MODE == CYCLES else seen)
     tl.store(counts_ptr + split * blocks, count.to(ACC))
     if arrive_last(arrivals_ptr + block, splits):
         held = channels_held(width_v, inner, channels, MODE, VEC)

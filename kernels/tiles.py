@@ -119,24 +119,38 @@ def channels_of_block(block, k, held, channels):
 
 
 @triton.jit
-def lanes_of_channels(
-    k, width_v, inner, channels,
-    MODE: tl.constexpr, VEC: tl.constexpr, POSITIONS: tl.constexpr,
-):  # fmt: skip
-    """PLANES and CYCLES: which lanes hold the k-th channels of a block, k: [FOLD]: (lane, mask), [FOLD, POSITIONS]."""
-    k = k[:, None]
-    j = tl.arange(0, POSITIONS)[None, :]
+def values_a_channel(size, inner, channels, MODE: tl.constexpr):
+    """What a `size` of tile() means for each channel of the block."""
     if MODE == PLANES:
-        lane = k * inner + j
-        mask = (j < inner) & (lane < width_v * VEC)
+        count = size * inner
+    elif MODE == CYCLES:
+        count = size // channels
     else:
-        lane = j * channels + k
-        mask = (k < channels) & (lane < width_v * VEC)
-    return tl.where(mask, lane, 0), mask
+        count = size
+    return count
 
 
 @triton.jit
-def gather_lanes(values, lane, FOLD: tl.constexpr, POSITIONS: tl.constexpr):
-    """[LANES] -> [FOLD, POSITIONS]."""
-    flat = tl.gather(values, tl.reshape(lane, (FOLD * POSITIONS,)), 0)
-    return tl.reshape(flat, (FOLD, POSITIONS))
+def sum_by_channel(
+    values, offs_k, width_v, inner, channels,
+    MODE: tl.constexpr, VEC: tl.constexpr, LANES: tl.constexpr, POSITIONS: tl.constexpr,
+):  # fmt: skip
+    """[LANES] -> the sums of the block's offs_k-th channels, as wide as offs_k. Lanes that hold nothing are left out."""
+    FOLD: tl.constexpr = offs_k.shape[0]
+    if MODE == ROWS:
+        sums = values
+    elif FOLD == 1 and POSITIONS == LANES:  # the whole block is one channel
+        if MODE == PLANES:
+            values = tl.where(tl.arange(0, LANES) < width_v * VEC, values, 0.0)
+        sums = tl.sum(values[None, :], 1)
+    else:
+        k, j = offs_k[:, None], tl.arange(0, POSITIONS)[None, :]
+        if MODE == PLANES:
+            lane = k * inner + j
+            mask = (j < inner) & (lane < width_v * VEC)
+        else:
+            lane = j * channels + k
+            mask = (k < channels) & (lane < width_v * VEC)
+        gathered = tl.gather(values, tl.reshape(tl.where(mask, lane, 0), (FOLD * POSITIONS,)), 0)
+        sums = tl.sum(tl.where(mask, tl.reshape(gathered, (FOLD, POSITIONS)), 0.0), 1)
+    return sums

@@ -1,0 +1,84 @@
+"""Buffers that give a kernel away: poisoned allocations, guarded tensors, comparison by bits."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from unittest import mock
+
+import torch
+
+GUARD = 256  # bytes on either side; a multiple of every alignment a kernel is specialised on
+POISON_BYTE = 0x7F  # large positive integers; floating tensors get NaN
+
+# A guard repeats one of these 16-bit words. Each is NaN in every floating type, so that a stray read shows in
+# the results. Buffers take turns, or an overrun that copies one guard onto another would go unseen.
+GUARD_WORDS = itertools.cycle(range(-16, 0))
+
+ALLOCATORS = (
+    (torch, "empty"),
+    (torch, "empty_like"),
+    (torch, "empty_strided"),
+    (torch.Tensor, "new_empty"),
+    (torch.Tensor, "new_empty_strided"),
+)
+
+
+def poison(tensor: torch.Tensor) -> torch.Tensor:
+    """Fill a tensor, in place, with what no kernel should return."""
+    if tensor.is_floating_point() or tensor.is_complex():
+        return tensor.fill_(float("nan"))
+    if tensor.dtype is torch.bool:
+        return tensor.fill_(True)
+    return tensor.fill_(int.from_bytes([POISON_BYTE] * tensor.element_size(), "little"))
+
+
+@contextlib.contextmanager
+def nan_filled_allocations() -> Iterator[None]:
+    """Poison the uninitialised memory that Python code allocates: what is never written is then seen."""
+
+    def poisoned(allocate: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        def allocate_poisoned(*args: object, **options: object) -> torch.Tensor:
+            with torch.no_grad():
+                return poison(allocate(*args, **options))
+
+        return allocate_poisoned
+
+    with contextlib.ExitStack() as stack:
+        for owner, name in ALLOCATORS:
+            stack.enter_context(mock.patch.object(owner, name, poisoned(getattr(owner, name))))
+        yield
+
+
+@dataclass(frozen=True)
+class Guarded:
+    """`tensor` lies in the middle of `buffer`, a byte tensor with copies of `guard` at both ends."""
+
+    tensor: torch.Tensor
+    buffer: torch.Tensor
+    guard: torch.Tensor
+
+    def intact(self) -> bool:
+        """Whether nobody wrote to the guards."""
+        return torch.equal(self.buffer[:GUARD], self.guard) and torch.equal(self.buffer[-GUARD:], self.guard)
+
+
+def guarded(tensor: torch.Tensor) -> Guarded:
+    """A copy of a tensor, same strides, with guard bytes around it."""
+    span = 1 + sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    size = span * tensor.element_size() if tensor.numel() else 0
+    guard = torch.full((GUARD // 2,), next(GUARD_WORDS), dtype=torch.int16, device=tensor.device)
+    guard = guard.view(torch.uint8)
+    buffer = torch.cat((guard, torch.zeros(size, dtype=torch.uint8, device=tensor.device), guard))
+    inner = buffer[GUARD : GUARD + size].view(tensor.dtype).as_strided(tensor.shape, tensor.stride())
+    inner.copy_(tensor.detach())
+    return Guarded(inner, buffer, guard)
+
+
+def bit_identical(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two tensors agree in shape, type and every bit: NaN equals itself, and -0 is not 0."""
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    return torch.equal(*(t.detach().reshape(-1).contiguous().view(torch.uint8) for t in (a, b)))

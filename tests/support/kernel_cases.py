@@ -1,0 +1,94 @@
+"""The kernels with the signatures that the host code launches them with, ready for tests.support.sass.compile_kernel."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from bnfast.kernels import gradients, plan, statistics, transform
+
+KINDS = ("statistics", "transform", "gradient_sums", "gradient_transform")
+KERNELS = {
+    "statistics": statistics.statistics_kernel,
+    "transform": transform.transform_kernel,
+    "gradient_sums": gradients.gradient_sums_kernel,
+    "gradient_transform": gradients.gradient_transform_kernel,
+}
+ITEMSIZES = {"fp16": 2, "bf16": 2, "fp32": 4, "fp64": 8}
+# pointers to x's type; the rest point to fp32 (fp64 for fp64), to counters, or are None
+DATA = {"x_ptr", "y_ptr", "dy_ptr", "dx_ptr"}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """n, c, s as in plan.batch_norm."""
+
+    n: int
+    c: int
+    s: int
+    channels_last: bool
+
+    def __str__(self) -> str:
+        return f"{self.n}x{self.c}x{self.s} {'channels_last' if self.channels_last else 'contiguous'}"
+
+    def sweep(self, kind: str, dtype: str) -> plan.Sweep:
+        plans = plan.batch_norm(self.n, self.c, self.s, ITEMSIZES[dtype], self.channels_last)
+        return getattr(plans, kind)
+
+
+@dataclass(frozen=True)
+class Call:
+    """The arguments of compile_kernel for one launch of the host code."""
+
+    kernel: Any
+    signature: dict[str, Any]
+    constexprs: dict[str, Any]
+    aligned: tuple[str, ...]
+    sweep: plan.Sweep = field(repr=False)
+
+    @property
+    def variant(self) -> tuple[Any, ...]:
+        """Equal for calls that compile to the same code."""
+        return (self.kernel.__name__, *self.signature.items(), *self.constexprs.items(), self.sweep.warps)
+
+
+def call(kind: str, shape: Shape, dtype: str, evaluating: bool = False) -> Call:
+    """A training launch, or the eval one of that kernel (transform: the forward; gradient_sums: the backward sweep)."""
+    kernel, sweep = KERNELS[kind], shape.sweep(kind, dtype)
+    view, accumulator = sweep.view, "fp64" if dtype == "fp64" else "fp32"
+    constexprs: dict[str, Any] = {"MODE": plan.MODES[view.mode], "VEC": sweep.vec, "LANES": view.lanes}
+    if kind in ("statistics", "gradient_sums"):
+        constexprs |= {
+            "U": sweep.unroll, "R": sweep.group, "CHANNELS": view.channels_a_block, "FOLD": sweep.fold,
+            "POSITIONS": view.positions, "MERGE": sweep.merge,
+        }  # fmt: skip
+    else:
+        constexprs |= {"ROWS_A_TILE": sweep.tile_rows}
+    absent: set[str] = set()
+    if kind == "statistics":
+        constexprs |= {"CUMULATIVE": False}
+        absent = {"batches_ptr"}
+    elif kind == "transform":
+        constexprs |= {"EVAL": evaluating, "CENTRED": True}
+        parameters = {"weight_ptr", "bias_ptr", "running_mean_ptr", "running_var_ptr"}
+        absent = {"batches_ptr"} if evaluating else parameters
+    elif kind == "gradient_sums":
+        absent = {"gradients_ptr"} if evaluating else {"dx_ptr"}
+    signature: dict[str, Any] = {}
+    for name in kernel.arg_names:
+        if name in constexprs:
+            continue
+        if name in absent:
+            signature[name] = None
+        elif name in DATA:
+            signature[name] = f"*{dtype}"
+        elif name == "arrivals_ptr":
+            signature[name] = "*i32"
+        elif name == "batches_ptr":
+            signature[name] = "*i64"
+        elif name.endswith("_ptr"):
+            signature[name] = f"*{accumulator}"
+        else:
+            signature[name] = "fp64" if name in ("eps", "momentum", "count") else "i32"
+    aligned = tuple(n for n, t in signature.items() if isinstance(t, str) and t.startswith("*"))
+    return Call(kernel, signature, constexprs, aligned, sweep)

@@ -1,0 +1,163 @@
+"""Small kernels, most of them wrong on purpose: each instrument is tested on what it has to catch.
+
+They run interpreted or are compiled, according to TRITON_INTERPRET at the time of the import.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def copy(x, y, n, BLOCK: tl.constexpr):
+    """y = x: right in every respect."""
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(y + i, tl.load(x + i, mask=i < n), mask=i < n)
+
+
+@triton.jit
+def copy_strided(x, y, n, STRIDE: tl.constexpr, BLOCK: tl.constexpr):
+    """y = x[::STRIDE]: fetches STRIDE times the sectors it needs."""
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(y + i, tl.load(x + i * STRIDE, mask=i < n), mask=i < n)
+
+
+@triton.jit
+def centre(x, y, n, BLOCK: tl.constexpr):
+    """y = x - mean(x), with x read again for the second step."""
+    total = 0.0
+    for start in tl.range(0, n, BLOCK):
+        i = start + tl.arange(0, BLOCK)
+        total += tl.sum(tl.load(x + i, mask=i < n, other=0.0), 0)
+    for start in tl.range(0, n, BLOCK):
+        i = start + tl.arange(0, BLOCK)
+        tl.store(y + i, tl.load(x + i, mask=i < n) - total / n, mask=i < n)
+
+
+@triton.jit
+def copy_unmasked(x, y, n, BLOCK: tl.constexpr):
+    """Overruns both tensors when n is no multiple of BLOCK."""
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(y + i, tl.load(x + i))
+
+
+@triton.jit
+def copy_lower_half(x, y, n, BLOCK: tl.constexpr):
+    """Never writes the upper half of y."""
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(y + i, tl.load(x + i, mask=i < n), mask=i < n // 2)
+
+
+@triton.jit
+def store_everywhere(y, BLOCK: tl.constexpr):
+    """All programs store the same bytes."""
+    tl.store(y + tl.arange(0, BLOCK), tl.program_id(0))
+
+
+@triton.jit
+def store_colliding(y, BLOCK: tl.constexpr):
+    """Two lanes of one store meet on every element."""
+    tl.store(y + tl.arange(0, BLOCK) // 2, tl.arange(0, BLOCK))
+
+
+@triton.jit
+def advance_step(step, y):
+    """Program 0 moves a counter on that the other programs may still have to read."""
+    seen = tl.load(step)
+    tl.store(y + tl.program_id(0), seen)
+    if tl.program_id(0) == 0:
+        tl.store(step, seen + 1)
+
+
+@triton.jit
+def sum_last_done(
+    x, partials, counter, y, rows, BLOCK: tl.constexpr, BARRIER: tl.constexpr, SEM: tl.constexpr
+):
+    """Column sums of x; the last program to arrive merges the partials. A race without BARRIER or acq_rel."""
+    pid = tl.program_id(0)
+    i = tl.arange(0, BLOCK)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for row in tl.range(pid * rows, (pid + 1) * rows):
+        total += tl.load(x + tl.cast(row, tl.int64) * BLOCK + i).to(tl.float32)
+    tl.store(partials + pid * BLOCK + i, total)
+    if BARRIER:
+        tl.debug_barrier()
+    arrived = tl.atomic_add(counter, 1, sem=SEM, scope="gpu")
+    if arrived == tl.num_programs(0) - 1:
+        merged = tl.zeros((BLOCK,), tl.float32)
+        for p in tl.range(0, tl.num_programs(0)):
+            merged += tl.load(partials + p * BLOCK + i, cache_modifier=".cg")
+        tl.store(y + i, merged)
+        tl.store(counter, 0)
+
+
+@triton.jit
+def sum_by_atomics(x, y):
+    """A float sum whose bits depend on the order in which the programs run."""
+    tl.atomic_add(y, tl.load(x + tl.program_id(0)))
+
+
+@triton.jit
+def sum_behind_barrier(x, partials, counter, y, expected, PROGRAMS: tl.constexpr):
+    """Every program waits until `expected` programs have arrived, then adds up all partials."""
+    pid = tl.program_id(0)
+    tl.store(partials + pid, tl.load(x + pid))
+    tl.debug_barrier()
+    tl.atomic_add(counter, 1)
+    while tl.atomic_add(counter, 0, sem="acquire") < expected:
+        pass
+    tl.debug_barrier()
+    tl.store(y + pid, tl.sum(tl.load(partials + tl.arange(0, PROGRAMS)), 0))
+
+
+@triton.jit
+def sum_rows(x, y, rows, UNROLL: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr):
+    """One tile of x a row, UNROLL rows an iteration; STAGES > 1 sends them through asynchronous copies."""
+    i = tl.arange(0, UNROLL * BLOCK)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for row in tl.range(0, rows, UNROLL, num_stages=STAGES):
+        tile = tl.load(x + tl.cast(row, tl.int64) * BLOCK + i)
+        total += tl.sum(tl.reshape(tile, (UNROLL, BLOCK)).to(tl.float32), 0)
+    tl.store(y + tl.arange(0, BLOCK), total)
+
+
+@triton.jit
+def centre_in_registers(x, y, BLOCK: tl.constexpr):
+    """Keeps a whole tile for its second step: spills when BLOCK is too large for the CTA."""
+    i = tl.arange(0, BLOCK)
+    tile = tl.load(x + i).to(tl.float32)
+    tl.store(y + i, tile - tl.sum(tile, 0) / BLOCK)
+
+
+@triton.jit
+def count_programs(count):
+    """One for every program that runs."""
+    tl.atomic_add(count, 1.0)
+
+
+@triton.jit
+def fail(count, culprit):
+    """One program fails while the others are under way. Interpreted only: there static_assert is dynamic."""
+    tl.atomic_add(count, 1.0)
+    tl.static_assert(tl.program_id(0) != culprit, "a program fails")
+    tl.atomic_add(count, 1.0)
+
+
+@triton.jit
+def copy_or_zero(x, y, BLOCK: tl.constexpr):
+    """y = x, or 0 where there is no x."""
+    i = tl.arange(0, BLOCK)
+    if x is None:
+        tl.store(y + i, 0.0)
+    else:
+        tl.store(y + i, tl.load(x + i))
+
+
+@triton.jit
+def sum_parts(x, y, rows, BLOCK: tl.constexpr, PARTS: tl.constexpr):
+    """Sums over rows, then over each part of a row, one part after another."""
+    i = tl.arange(0, BLOCK)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for row in tl.range(0, rows):
+        total += tl.load(x + tl.cast(row, tl.int64) * BLOCK + i).to(tl.float32)
+    for part in tl.range(0, PARTS):
+        tl.store(y + part, tl.sum(tl.where(i // (BLOCK // PARTS) == part, total, 0.0), 0))

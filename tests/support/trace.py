@@ -1,0 +1,287 @@
+"""What interpreted kernels do to memory: traffic per tensor, stray accesses, races.
+
+    with trace(x=x) as t:
+        y = layer(x)
+    assert t["x"].reads == 2.0 and t.of(y).writes == 1.0 and not t.out_of_bounds and not t.hazards
+
+Tensors the traced call allocates are adopted, under the kernel's name for them, when they reach a kernel.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+import triton
+import triton.language as tl
+from triton.runtime import interpreter
+from triton.runtime.interpreter import TensorHandle
+
+from .races import Access, Program, Races
+
+SECTOR = 32  # bytes; the unit in which a GPU's L2 moves data
+
+
+@dataclass
+class Flow:
+    """Traffic in one direction, summed over operations."""
+
+    requested: int = 0  # bytes, each lane counted
+    distinct: int = 0  # bytes, each counted once an operation
+    sectors: int = 0  # distinct sectors an operation
+
+
+@dataclass
+class Traffic:
+    """Everything that happened to the bytes [start, stop) of memory. Sizes in bytes."""
+
+    name: str
+    start: int
+    stop: int
+    size: int  # of the tensor as its user sees it: numel * itemsize
+    read: Flow = field(default_factory=Flow)
+    write: Flow = field(default_factory=Flow)
+    atomics: int = 0  # lanes
+    was_read: np.ndarray = field(init=False, repr=False)
+    was_written: np.ndarray = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self.was_read = np.zeros(self.stop - self.start, bool)
+        self.was_written = np.zeros(self.stop - self.start, bool)
+
+    @property
+    def reads(self) -> float:
+        """Bytes read, in multiples of the tensor's size."""
+        return self.read.requested / self.size
+
+    @property
+    def writes(self) -> float:
+        """Bytes written, in multiples of the tensor's size."""
+        return self.write.requested / self.size
+
+    @property
+    def unique_read(self) -> int:
+        """Bytes read at least once."""
+        return int(self.was_read.sum())
+
+    @property
+    def unique_written(self) -> int:
+        """Bytes written at least once."""
+        return int(self.was_written.sum())
+
+    @property
+    def read_efficiency(self) -> float:
+        """Useful share, at most 1, of the sectors fetched; NaN if nothing was read."""
+        return self.read.distinct / (SECTOR * self.read.sectors) if self.read.sectors else float("nan")
+
+    @property
+    def write_efficiency(self) -> float:
+        """Useful share, at most 1, of the sectors stored to; NaN if nothing was written."""
+        return self.write.distinct / (SECTOR * self.write.sectors) if self.write.sectors else float("nan")
+
+
+@dataclass(frozen=True)
+class Stray:
+    """Lanes of one operation that fell outside every known tensor. They are counted, and not carried out."""
+
+    kernel: str
+    program: Program
+    access: Access
+    lanes: int
+    nearest: str  # where the first of them is: "y +64" is 64 bytes from the start of y
+
+
+@dataclass(frozen=True)
+class Hazard:
+    """The outcome of a launch depends on the order of its programs, or of lanes. Reported once a tensor."""
+
+    kernel: str
+    launch: int
+    tensor: str
+    race: str  # "load/store": a load not ordered after another program's store; "lanes": within one store
+
+
+class Trace:
+    """The record of a traced call; filled by `trace`."""
+
+    def __init__(self) -> None:
+        self.launches: int = 0
+        self.out_of_bounds: list[Stray] = []
+        self.hazards: list[Hazard] = []
+        self.traffic: dict[str, Traffic] = {}
+        # Ranges by rising address; the first is a sentinel below every address.
+        self._ranges: list[Traffic] = [Traffic("nothing", 0, 0, 0)]
+        # No address may be used twice in one trace. To hold tensors would make autograd copy gradients.
+        self._alive: list[torch.UntypedStorage] = []
+        self._kernel: str = ""
+        self._races: Races = Races()
+
+    def __getitem__(self, name: str) -> Traffic:
+        return self.traffic[name]
+
+    def of(self, tensor: torch.Tensor) -> Traffic:
+        """The traffic of a tensor, or of a view's base, by its address."""
+        traffic = self._owner(tensor.data_ptr())
+        if traffic is None:
+            raise KeyError("no traced kernel was given this tensor")
+        return traffic
+
+    def adopt(self, name: str, tensor: torch.Tensor) -> Traffic:
+        """Watch the bytes of a tensor. A second name for the same bytes is an alias."""
+        span = 1 + sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
+        start, stop = tensor.data_ptr(), tensor.data_ptr() + span * tensor.element_size()
+        return self._watch(name, start, stop, tensor.nbytes, tensor)
+
+    def _adopt_storage(self, name: str, tensor: torch.Tensor) -> None:
+        """Watch all of an argument's storage: workspaces are often passed as slices of one allocation."""
+        if tensor.numel() == 0 or self._owner(tensor.data_ptr()):
+            return
+        storage = tensor.untyped_storage()
+        start, size = storage.data_ptr(), storage.nbytes()
+        if any(r.start < start + size and start < r.stop for r in self._ranges):
+            self.adopt(self._free_name(name), tensor)
+        else:
+            self._watch(self._free_name(name), start, start + size, size, tensor)
+
+    def _watch(self, name: str, start: int, stop: int, size: int, tensor: torch.Tensor) -> Traffic:
+        if name in self.traffic:
+            raise ValueError(f"two tensors named {name}")
+        owner = self._owner(start)
+        if owner is None or (owner.start, owner.stop) != (start, stop):
+            for other in self._ranges:
+                if other.start < stop and start < other.stop:
+                    raise ValueError(f"{name} overlaps {other.name}; trace the tensor they are views of")
+            owner = Traffic(name, start, stop, size)
+            self._ranges = sorted([*self._ranges, owner], key=lambda r: r.start)
+        self._alive.append(tensor.untyped_storage())
+        self.traffic[name] = owner
+        return owner
+
+    def _owner(self, address: int) -> Traffic | None:
+        return next((r for r in self._ranges if r.start <= address < r.stop), None)
+
+    def _free_name(self, name: str) -> str:
+        names = (name, *(f"{name}.{n}" for n in range(2, len(self.traffic) + 3)))
+        return next(n for n in names if n not in self.traffic)
+
+    def _enter_launch(self, kernel: str, arguments: dict[str, Any]) -> None:
+        self.launches += 1
+        self._kernel = kernel
+        self._races = Races()
+        for name, value in arguments.items():
+            for argument in value if isinstance(value, tuple) else (value,):
+                argument = getattr(argument, "base", argument)  # of a descriptor or a reinterpreted tensor
+                if isinstance(argument, torch.Tensor):
+                    self._adopt_storage(name, argument)
+
+    def _access(self, access: Access, pointers: TensorHandle, mask: Any) -> TensorHandle:
+        """Record one operation; returns its mask without the lanes that are out of bounds."""
+        itemsize = max(1, pointers.get_element_ty().primitive_bitwidth // 8)
+        mask = np.asarray(mask.data if isinstance(mask, TensorHandle) else mask).astype(bool)  # may come as integers
+        lanes = np.broadcast_to(mask, pointers.data.shape).copy()
+        addresses = pointers.data[lanes].astype(np.int64)
+        starts, stops = np.array([(r.start, r.stop) for r in self._ranges]).T
+        owner = np.searchsorted(starts, addresses, side="right") - 1
+        inside = addresses + itemsize <= stops[owner]
+        for index in np.unique(owner[inside]):
+            self._count(self._ranges[index], access, addresses[inside & (owner == index)], itemsize)
+        if not inside.all():
+            stray = addresses[~inside]
+            near = min(self._ranges, key=lambda r: min(abs(r.start - stray[0]), abs(r.stop - stray[0])))
+            where = f"{near.name} {stray[0] - near.start:+d}"
+            self.out_of_bounds.append(Stray(self._kernel, _program(), access, stray.size, where))
+            lanes[lanes] = inside
+        return TensorHandle(lanes, tl.int1)
+
+    def _count(self, traffic: Traffic, access: Access, addresses: np.ndarray, itemsize: int) -> None:
+        elements = np.unique(addresses)
+        offsets = ((elements - traffic.start)[:, None] + np.arange(itemsize)).ravel()
+        if access == "atomic":
+            traffic.atomics += addresses.size
+        else:
+            flow, touched = {
+                "load": (traffic.read, traffic.was_read),
+                "store": (traffic.write, traffic.was_written),
+            }[access]
+            flow.requested += addresses.size * itemsize
+            flow.distinct += elements.size * itemsize
+            flow.sectors += np.unique(elements // SECTOR).size
+            touched[offsets] = True
+        if access == "store" and elements.size < addresses.size:
+            self._report(traffic, "lanes")
+        size = traffic.stop - traffic.start
+        for earlier in self._races.access(traffic.start, size, offsets, access, _program()):
+            self._report(traffic, f"{access}/{earlier}")
+
+    def _report(self, traffic: Traffic, race: str) -> None:
+        hazard = Hazard(self._kernel, self.launches, traffic.name, race)
+        if hazard not in self.hazards:
+            self.hazards.append(hazard)
+
+    def _atomic(self, pointers: TensorHandle, mask: Any, semantic: Any) -> TensorHandle:
+        lanes = self._access("atomic", pointers, mask)
+        self._races.synchronise(
+            np.unique(pointers.data[lanes.data]),
+            _program(),
+            acquires=semantic.name in ("ACQUIRE", "ACQUIRE_RELEASE"),
+            releases=semantic.name in ("RELEASE", "ACQUIRE_RELEASE"),
+        )
+        return lanes
+
+
+def _program() -> Program:
+    return interpreter.interpreter_builder.grid_idx
+
+
+@contextlib.contextmanager
+def trace(**tensors: torch.Tensor | None) -> Iterator[Trace]:
+    """Trace every interpreted kernel launched inside; `tensors` are known beforehand, under these names."""
+    if not triton.knobs.runtime.interpret:
+        raise RuntimeError("only interpreted kernels can be traced: import them under TRITON_INTERPRET=1")
+    record = Trace()
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.numel():
+            record.adopt(name, tensor)
+
+    builder, executor = interpreter.InterpreterBuilder, interpreter.GridExecutor
+    load, store = builder.create_masked_load, builder.create_masked_store
+    rmw, cas, barrier = builder.create_atomic_rmw, builder.create_atomic_cas, builder.create_barrier
+    call = executor.__call__
+
+    def traced_load(self, pointers, mask, *rest, **options):
+        return load(self, pointers, record._access("load", pointers, mask), *rest, **options)
+
+    def traced_store(self, pointers, value, mask, *rest, **options):
+        return store(self, pointers, value, record._access("store", pointers, mask), *rest, **options)
+
+    def traced_rmw(self, operation, pointers, value, mask, semantic, scope):
+        mask = record._atomic(pointers, mask, semantic)
+        return rmw(self, operation, pointers, value, mask, semantic, scope)
+
+    def traced_cas(self, pointers, expected, value, semantic, scope):
+        record._atomic(pointers, True, semantic)
+        return cas(self, pointers, expected, value, semantic, scope)
+
+    def traced_barrier(self):
+        record._races.barrier(_program())
+        return barrier(self)
+
+    def traced_call(self, *arguments, **keywords):
+        names = dict(zip(self.arg_names, arguments, strict=False)) | keywords
+        record._enter_launch(self.fn.__name__, names)
+        return call(self, *arguments, **keywords)
+
+    with (
+        mock.patch.object(builder, "create_masked_load", traced_load),
+        mock.patch.object(builder, "create_masked_store", traced_store),
+        mock.patch.object(builder, "create_atomic_rmw", traced_rmw),
+        mock.patch.object(builder, "create_atomic_cas", traced_cas),
+        mock.patch.object(builder, "create_barrier", traced_barrier),
+        mock.patch.object(executor, "__call__", traced_call),
+    ):
+        yield record

@@ -1,0 +1,134 @@
+"""What the kernels do to memory, counted in the interpreter: bytes, sectors, launches, races, stray accesses."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from bnfast.kernels import batch_norm as kernels
+from tests.support.trace import Trace, trace
+
+SHAPES = [
+    (8, c, size, size) for c in (24, 64, 96) for size in (7, 14, 28)
+] + [(5, 13, 3, 4), (4, 3, 15, 15), (2, 3, 70, 66), (1, 1, 66, 80), (33, 65, 1, 1), (2, 2, 3, 5, 7)]  # fmt: skip
+FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
+
+
+@pytest.fixture(autouse=True)
+def several_programs(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Enough SMs that channels are split and blocks share rows, few enough to be quick."""
+    monkeypatch.setenv("BNFAST_INTERPRETER_SMS", "2")
+    kernels.forget_plans()
+    yield
+    kernels.forget_plans()
+
+
+def tensors(shape: tuple[int, ...], layout: str, dtype: torch.dtype, count: int) -> list[torch.Tensor]:
+    memory_format = FORMATS[len(shape)] if layout == "channels_last" else torch.contiguous_format
+    return [torch.randn(shape).to(dtype).contiguous(memory_format=memory_format) for _ in range(count)]
+
+
+def clean(t: Trace, launches: int) -> None:
+    assert not t.out_of_bounds, t.out_of_bounds
+    assert not t.hazards, t.hazards
+    assert t.launches == launches
+
+
+BOTH = pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+EVERY = pytest.mark.parametrize("shape", SHAPES, ids=str)
+
+
+@BOTH
+@EVERY
+def test_training_step(shape: tuple[int, ...], layout: str) -> None:
+    """Forward: x twice, y once, two launches. Backward: dy and x twice, dx once, two launches. Whole sectors throughout."""
+    x, dy = tensors(shape, layout, torch.float16, 2)
+    channels = shape[1]
+    weight, bias, mean, variance = (torch.rand(channels) for _ in range(4))
+    batches = torch.tensor(0)
+    with trace(x=x, batches=batches) as t:
+        y, table = kernels.forward(x, weight, bias, mean, variance, batches, False, 0.1, 1e-5)
+    clean(t, 2)
+    assert (t["x"].reads, t["x"].writes, t.of(y).writes, t.of(y).reads) == (2.0, 0.0, 1.0, 0.0)
+    assert t.of(y).unique_written == t.of(y).size
+    assert batches.item() == 1
+    with trace(x=x, dy=dy) as b:
+        dx, dweight, dbias = kernels.backward(x, dy, table, True, True, torch.float32, torch.float32)
+    clean(b, 2)
+    assert dx is not None
+    assert (b["x"].reads, b["dy"].reads, b.of(dx).writes) == (2.0, 2.0, 1.0)
+    assert b.of(dx).unique_written == b.of(dx).size
+    if shape[1] in (24, 64, 96):
+        flows = [t["x"].read_efficiency, t.of(y).write_efficiency, b["x"].read_efficiency, b["dy"].read_efficiency]
+        assert min(flows) >= 0.97
+
+
+@BOTH
+@EVERY
+def test_eval(shape: tuple[int, ...], layout: str) -> None:
+    """Forward: one launch, x once. Backward: one sweep; without parameter gradients dy once and dx once, x not at all."""
+    x, dy = tensors(shape, layout, torch.float16, 2)
+    mean, variance = torch.rand(shape[1]), torch.rand(shape[1])
+    with trace(x=x) as t:
+        y, table = kernels.inference(x, None, None, mean, variance, 1e-5, True)
+    clean(t, 1)
+    assert (t["x"].reads, t.of(y).writes) == (1.0, 1.0)
+    assert t.of(table).unique_written == t.of(table).size
+    with trace(x=x, dy=dy) as b:
+        dx, _, _ = kernels.backward(x, dy, table, False, True, torch.float32, torch.float32)
+    clean(b, 1)
+    assert dx is not None
+    assert (b["x"].reads, b["dy"].reads, b.of(dx).writes) == (1.0, 1.0, 1.0)
+    with trace(x=x, dy=dy) as s:
+        dx, _, _ = kernels.backward(x, dy, table, False, True, None, None)
+    clean(s, 1)
+    assert dx is not None
+    assert (s["x"].reads, s["dy"].reads, s.of(dx).writes) == (0.0, 1.0, 1.0)
+
+
+@BOTH
+def test_only_what_is_wanted(layout: str) -> None:
+    """Parameter gradients alone: one launch, dy and x once."""
+    x, dy = tensors((8, 24, 7, 7), layout, torch.float16, 2)
+    _, table = kernels.forward(x, None, None, None, None, None, False, 0.1, 1e-5)
+    with trace(x=x, dy=dy) as t:
+        dx, dweight, dbias = kernels.backward(x, dy, table, True, False, torch.float32, None)
+    clean(t, 1)
+    assert dx is None
+    assert dbias is None
+    assert (t["x"].reads, t["dy"].reads) == (1.0, 1.0)
+    with trace(x=x, dy=dy) as t:
+        _, dweight, dbias = kernels.backward(x, dy, table, True, True, None, None)
+    clean(t, 2)
+    assert dweight is None
+    assert dbias is None
+
+
+@BOTH
+@pytest.mark.parametrize("cut", [1, 3, 8], ids="cut {}".format)
+def test_unaligned_storage(cut: int, layout: str) -> None:
+    """A tensor that starts anywhere in its storage: the same traffic, no vector reaching outside it."""
+    shape = (4, 16, 5, 5)
+    (whole,) = tensors(shape, layout, torch.float16, 1)
+    storage = torch.zeros(whole.numel() + cut, dtype=torch.float16)
+    x = torch.as_strided(storage, shape, whole.stride(), cut).copy_(whole)
+    with trace(x=x) as t:
+        y, _ = kernels.forward(x, None, None, None, None, None, False, 0.1, 1e-5)
+    clean(t, 2)
+    assert (t["x"].reads, t.of(y).writes) == (2.0, 1.0)
+    expected, _ = kernels.forward(whole, None, None, None, None, None, False, 0.1, 1e-5)
+    torch.testing.assert_close(y, expected, rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize("shape", [(64, 1, 1, 1), (1, 1, 64, 64), (1, 8, 40, 40)], ids=str)
+def test_a_channel_is_split_over_programs(shape: tuple[int, ...]) -> None:
+    """Also where there is one channel or one sample: C programs would idle the GPU."""
+    from bnfast.kernels import plan
+
+    n, c, s = shape[0], shape[1], shape[2] * shape[3]
+    large = 64 if s > 1 else 2048
+    for last in (True, False):
+        sweep = plan.reduce_sweep(n * large, c, s * 64, 2, last, True, 132, 1)
+        assert 0.75 * 132 <= sweep.programs
