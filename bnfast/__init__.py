@@ -3,9 +3,8 @@
     bnfast.BatchNorm2d          drop-in for torch.nn.BatchNorm2d (and 1d, 3d)
     bnfast.functional           the same as functions, with torch.nn.functional's signatures
 
-CUDA tensors run the Triton kernels. Everything else runs plain torch, with the same results: `python -m bnfast info` says which
-and why.
-"""
+CUDA tensors run the Triton kernels. Everything else runs plain torch, with the same results: `python -m
+bnfast info` says which and why."""
 
 from . import functional
 from .modules import BatchNorm1d, BatchNorm2d, BatchNorm3d

@@ -22,11 +22,15 @@ def info() -> int:
         for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
             x = torch.empty(2, 8, 2, 2, dtype=dtype, device=device)
             why = dispatch.reason_for_torch(x)
-            path = f"plain torch: {why}" if why else f"Triton kernels{' (interpreter)' if device.type == 'cpu' else ''}"
+            path = (
+                f"plain torch: {why}"
+                if why
+                else f"Triton kernels{' (interpreter)' if device.type == 'cpu' else ''}"
+            )
             print(f"  BatchNorm1d/2d/3d, {str(dtype).removeprefix('torch.'):9} {path}")
     print(
-        "\nAnywhere: empty batches, export, jit.trace, functorch transforms and forward-mode AD run plain torch, which all of\n"
-        "them understand; double backward differentiates plain torch formulas."
+        "\nAnywhere: empty batches, export, jit.trace, functorch transforms and forward-mode AD run\n"
+        "plain torch, which all of them understand; double backward differentiates plain torch formulas."
     )
     return 0
 
@@ -47,14 +51,18 @@ def _describe(device: torch.device) -> str:
 
 
 def check(seconds: float) -> int:
-    """Compare the kernels with fp64 on this machine: on its GPU, or in Triton's interpreter where there is none."""
+    """Compare the kernels with fp64 on this machine: on its GPU, or in Triton's interpreter where there is
+    none.
+    """
     if not dispatch.TRITON:
         print("Triton is not installed, so there are no kernels to check: pip install triton")
         return 1
     if not torch.cuda.is_available() and not dispatch.INTERPRET:
         # Triton reads the variable when it decorates a kernel: a process of its own has it from the start.
         environment = {**os.environ, "TRITON_INTERPRET": "1"}
-        return subprocess.call([sys.executable, "-m", "bnfast", "check", "--seconds", str(seconds)], env=environment)
+        return subprocess.call(
+            [sys.executable, "-m", "bnfast", "check", "--seconds", str(seconds)], env=environment
+        )
     from . import selfcheck
 
     return selfcheck.run(seconds)
@@ -65,7 +73,9 @@ def main() -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("info", help=info.__doc__)
     checker = commands.add_parser("check", help=check.__doc__)
-    checker.add_argument("--seconds", type=float, default=120.0, help="stop starting new cases after this long")
+    checker.add_argument(
+        "--seconds", type=float, default=120.0, help="stop starting new cases after this long"
+    )
     arguments = parser.parse_args()
     return info() if arguments.command == "info" else check(arguments.seconds)
 

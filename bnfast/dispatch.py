@@ -9,8 +9,11 @@ import os
 import torch
 from torch.autograd import forward_ad
 
-_PLAIN = (torch.Tensor, torch.nn.Parameter)
-_TRACED = ("FakeTensor", "FunctionalTensor")  # what graph capture passes; any other subclass is its own business
+PLAIN = (torch.Tensor, torch.nn.Parameter)
+_TRACED = (
+    "FakeTensor",
+    "FunctionalTensor",
+)  # what graph capture passes; any other subclass is its own business
 KERNEL_DTYPES = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
 INTERPRET = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
 TRITON = importlib.util.find_spec("triton") is not None
@@ -19,15 +22,16 @@ TRITON = importlib.util.find_spec("triton") is not None
 def refuse_dtensor(*tensors: torch.Tensor | None) -> None:
     """A DTensor's statistics would span devices, which needs communication that no kernel here does."""
     for t in tensors:
-        if t is not None and type(t) not in _PLAIN and type(t).__name__ == "DTensor":
+        if t is not None and type(t) not in PLAIN and type(t).__name__ == "DTensor":
             raise TypeError(
-                "bnfast layers compute on local tensors, and this is a DTensor. Data parallelism works with FSDP2 "
-                "(torch.distributed.fsdp.fully_shard) or DistributedDataParallel, which hand local tensors to each layer."
+                "bnfast layers compute on local tensors, and this is a DTensor. Data parallelism works "
+                "with FSDP2 (torch.distributed.fsdp.fully_shard) or DistributedDataParallel: both hand "
+                "local tensors to each layer."
             )
 
 
 def _known(x: torch.Tensor) -> bool:
-    return type(x) in _PLAIN or type(x).__name__ in _TRACED
+    return type(x) in PLAIN and not x.is_nested or type(x).__name__ in _TRACED
 
 
 @functools.lru_cache
@@ -50,29 +54,45 @@ def reason_for_torch(x: torch.Tensor) -> str | None:
     """Why x would take the plain-torch path for its own sake, or None if the kernels can have it."""
     if not TRITON:
         return "Triton is not installed"
-    if x.layout is not torch.strided or x.is_nested or not _known(x):
+    if not _known(x) or x.layout is not torch.strided:
         return f"no kernels for {type(x).__name__} of layout {x.layout}"
     if x.dtype not in KERNEL_DTYPES:
         return f"no kernels for {x.dtype}"
     if x.is_cuda:
         return unsuitable_gpu(x.get_device())
     if x.device.type == "cpu":
-        return None if INTERPRET else "CPU tensors run plain torch (the kernels themselves with TRITON_INTERPRET=1)"
+        return (
+            None
+            if INTERPRET
+            else "CPU tensors run plain torch (the kernels themselves with TRITON_INTERPRET=1)"
+        )
     return f"no kernels for the device type {x.device.type!r}"
 
 
+_suitable: dict[tuple[torch.dtype, torch.device], bool] = {}
+
+
 def use_kernels(x: torch.Tensor) -> bool:
-    """Whether this call runs the kernels. Exported and traced graphs must hold nothing but aten operators."""
-    return (
-        (x.is_cuda or INTERPRET)
-        and not torch.jit.is_tracing()
-        and not torch.compiler.is_exporting()
-        and reason_for_torch(x) is None
-        and x.numel() > 0
-        and not transforming()
-    )
+    """Whether this call runs the kernels. Exported and traced graphs must hold nothing but aten operators.
+
+    Inlined here and there: it is on the path of every call.
+    """
+    if not (x.is_cuda or INTERPRET) or torch.jit.is_tracing() or torch.compiler.is_exporting():
+        return False
+    if type(x) in PLAIN and x.layout is torch.strided and not x.is_nested:
+        key = (x.dtype, x.device)
+        suitable = _suitable.get(key)
+        if suitable is None:
+            suitable = _suitable[key] = reason_for_torch(x) is None
+    else:
+        suitable = reason_for_torch(x) is None
+    return suitable and x.numel() > 0 and not transforming()
 
 
 def eager(x: torch.Tensor) -> bool:
-    """Whether nothing is watching operators go by, so that the kernels may be called without one (4 us less)."""
-    return type(x) in _PLAIN and not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack() == 0
+    """Whether nothing is watching operators go by, so that the kernels may be called without one (4 us
+    less).
+    """
+    return (
+        type(x) in PLAIN and not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack() == 0
+    )

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from . import reference
-from .dispatch import TRITON, refuse_dtensor, use_kernels
+from .dispatch import KERNEL_DTYPES, PLAIN, TRITON, refuse_dtensor, use_kernels
+
+# more than one value a channel, or torch's ValueError
+verify_batch_size: Callable[[torch.Size], None] = getattr(F, "_verify_batch_size")  # noqa: B009
 
 if TRITON:
     from . import autograd
@@ -27,14 +32,15 @@ def batch_norm(
 ) -> Tensor:
     """Batch normalization, as torch.nn.functional.batch_norm (Ioffe and Szegedy 2015, arXiv 1502.03167).
 
-    input: [N, C, *], fp16, bf16, fp32 or fp64, any strides; contiguous, channels_last and channels_last_3d inputs give outputs
-    of the same memory format, others contiguous ones. running_mean, running_var, weight, bias: [C] or None, of dtypes of their
-    own; statistics are computed in fp32 (fp64 for fp64 input). With `training` the running statistics, where given, are updated
-    in place: new = (1 - momentum) * old + momentum * batch statistic, with the unbiased variance.
+    input: [N, C, *], fp16, bf16, fp32 or fp64, any strides; contiguous, channels_last and channels_last_3d
+    inputs give outputs of the same memory format, others contiguous ones. running_mean, running_var,
+    weight, bias: [C] or None, of dtypes of their own; statistics are computed in fp32 (fp64 for fp64
+    input). With `training` the running statistics, where given, are updated in place: new = (1 - momentum)
+    * old + momentum * batch statistic, with the unbiased variance.
 
-    Returns a tensor of input's shape and dtype. Raises what torch.nn.functional.batch_norm raises (ValueError for one value a
-    channel in training and for eps <= 0 there, RuntimeError for sizes and devices that do not match), before anything is updated.
-    """
+    Returns a tensor of input's shape and dtype. Raises what torch.nn.functional.batch_norm raises
+    (ValueError for one value a channel in training and for eps <= 0 there, RuntimeError for sizes and
+    devices that do not match), before anything is updated."""
     if has_torch_function_variadic(input, running_mean, running_var, weight, bias):
         return handle_torch_function(
             batch_norm, (input, running_mean, running_var, weight, bias), input, running_mean, running_var,
@@ -44,37 +50,53 @@ def batch_norm(
 
 
 def counting_batch_norm(
-    input: Tensor, running_mean: Tensor | None, running_var: Tensor | None, weight: Tensor | None, bias: Tensor | None,
-    training: bool, momentum: float | None, eps: float, batches: Tensor | None,
-) -> Tensor:  # fmt: skip
-    """batch_norm that also counts the batch, on the device: batches, an int64 scalar tensor, or None. momentum None is the
-    cumulative average, with the factor 1 / (batches + 1)."""
-    refuse_dtensor(input, weight)
-    if training:
-        F._verify_batch_size(input.size())  # type: ignore[arg-type]  # more than one value a channel
-        if eps <= 0.0:
-            raise ValueError(f"batch_norm eps must be positive during training, but got {eps}")
-    elif eps < 0.0:
-        raise ValueError(f"batch_norm eps must be non-negative, but got {eps}")
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    momentum: float | None,
+    eps: float,
+    batches: Tensor | None,
+) -> Tensor:
+    """batch_norm that also counts the batch, on the device: batches, an int64 scalar tensor, or None.
+    momentum None is the cumulative average, with the factor 1 / (batches + 1)."""
+    if not (type(input) in PLAIN and (weight is None or type(weight) in PLAIN)):
+        refuse_dtensor(input, weight)
+    if eps <= 0.0 and (training or eps < 0.0):  # torch has raised these since 2.13
+        needed = "positive during training" if training else "non-negative"
+        raise ValueError(f"batch_norm eps must be {needed}, but got {eps}")
     if not (use_kernels(input) and _fits(input, running_mean, running_var, weight, bias, training, batches)):
-        return _torch_batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps, batches)
-    x = dense(input)
-    cumulative = momentum is None
-    arguments = (
-        x, weight, bias, running_mean, running_var, batches, training, cumulative, 0.0 if cumulative else momentum, eps
-    )  # fmt: skip
+        return _torch_batch_norm(
+            input, running_mean, running_var, weight, bias, training, momentum, eps, batches
+        )
+    if training and input.shape[0] == 1:
+        verify_batch_size(input.size())
+    x = input if input.is_contiguous() else dense(input)
+    buffers = (running_mean, running_var, batches)
+    options = (training, momentum is None, 0.0 if momentum is None else momentum, eps)
     if torch.is_grad_enabled() and (
-        x.requires_grad or (weight is not None and weight.requires_grad) or (bias is not None and bias.requires_grad)
+        x.requires_grad
+        or (weight is not None and weight.requires_grad)
+        or (bias is not None and bias.requires_grad)
     ):
-        return autograd.BatchNorm.apply(*arguments)
-    return autograd.run(*arguments, keep=False)[0]
+        return autograd.apply(x, weight, bias, buffers, options)
+    return autograd.run(x, weight, bias, buffers, options, False)[0]
 
 
 def _fits(
-    x: Tensor, running_mean: Tensor | None, running_var: Tensor | None, weight: Tensor | None, bias: Tensor | None,
-    training: bool, batches: Tensor | None,
-) -> bool:  # fmt: skip
-    """Whether the kernels can take these arguments. What they cannot take goes to torch, which raises its own errors."""
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    batches: Tensor | None,
+) -> bool:
+    """Whether the kernels can take these arguments. What they cannot take goes to torch, which raises its
+    own errors.
+    """
     if x.dim() < 2 or x.dim() > 5 or (not training and (running_mean is None or running_var is None)):
         return False
     if (running_mean is None) != (running_var is None):
@@ -82,16 +104,27 @@ def _fits(
     channels, device = x.shape[1], x.device
     for t in (running_mean, running_var, weight, bias):
         if t is not None and not (
-            t.dim() == 1 and t.shape[0] == channels and t.device == device and t.is_floating_point() and t.is_contiguous()
+            t.dim() == 1
+            and t.numel() == channels
+            and t.is_contiguous()
+            and t.dtype in KERNEL_DTYPES
+            and t.device == device
         ):
             return False
     return batches is None or (batches.device == device and batches.dtype == torch.int64)
 
 
 def _torch_batch_norm(
-    x: Tensor, running_mean: Tensor | None, running_var: Tensor | None, weight: Tensor | None, bias: Tensor | None,
-    training: bool, momentum: float | None, eps: float, batches: Tensor | None,
-) -> Tensor:  # fmt: skip
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    momentum: float | None,
+    eps: float,
+    batches: Tensor | None,
+) -> Tensor:
     """torch's own batch_norm. The batch is counted after it: a rejected batch leaves no trace."""
     if momentum is None and training and batches is not None and torch.compiler.is_compiling():
         return _torch_cumulative(x, running_mean, running_var, weight, bias, eps, batches)
@@ -104,9 +137,14 @@ def _torch_batch_norm(
 
 
 def _torch_cumulative(
-    x: Tensor, running_mean: Tensor | None, running_var: Tensor | None, weight: Tensor | None, bias: Tensor | None,
-    eps: float, batches: Tensor,
-) -> Tensor:  # fmt: skip
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    batches: Tensor,
+) -> Tensor:
     """momentum=None without reading the counter on the host, so that a compiled graph stays whole."""
     y = F.batch_norm(x, None, None, weight, bias, True, 0.0, eps)
     with torch.no_grad():

@@ -1,7 +1,8 @@
-"""The operators, for everything that looks at graphs: torch.compile, make_fx, opcheck. torch.ops.bnfast.batch_norm_*.
+"""The operators, for everything that looks at graphs: torch.compile, make_fx, opcheck.
+torch.ops.bnfast.batch_norm_*.
 
-No autograd here (autograd.py has it): a Function around bare operators costs half of what registered autograd costs.
-"""
+No autograd here (autograd.py has it): a Function around bare operators costs half of what registered
+autograd costs."""
 
 from __future__ import annotations
 
@@ -11,16 +12,17 @@ from .kernels import batch_norm as kernels
 
 _library = torch.library.Library("bnfast", "DEF")
 _library.define(
-    "batch_norm_train(Tensor x, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean, Tensor(b!)? running_var, "
-    "Tensor(c!)? batches, bool cumulative, float momentum, float eps) -> (Tensor, Tensor)"
-)
-_library.define(
-    "batch_norm_eval(Tensor x, Tensor? weight, Tensor? bias, Tensor running_mean, Tensor running_var, float eps, bool keep)"
+    "batch_norm_train(Tensor x, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean, "
+    "Tensor(b!)? running_var, Tensor(c!)? batches, bool cumulative, float momentum, float eps)"
     " -> (Tensor, Tensor)"
 )
 _library.define(
-    "batch_norm_backward(Tensor x, Tensor dy, Tensor table, bool training, bool need_dx, ScalarType? weight_dtype, "
-    "ScalarType? bias_dtype) -> (Tensor, Tensor, Tensor)"
+    "batch_norm_eval(Tensor x, Tensor? weight, Tensor? bias, Tensor running_mean, Tensor running_var, "
+    "float eps, bool keep) -> (Tensor, Tensor)"
+)
+_library.define(
+    "batch_norm_backward(Tensor x, Tensor dy, Tensor table, bool training, bool need_dx, "
+    "ScalarType? weight_dtype, ScalarType? bias_dtype) -> (Tensor, Tensor, Tensor)"
 )
 train = torch.ops.bnfast.batch_norm_train.default
 evaluate = torch.ops.bnfast.batch_norm_eval.default
@@ -28,15 +30,20 @@ backward = torch.ops.bnfast.batch_norm_backward.default
 
 
 def _train(x, weight, bias, running_mean, running_var, batches, cumulative, momentum, eps):  # type: ignore[no-untyped-def]
-    return kernels.forward(x, weight, bias, running_mean, running_var, batches, cumulative, momentum, eps)
+    return kernels.forward(
+        kernels.dense(x), weight, bias, running_mean, running_var, batches, cumulative, momentum, eps
+    )
 
 
 def _eval(x, weight, bias, running_mean, running_var, eps, keep):  # type: ignore[no-untyped-def]
-    return kernels.inference(x, weight, bias, running_mean, running_var, eps, keep)
+    return kernels.inference(kernels.dense(x), weight, bias, running_mean, running_var, eps, keep)
 
 
 def _backward(x, dy, table, training, need_dx, weight_dtype, bias_dtype):  # type: ignore[no-untyped-def]
-    gradients = kernels.backward(x, dy, table, training, need_dx, weight_dtype, bias_dtype)
+    x = kernels.dense(x)
+    gradients = kernels.backward(
+        x, kernels.dense_like(dy, x), table, training, need_dx, weight_dtype, bias_dtype
+    )
     return tuple(x.new_empty(0) if g is None else g for g in gradients)
 
 

@@ -30,7 +30,8 @@ class Case:
     def __str__(self) -> str:
         size = "x".join(map(str, self.shape))
         mode = "train" if self.training else "eval"
-        return f"{size:18} {self.layout:13} {str(self.dtype).removeprefix('torch.'):8} {mode:5} mean {self.mean:g}"
+        dtype = str(self.dtype).removeprefix("torch.")
+        return f"{size:18} {self.layout:13} {dtype:8} {mode:5} mean {self.mean:g}"
 
 
 def cases(device: torch.device) -> list[Case]:
@@ -56,7 +57,12 @@ def results(case: Case, device: torch.device, function: object, dtype: torch.dty
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     weight, bias, mean, variance = (
         t.to(torch.float32).to(wide).to(device)
-        for t in (random(channels), random(channels), random(channels) + case.mean, random(channels).square() + 0.5)
+        for t in (
+            random(channels),
+            random(channels),
+            random(channels) + case.mean,
+            random(channels).square() + 0.5,
+        )
     )
     weight.requires_grad_()
     bias.requires_grad_()
@@ -65,7 +71,15 @@ def results(case: Case, device: torch.device, function: object, dtype: torch.dty
     spread = x.detach().transpose(0, 1).flatten(1).var(1, correction=0) if case.training else variance
     scale = weight.detach() * torch.rsqrt(spread + EPS)
     ady = dy * scale.view(1, -1, *[1] * (dy.dim() - 2))
-    named = {"ady": ady, "y": y, "dx": x.grad, "dweight": weight.grad, "dbias": bias.grad, "mean": mean, "var": variance}
+    named = {
+        "ady": ady,
+        "y": y,
+        "dx": x.grad,
+        "dweight": weight.grad,
+        "dbias": bias.grad,
+        "mean": mean,
+        "var": variance,
+    }
     return {k: v.detach().double().cpu() for k, v in named.items() if v is not None}
 
 
@@ -90,8 +104,8 @@ class Verdict:
 
 
 def judge(case: Case, device: torch.device) -> dict[str, Verdict]:
-    """At most twice torch's own error at the same dtype, plus a few units in the last place (more in fp64, where the oracle
-    errs as well). Never scaled by the size of the reduction."""
+    """At most twice torch's own error at the same dtype, plus a few units in the last place (more in fp64,
+    where the oracle errs as well). Never scaled by the size of the reduction."""
     exact = results(case, device, F.batch_norm, torch.float64)
     ours = results(case, device, batch_norm, case.dtype)
     theirs = results(case, device, F.batch_norm, case.dtype)
@@ -118,7 +132,8 @@ def run(seconds: float) -> int:
         bad = [k for k, v in verdicts.items() if not v.ok]
         worst = max(verdicts, key=lambda k: verdicts[k].ours)
         mine, other = verdicts[worst].ours, verdicts[worst].torch
-        print(f"{'FAIL ' + ','.join(bad) if bad else 'ok':4} {case}   worst {worst:7} {mine:.1e} (torch {other:.1e})")
+        outcome = "FAIL " + ",".join(bad) if bad else "ok"
+        print(f"{outcome:4} {case}   worst {worst:7} {mine:.1e} (torch {other:.1e})")
         failed += bool(bad)
         done += 1
     left = f", {len(todo) - done} not started for lack of time" if done < len(todo) else ""

@@ -1,1 +1,3 @@
-"""Triton kernels for normalization, and the host code that plans and launches them. Knows nothing of torch.nn."""
+"""Triton kernels for normalization, and the host code that plans and launches them. Knows nothing of
+torch.nn.
+"""

@@ -1,8 +1,9 @@
-"""BatchNorm on dense tensors: allocate, pick the plan, launch. Knows sizes and pointers, nothing of autograd or modules.
+"""BatchNorm on dense tensors: allocate, pick the plan, launch. Knows sizes and pointers, nothing of
+autograd or modules.
 
-x is best contiguous, channels_last or channels_last_3d (anything else is copied), fp16, bf16, fp32 or fp64; parameters and running statistics
-are contiguous and of any floating dtype; everything is on one device. The caller has checked all that.
-"""
+x is contiguous, channels_last or channels_last_3d (see `dense`) and dy in the same order, fp16, bf16, fp32
+or fp64; parameters and running statistics are contiguous and of any floating dtype; everything is on one
+device. The caller has checked all that."""
 
 from __future__ import annotations
 
@@ -16,7 +17,7 @@ import torch
 
 from . import plan
 from .gradients import gradient_sums_kernel, gradient_transform_kernel
-from .launch import INTERPRET, Launch, arrivals
+from .launch import INTERPRET, Launch, arrivals, current_stream
 from .statistics import statistics_kernel
 from .transform import transform_kernel
 
@@ -25,15 +26,17 @@ _FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 @lru_cache
 def multiprocessors(index: int) -> int:
-    """SMs to plan for. The interpreter runs programs one after another, so there a few show all there is to see."""
+    """SMs to plan for. The interpreter runs programs one after another, so there a few show all there is to
+    see.
+    """
     if INTERPRET or index < 0:
         return int(os.environ.get("BNFAST_INTERPRETER_SMS", "2"))
     return torch.cuda.get_device_properties(index).multi_processor_count
 
 
 def is_channels_last(x: torch.Tensor) -> bool:
-    """Whether C is the fastest dimension of a dense x. Where both layouts describe it, the one that suits the kernels: a
-    plane of one position is a row; a single channel is a run."""
+    """Whether C is the fastest dimension of a dense x. Where both layouts describe it, the one that suits
+    the kernels: a plane of one position is a row; a single channel is a run."""
     if x.dim() == 2 or prod(x.shape[2:]) == 1:
         return True
     return not x.is_contiguous()
@@ -57,7 +60,9 @@ def out_like(x: torch.Tensor) -> torch.Tensor:
 
 
 def dense_like(dy: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """dy in the memory order of a dense x. Gradients come expanded (`y.sum()`), transposed, sliced: then it is copied."""
+    """dy in the memory order of a dense x. Gradients come expanded (`y.sum()`), transposed, sliced: then it
+    is copied.
+    """
     if dy.stride() == x.stride():
         return dy
     return dy.contiguous(memory_format=torch.contiguous_format if x.is_contiguous() else _FORMATS[x.dim()])
@@ -67,12 +72,8 @@ def accumulator(x: torch.Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def _aligned(*tensors: torch.Tensor | None) -> bool:
-    pointers = 0
-    for t in tensors:
-        if t is not None:
-            pointers |= t.data_ptr()
-    return pointers % plan.VECTOR_BYTES == 0
+def _address(t: torch.Tensor | None) -> int:
+    return 0 if t is None else t.data_ptr()
 
 
 def _dtype(t: torch.Tensor | None) -> torch.dtype | None:
@@ -81,19 +82,22 @@ def _dtype(t: torch.Tensor | None) -> torch.dtype | None:
 
 @dataclass(frozen=True)
 class _Step:
-    """A launch with all that does not change between calls of one signature."""
+    """One or two launches with all that does not change between calls of one signature."""
 
-    launch: Launch
-    sizes: tuple[int, ...]
-    partials: int = 0
-    blocks: int = 0
+    first: Launch
+    second: Launch | None = None
+    accumulator: torch.dtype = torch.float32
+    partials: int = 0  # elements of workspace for the first
+    blocks: int = 0  # arrival counters for the first
 
 
 _steps: dict[Any, _Step] = {}
 
 
-def _step(kind: str, x: torch.Tensor, index: int, aligned: bool, *rest: Any) -> _Step:
-    """The step for this signature. `rest`: dtypes and flags that the compiled kernel depends on."""
+def _step(kind: str, x: torch.Tensor, index: int, addresses: int, *rest: Any) -> _Step:
+    """The step for this signature. addresses: of all tensors, or-ed. `rest`: dtypes and flags that the
+    compiled kernels depend on."""
+    aligned = addresses % plan.VECTOR_BYTES == 0
     key = (kind, x.shape, x.stride(), x.dtype, index, aligned, rest)
     step = _steps.get(key)
     if step is None:
@@ -112,114 +116,123 @@ def forget_plans() -> None:
 def _make_step(kind: str, x: torch.Tensor, index: int, aligned: bool, rest: tuple[Any, ...]) -> _Step:
     n, c, s = x.shape[0], x.shape[1], prod(x.shape[2:])
     size = (n, c, s, x.element_size(), is_channels_last(x), aligned, multiprocessors(index))
-    if kind in ("statistics", "gradient_sums"):
-        sweep = plan.reduce_sweep(*size, 1 if kind == "statistics" else 2)
-        v = sweep.view
-        constants: tuple[Any, ...] = (
-            plan.MODES[v.mode], sweep.vec, sweep.unroll, sweep.group, v.lanes, v.channels_a_block, sweep.fold, v.positions, sweep.merge,
-        )  # fmt: skip
-        kernel = gradient_sums_kernel
-        if kind == "statistics":
-            constants += (rest[0],)  # CUMULATIVE
-            kernel = statistics_kernel
-    else:
-        sweep = plan.map_sweep(*size, 2 if kind == "gradient_transform" else 1)
-        constants = (plan.MODES[sweep.view.mode], sweep.vec, sweep.tile_rows, sweep.view.lanes)
-        kernel = gradient_transform_kernel
-        if kind == "transform":
-            constants += rest[:2]  # EVAL, CENTRED
-            kernel = transform_kernel
-    launch = Launch(kernel, sweep.programs, sweep.warps, sweep.registers, constants, bind_once=aligned)
-    return _Step(launch, sweep.sizes, sweep.partials, sweep.view.blocks)
+
+    def mapping(kernel: Any, inputs: int, *flags: bool) -> Launch:
+        sweep = plan.map_sweep(*size, inputs)
+        constants = (plan.MODES[sweep.view.mode], sweep.vec, sweep.tile_rows, sweep.view.lanes, *flags)
+        return Launch(kernel, sweep, constants, bind_once=aligned)
+
+    def reducing(kernel: Any, inputs: int, second: Launch | None, *flags: bool) -> _Step:
+        sweep = plan.reduce_sweep(*size, inputs)
+        view, mode = sweep.view, plan.MODES[sweep.view.mode]
+        tile = (mode, sweep.vec, sweep.unroll, sweep.group, view.lanes)
+        constants = (*tile, view.channels_a_block, sweep.fold, view.positions, sweep.merge, *flags)
+        first = Launch(kernel, sweep, constants, bind_once=aligned)
+        return _Step(first, second, accumulator(x), sweep.partials, view.blocks)
+
+    if kind == "train":
+        return reducing(
+            statistics_kernel, 1, mapping(transform_kernel, 1, False, True), rest[0]
+        )  # CUMULATIVE
+    if kind == "eval":
+        return _Step(mapping(transform_kernel, 1, True, True))  # EVAL, CENTRED
+    if kind == "scale":
+        return _Step(mapping(transform_kernel, 1, False, False))
+    wanted = kind == "backward"
+    return reducing(gradient_sums_kernel, 2, mapping(gradient_transform_kernel, 2) if wanted else None)
 
 
-def _on_its_device(function: Any) -> Any:
-    """Triton launches on the current device, which need not be x's."""
-
-    def wrapper(x: torch.Tensor, *args: Any) -> Any:
-        index = x.get_device()
-        if index < 0 or index == torch._C._cuda_getDevice():
-            return function(x, index, *args)
-        with torch.cuda.device(index):
-            return function(x, index, *args)
-
-    wrapper.__doc__ = function.__doc__
-    return wrapper
+def _where(x: torch.Tensor) -> tuple[int, int, bool]:
+    """(device index, its current stream, whether another device is current: Triton launches on the current
+    one).
+    """
+    index = x.get_device()
+    if INTERPRET or index < 0:
+        return index, 0, False
+    return index, current_stream(index), index != torch._C._cuda_getDevice()
 
 
-@_on_its_device
 def forward(
-    x: torch.Tensor, index: int, weight: torch.Tensor | None, bias: torch.Tensor | None,
+    x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None,
     running_mean: torch.Tensor | None, running_var: torch.Tensor | None, batches: torch.Tensor | None,
     cumulative: bool, momentum: float, eps: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    """Training: -> (y, table [4, C]). Updates the running statistics and the batch counter in place. Two launches."""
-    x = dense(x)
-    aligned = _aligned(x, weight, bias, running_mean, running_var, batches)
-    dtypes = (_dtype(weight), _dtype(bias), _dtype(running_mean), _dtype(running_var), batches is None)
-    first = _step("statistics", x, index, aligned, cumulative, dtypes)
-    second = _step("transform", x, index, aligned, False, True, batches is None)
-    acc = accumulator(x)
-    y = out_like(x)
-    table = torch.empty((4, x.shape[1]), dtype=acc, device=x.device)
-    partials = torch.empty(first.partials, dtype=acc, device=x.device)
-    first.launch(
-        index, x, partials, arrivals(x.device, index, first.blocks), table, weight, bias, running_mean, running_var,
-        batches if cumulative else None, *first.sizes, eps, momentum,
-    )  # fmt: skip
-    second.launch(index, x, y, table, None, None, None, None, batches, *second.sizes, eps)
+    """Training: -> (y, table [4, C]). Updates the running statistics and the batch counter in place. Two
+    launches."""
+    index, stream, elsewhere = _where(x)
+    if elsewhere:
+        with torch.cuda.device(x.device):
+            return forward(
+                x, weight, bias, running_mean, running_var, batches, cumulative, momentum, eps
+            )  # fmt: skip
+    addresses, dtypes = x.data_ptr(), []
+    for t in (weight, bias, running_mean, running_var, batches):
+        if t is None:
+            dtypes.append(None)
+        else:
+            addresses |= t.data_ptr()
+            dtypes.append(t.dtype)
+    step = _step("train", x, index, addresses, cumulative, *dtypes)
+    y = torch.empty_like(x)
+    table = x.new_empty((4, x.shape[1]), dtype=step.accumulator)
+    partials = table.new_empty(step.partials)  # the quickest way to allocate: half of torch.empty's time
+    counters, counted = arrivals(x.device, index, stream, step.blocks), batches if cumulative else None
+    tensors = (x, partials, counters, table, weight, bias, running_mean, running_var, counted)
+    step.first(stream, tensors, eps, momentum)
+    step.second(stream, (x, y, table, None, None, None, None, batches), eps)  # type: ignore[misc]
     return y, table
 
 
-@_on_its_device
 def inference(
-    x: torch.Tensor, index: int, weight: torch.Tensor | None, bias: torch.Tensor | None,
+    x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None,
     running_mean: torch.Tensor, running_var: torch.Tensor, eps: float, keep: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """Eval: -> (y, table [4, C] if `keep`, for a backward, else an empty one). One launch."""
-    x = dense(x)
-    aligned = _aligned(x, weight, bias, running_mean, running_var)
-    dtypes = (_dtype(weight), _dtype(bias), running_mean.dtype, running_var.dtype, keep)
-    step = _step("transform", x, index, aligned, True, True, dtypes)
-    y = out_like(x)
-    table = torch.empty((4, x.shape[1]) if keep else 0, dtype=accumulator(x), device=x.device)
-    step.launch(
-        index, x, y, table if keep else None, weight, bias, running_mean, running_var, None, *step.sizes, eps
+    index, stream, elsewhere = _where(x)
+    if elsewhere:
+        with torch.cuda.device(x.device):
+            return inference(x, weight, bias, running_mean, running_var, eps, keep)
+    addresses = (
+        x.data_ptr() | _address(weight) | _address(bias) | _address(running_mean) | _address(running_var)
+    )
+    step = _step(
+        "eval", x, index, addresses, _dtype(weight), _dtype(bias), running_mean.dtype, running_var.dtype, keep
     )  # fmt: skip
+    y = torch.empty_like(x)
+    table = torch.empty((4, x.shape[1]) if keep else 0, dtype=accumulator(x), device=x.device)
+    step.first(stream, (x, y, table if keep else None, weight, bias, running_mean, running_var, None), eps)
     return y, table
 
 
-@_on_its_device
 def backward(
-    x: torch.Tensor, index: int, dy: torch.Tensor, table: torch.Tensor, training: bool,
+    x: torch.Tensor, dy: torch.Tensor, table: torch.Tensor, training: bool,
     need_dx: bool, weight_dtype: torch.dtype | None, bias_dtype: torch.dtype | None,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:  # fmt: skip
     """-> (dx, dweight, dbias), None where not wanted (a dtype of None: that parameter's gradient is not).
 
-    Two launches in training, one where dx is not wanted; one in eval, which reads x only if a
-    parameter needs a gradient.
-    """
-    x = dense(x)
-    dy = dense_like(dy, x)
-    aligned = _aligned(x, dy)
-    channels, device = x.shape[1], x.device
-    dx = out_like(x) if need_dx else None
+    Two launches in training, one where dx is not wanted; one in eval, which reads x only if a parameter
+    needs a gradient."""
+    index, stream, elsewhere = _where(x)
+    if elsewhere:
+        with torch.cuda.device(x.device):
+            return backward(x, dy, table, training, need_dx, weight_dtype, bias_dtype)
+    channels = x.shape[1]
+    addresses = x.data_ptr() | dy.data_ptr()
+    dx = torch.empty_like(x) if need_dx else None
     if not training and weight_dtype is None and bias_dtype is None:
-        step = _step("transform", x, index, aligned, False, False, dy.dtype)
-        step.launch(index, dy, dx, table, None, None, None, None, None, *step.sizes, 0.0)
+        step = _step("scale", x, index, addresses, dy.dtype)
+        step.first(stream, (dy, dx, table, None, None, None, None, None), 0.0)
         return dx, None, None
     wanted = need_dx and training
-    acc = accumulator(x)
-    dweight = None if weight_dtype is None else torch.empty(channels, dtype=weight_dtype, device=device)
-    dbias = None if bias_dtype is None else torch.empty(channels, dtype=bias_dtype, device=device)
-    gradients = torch.empty((3, channels), dtype=acc, device=device) if wanted else None
-    first = _step("gradient_sums", x, index, aligned, weight_dtype, bias_dtype, need_dx, training, dy.dtype)
-    partials = torch.empty(first.partials, dtype=acc, device=device)
-    first.launch(
-        index, dy, x, None if training else dx, partials, arrivals(device, index, first.blocks), table, gradients,
-        dweight, dbias, *first.sizes, x.numel() / channels,
-    )  # fmt: skip
-    if wanted:
-        second = _step("gradient_transform", x, index, aligned, dy.dtype)
-        second.launch(index, dy, x, dx, table, gradients, *second.sizes)
+    kind = "backward" if wanted else "sums"
+    step = _step(kind, x, index, addresses, weight_dtype, bias_dtype, need_dx, dy.dtype)
+    dweight = None if weight_dtype is None else table.new_empty(channels, dtype=weight_dtype)
+    dbias = None if bias_dtype is None else table.new_empty(channels, dtype=bias_dtype)
+    gradients = table.new_empty((3, channels)) if wanted else None
+    partials = table.new_empty(step.partials)
+    counters, swept = arrivals(x.device, index, stream, step.blocks), None if training else dx
+    tensors = (dy, x, swept, partials, counters, table, gradients, dweight, dbias)
+    step.first(stream, tensors, x.numel() / channels)
+    if step.second is not None:
+        step.second(stream, (dy, x, dx, table, gradients))
     return dx, dweight, dbias

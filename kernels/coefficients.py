@@ -1,21 +1,21 @@
 """The middle stage, per channel: what the moments (or the gradient sums) of a cell mean for its elements.
 
-A new normalizer is a new function here. Everything is [CHANNELS] wide and runs once a channel, in the last program to
-finish a block. The coefficient table of the forward is [4, channels]: p, a, b and rstd, so that y = a * (x - p) + b;
-the backward's is [3, channels]: k1, k2, k3, so that dx = k1 * g + k2 * (x - p) + k3. p is the mean itself: folded into b
-it costs three digits at mean 1e4.
-"""
+A new normalizer is a new function here. Everything is [CHANNELS] wide and runs once a channel, in the last
+program to finish a block. The coefficient table of the forward is [4, channels]: p, a, b and rstd, so that
+y = a * (x - p) + b; the backward's is [3, channels]: k1, k2, k3, so that dx = k1 * g + k2 * (x - p) + k3. p
+is the mean itself: folded into b it costs three digits at mean 1e4."""
 
 import triton
 import triton.language as tl
 
-from .moments import not_negative
 from .tiles import as_scalar
 
 
 @triton.jit
 def arrive_last(arrivals_ptr, expected):
-    """True in the last of `expected` programs, with all that the others stored before in sight. Leaves the counter at 0."""
+    """True in the last of `expected` programs, with all that the others stored before in sight. Leaves the
+    counter at 0.
+    """
     tl.debug_barrier()  # every thread's stores before the one thread's atomic
     last = tl.atomic_add(arrivals_ptr, 1, sem="acq_rel", scope="gpu") == expected - 1
     if last:
@@ -40,17 +40,34 @@ def reciprocal_std(variance, eps, ACC: tl.constexpr):
 
 @triton.jit
 def batch_norm_forward(
-    offs_c, mask_c, count, mean, m2, table_ptr, weight_ptr, bias_ptr,
-    running_mean_ptr, running_var_ptr, batches_ptr, channels, eps, momentum, CUMULATIVE: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
-    """Ioffe and Szegedy 2015, algorithm 1: a = gamma * rstd, b = beta. Running variance is the unbiased one, as in torch.
+    offs_c,
+    mask_c,
+    count,
+    mean,
+    m2,
+    table_ptr,
+    weight_ptr,
+    bias_ptr,
+    running_mean_ptr,
+    running_var_ptr,
+    batches_ptr,
+    channels,
+    eps,
+    momentum,
+    CUMULATIVE: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """Ioffe and Szegedy 2015, algorithm 1: a = gamma * rstd, b = beta. Running variance is the unbiased
+    one, as in torch.
 
-    CUMULATIVE (momentum=None): the factor is 1 / (batches + 1), read from the device; the second launch counts the batch.
-    """
+    CUMULATIVE (momentum=None): the factor is 1 / (batches + 1), read from the device; the second launch
+    counts the batch."""
     variance = m2 / tl.where(count > 0, count, 1.0)
     rstd = reciprocal_std(variance, as_scalar(eps, ACC), ACC)
     scale = load_or(weight_ptr, offs_c, mask_c, 1.0, ACC) * rstd
-    store_table(table_ptr, offs_c, mask_c, channels, mean, scale, load_or(bias_ptr, offs_c, mask_c, 0.0, ACC), rstd)
+    store_table(
+        table_ptr, offs_c, mask_c, channels, mean, scale, load_or(bias_ptr, offs_c, mask_c, 0.0, ACC), rstd
+    )
     if CUMULATIVE:
         factor = 1.0 / (tl.load(batches_ptr + tl.arange(0, 1)) + 1).to(ACC)
     else:
@@ -90,8 +107,18 @@ def from_running_statistics(
 
 @triton.jit
 def batch_norm_backward(
-    offs_c, mask_c, sum_g, sum_gd, table_ptr, gradients_ptr, dweight_ptr, dbias_ptr, channels, count, ACC: tl.constexpr
-):  # fmt: skip
+    offs_c,
+    mask_c,
+    sum_g,
+    sum_gd,
+    table_ptr,
+    gradients_ptr,
+    dweight_ptr,
+    dbias_ptr,
+    channels,
+    count,
+    ACC: tl.constexpr,
+):
     """From sum g and sum g * (x - p): the derivative of algorithm 1, and dgamma, dbeta.
 
     dx = a * (g - sum_g / n - (x - p) * rstd^2 * sum_gd / n).

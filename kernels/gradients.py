@@ -1,5 +1,6 @@
-"""Backward. First launch: sums of g and g * (x - p) -> dgamma, dbeta and the table k1, k2, k3. Second: dx = k1 * g +
-k2 * (x - p) + k3. Each reads dy and x once. In eval dx = a * g needs no sums, so one launch does both."""
+"""Backward. First launch: sums of g and g * (x - p) -> dgamma, dbeta and the table k1, k2, k3. Second: dx =
+k1 * g + k2 * (x - p) + k3. Each reads dy and x once. In eval dx = a * g needs no sums, so one launch does
+both."""
 
 import triton
 import triton.language as tl
@@ -18,7 +19,9 @@ def gradient_sums_kernel(
     MODE: tl.constexpr, VEC: tl.constexpr, U: tl.constexpr, R: tl.constexpr, LANES: tl.constexpr,
     CHANNELS: tl.constexpr, FOLD: tl.constexpr, POSITIONS: tl.constexpr, MERGE: tl.constexpr,
 ):  # fmt: skip
-    """partials: [splits, 2, channels]. dx_ptr is given in eval only (dx = a * g), gradients_ptr in training only."""
+    """partials: [splits, 2, channels]. dx_ptr is given in eval only (dx = a * g), gradients_ptr in training
+    only.
+    """
     ACC: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
     block = tl.program_id(0) % blocks
     split = tl.program_id(0) // blocks
@@ -36,7 +39,9 @@ def gradient_sums_kernel(
         x = tl.load(x_ptr + base + offs, mask=mask, other=0.0, eviction_policy="evict_last")
         if dx_ptr is not None:
             dx = a * g.to(ACC)
-            tl.store(dx_ptr + base + offs, dx.to(dx_ptr.dtype.element_ty), mask=mask, eviction_policy="evict_first")
+            tl.store(
+                dx_ptr + base + offs, dx.to(dx_ptr.dtype.element_ty), mask=mask, eviction_policy="evict_first"
+            )
         g = tl.reshape(g, (U, R, LANES)).to(ACC)
         distance = tl.reshape(x, (U, R, LANES)).to(ACC) - p[None, :, :]
         sum_g += tl.sum(g, 0)
@@ -89,4 +94,6 @@ def gradient_transform_kernel(
         g = tl.load(dy_ptr + base + offs, mask=mask, other=0.0, eviction_policy="evict_first").to(ACC)
         x = tl.load(x_ptr + base + offs, mask=mask, other=0.0, eviction_policy="evict_first").to(ACC)
         dx = k1 * g + k2 * (x - p) + k3
-        tl.store(dx_ptr + base + offs, dx.to(dx_ptr.dtype.element_ty), mask=mask, eviction_policy="evict_first")
+        tl.store(
+            dx_ptr + base + offs, dx.to(dx_ptr.dtype.element_ty), mask=mask, eviction_policy="evict_first"
+        )

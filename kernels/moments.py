@@ -1,9 +1,9 @@
-"""Merging counts, means and M2 (sums of squared deviations from the mean) without losing digits: Chan, Golub and LeVeque
-1983, "Algorithms for computing the sample variance", eq. 2.1.
+"""Merging counts, means and M2 (sums of squared deviations from the mean) without losing digits: Chan,
+Golub and LeVeque 1983, "Algorithms for computing the sample variance", eq. 2.1.
 
-A mean travels as an unevaluated sum, pivot + shift: rounded to one fp32 at mean 1e4 and std 1, each partial mean would
-be off by 5e-4, and the variance that is merged from their differences by 1e-5. A NaN or inf in the data stays visible:
-`where` instead of `maximum`, which drops NaN."""
+A mean travels as an unevaluated sum, pivot + shift: rounded to one fp32 at mean 1e4 and std 1, each partial
+mean would be off by 5e-4, and the variance that is merged from their differences by 1e-5. A NaN or inf in
+the data stays visible: `where` instead of `maximum`, which drops NaN."""
 
 import triton
 import triton.language as tl
@@ -11,7 +11,9 @@ import triton.language as tl
 
 @triton.jit
 def finite_or_zero(value):
-    """A pivot that is not finite would turn a whole program's sums into NaN where only one value is; 0 is always legal."""
+    """A pivot that is not finite would turn a whole program's sums into NaN where only one value is; 0 is
+    always legal.
+    """
     return tl.where(tl.abs(value) < float("inf"), value, 0.0)
 
 
@@ -36,13 +38,16 @@ def merge(count, pivot, shift, m2, count_b, pivot_b, shift_b, m2_b):
     share = count_b / tl.where(total > 0, total, 1.0)
     pivot = tl.where(count > 0, pivot, pivot_b)
     delta = tl.where(count_b > 0, (pivot_b - pivot) + (shift_b - shift), 0.0)
-    # (delta * (count * share)) * delta, in this order: delta^2 alone overflows for means near 1e20 while count is 0
+    # (delta * (count * share)) * delta, in this order: delta^2 alone overflows for means near 1e20 while
+    # count is 0
     return total, pivot, shift + delta * share, m2 + m2_b + (delta * (count * share)) * delta
 
 
 @triton.jit
 def merge_along(count, pivot, shift, m2, AXIS: tl.constexpr):
-    """All sets of moments along an axis into one. Two steps, both about a value close to the mean, so that nothing cancels."""
+    """All sets of moments along an axis into one. Two steps, both about a value close to the mean, so that
+    nothing cancels.
+    """
     some = count > 0
     total = tl.sum(count, AXIS)
     centre = finite_or_zero(tl.max(tl.where(some, pivot, float("-inf")), AXIS))

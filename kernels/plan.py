@@ -1,24 +1,37 @@
 """Sizes -> what to launch: tiles, warps, splits, grid. Pure Python; needs neither torch nor Triton nor a GPU.
 
-A *sweep* is one kernel's walk over x (tiles.py has the words). Its plan also knows what it costs: bytes in flight, programs,
-the tail of the finalising program. Each choice carries its reason; [sass] marks what was read off compiled kernels.
-"""
+A *sweep* is one kernel's walk over x (tiles.py has the words). Its plan also knows what it costs: bytes in
+flight, programs, the tail of the finalising program. Each choice carries its reason; [sass] marks what was
+read off compiled kernels."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from math import gcd
+
+from .views import (
+    VECTOR_BYTES,
+    View,
+    ceil_div,
+    cycles_view,
+    floor_power_of_two,
+    planes_view,
+    power_of_two,
+    rows_view,
+    runs_view,
+    strips_view,
+)
 
 MODES = {"rows": 0, "cycles": 1, "planes": 2, "runs": 3}  # as in tiles.py
 INT32 = 2**31
 WARP = 32
-VECTOR_BYTES = 16
+
 
 @dataclass(frozen=True)
 class Program:
-    """How large a program is, how many share an SM, the registers a thread is compiled for to make that so, and the 16-byte loads
-    that a thread has under way at a time, over all inputs. warps * an_sm * loads / 2 is KB in flight an SM: an H200 wants 48."""
+    """How large a program is, how many share an SM, the registers a thread is compiled for to make that so,
+    and the 16-byte loads that a thread has under way at a time, over all inputs. warps * an_sm * loads / 2
+    is KB in flight an SM: an H200 wants 48."""
 
     warps: int
     an_sm: int
@@ -26,61 +39,15 @@ class Program:
     loads: int
 
 
-# Reducing programs. Many loads a thread rather than many threads: a thread then runs its loop longer for one epilogue, and 128
-# registers hold 8 vectors beside the accumulators, where 64 hold 3 of the 4 that twice the threads would need [sass]. Two
-# programs an SM leave few partials for the last one to merge. Tensors too small for that take smaller programs.
+# Reducing programs. Many loads a thread rather than many threads: a thread then runs its loop longer for
+# one epilogue, and 128 registers hold 8 vectors beside the accumulators, where 64 hold 3 of the 4 that
+# twice the threads would need [sass]. Two programs an SM leave few partials for the last one to merge.
+# Tensors too small for that take smaller programs.
 REDUCE = (Program(8, 2, 128, 8), Program(4, 4, 128, 8), Program(4, 4, 128, 2), Program(4, 4, 128, 0))
 # A run of S positions holds fewer loads a thread, so more threads.
 REDUCE_RUNS = (Program(8, 4, 64, 4), Program(4, 8, 64, 4), Program(4, 8, 64, 0))
 # Elementwise programs have nothing to merge: small ones start and end more smoothly.
 MAP = Program(4, 7, 72, 4)
-
-
-def ceil_div(a: int, b: int) -> int:
-    return -(-a // b)
-
-
-def power_of_two(n: int) -> int:
-    """The smallest power of two >= n."""
-    return 1 << max(0, n - 1).bit_length()
-
-
-def floor_power_of_two(n: int) -> int:
-    """The largest power of two <= n (1 for 0)."""
-    return 1 << max(0, n.bit_length() - 1)
-
-
-@dataclass(frozen=True)
-class View:
-    """How a layout is seen by tiles.py, before tiles are chosen. Sizes in elements."""
-
-    mode: str
-    rows: int
-    pitch: int
-    width: int
-    inner: int
-    channels: int
-    lanes: int
-    total: int
-    pieces: int = 1
-    channels_a_block: int = 1  # what a block is answerable for, as a power of two
-    positions: int = 1  # lanes of a block that hold the same channel, as a power of two
-
-    @property
-    def blocks(self) -> int:
-        return self.channels if self.mode == "runs" else ceil_div(self.pitch, self.width)
-
-    @property
-    def used(self) -> float:
-        """Share of the lanes that carry data."""
-        if self.mode == "runs":
-            return self.width / (self.pieces * self.lanes)
-        return self.pitch / (self.blocks * self.lanes)
-
-    def vector(self, itemsize: int, aligned: bool) -> int:
-        """Elements a load instruction: the largest power of two up to 16 bytes that divides all that an address is made of."""
-        vec = gcd(VECTOR_BYTES // itemsize if aligned else 1, gcd(self.pitch, self.width))
-        return gcd(vec, self.total) if self.mode == "cycles" else vec
 
 
 @dataclass(frozen=True)
@@ -108,7 +75,9 @@ class Sweep:
 
     @cached_property
     def merge(self) -> int:
-        """Splits that the finalising program merges a step: 4 values a thread, so that loads overlap within 64 registers."""
+        """Splits that the finalising program merges a step: 4 values a thread, so that loads overlap within
+        64 registers.
+        """
         return min(power_of_two(self.splits), max(1, 4 * WARP * self.warps // self.view.channels_a_block))
 
     @cached_property
@@ -121,7 +90,9 @@ class Sweep:
 
     @cached_property
     def sizes(self) -> tuple[int, ...]:
-        """The kernels' integer arguments, in their order. Raises ValueError where one does not fit 32 bits."""
+        """The kernels' integer arguments, in their order. Raises ValueError where one does not fit 32
+        bits.
+        """
         v = self.view
         sizes = (
             v.rows, v.pitch // self.vec, v.width // self.vec, v.inner, v.channels,
@@ -148,63 +119,22 @@ class Sweep:
         return self.splits * (3 * self.view.channels_a_block + 1) * max(4, self.itemsize)
 
 
-def _rows_view(m: int, c: int, itemsize: int) -> View:
-    """[m, c]: channels_last and 2-D input. Blocks of 128 bytes a row, whole DRAM bursts; wider ones where C divides badly."""
-    lanes = 128 // itemsize
-    if c % lanes and c <= 2 * lanes:
-        lanes = power_of_two(c)
-    return View("rows", m, c, lanes, 1, c, lanes, m * c, channels_a_block=lanes)
-
-
-def _cycles_view(m: int, c: int, itemsize: int, lanes: int) -> View | None:
-    """[m, c] with rows that are not whole vectors: as many rows taken as one as make it so. None: too wide for a tile."""
-    step = (VECTOR_BYTES // itemsize) // gcd(c, VECTOR_BYTES // itemsize)
-    if step * c > lanes:
-        return None
-    taken = min(lanes // (step * c) * step, ceil_div(m, step) * step)
-    return View(
-        "cycles", ceil_div(m, taken), taken * c, taken * c, 1, c, power_of_two(taken * c), m * c,
-        channels_a_block=power_of_two(c), positions=power_of_two(taken),
-    )  # fmt: skip
-
-
-def _planes_view(n: int, c: int, s: int, itemsize: int, lanes: int) -> View:
-    """[n, c * s], a block of whole channels, starting on a vector where the sizes allow one at all."""
-    step = (VECTOR_BYTES // itemsize) // gcd(s, VECTOR_BYTES // itemsize)
-    held = lanes // s
-    held = c if held >= c else (held // step * step or held)
-    return View(
-        "planes", n, c * s, held * s, s, c, min(lanes, power_of_two(held * s)), n * c * s,
-        channels_a_block=power_of_two(held), positions=power_of_two(s) if held > 1 else min(lanes, power_of_two(s)),
-    )  # fmt: skip
-
-
-def _strips_view(n: int, c: int, s: int, lanes: int) -> View:
-    """[n, c * s] in strips that ignore where channels begin: nothing is reduced, so a lane only needs to know its channel."""
-    lanes = min(lanes, power_of_two(c * s))
-    return View("planes", n, c * s, lanes, s, c, lanes, n * c * s)
-
-
-def _runs_view(n: int, c: int, s: int, lanes: int) -> View:
-    """One channel a block, its runs of s positions cut into pieces of a tile's width."""
-    pieces = ceil_div(s, lanes)
-    return View("runs", n * pieces, c * s, s, s, c, lanes, n * c * s, pieces, positions=lanes)
-
-
 def _reduce_view(n: int, c: int, s: int, itemsize: int, channels_last: bool, program: Program) -> View:
     lanes = program.warps * WARP * (VECTOR_BYTES // itemsize)
     if channels_last:
-        rows = _rows_view(n * s, c, itemsize)
+        rows = rows_view(n * s, c, itemsize)
         narrow = rows.vector(itemsize, True) * itemsize < VECTOR_BYTES
-        return (_cycles_view(n * s, c, itemsize, lanes) if narrow else None) or rows
+        return (cycles_view(n * s, c, itemsize, lanes) if narrow else None) or rows
     if s > 2 * lanes:
-        return _runs_view(n, c, s, lanes)
-    return _planes_view(n, c, s, itemsize, lanes if s <= lanes else 2 * lanes)
+        return runs_view(n, c, s, lanes)
+    return planes_view(n, c, s, itemsize, lanes if s <= lanes else 2 * lanes)
 
 
 def _shape(view: View, itemsize: int, aligned: bool, inputs: int, program: Program) -> tuple[int, int, int]:
     """-> (vec, unroll, group) of a tile for a program of this size."""
-    vectors = program.warps * WARP * (VECTOR_BYTES // itemsize)  # elements that one load of every thread brings
+    vectors = (
+        program.warps * WARP * (VECTOR_BYTES // itemsize)
+    )  # elements that one load of every thread brings
     group = 1
     if view.mode == "rows":
         group = min(max(1, vectors // view.lanes), power_of_two(view.rows))
@@ -270,14 +200,16 @@ def map_sweep(
     """The plan of a kernel that maps x, [n, c, s], element by element with coefficients by channel."""
     lanes = MAP.warps * WARP * (VECTOR_BYTES // itemsize)
     if channels_last:
-        view = _rows_view(n * s, c, itemsize)
+        view = rows_view(n * s, c, itemsize)
         if view.vector(itemsize, True) * itemsize < VECTOR_BYTES:
             # a wide row may need a wide tile
-            view = _cycles_view(n * s, c, itemsize, lanes) or _cycles_view(n * s, c, itemsize, 4 * lanes) or view
+            view = (
+                cycles_view(n * s, c, itemsize, lanes) or cycles_view(n * s, c, itemsize, 4 * lanes) or view
+            )
     elif s >= MAP.loads * lanes and s % (VECTOR_BYTES // itemsize) == 0:
-        view = _runs_view(n, c, s, lanes)  # one channel a program: scalar coefficients
+        view = runs_view(n, c, s, lanes)  # one channel a program: scalar coefficients
     else:
-        view = _strips_view(n, c, s, lanes)
+        view = strips_view(n, c, s, lanes)
     vec, unroll, group = _shape(view, itemsize, aligned, inputs, MAP)
     program = _fit(MAP, vec, itemsize)
     tiles = ceil_div(view.rows, unroll * group)
@@ -304,7 +236,9 @@ class BatchNormPlan:
 
     @property
     def forward_bytes(self) -> int:
-        """x twice, y once, and the partials out and back. Tables of a few floats a channel are not counted."""
+        """x twice, y once, and the partials out and back. Tables of a few floats a channel are not
+        counted.
+        """
         return 3 * self.x_bytes + 2 * self._partial_bytes(self.statistics)
 
     @property
@@ -320,8 +254,9 @@ class BatchNormPlan:
 def batch_norm(
     n: int, c: int, s: int, itemsize: int, channels_last: bool, sms: int = 132, aligned: bool = True
 ) -> BatchNormPlan:
-    """n, c, s: batch, channels, spatial positions (1 for 2-D input). itemsize: bytes an element of x. channels_last: C is
-    the fastest dimension (2-D input counts as that). aligned: every tensor starts on 16 bytes. sms: of the GPU."""
+    """n, c, s: batch, channels, spatial positions (1 for 2-D input). itemsize: bytes an element of x.
+    channels_last: C is the fastest dimension (2-D input counts as that). aligned: every tensor starts on 16
+    bytes. sms: of the GPU."""
     size = (n, c, s, itemsize, channels_last, aligned, sms)
     return BatchNormPlan(
         reduce_sweep(*size, 1), map_sweep(*size, 1), reduce_sweep(*size, 2), map_sweep(*size, 2)

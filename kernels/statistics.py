@@ -5,19 +5,36 @@ import triton.language as tl
 
 from .coefficients import arrive_last, batch_norm_forward
 from .moments import finite_or_zero, from_pivoted_sums, merge, merge_along
-from .tiles import PLANES, ROWS, RUNS, channels_held, channels_of_block, sum_by_channel, tile, values_a_channel
+from .tiles import (
+    PLANES,
+    ROWS,
+    RUNS,
+    channels_held,
+    channels_of_block,
+    sum_by_channel,
+    tile,
+    values_a_channel,
+)
 
 SIZES = ["rows", "pitch_v", "width_v", "inner", "channels", "tiles", "pieces", "total_v", "blocks", "splits"]
 
 
 @triton.jit
 def pivoted_sums(
-    raw, mask, pivot, RAGGED: tl.constexpr, ACC: tl.constexpr, U: tl.constexpr, R: tl.constexpr, LANES: tl.constexpr
-):  # fmt: skip
-    """Sums over U of (x - pivot) and its square: [R, LANES] each. Loaded flat and reshaped: Triton 3.6 spills on a 3-D load.
+    raw,
+    mask,
+    pivot,
+    RAGGED: tl.constexpr,
+    ACC: tl.constexpr,
+    U: tl.constexpr,
+    R: tl.constexpr,
+    LANES: tl.constexpr,
+):
+    """Sums over U of (x - pivot) and its square: [R, LANES] each. Loaded flat and reshaped: Triton 3.6
+    spills on a 3-D load.
 
-    RAGGED: some rows of a lane are not there. Lanes that are not there at all may hold anything: nobody looks at them.
-    """
+    RAGGED: some rows of a lane are not there. Lanes that are not there at all may hold anything: nobody
+    looks at them."""
     distance = tl.reshape(raw, (U, R, LANES)).to(ACC) - pivot[None, None, :]
     if RAGGED:
         distance = tl.where(tl.reshape(mask, (U, R, LANES)), distance, 0.0)
@@ -29,10 +46,11 @@ def pivot_by_lane(
     sums, size, width_v, inner, channels,
     MODE: tl.constexpr, VEC: tl.constexpr, LANES: tl.constexpr, FOLD: tl.constexpr, POSITIONS: tl.constexpr,
 ):  # fmt: skip
-    """The mean of each lane's channel in one tile, from the sums of its lanes: [LANES], or [1] where a block is one channel.
+    """The mean of each lane's channel in one tile, from the sums of its lanes: [LANES], or [1] where a
+    block is one channel.
 
-    Any fixed choice of a pivot fails on some data: x[0] may be a padded zero or a spike, running_mean may be NaN for good.
-    """
+    Any fixed choice of a pivot fails on some data: x[0] may be a padded zero or a spike, running_mean may
+    be NaN for good."""
     count = tl.full((1,), values_a_channel(size, inner, channels, MODE), sums.dtype)
     if MODE == ROWS or POSITIONS == LANES:
         offs_k = tl.arange(0, FOLD)
@@ -43,7 +61,9 @@ def pivot_by_lane(
         pivot = tl.zeros((LANES,), sums.dtype)
         for start in tl.range(0, channels_held(width_v, inner, channels, MODE, VEC), FOLD):
             offs_k = start + tl.arange(0, FOLD)
-            means = sum_by_channel(sums, offs_k, width_v, inner, channels, MODE, VEC, LANES, POSITIONS) / count
+            means = (
+                sum_by_channel(sums, offs_k, width_v, inner, channels, MODE, VEC, LANES, POSITIONS) / count
+            )
             here = (k >= start) & (k < start + FOLD)
             pivot = tl.where(here, tl.gather(means, tl.where(here, k - start, 0), 0), pivot)
     return finite_or_zero(pivot)
@@ -55,12 +75,16 @@ def sums_by_lane(
     MODE: tl.constexpr, VEC: tl.constexpr, U: tl.constexpr, R: tl.constexpr, LANES: tl.constexpr,
     FOLD: tl.constexpr, POSITIONS: tl.constexpr,
 ):  # fmt: skip
-    """One program's share of x: (size as in tiles.tile; pivot, sum and sum of squares about it, of each lane: [LANES])."""
+    """One program's share of x: (size as in tiles.tile; pivot, sum and sum of squares about it, of each
+    lane: [LANES]).
+    """
     ACC: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
-    # The block's last tile may lack rows. Its program takes it first, outside the loop, which then needs no test of rows:
-    # there are fewer predicate registers than loads to be kept under way.
+    # The block's last tile may lack rows. Its program takes it first, outside the loop, which then needs no
+    # test of rows: there are fewer predicate registers than loads to be kept under way.
     last = split + (tiles - 1 - split) // splits * splits
-    base, offs, mask, seen = tile(block, last, rows, pitch_v, width_v, pieces, total_v, MODE, VEC, U * R, LANES)
+    base, offs, mask, seen = tile(
+        block, last, rows, pitch_v, width_v, pieces, total_v, MODE, VEC, U * R, LANES
+    )
     # evict_last: the second launch reads x again, backwards, and finds in L2 what is left of it
     raw = tl.load(x_ptr + base + offs, mask=mask, other=0.0, eviction_policy="evict_last")
     sums = tl.sum(tl.sum(tl.reshape(raw, (U, R, LANES)).to(ACC), 0), 0)
@@ -89,7 +113,9 @@ def store_moments(
         offs_k = start + tl.arange(0, FOLD)
         offs_c, mask_c = channels_of_block(block, offs_k, held, channels)
         channel_total = sum_by_channel(total, offs_k, width_v, inner, channels, MODE, VEC, LANES, POSITIONS)
-        channel_squares = sum_by_channel(squares, offs_k, width_v, inner, channels, MODE, VEC, LANES, POSITIONS)
+        channel_squares = sum_by_channel(
+            squares, offs_k, width_v, inner, channels, MODE, VEC, LANES, POSITIONS
+        )
         if MODE == ROWS or POSITIONS == LANES:
             channel_pivot = pivot
         else:  # any lane of the channel will do
@@ -103,14 +129,41 @@ def store_moments(
 
 @triton.jit(do_not_specialize=SIZES)
 def statistics_kernel(
-    x_ptr, partials_ptr, arrivals_ptr, table_ptr,
-    weight_ptr, bias_ptr, running_mean_ptr, running_var_ptr, batches_ptr,
-    rows, pitch_v, width_v, inner, channels, tiles, pieces, total_v, blocks, splits,
-    eps: tl.float64, momentum: tl.float64,
-    MODE: tl.constexpr, VEC: tl.constexpr, U: tl.constexpr, R: tl.constexpr, LANES: tl.constexpr,
-    CHANNELS: tl.constexpr, FOLD: tl.constexpr, POSITIONS: tl.constexpr, MERGE: tl.constexpr, CUMULATIVE: tl.constexpr,
-):  # fmt: skip
-    """partials: [splits, 3, channels] pivot, shift and M2, then [splits, blocks] counts. table: see coefficients.py."""
+    x_ptr,
+    partials_ptr,
+    arrivals_ptr,
+    table_ptr,
+    weight_ptr,
+    bias_ptr,
+    running_mean_ptr,
+    running_var_ptr,
+    batches_ptr,
+    rows,
+    pitch_v,
+    width_v,
+    inner,
+    channels,
+    tiles,
+    pieces,
+    total_v,
+    blocks,
+    splits,
+    eps: tl.float64,
+    momentum: tl.float64,
+    MODE: tl.constexpr,
+    VEC: tl.constexpr,
+    U: tl.constexpr,
+    R: tl.constexpr,
+    LANES: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    FOLD: tl.constexpr,
+    POSITIONS: tl.constexpr,
+    MERGE: tl.constexpr,
+    CUMULATIVE: tl.constexpr,
+):
+    """partials: [splits, 3, channels] pivot, shift and M2, then [splits, blocks] counts. table: see
+    coefficients.py.
+    """
     ACC: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
     block = tl.program_id(0) % blocks
     split = tl.program_id(0) // blocks
@@ -128,7 +181,8 @@ def statistics_kernel(
     if arrive_last(arrivals_ptr + block, splits):
         held = channels_held(width_v, inner, channels, MODE, VEC)
         offs_c, mask_c = channels_of_block(block, tl.arange(0, CHANNELS), held, channels)
-        # Merged MERGE splits at a time, lane by lane, then along the lanes: no cross-warp step inside the loop.
+        # Merged MERGE splits at a time, lane by lane, then along the lanes: no cross-warp step inside the
+        # loop.
         all_count = tl.zeros((MERGE, CHANNELS), ACC)
         all_pivot = tl.zeros((MERGE, CHANNELS), ACC)
         all_shift = tl.zeros((MERGE, CHANNELS), ACC)
@@ -141,7 +195,9 @@ def statistics_kernel(
             their_pivot = tl.load(theirs_ptr, mask=mask, other=0.0, cache_modifier=".cg")
             their_shift = tl.load(theirs_ptr + channels, mask=mask, other=0.0, cache_modifier=".cg")
             their_m2 = tl.load(theirs_ptr + 2 * channels, mask=mask, other=0.0, cache_modifier=".cg")
-            their_count = tl.load(counts_ptr + offs_s * blocks, mask=offs_s < splits, other=0.0, cache_modifier=".cg")
+            their_count = tl.load(
+                counts_ptr + offs_s * blocks, mask=offs_s < splits, other=0.0, cache_modifier=".cg"
+            )
             their_count = tl.broadcast_to(their_count, (MERGE, CHANNELS))
             all_count, all_pivot, all_shift, all_m2 = merge(
                 all_count, all_pivot, all_shift, all_m2, their_count, their_pivot, their_shift, their_m2

@@ -1,19 +1,21 @@
 """How a program walks x: one view of memory for every layout.
 
-x is seen as a matrix of `rows` rows, `pitch` elements apart. A *block* is a strip of `width` neighbouring elements of each
-row; a *tile* is the part of a block that a program loads at once, [U * R, LANES]. Program (block, split) visits the tiles
-split, split + splits, split + 2 * splits ... so that all programs move through memory as one front.
+x is seen as a matrix of `rows` rows, `pitch` elements apart. A *block* is a strip of `width` neighbouring
+elements of each row; a *tile* is the part of a block that a program loads at once, [U * R, LANES]. Program
+(block, split) visits the tiles split, split + splits, split + 2 * splits ... so that all programs move
+through memory as one front.
 
 Two addressings, each with a variant for the shapes that do not fit it:
 
     ROWS    x is [N*S, C] (channels_last, 2-D input). A lane is a channel.
-    CYCLES  the same with C not divisible by a 16-byte vector: several rows are taken as one, lane p holds channel p % C.
-    PLANES  x is [N, C*S] (contiguous). A block is a strip of a sample's plane, lane p of the plane holds channel p // S.
-    RUNS    x is [N, C*S] and S is larger than a tile: a block is one channel, a row one piece of its S positions.
+    CYCLES  the same with C not divisible by a 16-byte vector: several rows are taken as one, lane p holds
+    channel p % C. PLANES  x is [N, C*S] (contiguous). A block is a strip of a sample's plane, lane p of the
+    plane holds channel p // S. RUNS    x is [N, C*S] and S is larger than a tile: a block is one channel, a
+    row one piece of its S positions.
 
-Every quantity that decides alignment (pitch, width) comes in units of VEC elements and is multiplied here: Triton then
-proves the divisibility that 16-byte loads need, whatever the number (it specialises integers on 16 only).
-"""
+Every quantity that decides alignment (pitch, width) comes in units of VEC elements and is multiplied here:
+Triton then proves the divisibility that 16-byte loads need, whatever the number (it specialises integers on
+16 only)."""
 
 import triton
 import triton.language as tl
@@ -26,13 +28,19 @@ RUNS = tl.constexpr(3)
 
 @triton.jit
 def as_scalar(value, DTYPE: tl.constexpr):
-    """A float argument in the accumulator's type. (Arguments are fp64: Inductor passes Python floats so, and fp64 needs it.)"""
+    """A float argument in the accumulator's type. (Arguments are fp64: Inductor passes Python floats so,
+    and fp64 needs it.)
+    """
     return tl.full((1,), value, DTYPE)
 
 
 @triton.jit
-def lanes_and_channels(block, pitch_v, width_v, inner, channels, MODE: tl.constexpr, VEC: tl.constexpr, LANES: tl.constexpr):
-    """Which channel each lane of a block holds: (offs_c, mask_c), [LANES], or [1] where a block is one channel."""
+def lanes_and_channels(
+    block, pitch_v, width_v, inner, channels, MODE: tl.constexpr, VEC: tl.constexpr, LANES: tl.constexpr
+):
+    """Which channel each lane of a block holds: (offs_c, mask_c), [LANES], or [1] where a block is one
+    channel.
+    """
     if MODE == RUNS:
         offs_c = block + tl.arange(0, 1)
         mask_c = offs_c < channels
@@ -51,15 +59,25 @@ def lanes_and_channels(block, pitch_v, width_v, inner, channels, MODE: tl.conste
 
 @triton.jit
 def tile(
-    block, index, rows, pitch_v, width_v, pieces, total_v,
-    MODE: tl.constexpr, VEC: tl.constexpr, ROWS_A_TILE: tl.constexpr, LANES: tl.constexpr, WHOLE: tl.constexpr = False,
-):  # fmt: skip
-    """Tile `index` of a block: (base, offs, mask, size). WHOLE: the caller knows that it is not the block's last, so that all
-    its rows are there (in RUNS the last piece of a run is short all the same).
+    block,
+    index,
+    rows,
+    pitch_v,
+    width_v,
+    pieces,
+    total_v,
+    MODE: tl.constexpr,
+    VEC: tl.constexpr,
+    ROWS_A_TILE: tl.constexpr,
+    LANES: tl.constexpr,
+    WHOLE: tl.constexpr = False,
+):
+    """Tile `index` of a block: (base, offs, mask, size). WHOLE: the caller knows that it is not the block's
+    last, so that all its rows are there (in RUNS the last piece of a run is short all the same).
 
-    base: int64 element offset of the tile; offs, mask: [ROWS_A_TILE, LANES]; size: how much of it exists, counted in rows
-    (ROWS, PLANES) or in elements (CYCLES, RUNS). pieces: rows that one sample's run of S positions is cut into (RUNS).
-    """
+    base: int64 element offset of the tile; offs, mask: [ROWS_A_TILE, LANES]; size: how much of it exists,
+    counted in rows (ROWS, PLANES) or in elements (CYCLES, RUNS). pieces: rows that one sample's run of S
+    positions is cut into (RUNS)."""
     row = tl.arange(0, ROWS_A_TILE)[:, None]
     lane = tl.arange(0, LANES)[None, :]
     first = index * ROWS_A_TILE
@@ -67,13 +85,18 @@ def tile(
     wide_pitch = tl.cast(pitch_v, tl.int64) * VEC
     wide_width = tl.cast(width_v, tl.int64) * VEC
     if MODE == RUNS:
-        # A tile is ROWS_A_TILE consecutive pieces; the plan keeps ROWS_A_TILE <= pieces, so it enters at most one new sample.
+        # A tile is ROWS_A_TILE consecutive pieces; the plan keeps ROWS_A_TILE <= pieces, so it enters at
+        # most one new sample.
         sample = first // pieces
         piece = first - sample * pieces
         wraps = piece + row >= pieces
         all_pieces = tl.cast(pieces, tl.int64) * LANES
         short = ((all_pieces - wide_width) // VEC).to(tl.int32) * VEC  # what the last piece of a run lacks
-        base = tl.cast(sample, tl.int64) * wide_pitch + tl.cast(block, tl.int64) * wide_width + tl.cast(piece, tl.int64) * LANES
+        base = (
+            tl.cast(sample, tl.int64) * wide_pitch
+            + tl.cast(block, tl.int64) * wide_width
+            + tl.cast(piece, tl.int64) * LANES
+        )
         offs = row * LANES + lane + tl.where(wraps, wide_pitch - all_pieces, 0)
         last = (piece + row == pieces - 1) | (piece + row == 2 * pieces - 1)
         mask = (row < left) & (lane < LANES - tl.where(last, short, 0))
@@ -91,7 +114,9 @@ def tile(
         if MODE == CYCLES and WHOLE:
             size = left * (pitch_v * VEC)
         elif MODE == CYCLES:  # the last row may be short
-            elements = tl.minimum(tl.cast(total_v, tl.int64) * VEC - base, ROWS_A_TILE * wide_pitch).to(tl.int32)
+            elements = tl.minimum(tl.cast(total_v, tl.int64) * VEC - base, ROWS_A_TILE * wide_pitch).to(
+                tl.int32
+            )
             mask = mask & (offs < (elements // VEC) * VEC)
             size = elements
     return base, offs, mask, size
@@ -135,7 +160,9 @@ def sum_by_channel(
     values, offs_k, width_v, inner, channels,
     MODE: tl.constexpr, VEC: tl.constexpr, LANES: tl.constexpr, POSITIONS: tl.constexpr,
 ):  # fmt: skip
-    """[LANES] -> the sums of the block's offs_k-th channels, as wide as offs_k. Lanes that hold nothing are left out."""
+    """[LANES] -> the sums of the block's offs_k-th channels, as wide as offs_k. Lanes that hold nothing are
+    left out.
+    """
     FOLD: tl.constexpr = offs_k.shape[0]
     if MODE == ROWS:
         sums = values

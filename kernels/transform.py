@@ -22,8 +22,9 @@ def transform_kernel(
     MODE: tl.constexpr, VEC: tl.constexpr, ROWS_A_TILE: tl.constexpr, LANES: tl.constexpr,
     EVAL: tl.constexpr, CENTRED: tl.constexpr,
 ):  # fmt: skip
-    """EVAL: the coefficients come from the running statistics, and table_ptr, where given, receives them for the backward.
-    not CENTRED: y = a * x, which is the whole backward of eval when no parameter needs a gradient."""
+    """EVAL: the coefficients come from the running statistics, and table_ptr, where given, receives them
+    for the backward. not CENTRED: y = a * x, which is the whole backward of eval when no parameter needs a
+    gradient."""
     ACC: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
     block = tl.program_id(0) % blocks
     split = tl.program_id(0) // blocks

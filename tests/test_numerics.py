@@ -1,7 +1,7 @@
 """Every kernel against fp64, in the interpreter: layouts, dtypes, awkward sizes, hostile numbers.
 
-Errors are judged beside torch's own at the same dtype (selfcheck.judge) and never scaled by the size of the reduction.
-"""
+Errors are judged beside torch's own at the same dtype (selfcheck.judge) and never scaled by the size of the
+reduction."""
 
 from __future__ import annotations
 
@@ -80,7 +80,13 @@ def two_pass(x: torch.Tensor, dy: torch.Tensor, weight: torch.Tensor) -> dict[st
     xhat, n = d * rstd, x.numel() // x.shape[1]
     db, dw = dy.double().sum((0, 2, 3)).float(), (dy * xhat).double().sum((0, 2, 3)).float()
     dx = w * rstd * (dy - db.view_as(w) / n - xhat * dw.view_as(w) / n)
-    return {"y": xhat * w, "dx": dx, "dweight": dw, "dbias": db, "variance": d.double().pow(2).sum((0, 2, 3)) / (n - 1)}
+    return {
+        "y": xhat * w,
+        "dx": dx,
+        "dweight": dw,
+        "dbias": db,
+        "variance": d.double().pow(2).sum((0, 2, 3)) / (n - 1),
+    }
 
 
 def exactly(x: torch.Tensor, dy: torch.Tensor, weight: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -98,8 +104,9 @@ def exactly(x: torch.Tensor, dy: torch.Tensor, weight: torch.Tensor) -> dict[str
     "data", ["mean 1e4", "first element 0", "first sample 0", "one spike", "spike first", "running mean NaN"]
 )
 def test_hostile_numbers(data: str, shape: tuple[int, ...], layout: str) -> None:
-    """Within twice the error of a two-pass computation with an fp32 mean, forward and backward, plus 8 ulp: the interpreter adds
-    one after another where a GPU adds in a tree, so that beside a spike's square small ones are lost here."""
+    """Within twice the error of a two-pass computation with an fp32 mean, forward and backward, plus 8 ulp:
+    the interpreter adds one after another where a GPU adds in a tree, so that beside a spike's square small
+    ones are lost here."""
     x = hostile(data, shape)
     dy = torch.randn(shape, generator=torch.Generator().manual_seed(2))
     weight = torch.rand(shape[1], generator=torch.Generator().manual_seed(3)) + 0.5
@@ -114,7 +121,9 @@ def test_hostile_numbers(data: str, shape: tuple[int, ...], layout: str) -> None
     for name, value in exact.items():
         scale = value.detach().norm()
         mine = (ours[name].double() - value.detach()).norm() / scale
-        allowed = 2 * (other[name].double() - value.detach()).norm() / scale + 8 * torch.finfo(torch.float32).eps
+        allowed = (
+            2 * (other[name].double() - value.detach()).norm() / scale + 8 * torch.finfo(torch.float32).eps
+        )
         assert mine <= allowed, (name, mine.item(), allowed.item())
 
 
@@ -137,7 +146,9 @@ def test_one_bad_value_stays_in_its_channel(bad: float, layout: str) -> None:
 @BOTH
 @pytest.mark.parametrize("shape", [(8, 24, 7, 7), (5, 13, 3, 4), (2, 3, 70, 66), (1, 1, 4, 5)], ids=str)
 def test_writes_its_outputs_and_nothing_else(shape: tuple[int, ...], layout: str) -> None:
-    """Inputs keep their bits (a known bug elsewhere: no running statistics -> the input overwritten); guards stay intact."""
+    """Inputs keep their bits (a known bug elsewhere: no running statistics -> the input overwritten);
+    guards stay intact.
+    """
     memory_format = torch.channels_last if layout == "channels_last" else torch.contiguous_format
     x, dy = (torch.randn(shape).contiguous(memory_format=memory_format) for _ in range(2))
     held = [guarded(t) for t in (x, dy, torch.randn(shape[1]), torch.randn(shape[1]))]

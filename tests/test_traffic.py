@@ -1,4 +1,6 @@
-"""What the kernels do to memory, counted in the interpreter: bytes, sectors, launches, races, stray accesses."""
+"""What the kernels do to memory, counted in the interpreter: bytes, sectors, launches, races, stray
+accesses.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +12,14 @@ import torch
 from bnfast.kernels import batch_norm as kernels
 from tests.support.trace import Trace, trace
 
-SHAPES = [
-    (8, c, size, size) for c in (24, 64, 96) for size in (7, 14, 28)
-] + [(5, 13, 3, 4), (4, 3, 15, 15), (2, 3, 70, 66), (1, 1, 66, 80), (33, 65, 1, 1), (2, 2, 3, 5, 7)]  # fmt: skip
+SHAPES = [(8, c, size, size) for c in (24, 64, 96) for size in (7, 14, 28)] + [
+    (5, 13, 3, 4),
+    (4, 3, 15, 15),
+    (2, 3, 70, 66),
+    (1, 1, 66, 80),
+    (33, 65, 1, 1),
+    (2, 2, 3, 5, 7),
+]
 FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
@@ -43,7 +50,9 @@ EVERY = pytest.mark.parametrize("shape", SHAPES, ids=str)
 @BOTH
 @EVERY
 def test_training_step(shape: tuple[int, ...], layout: str) -> None:
-    """Forward: x twice, y once, two launches. Backward: dy and x twice, dx once, two launches. Whole sectors throughout."""
+    """Forward: x twice, y once, two launches. Backward: dy and x twice, dx once, two launches. Whole
+    sectors throughout.
+    """
     x, dy = tensors(shape, layout, torch.float16, 2)
     channels = shape[1]
     weight, bias, mean, variance = (torch.rand(channels) for _ in range(4))
@@ -61,14 +70,21 @@ def test_training_step(shape: tuple[int, ...], layout: str) -> None:
     assert (b["x"].reads, b["dy"].reads, b.of(dx).writes) == (2.0, 2.0, 1.0)
     assert b.of(dx).unique_written == b.of(dx).size
     if shape[1] in (24, 64, 96):
-        flows = [t["x"].read_efficiency, t.of(y).write_efficiency, b["x"].read_efficiency, b["dy"].read_efficiency]
+        flows = [
+            t["x"].read_efficiency,
+            t.of(y).write_efficiency,
+            b["x"].read_efficiency,
+            b["dy"].read_efficiency,
+        ]
         assert min(flows) >= 0.97
 
 
 @BOTH
 @EVERY
 def test_eval(shape: tuple[int, ...], layout: str) -> None:
-    """Forward: one launch, x once. Backward: one sweep; without parameter gradients dy once and dx once, x not at all."""
+    """Forward: one launch, x once. Backward: one sweep; without parameter gradients dy once and dx once, x
+    not at all.
+    """
     x, dy = tensors(shape, layout, torch.float16, 2)
     mean, variance = torch.rand(shape[1]), torch.rand(shape[1])
     with trace(x=x) as t:
@@ -131,4 +147,4 @@ def test_a_channel_is_split_over_programs(shape: tuple[int, ...]) -> None:
     large = 64 if s > 1 else 2048
     for last in (True, False):
         sweep = plan.reduce_sweep(n * large, c, s * 64, 2, last, True, 132, 1)
-        assert 0.75 * 132 <= sweep.programs
+        assert sweep.programs >= 0.75 * 132

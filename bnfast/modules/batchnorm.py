@@ -12,7 +12,9 @@ from ..functional import counting_batch_norm
 
 
 class _Kernels(nn.modules.batchnorm._BatchNorm):
-    """What the three share. Everything but the forward is inherited: state_dict, buffers, repr, dimension checks."""
+    """What the three share. Everything but the forward is inherited: state_dict, buffers, repr, dimension
+    checks.
+    """
 
     def __init__(
         self,
@@ -62,12 +64,11 @@ class _Kernels(nn.modules.batchnorm._BatchNorm):
             batches,
         )
 
-
     def __prepare_scriptable__(self) -> nn.Module:
-        """torch.jit.script compiles Python, which the kernels' host code is more of than it takes: it gets torch.nn's layer,
-        with the same parameters and buffers."""
+        """torch.jit.script compiles Python, which the kernels' host code is more of than it takes: it gets
+        torch.nn's layer, with the same parameters and buffers."""
         plain = next(c for c in type(self).__mro__ if c.__module__ == nn.modules.batchnorm.__name__)
-        module = plain.__new__(plain)
+        module: nn.Module = object.__new__(plain)
         module.__dict__ = dict(self.__dict__)
         return module
 

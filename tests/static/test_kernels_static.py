@@ -1,4 +1,5 @@
-"""The kernels as machine code: no spills, whole vectors, registers as planned, enough bytes in flight, a short epilogue.
+"""The kernels as machine code: no spills, whole vectors, registers as planned, enough bytes in flight, a
+short epilogue.
 
 No GPU is involved. Shapes that compile to the same code are compiled once.
 """
@@ -17,17 +18,29 @@ from tests.support.sass import Report, bytes_in_flight_per_sm, compile_kernel
 pytestmark = pytest.mark.static
 
 SMS = 132  # of an H200
-RESNET50 = [(64, 112), (64, 56), (256, 56), (128, 56), (128, 28), (512, 28), (256, 28), (256, 14), (1024, 14)] + [
-    (512, 14), (512, 7), (2048, 7),
-]  # fmt: skip
+RESNET50 = [
+    (64, 112),
+    (64, 56),
+    (256, 56),
+    (128, 56),
+    (128, 28),
+    (512, 28),
+    (256, 28),
+    (256, 14),
+    (1024, 14),
+] + [
+    (512, 14),
+    (512, 7),
+    (2048, 7),
+]
 BATCHES = (256, 64)
 OTHERS = [
     Shape(8, 24, 49, True), Shape(8, 24, 49, False), Shape(256, 65, 196, True), Shape(4, 3, 100, True),
     Shape(64, 96, 49, True), Shape(128, 1000, 1, True), Shape(1, 1, 10**6, False), Shape(2, 32, 64**3, False),
 ]  # fmt: skip
 ODD = [Shape(64, 3, 1225, False), Shape(32, 1001, 16, True), Shape(3, 7, 11, False)]
-# How much x must hold before a GPU of 132 SMs counts as filled: eight rounds of 48 KB for each. Below, a program's loop is too
-# short to pay for its epilogue, whatever the plan.
+# How much x must hold before a GPU of 132 SMs counts as filled: eight rounds of 48 KB for each. Below, a
+# program's loop is too short to pay for its epilogue, whatever the plan.
 FILLS = 8 * SMS * 48 * 1024
 
 
@@ -35,7 +48,7 @@ def resnet(dtype: str) -> list[Shape]:
     return [Shape(n, c, hw * hw, last) for n in BATCHES for c, hw in RESNET50 for last in (True, False)]
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _compiled(variant: tuple[object, ...], target: str) -> Report:
     c = _calls[variant]
     amd = target == "gfx942"  # warps of 64 threads, no register limit to ask for
@@ -73,7 +86,10 @@ def test_hopper_bf16(kind: str, shape: Shape, dtype: str) -> None:
 
 @pytest.mark.parametrize(
     ("kind", "shape", "dtype"),
-    variants([Shape(64, 256, 196, True), Shape(64, 256, 196, False), OTHERS[0], OTHERS[2], OTHERS[6]], ("fp16", "fp32", "fp64")),
+    variants(
+        [Shape(64, 256, 196, True), Shape(64, 256, 196, False), OTHERS[0], OTHERS[2], OTHERS[6]],
+        ("fp16", "fp32", "fp64"),
+    ),
     ids=str,
 )
 def test_hopper_other_dtypes(kind: str, shape: Shape, dtype: str) -> None:
@@ -108,7 +124,9 @@ def test_eval(kind: str, shape: Shape) -> None:
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_100", "gfx942"])
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("shape", [Shape(64, 256, 196, True), Shape(64, 256, 196, False), OTHERS[2], OTHERS[6]], ids=str)
+@pytest.mark.parametrize(
+    "shape", [Shape(64, 256, 196, True), Shape(64, 256, 196, False), OTHERS[2], OTHERS[6]], ids=str
+)
 def test_other_gpus(shape: Shape, kind: str, target: str) -> None:
     report = compiled(call(kind, shape, "bf16"), target)
     assert report.spills == 0
@@ -141,15 +159,21 @@ def test_the_epilogue_is_at_most_a_quarter_of_the_main_loop(shape: Shape, kind: 
     report = compiled(c)
     assert report.main_loop_instructions is not None
     assert report.epilogue_instructions is not None
-    main = report.main_loop_instructions * c.sweep.tiles / c.sweep.splits  # a program's first tile, peeled, counts as one
+    main = (
+        report.main_loop_instructions * c.sweep.tiles / c.sweep.splits
+    )  # a program's first tile, peeled, counts as one
     assert epilogue(c, report) <= main / 4
 
 
 def epilogue(c: Call, report: Report) -> float:
-    """Instructions that a program runs between its loop and its atomic. Folding lanes into channels is a loop of its own."""
+    """Instructions that a program runs between its loop and its atomic. Folding lanes into channels is a
+    loop of its own.
+    """
     assert report.epilogue_instructions is not None
     assert report.repeated_instructions is not None
     view = c.sweep.view
-    held = {"planes": view.width // view.inner, "cycles": view.channels, "rows": view.lanes, "runs": 1}[view.mode]
+    held = {"planes": view.width // view.inner, "cycles": view.channels, "rows": view.lanes, "runs": 1}[
+        view.mode
+    ]
     turns = plan.ceil_div(held, c.sweep.fold) if report.epilogue_loops else 1
     return report.epilogue_instructions + (turns - 1) * report.repeated_instructions

@@ -1,4 +1,6 @@
-"""The kernels with the signatures that the host code launches them with, ready for tests.support.sass.compile_kernel."""
+"""The kernels with the signatures that the host code launches them with, ready for
+tests.support.sass.compile_kernel.
+"""
 
 from __future__ import annotations
 
@@ -53,7 +55,9 @@ class Call:
 
 
 def call(kind: str, shape: Shape, dtype: str, evaluating: bool = False) -> Call:
-    """A training launch, or the eval one of that kernel (transform: the forward; gradient_sums: the backward sweep)."""
+    """A training launch, or the eval one of that kernel (transform: the forward; gradient_sums: the
+    backward sweep).
+    """
     kernel, sweep = KERNELS[kind], shape.sweep(kind, dtype)
     view, accumulator = sweep.view, "fp64" if dtype == "fp64" else "fp32"
     constexprs: dict[str, Any] = {"MODE": plan.MODES[view.mode], "VEC": sweep.vec, "LANES": view.lanes}

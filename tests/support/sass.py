@@ -41,7 +41,7 @@ class Report:
     target: str
     num_warps: int
     registers: int  # a thread
-    spills: int  # instructions that move registers to or from local memory; for AMD, registers spilled
+    spills: int  # instructions that move registers to or from local memory; for AMD, vector registers spilled
     stack: int  # bytes a thread
     shared: int  # bytes a CTA
     loads: dict[int, int]  # from global memory: bytes a thread -> how many
@@ -151,7 +151,7 @@ def _report_amd(compiled: CompiledKernel, target: str) -> Report:
         target=target,
         num_warps=compiled.metadata.num_warps,
         registers=figure("vgpr_count"),
-        spills=figure("vgpr_spill_count") + figure("sgpr_spill_count"),
+        spills=figure("vgpr_spill_count"),  # scalar ones go to vector registers, not to memory
         stack=figure("private_segment_fixed_size"),
         shared=compiled.metadata.shared,
         loads={width: n for (access, width), n in widths.items() if access == "load"},

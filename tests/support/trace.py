@@ -182,7 +182,9 @@ class Trace:
     def _access(self, access: Access, pointers: TensorHandle, mask: Any) -> TensorHandle:
         """Record one operation; returns its mask without the lanes that are out of bounds."""
         itemsize = max(1, pointers.get_element_ty().primitive_bitwidth // 8)
-        mask = np.asarray(mask.data if isinstance(mask, TensorHandle) else mask).astype(bool)  # may come as integers
+        mask = np.asarray(mask.data if isinstance(mask, TensorHandle) else mask).astype(
+            bool
+        )  # may come as integers
         lanes = np.broadcast_to(mask, pointers.data.shape).copy()
         addresses = pointers.data[lanes].astype(np.int64)
         starts, stops = np.array([(r.start, r.stop) for r in self._ranges]).T

@@ -1,0 +1,77 @@
+"""The same input gives the same bits, however the hardware orders its work: the programs of a channel hand
+their parts to whichever of them finishes last, which merges them in an order of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+import bnfast
+from bnfast.kernels import batch_norm, gradients, launch, plan, statistics, transform
+from tests.gpu import parity
+from tests.gpu.parity import Case
+from tests.support.buffers import bit_identical
+
+pytestmark = pytest.mark.gpu
+
+REPEATS = 20
+
+# The channels of each are split over many programs.
+CASES = [
+    Case((32, 64, 56, 56), torch.bfloat16),
+    Case((32, 64, 56, 56), torch.bfloat16, channels_last=True),
+    Case((1, 1, 1 << 21), torch.float32),
+    Case((100_000, 24), torch.float32),
+    Case((4096, 65, 7, 7), torch.float16),
+    Case((64, 3, 101, 103), torch.float32, channels_last=True),
+    Case((64, 24, 50), torch.float64),
+    Case((64, 64, 28, 28), torch.bfloat16, training=False),
+]
+
+
+@pytest.fixture
+def noise() -> Iterator[None]:
+    """Other work on the GPU while the test runs, of no fixed rhythm: it shuffles which programs run when."""
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        a = torch.randn(2048, 2048, device=parity.device())
+        for _ in range(40):
+            a = (a @ a).clamp(-1, 1)
+    yield
+    stream.synchronize()
+
+
+def assert_same(results: dict[str, Tensor], first: dict[str, Tensor], when: str) -> None:
+    for name, value in results.items():
+        assert bit_identical(value, first[name]), f"{name} {when}"
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_repetition_gives_the_same_bits(case: Case, noise: None) -> None:
+    tensors = parity.given(case)
+    first = parity.run(case, bnfast, tensors)
+    for repeat in range(REPEATS):
+        assert_same(parity.run(case, bnfast, tensors), first, f"differs at repetition {repeat}")
+
+
+@pytest.mark.parametrize("case", CASES[:5], ids=str)
+def test_forgetting_everything_gives_the_same_bits(case: Case) -> None:
+    """Nothing that is cached between calls, plans, counters or compiled kernels, has a say in the result."""
+    tensors = parity.given(case)
+    first = parity.run(case, bnfast, tensors)
+    batch_norm.forget_plans()
+    launch._arrivals.clear()
+    plan.reduce_sweep.cache_clear()
+    plan.map_sweep.cache_clear()
+    for kernel in (
+        statistics.statistics_kernel,
+        transform.transform_kernel,
+        gradients.gradient_sums_kernel,
+        gradients.gradient_transform_kernel,
+    ):
+        kernel.device_caches.clear()
+    for _ in range(2):  # the first compiles and binds, the second runs what was bound
+        assert_same(parity.run(case, bnfast, tensors), first, "differs after the caches were cleared")

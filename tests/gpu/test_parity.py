@@ -1,0 +1,194 @@
+"""Every layout, dtype and mode against fp64, on tame and on hostile tensors. parity.py has the error rule."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from torch import Tensor
+
+import bnfast
+from tests.gpu import parity
+from tests.gpu.parity import Case
+from tests.support.buffers import bit_identical, nan_filled_allocations
+
+pytestmark = pytest.mark.gpu
+
+FP16, BF16, FP32, FP64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
+DTYPES = (FP16, BF16, FP32, FP64)
+LAYOUTS = (False, True)
+
+FORMS = [
+    Case(shape, dtype, channels_last, training)
+    for shape, layouts in (
+        ((200, 24), (False,)),
+        ((9, 24, 50), (False,)),
+        ((6, 24, 14, 14), LAYOUTS),
+        ((4, 24, 5, 6, 7), LAYOUTS),
+    )
+    for dtype, channels_last, training in itertools.product(DTYPES, layouts, (True, False))
+]
+
+# apex #1768: wrong at C = 65. Planes of 49 leave no address divisible by more than two bytes.
+ODD_CHANNELS = [
+    Case((16, channels, 7, 7), dtype, channels_last)
+    for channels in (1, 3, 63, 65, 127, 1000, 1001)
+    for dtype, channels_last in itertools.product((FP32, BF16), LAYOUTS)
+]
+
+HOSTILE = [
+    # fewer values a channel than there are CTAs; Triton programs without work have crashed others
+    Case((2, 512)),
+    Case((3, 1000, 1, 1), BF16),
+    Case((2, 2049, 1, 1), FP16, channels_last=True),
+    Case((1, 1, 2), FP32),
+    Case((1, 7, 3, 5), BF16, channels_last=True),
+    # a single value a channel, which only eval takes
+    Case((1, 65), BF16, training=False),
+    Case((1, 3, 1, 1), FP32, training=False),
+    Case((1, 127, 1, 1, 1), FP16, channels_last=True, training=False),
+    # many samples of next to nothing (apex GroupNorm divided by zero), also where a tail is ragged (FlagGems)
+    Case((1024, 24, 1, 1), BF16),
+    Case((1024, 24, 2, 1), FP16, channels_last=True),
+    Case((1024, 5, 1, 3), FP32),
+    Case((4096, 2, 9), FP32),
+    Case((4096, 2, 9), BF16),
+    Case((4096, 2, 8), FP32),
+    # one channel, one sample: all the parallelism is in the plane
+    Case((1, 1, 1000, 1000), BF16),
+    Case((1, 3, 999, 777), FP32),
+    Case((1, 3, 999, 777), FP16, channels_last=True),
+    Case((70_000, 64), FP16),
+    # storage that is not where a kernel would like it; one element off turns 16-byte loads into 2-byte ones
+    *(Case((8, 24, 14, 14), dtype, layout, storage="offset") for dtype in (BF16, FP32) for layout in LAYOUTS),
+    *(Case((8, 24, 14, 14), BF16, layout, training=False, storage="offset") for layout in LAYOUTS),
+    *(Case((8, 24, 14, 14), BF16, layout, storage="sliced") for layout in LAYOUTS),
+    Case((8, 24, 14, 14), FP32, storage="transposed"),
+    Case((64, 30), FP16, storage="sliced"),
+    Case((64, 30), FP32, storage="transposed"),
+    Case((8, 24, 50), FP32, training=False, storage="sliced"),
+    # gradients as autograd makes them: y.sum(), y.t(), cat
+    *(
+        Case((8, 24, 14, 14), dtype, layout, training, gradient=gradient)
+        for dtype, layout, training, gradient in itertools.product(
+            (BF16, FP32), LAYOUTS, (True, False), ("expanded", "transposed")
+        )
+    ),
+    *(Case((8, 24, 7, 7), FP16, layout, gradient=how) for layout in LAYOUTS for how in ("sliced", "offset")),
+    # means far from zero, as many deviations as the dtype can tell apart
+    *(Case((16, 65, 9, 9), dtype, layout, mean=1e4) for dtype in (FP32, FP64) for layout in LAYOUTS),
+    *(Case((16, 65, 9, 9), dtype, layout, mean=100.0) for dtype in (FP16, BF16) for layout in LAYOUTS),
+    Case((4, 3, 200, 200), FP32, mean=1e4),
+    Case((4096, 24), FP32, mean=-1e4),
+    # what a layer can lack, and factors at the ends
+    Case((8, 24, 14, 14), BF16, affine=False),
+    Case((8, 24, 14, 14), FP32, channels_last=True, bias=False),
+    Case((8, 24, 14, 14), FP32, tracked=False, training=False),
+    Case((8, 24, 14, 14), FP16, parameters=FP16),
+    Case((8, 24, 14, 14), BF16, channels_last=True, parameters=BF16),
+    Case((8, 24, 14, 14), BF16, training=False, parameters=BF16, affine=False),
+    *(Case((8, 24, 14, 14), FP32, momentum=momentum) for momentum in (None, 0.0, 1.0)),
+    # FlagGems' InstanceNorm added eps to the running variance: only a large one shows it
+    *(Case((8, 24, 14, 14), FP32, training=training, eps=0.1) for training in (True, False)),
+]
+
+RESNET50 = [
+    Case((32, channels, size, size), dtype, channels_last)
+    for channels, size in (
+        (64, 112), (64, 56), (128, 56), (256, 56), (128, 28), (256, 28), (512, 28),
+        (256, 14), (512, 14), (1024, 14), (512, 7), (2048, 7),
+    )
+    for dtype, channels_last in itertools.product((BF16, FP16), LAYOUTS)
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", FORMS, ids=str)
+def test_forms(case: Case) -> None:
+    parity.check(case)
+
+
+@pytest.mark.parametrize("case", ODD_CHANNELS, ids=str)
+def test_odd_channels(case: Case) -> None:
+    parity.check(case)
+
+
+@pytest.mark.parametrize("case", HOSTILE, ids=str)
+def test_hostile(case: Case) -> None:
+    parity.check(case)
+
+
+@pytest.mark.parametrize("case", RESNET50, ids=str)
+def test_resnet50(case: Case) -> None:
+    parity.check(case)
+
+
+@pytest.mark.parametrize("channels_last", LAYOUTS, ids=["nchw", "nhwc"])
+@pytest.mark.parametrize("trap", ["none", "zero first", "spike", "running mean NaN"])
+def test_as_good_as_two_passes_at_a_large_mean(channels_last: bool, trap: str) -> None:
+    """At mean 1e4 and std 1, fp32, the error is within twice that of fp64 with its mean rounded to fp32: none
+    is lost to cancellation, whatever a kernel might have taken for its pivot."""
+    case = Case((32, 96, 14, 14), FP32, channels_last, mean=1e4)
+    tensors = parity.given(case)
+    if trap == "zero first":
+        tensors.x[:, :, 0, 0] = 0.0
+    elif trap == "spike":
+        tensors.x[:, :, 0, 0] = 3e4
+    elif trap == "running mean NaN":
+        tensors.running_mean.fill_(float("nan"))
+    exact = parity.truth(case, tensors)
+    mean = exact.mean.float().double().view(1, -1, 1, 1)
+    weight, bias, rstd = (v.view(1, -1, 1, 1) for v in (exact.weight, exact.bias, exact.rstd))
+    centred = tensors.x.double() - mean
+    g, n = tensors.dy.double(), exact.count
+    sum_gx = (g * centred * rstd).sum((0, 2, 3))
+    projected = g - exact.sum_g.view_as(mean) / n - centred * rstd * sum_gx.view_as(mean) / n
+    two_passes = {"y": (centred * rstd * weight + bias).float(), "dx": (weight * rstd * projected).float()}
+    two_passes["dweight"] = sum_gx.float()
+    ours = parity.run(case, bnfast, tensors)
+    truth = {"y": exact.y(tensors.x)[0], "dx": exact.dx(tensors.x, tensors.dy)[0], "dweight": exact.sum_gx}
+
+    def error(value: Tensor, name: str) -> float:
+        return ((value.double() - truth[name]).norm() / truth[name].norm()).item()
+
+    for name, other in two_passes.items():
+        assert error(ours[name], name) <= 2 * error(other, name) + 2 * torch.finfo(FP32).eps, name
+
+
+@pytest.mark.parametrize("shape", [(32, 65), (8, 65, 7, 7), (8, 64, 14, 14), (4, 6, 100, 100)], ids=str)
+@pytest.mark.parametrize("channels_last", LAYOUTS, ids=["nchw", "nhwc"])
+@pytest.mark.parametrize("value", [float("inf"), float("nan")], ids=str)
+def test_one_bad_value_spoils_one_channel(shape: tuple[int, ...], channels_last: bool, value: float) -> None:
+    """An inf or NaN shows in all that is computed from its channel, and leaves no trace in others."""
+    case = Case(shape, FP32, channels_last)
+    clean, dirty = parity.given(case), parity.given(case)
+    channel = shape[1] // 2
+    dirty.x[(shape[0] - 1, channel, *[-1] * (len(shape) - 2))] = value
+    expected, found = parity.run(case, bnfast, clean), parity.run(case, bnfast, dirty)
+    others = torch.arange(shape[1], device=parity.device()) != channel
+    for name in ("y", "dx", "dweight", "running_mean", "running_var"):
+        axis = 1 if expected[name].dim() > 1 else 0
+        assert not torch.isfinite(found[name].select(axis, channel)).all(), name
+        left = (t.movedim(axis, 0)[others] for t in (expected[name], found[name]))
+        assert bit_identical(*left), f"{name} of other channels"
+
+
+WANTED = list(itertools.product((True, False), repeat=3))[1:-1]  # neither all nor none
+
+
+@pytest.mark.parametrize("wanted", WANTED, ids=str)
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_gradients_that_are_not_wanted(training: bool, wanted: tuple[bool, bool, bool]) -> None:
+    """Leaving gradients out takes other kernels, which compute the rest as well as ever."""
+    case = Case((8, 24, 14, 14), BF16, training=training)
+    tensors = parity.given(case)
+    expected = parity.expectations(case, tensors)
+    module = parity.layer(case, bnfast, tensors)
+    leaves = {"dx": tensors.x.detach(), "dweight": module.weight, "dbias": module.bias}
+    for leaf, want in zip(leaves.values(), wanted, strict=True):
+        leaf.requires_grad_(want)
+    chosen = {name: leaf for name, leaf in leaves.items() if leaf.requires_grad}
+    with nan_filled_allocations():
+        gradients = torch.autograd.grad(module(leaves["dx"]), list(chosen.values()), tensors.dy)
+    for name, gradient in zip(chosen, gradients, strict=True):
+        assert parity.excess(case, gradient, *expected[name]) <= 1, name

@@ -1,0 +1,273 @@
+"""Derivatives of every order: gradcheck and gradgradcheck in fp64, functorch transforms, forward mode,
+penalties on gradients, anomaly mode, checkpointing. Where torch.nn's layer raises, ours raises the same."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.autograd.forward_ad as forward_ad
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import grad, hessian, jacfwd, jacrev, jvp, vmap
+from torch.testing import assert_close
+from torch.utils.checkpoint import checkpoint
+
+import bnfast
+from bnfast import dispatch
+from bnfast.functional import batch_norm
+from bnfast.kernels.launch import Launch
+
+both_modes = pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+every_path = pytest.mark.parametrize("path", ["kernels", "torch"], indirect=True)
+
+
+@pytest.fixture
+def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """CPU tensors run the kernels in the interpreter; without INTERPRET they run plain torch."""
+    if request.param == "torch":
+        monkeypatch.setattr(dispatch, "INTERPRET", False)
+    return request.param
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Grows by one with each kernel launched."""
+    seen: list[Any] = []
+    call = Launch.__call__
+    monkeypatch.setattr(Launch, "__call__", lambda self, *args: (seen.append(self), call(self, *args))[1])
+    return seen
+
+
+def data(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype) + 0.5
+
+
+def layer(library: Any, training: bool = True, **options: Any) -> nn.Module:
+    """BatchNorm1d of two channels, fp64, whatever the library; random where it is not constant."""
+    module = library.BatchNorm1d(2, **options).double().train(training)
+    with torch.no_grad():
+        for n, t in enumerate(module.state_dict().values()):
+            if t.is_floating_point():
+                t.copy_(data(*t.shape, seed=n).abs() + 0.1)
+    return module
+
+
+SHAPES = {
+    "2-D": ((4, 2), torch.contiguous_format),
+    "4-D": ((3, 2, 2, 2), torch.contiguous_format),
+    "4-D channels_last": ((3, 2, 2, 2), torch.channels_last),
+}
+AFFINE = {"affine": (True, True), "no bias": (True, False), "no affine": (False, False)}
+
+
+@both_modes
+@pytest.mark.parametrize("affine", AFFINE.values(), ids=AFFINE.keys())
+@pytest.mark.parametrize(("shape", "layout"), SHAPES.values(), ids=SHAPES.keys())
+def test_gradcheck(
+    shape: tuple[int, ...], layout: Any, affine: tuple[bool, bool], training: bool, launches: list[Any]
+) -> None:
+    """First and second derivatives against finite differences; batched gradients against one by one."""
+    x = data(*shape).contiguous(memory_format=layout).requires_grad_()
+    inputs = (x, *(data(shape[1], seed=n).requires_grad_() for n, given in enumerate(affine, 1) if given))
+    statistics = data(shape[1], seed=3), data(shape[1], seed=4).square() + 0.5
+
+    def function(x: Tensor, *parameters: Tensor) -> Tensor:
+        return batch_norm(
+            x, *(None, None) if training else statistics, *parameters, training=training, eps=1e-3
+        )
+
+    # Every input alone where that is cheap; else random directions through all of them, a few calls.
+    fast = len(shape) > 2
+    assert torch.autograd.gradcheck(function, inputs, fast_mode=fast, check_batched_grad=True)
+    assert launches
+    assert torch.autograd.gradgradcheck(function, inputs, fast_mode=True, check_batched_grad=True)
+
+
+def by_hand(x: Tensor, mean: Tensor, variance: Tensor, training: bool) -> Tensor:
+    if training:
+        mean = x.mean(0)
+        variance = (x - mean).square().mean(0)
+    return (x - mean) / (variance + 1e-5).sqrt()
+
+
+@both_modes
+def test_fourth_derivative(training: bool) -> None:
+    """Judged by elementary operations. torch's own batch_norm cannot judge: in training, its third derivative
+    leaves out how the batch statistics depend on x."""
+    mean, variance = data(2, seed=5), data(2, seed=6).square() + 0.5
+
+    def fourth(function: Callable[..., Tensor]) -> Tensor:
+        x = data(3, 2).requires_grad_()
+        result = function(x, mean.clone(), variance.clone(), training=training).pow(5).sum()
+        for seed in (1, 2, 3, 4):
+            (slope,) = torch.autograd.grad(result, x, create_graph=True)
+            result = (slope * data(3, 2, seed=seed)).sum()
+        return result
+
+    expected = fourth(by_hand)
+    assert expected.abs() > 1e-3
+    assert_close(fourth(batch_norm), expected)
+
+
+def cube(module: nn.Module) -> Callable[[Tensor], Tensor]:
+    return lambda x: module(x).pow(3).sum()
+
+
+TRANSFORMS: dict[str, Callable[[nn.Module], Any]] = {
+    "vmap": lambda m: vmap(m)(data(3, 4, 2, 3)),
+    "vmap in_dims": lambda m: vmap(m, in_dims=1, out_dims=2)(data(4, 3, 2, 3)),
+    "vmap(grad)": lambda m: vmap(grad(cube(m)))(data(3, 4, 2)),
+    "grad": lambda m: grad(cube(m))(data(4, 2, 3)),
+    "jvp": lambda m: jvp(m, (data(4, 2),), (data(4, 2, seed=1),)),
+    "jacrev": lambda m: jacrev(m)(data(3, 2)),
+    "jacfwd": lambda m: jacfwd(m)(data(3, 2)),
+    "hessian": lambda m: hessian(cube(m))(data(3, 2)),
+    "jacobian": lambda m: torch.autograd.functional.jacobian(m, data(2, 2)),
+    "jacobian vectorize": lambda m: torch.autograd.functional.jacobian(m, data(3, 2), vectorize=True),
+    "hessian vectorize": lambda m: torch.autograd.functional.hessian(cube(m), data(3, 2), vectorize=True),
+}
+
+
+@pytest.mark.parametrize("options", [{}, {"track_running_stats": False}], ids=["statistics", "no statistics"])
+@both_modes
+@pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS.keys())
+def test_transforms_as_torch(transform: Any, training: bool, options: dict[str, Any]) -> None:
+    """What torch can transform, we can, with the same result. What it cannot (in training it would have to
+    update buffers that are not transformed), we refuse with the same exception, and update nothing."""
+    ours, theirs = layer(bnfast, training, **options), layer(nn, training, **options)
+    before = {k: v.clone() for k, v in ours.state_dict().items()}
+    try:
+        expected = transform(theirs)
+    except Exception as error:
+        with pytest.raises(type(error), match="batched tensor|in-place"):
+            transform(ours)
+        assert_close(ours.state_dict(), before, rtol=0, atol=0)
+        return
+    assert_close(transform(ours), expected)
+    assert_close(ours.state_dict(), theirs.state_dict())
+
+
+@pytest.mark.parametrize("dual", ["x", "weight", "running_mean", "gradient"])
+@both_modes
+def test_forward_mode(training: bool, dual: str) -> None:
+    """Tangents through the input, a parameter, the statistics, and through backward, by way of dy."""
+
+    def tangent(function: Callable[..., Tensor]) -> Any:
+        given = {"x": data(4, 2), "running_mean": data(2, seed=1), "running_var": data(2, seed=2).abs() + 0.1}
+        given["weight"], gradient = data(2, seed=3), data(4, 2, seed=4)
+        if dual == "gradient":
+            x = given.pop("x").requires_grad_()
+            y = function(x, **given, training=training)
+            with forward_ad.dual_level():
+                gradient = forward_ad.make_dual(gradient, data(4, 2, seed=5))
+                return forward_ad.unpack_dual(torch.autograd.grad(y, x, gradient)[0])
+        with forward_ad.dual_level():
+            given[dual] = forward_ad.make_dual(given[dual], data(*given[dual].shape, seed=5))
+            return forward_ad.unpack_dual(function(given.pop("x"), **given, training=training))
+
+    try:
+        expected = tangent(F.batch_norm)
+    except RuntimeError as error:
+        with pytest.raises(RuntimeError, match=str(error).split(".")[0][:40]):
+            tangent(batch_norm)
+        return
+    assert_close(tuple(tangent(batch_norm)), tuple(expected))
+
+
+def critic(library: Any, dtype: torch.dtype) -> nn.Module:
+    torch.manual_seed(0)
+    modules = nn.Linear(3, 4), library.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 1)
+    return nn.Sequential(*modules).to(dtype)
+
+
+@every_path
+def test_gradient_penalty_step(path: str) -> None:
+    """WGAN-GP: the loss holds the norm of a gradient. An opaque backward makes it silently wrong."""
+
+    def trained(library: Any) -> dict[str, Tensor]:
+        model = critic(library, torch.float64)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        for seed in (1, 2):
+            x = data(5, 3, seed=seed).requires_grad_()
+            (slope,) = torch.autograd.grad(model(x).sum(), x, create_graph=True)
+            loss = model(x).mean() + 10 * (slope.norm(dim=1) - 1).square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        return model.state_dict()
+
+    ours, theirs = trained(bnfast), trained(nn)
+    assert (theirs["1.weight"] - 1).abs().max() > 1e-3
+    assert_close(ours, theirs)
+
+
+@both_modes
+def test_double_backward_in_mixed_precision(training: bool) -> None:
+    """bf16 activations, fp32 parameters: second-order gradients of their types, with fp64's values."""
+
+    def second(dtype: torch.dtype, function: Callable[..., Tensor]) -> list[Tensor]:
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        x = data(6, 2, 3).bfloat16().to(dtype).requires_grad_()
+        weight, bias, mean, variance = (data(2, seed=n).abs().float().to(wide) + 0.25 for n in (1, 2, 3, 4))
+        dy, direction = (data(6, 2, 3, seed=n).bfloat16().to(dtype) for n in (5, 6))
+        dy.requires_grad_()
+        y = function(x, mean, variance, weight.requires_grad_(), bias.requires_grad_(), training=training)
+        dx, dweight = torch.autograd.grad(y, (x, weight), dy, create_graph=True)
+        loss = (dx * direction).sum() + dweight.square().sum()
+        return list(torch.autograd.grad(loss, (x, weight, dy)))
+
+    ours, exact = second(torch.bfloat16, batch_norm), second(torch.float64, F.batch_norm)
+    assert [t.dtype for t in ours] == [torch.bfloat16, torch.float32, torch.bfloat16]
+    for mine, true in zip(ours, exact, strict=True):
+        assert (mine.double() - true).norm() <= 2e-2 * true.norm()
+
+
+def test_anomaly_mode() -> None:
+    """A sound backward passes; one that returns NaN is named, with the line of its forward."""
+    module = layer(bnfast)
+    with torch.autograd.set_detect_anomaly(True):
+        module(data(4, 2).requires_grad_()).square().sum().backward()
+        y = module(data(4, 2).requires_grad_())
+        with (
+            pytest.warns(
+                UserWarning,
+                match=r"(?s)Error detected in BatchNormBackward.*Traceback of forward call.*y = module",
+            ),
+            pytest.raises(RuntimeError, match="BatchNormBackward.* returned nan"),
+        ):
+            y.backward(torch.full_like(y, float("nan")))
+
+
+@every_path
+def test_training_step_between_eval_forward_and_its_backward(path: str) -> None:
+    """It overwrites the running statistics that the eval forward used: no gradient may notice."""
+    module, dy = layer(bnfast, training=False), data(4, 2, seed=7)
+
+    def gradients(between: Callable[[], object]) -> tuple[Tensor, ...]:
+        x = data(4, 2).requires_grad_()
+        y = module.eval()(x)
+        with torch.no_grad():
+            between()
+        return torch.autograd.grad(y, (x, module.weight, module.bias), dy)
+
+    expected = gradients(lambda: None)
+    mean = module.running_mean.clone()
+    found = gradients(lambda: module.train()(100 * data(4, 2, seed=8)))
+    assert not torch.equal(mean, module.running_mean)
+    assert_close(found, expected, rtol=0, atol=0)
+
+
+@every_path
+@pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "not reentrant"])
+def test_checkpointing_updates_twice_as_torch(reentrant: bool, path: str) -> None:
+    """Activation checkpointing runs the forward again: torch.nn counts such a batch twice, and so do we."""
+    results = []
+    for module in (layer(bnfast, momentum=None), layer(nn, momentum=None)):
+        x = data(4, 2).requires_grad_()
+        checkpoint(module, x, use_reentrant=reentrant).pow(3).sum().backward()
+        results.append({"dx": x.grad, "dweight": module.weight.grad, **module.state_dict()})
+    assert results[1]["num_batches_tracked"] == 2
+    assert_close(*results)
