@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
 from . import ops, reference
-from .dispatch import eager
+from .dispatch import batched, eager
 from .kernels import batch_norm as kernels
 
 
@@ -42,7 +42,7 @@ class BatchNorm(torch.autograd.Function):
         need_dx, need_dweight, need_dbias = ctx.needs_input_grad[:3]  # type: ignore[attr-defined]
         weight_dtype = weight.dtype if need_dweight else None
         bias_dtype = bias_dtype if need_dbias else None
-        if torch.is_grad_enabled():  # create_graph=True: something will differentiate this
+        if torch.is_grad_enabled() or batched(dy):  # create_graph=True, or a vmap over the backward
             fixed = None if training else (table[0], table[3])
             dx, dweight, dbias = reference.batch_norm_backward(dy, x, weight, eps, fixed)
             return (

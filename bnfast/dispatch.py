@@ -50,6 +50,15 @@ def transforming() -> bool:
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
+def batched(dy: torch.Tensor) -> bool:
+    """Whether a gradient stands for many: torch.autograd.grad(is_grads_batched=True) has a vmap of its
+    own.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    return transforming() or torch._C._functorch.is_legacy_batchedtensor(dy)
+
+
 def reason_for_torch(x: torch.Tensor) -> str | None:
     """Why x would take the plain-torch path for its own sake, or None if the kernels can have it."""
     if not TRITON:
@@ -79,11 +88,13 @@ def use_kernels(x: torch.Tensor) -> bool:
     """
     if not (x.is_cuda or INTERPRET) or torch.jit.is_tracing() or torch.compiler.is_exporting():
         return False
-    if type(x) in PLAIN and x.layout is torch.strided and not x.is_nested:
+    if torch.compiler.is_compiling():  # a cache would be a guard, and each new entry a recompilation
+        suitable = reason_for_torch(x) is None
+    elif type(x) in PLAIN and x.layout is torch.strided and not x.is_nested:
         key = (x.dtype, x.device)
-        suitable = _suitable.get(key)
-        if suitable is None:
-            suitable = _suitable[key] = reason_for_torch(x) is None
+        if key not in _suitable:
+            _suitable[key] = reason_for_torch(x) is None
+        suitable = _suitable[key]
     else:
         suitable = reason_for_torch(x) is None
     return suitable and x.numel() > 0 and not transforming()

@@ -46,6 +46,8 @@ def batch_norm(
             batch_norm, (input, running_mean, running_var, weight, bias), input, running_mean, running_var,
             weight=weight, bias=bias, training=training, momentum=momentum, eps=eps,
         )  # fmt: skip
+    if momentum is None:
+        raise TypeError("batch_norm(): argument 'momentum' (position 7) must be float, not NoneType")
     return counting_batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps, None)
 
 
@@ -101,6 +103,10 @@ def _fits(
         return False
     if (running_mean is None) != (running_var is None):
         return False
+    if torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in (running_mean, running_var)
+    ):
+        return False
     channels, device = x.shape[1], x.device
     for t in (running_mean, running_var, weight, bias):
         if t is not None and not (
@@ -125,15 +131,44 @@ def _torch_batch_norm(
     eps: float,
     batches: Tensor | None,
 ) -> Tensor:
-    """torch's own batch_norm. The batch is counted after it: a rejected batch leaves no trace."""
-    if momentum is None and training and batches is not None and torch.compiler.is_compiling():
+    """torch's own batch_norm. A rejected batch leaves no trace, neither in the counter nor in the
+    statistics.
+    """
+    for name, t in (
+        ("weight", weight),
+        ("bias", bias),
+        ("running_mean", running_mean),
+        ("running_var", running_var),
+    ):
+        if t is not None and t.device != x.device:  # torch finds out after it has updated the statistics
+            raise RuntimeError(
+                f"Tensor on device {t.device} is not on the expected device {x.device}! "
+                f"({name}, beside the input)"
+            )
+    watched = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    if (
+        not (training or watched)
+        and running_mean is not None
+        and running_var is not None
+        and torch.is_grad_enabled()
+    ):
+        # torch's backward reads the statistics again, and a training step in between would change the
+        # gradient
+        running_mean, running_var = running_mean.clone(), running_var.clone()
+    if momentum is None and training and batches is not None and watched:
         return _torch_cumulative(x, running_mean, running_var, weight, bias, eps, batches)
-    if momentum is None:
-        momentum = 1.0 / (float(batches) + 1.0) if training and batches is not None else 0.0
-    y = F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
     if batches is not None:
-        batches.add_(1)
-    return y
+        batches.add_(1)  # first, as torch does: checkpointing may stop a recomputation within batch_norm
+    if momentum is None:
+        momentum = 1.0 / float(batches) if training and batches is not None else 0.0
+    if watched:
+        return F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
+    try:
+        return F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
+    except (RuntimeError, ValueError, TypeError, IndexError):
+        if batches is not None:
+            batches.sub_(1)
+        raise
 
 
 def _torch_cumulative(

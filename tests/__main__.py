@@ -10,6 +10,7 @@ Triton decides once a process whether it interprets or compiles, so each kind of
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
 import subprocess
 import sys
@@ -81,7 +82,9 @@ def suite(
     start = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder, "report.xml")
-        command = [python, "-m", "pytest", "-q", f"--junitxml={report}", *arguments, *extra]
+        # A worker a core, except on a GPU, which the workers would have to share.
+        spread = [] if "gpu" in arguments or importlib.util.find_spec("xdist") is None else ["-n", "auto"]
+        command = [python, "-m", "pytest", "-q", f"--junitxml={report}", *spread, *arguments, *extra]
         code = subprocess.run(command, cwd=ROOT, env=variables).returncode
         passed, failed, skipped = counts(report) if report.exists() else (0, 0, 0)
     note = ""

@@ -34,8 +34,10 @@ def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
 
 
 @pytest.fixture(autouse=True)
-def _fresh_compiler() -> None:
+def _fresh(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a new process: what an earlier test left in a cache must not spare this one a recompilation."""
     torch._dynamo.reset()
+    monkeypatch.setattr(dispatch, "_suitable", {}, raising=False)
 
 
 def data(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:

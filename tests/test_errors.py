@@ -121,11 +121,6 @@ MISUSE: dict[str, tuple[Callable[[Any], nn.Module], Tensor, str]] = {
         x(),
         "not differentiable with respect to argument 'running_var'",
     ),
-    "momentum of another type": (
-        layer(momentum="fast"),
-        x(),
-        "argument 'momentum' (position 7) must be float",
-    ),
 }
 
 
