@@ -99,7 +99,8 @@ class Sweep:
             self.tiles, v.pieces, v.total // self.vec if v.mode == "cycles" else 0, v.blocks, self.splits,
         )  # fmt: skip
         in_tile = self.tile_rows * (v.lanes if v.mode == "runs" else v.pitch)
-        if max(*sizes, in_tile, self.programs, v.channels * 4, self.partials) >= INT32:
+        narrow = (*sizes[:7], *sizes[8:])  # all but the total, which is widened where it is used
+        if max(*narrow, in_tile, self.programs, v.channels * 4, self.partials) >= INT32:
             raise ValueError(f"this tensor is too large for 32-bit tile offsets, grid or tables: {v}")
         return sizes
 

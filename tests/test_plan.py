@@ -1,0 +1,89 @@
+"""The plan, from sizes alone: it covers x, fills the GPU, bounds the tail, and says no in time."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bnfast.kernels import plan
+
+SMS = 132
+RESNET50 = [(64, 112), (64, 56), (256, 56), (128, 56), (128, 28), (512, 28), (256, 28), (256, 14), (1024, 14)]
+sizes = st.tuples(
+    st.integers(1, 5000),
+    st.integers(1, 3000),
+    st.integers(1, 20000),
+    st.sampled_from([2, 4, 8]),
+    st.booleans(),
+)
+
+
+def sweeps(
+    n: int, c: int, s: int, itemsize: int, channels_last: bool, aligned: bool, sms: int
+) -> list[plan.Sweep]:
+    p = plan.batch_norm(n, c, s, itemsize, channels_last or s == 1, sms, aligned)
+    return [p.statistics, p.transform, p.gradient_sums, p.gradient_transform]
+
+
+@settings(max_examples=300, deadline=None)
+@given(sizes, st.booleans(), st.sampled_from([1, 2, 20, 132, 160]))
+def test_any_sizes_are_covered(size: tuple[int, int, int, int, bool], aligned: bool, sms: int) -> None:
+    for sweep in sweeps(*size, aligned, sms):
+        view = sweep.view
+        assert 1 <= sweep.splits <= sweep.tiles  # a program without a tile would have no pivot
+        assert (sweep.tiles - 1) * sweep.tile_rows < view.rows <= sweep.tiles * sweep.tile_rows
+        assert view.width <= view.lanes or view.mode == "runs"
+        assert view.mode != "runs" or sweep.tile_rows <= view.pieces
+        assert view.pitch % sweep.vec == view.width % sweep.vec == 0
+        assert sweep.vec == 1 or aligned
+        assert view.total == size[0] * size[1] * size[2]
+        assert len(sweep.sizes) == 10
+        # the extents of tiles and grids are powers of two, as Triton wants them
+        for extent in (
+            sweep.unroll,
+            sweep.group,
+            view.lanes,
+            view.channels_a_block,
+            view.positions,
+            sweep.merge,
+        ):
+            assert extent & (extent - 1) == 0
+
+
+@pytest.mark.parametrize("channels_last", [True, False], ids=["channels_last", "contiguous"])
+@pytest.mark.parametrize(("c", "hw"), RESNET50)
+def test_large_shapes_fill_the_gpu(c: int, hw: int, channels_last: bool) -> None:
+    p = plan.batch_norm(256, c, hw * hw, 2, channels_last, SMS)
+    for sweep in (p.statistics, p.gradient_sums):
+        assert sweep.vec * 2 == plan.VECTOR_BYTES
+        assert sweep.programs >= 0.75 * SMS
+        # lanes without data carry no bytes: counted out, unlike in the static tests
+        assert sweep.bytes_a_program * sweep.programs / SMS >= 47 * 1024
+        # One SM reads this back alone, from L2, at about three times its share of DRAM's rate: under a
+        # tenth of the pass.
+        assert sweep.tail_bytes <= 0.3 * p.x_bytes / SMS
+
+
+@pytest.mark.parametrize(("n", "c", "s"), [(1, 1, 10**7), (10**6, 1, 1), (1, 32, 64**3), (1, 3, 10**6)])
+def test_one_channel_or_one_sample_still_fills_the_gpu(n: int, c: int, s: int) -> None:
+    for sweep in sweeps(n, c, s, 2, False, True, SMS):
+        assert sweep.programs >= SMS
+
+
+def test_bytes_of_a_step() -> None:
+    p = plan.batch_norm(256, 64, 56 * 56, 2, True)
+    assert p.x_bytes == 256 * 64 * 56 * 56 * 2
+    assert 3 <= p.forward_bytes / p.x_bytes < 3.01
+    assert 5 <= p.backward_bytes / p.x_bytes < 5.01
+
+
+def test_more_than_2_to_the_31_elements() -> None:
+    for n, c, s in ((1, 1, 2**31 + 4096), (2**15, 64, 2048), (3, 2**10, 2**20)):
+        for sweep in sweeps(n, c, s, 2, False, True, SMS):
+            assert max(sweep.sizes) < 2**31
+
+
+def test_sizes_that_do_not_fit_are_refused() -> None:
+    with pytest.raises(ValueError, match="too large"):
+        _ = plan.batch_norm(2, 2**31, 1, 2, True).statistics.sizes
