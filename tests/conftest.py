@@ -1,9 +1,10 @@
-"""For all tests: bf16 in the interpreter rounds as on a GPU."""
+"""For all tests: bf16 in the interpreter rounds as on a GPU; fixtures that say which path a call takes."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -17,3 +18,24 @@ def _hardware_bfloat16() -> Iterator[None]:
 
     with bfloat16_to_nearest():
         yield
+
+
+@pytest.fixture
+def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """CPU tensors run the kernels in the interpreter; without INTERPRET they run plain torch."""
+    from bnfast import dispatch
+
+    if request.param == "torch":
+        monkeypatch.setattr(dispatch, "INTERPRET", False)
+    return request.param
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Grows by one with each kernel launched."""
+    from bnfast.kernels.launch import Launch
+
+    seen: list[Any] = []
+    call = Launch.__call__
+    monkeypatch.setattr(Launch, "__call__", lambda self, *args: (seen.append(self), call(self, *args))[1])
+    return seen

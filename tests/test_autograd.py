@@ -16,29 +16,10 @@ from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
 import bnfast
-from bnfast import dispatch
 from bnfast.functional import batch_norm
-from bnfast.kernels.launch import Launch
 
 both_modes = pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 every_path = pytest.mark.parametrize("path", ["kernels", "torch"], indirect=True)
-
-
-@pytest.fixture
-def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """CPU tensors run the kernels in the interpreter; without INTERPRET they run plain torch."""
-    if request.param == "torch":
-        monkeypatch.setattr(dispatch, "INTERPRET", False)
-    return request.param
-
-
-@pytest.fixture
-def launches(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """Grows by one with each kernel launched."""
-    seen: list[Any] = []
-    call = Launch.__call__
-    monkeypatch.setattr(Launch, "__call__", lambda self, *args: (seen.append(self), call(self, *args))[1])
-    return seen
 
 
 def data(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:

@@ -25,14 +25,6 @@ every_path = pytest.mark.parametrize("path", ["kernels", "torch"], indirect=True
 both_modes = pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 
 
-@pytest.fixture
-def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """CPU tensors run the kernels in the interpreter; without INTERPRET they run plain torch."""
-    if request.param == "torch":
-        monkeypatch.setattr(dispatch, "INTERPRET", False)
-    return request.param
-
-
 @pytest.fixture(autouse=True)
 def _fresh(monkeypatch: pytest.MonkeyPatch) -> None:
     """As in a new process: what an earlier test left in a cache must not spare this one a recompilation."""

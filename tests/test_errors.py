@@ -14,20 +14,11 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 import bnfast
-from bnfast import dispatch
 from bnfast.functional import batch_norm
 from bnfast.kernels.launch import Launch
 from tests.support.buffers import bit_identical
 
 every_path = pytest.mark.parametrize("path", ["kernels", "torch"], indirect=True)
-
-
-@pytest.fixture
-def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """CPU tensors run the kernels in the interpreter; without INTERPRET they run plain torch."""
-    if request.param == "torch":
-        monkeypatch.setattr(dispatch, "INTERPRET", False)
-    return request.param
 
 
 @pytest.fixture

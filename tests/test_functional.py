@@ -14,7 +14,6 @@ from torch import Tensor
 from torch.testing import assert_close
 from torch.testing._internal.common_methods_invocations import op_db
 
-from bnfast import dispatch
 from bnfast.functional import batch_norm
 from bnfast.kernels import batch_norm as kernels
 from tests.support.buffers import bit_identical
@@ -23,14 +22,6 @@ every_path = pytest.mark.parametrize("path", ["kernels", "torch"], indirect=True
 both_modes = pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 # dx is a difference of larger numbers, hence an absolute tolerance some ulp above assert_close's
 CLOSE = {"rtol": 1e-5, "atol": 2e-5}
-
-
-@pytest.fixture
-def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """CPU tensors run the kernels in the interpreter; without INTERPRET they run plain torch."""
-    if request.param == "torch":
-        monkeypatch.setattr(dispatch, "INTERPRET", False)
-    return request.param
 
 
 def data(*shape: int, seed: int = 0) -> Tensor:

@@ -16,8 +16,6 @@ from torch.testing import assert_close
 from torch.testing._internal.common_modules import module_db
 
 import bnfast
-from bnfast import dispatch
-from bnfast.kernels.launch import Launch
 
 SHAPE = (3, 4, 3, 2)
 PAIRS = {
@@ -37,23 +35,6 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     "float64": {"dtype": torch.float64, "device": "cpu"},
 }
 every_path = pytest.mark.parametrize("path", ["kernels", "torch"], indirect=True)
-
-
-@pytest.fixture
-def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """CPU tensors run the kernels in the interpreter; without INTERPRET they run plain torch."""
-    if request.param == "torch":
-        monkeypatch.setattr(dispatch, "INTERPRET", False)
-    return request.param
-
-
-@pytest.fixture
-def launches(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """Grows by one with each kernel launched."""
-    seen: list[Any] = []
-    call = Launch.__call__
-    monkeypatch.setattr(Launch, "__call__", lambda self, *args: (seen.append(self), call(self, *args))[1])
-    return seen
 
 
 def same_seed(maker: Callable[[], nn.Module]) -> nn.Module:
