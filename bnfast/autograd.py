@@ -9,8 +9,12 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
 from . import ops, reference
-from .dispatch import batched, eager
+from .dispatch import KERNELS, batched, watched
 from .kernels import batch_norm as kernels
+from .kernels import layouts
+
+Buffers = tuple[Tensor | None, Tensor | None, Tensor | None]  # running mean and variance, batch counter
+Options = tuple[int, bool, bool, float, float]  # dispatch.path's answer, training, cumulative, momentum, eps
 
 
 class BatchNorm(torch.autograd.Function):
@@ -24,11 +28,11 @@ class BatchNorm(torch.autograd.Function):
         x: Tensor,
         weight: Tensor | None,
         bias: Tensor | None,
-        buffers: tuple[Tensor | None, Tensor | None, Tensor | None],
-        options: tuple[bool, bool, float, float],
+        buffers: Buffers,
+        options: Options,
     ) -> Tensor:
-        """buffers: running mean and variance, batch counter. options: training, cumulative, momentum, eps."""
-        training, _, _, eps = options
+        """buffers: running mean and variance, batch counter."""
+        _, training, _, _, eps = options
         y, table = run(x, weight, bias, buffers, options, True)
         ctx.save_for_backward(x, weight, table)
         ctx.fixed = (training, eps, None if bias is None else bias.dtype)
@@ -51,12 +55,12 @@ class BatchNorm(torch.autograd.Function):
                 dbias.to(bias_dtype) if need_dbias else None,
                 *(None,) * 2,
             )
-        if eager(x) and type(dy) is Tensor:
-            gradients = kernels.backward(
-                x, kernels.dense_like(dy, x), table, training, need_dx, weight_dtype, bias_dtype
-            )  # fmt: skip
-        else:
+        if watched(x) or type(dy) is not Tensor:
             gradients = ops.backward(x, dy, table, training, need_dx, weight_dtype, bias_dtype)
+        else:
+            gradients = kernels.backward(
+                x, layouts.dense_like(dy, x), table, training, need_dx, weight_dtype, bias_dtype
+            )  # fmt: skip
         dx, dweight, dbias = gradients
         return (
             dx if need_dx else None,
@@ -69,24 +73,28 @@ class BatchNorm(torch.autograd.Function):
 _apply = super(torch.autograd.Function, BatchNorm).apply
 
 
-def apply(*arguments: Any) -> Tensor:
-    """BatchNorm.apply. Eagerly without what Function.apply does for functorch, which dispatch has ruled out:
-    4 us of 40."""
-    return BatchNorm.apply(*arguments) if torch.compiler.is_compiling() else _apply(*arguments)
+def apply(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, buffers: Buffers, options: Options
+) -> Tensor:
+    """BatchNorm.apply. Where the kernels are called directly, without what Function.apply does for functorch,
+    which dispatch has ruled out: 4 us of 40."""
+    if options[0] == KERNELS:
+        return _apply(x, weight, bias, buffers, options)
+    return BatchNorm.apply(x, weight, bias, buffers, options)
 
 
 def run(
     x: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
-    buffers: tuple[Tensor | None, Tensor | None, Tensor | None],
-    options: tuple[bool, bool, float, float],
+    buffers: Buffers,
+    options: Options,
     keep: bool,
 ) -> tuple[Tensor, Tensor]:
     """The forward, without autograd: (y, coefficient table)."""
-    training, cumulative, momentum, eps = options
+    way, training, cumulative, momentum, eps = options
     if training:
-        train = kernels.forward if eager(x) else ops.train
+        train = kernels.forward if way == KERNELS else ops.train
         return train(x, weight, bias, *buffers, cumulative, momentum, eps)
-    evaluate = kernels.inference if eager(x) else ops.evaluate
+    evaluate = kernels.inference if way == KERNELS else ops.evaluate
     return evaluate(x, weight, bias, buffers[0], buffers[1], eps, keep)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 
 from .kernels import batch_norm as kernels
+from .kernels import layouts
 
 _library = torch.library.Library("bnfast", "DEF")
 _library.define(
@@ -31,38 +32,38 @@ backward = torch.ops.bnfast.batch_norm_backward.default
 
 def _train(x, weight, bias, running_mean, running_var, batches, cumulative, momentum, eps):  # type: ignore[no-untyped-def]
     return kernels.forward(
-        kernels.dense(x), weight, bias, running_mean, running_var, batches, cumulative, momentum, eps
+        layouts.dense(x), weight, bias, running_mean, running_var, batches, cumulative, momentum, eps
     )
 
 
 def _eval(x, weight, bias, running_mean, running_var, eps, keep):  # type: ignore[no-untyped-def]
-    return kernels.inference(kernels.dense(x), weight, bias, running_mean, running_var, eps, keep)
+    return kernels.inference(layouts.dense(x), weight, bias, running_mean, running_var, eps, keep)
 
 
 def _backward(x, dy, table, training, need_dx, weight_dtype, bias_dtype):  # type: ignore[no-untyped-def]
-    x = kernels.dense(x)
+    x = layouts.dense(x)
     gradients = kernels.backward(
-        x, kernels.dense_like(dy, x), table, training, need_dx, weight_dtype, bias_dtype
+        x, layouts.dense_like(dy, x), table, training, need_dx, weight_dtype, bias_dtype
     )
     return tuple(x.new_empty(0) if g is None else g for g in gradients)
 
 
 def _table_like(x: torch.Tensor, rows: int) -> torch.Tensor:
     size = (rows, x.shape[1]) if rows else (0,)
-    return x.new_empty(size, dtype=kernels.accumulator(x))
+    return x.new_empty(size, dtype=layouts.accumulator(x))
 
 
 def _train_fake(x, weight, bias, running_mean, running_var, batches, cumulative, momentum, eps):  # type: ignore[no-untyped-def]
-    return kernels.out_like(x), _table_like(x, 4)
+    return layouts.out_like(x), _table_like(x, 4)
 
 
 def _eval_fake(x, weight, bias, running_mean, running_var, eps, keep):  # type: ignore[no-untyped-def]
-    return kernels.out_like(x), _table_like(x, 4 if keep else 0)
+    return layouts.out_like(x), _table_like(x, 4 if keep else 0)
 
 
 def _backward_fake(x, dy, table, training, need_dx, weight_dtype, bias_dtype):  # type: ignore[no-untyped-def]
     return (
-        kernels.out_like(x) if need_dx else x.new_empty(0),
+        layouts.out_like(x) if need_dx else x.new_empty(0),
         x.new_empty(0) if weight_dtype is None else x.new_empty(x.shape[1], dtype=weight_dtype),
         x.new_empty(0) if bias_dtype is None else x.new_empty(x.shape[1], dtype=bias_dtype),
     )

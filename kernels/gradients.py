@@ -14,8 +14,8 @@ from .transform import load_coefficient
 @triton.jit(do_not_specialize=SIZES)
 def gradient_sums_kernel(
     dy_ptr, x_ptr, dx_ptr, partials_ptr, arrivals_ptr, table_ptr, gradients_ptr, dweight_ptr, dbias_ptr,
-    rows, pitch_v, width_v, inner, channels, tiles, pieces, total_v, blocks, splits,
     count: tl.float64,
+    rows, pitch_v, width_v, inner, channels, tiles, pieces, total_v, blocks, splits,
     MODE: tl.constexpr, VEC: tl.constexpr, U: tl.constexpr, R: tl.constexpr, LANES: tl.constexpr,
     CHANNELS: tl.constexpr, FOLD: tl.constexpr, POSITIONS: tl.constexpr, MERGE: tl.constexpr,
 ):  # fmt: skip

@@ -10,12 +10,13 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import inspect
-import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from operator import itemgetter
 from typing import Any
 
 import torch
 import triton
+from torch import Tensor
 from triton.runtime import driver
 
 from .plan import Sweep
@@ -65,33 +66,21 @@ def _calling_convention_known() -> bool:
 
 
 class Launch:
-    """One kernel with its grid, sizes and constants fixed. Call it with the current stream's handle, the
-    tensors (or None) and the scalars, each in the kernel's order; sizes come between them, constants last.
+    """One kernel with its grid, sizes and constants fixed. Called with the current stream's handle, the
+    step's tensors (or None), their addresses, and the kernel's scalars; sizes and constants follow by
+    themselves.
 
-    bind_once: the caller vouches that dtypes, None-ness and 16-byte alignment of all tensors are those of
-    the first call."""
+    picks: which of the step's tensors the kernel takes, in its order. bind_once: the caller vouches that
+    dtypes, None-ness and 16-byte alignment of all tensors are those of the first call."""
 
-    __slots__ = (
-        "_constants",
-        "_function",
-        "_grid",
-        "_kernel",
-        "_lock",
-        "_metadata",
-        "_options",
-        "_run",
-        "_sizes",
-        "bind_once",
-    )
+    __slots__ = ("_bind_once", "_bound", "_grid", "_kernel", "_options", "_pick", "_tail")
 
-    def __init__(self, kernel: Any, sweep: Sweep, constants: tuple[Any, ...], bind_once: bool) -> None:
-        self._kernel, self._grid, self._sizes, self._constants = (
-            kernel,
-            sweep.programs,
-            sweep.sizes,
-            constants,
-        )
-        self.bind_once = bind_once
+    def __init__(
+        self, kernel: Any, sweep: Sweep, picks: Sequence[int], constants: tuple[Any, ...], bind_once: bool
+    ) -> None:
+        self._kernel, self._grid, self._bind_once = kernel, sweep.programs, bind_once
+        self._pick = itemgetter(*picks)
+        self._tail = (*sweep.sizes, *constants)
         self._options: dict[str, int] = {}
         if not INTERPRET:
             target = driver.active.get_current_target()
@@ -99,22 +88,17 @@ class Launch:
             self._options["num_warps"] = max(1, sweep.warps * 32 // target.warp_size)
             if target.backend == "cuda":
                 self._options["maxnreg"] = sweep.registers
-        self._run: Any = None
-        self._function: Any = None
-        self._metadata: Any = None
-        self._lock = threading.Lock()
+        self._bound: Any = None  # what a direct launch needs, set in one go: other threads may be looking
 
-    def __call__(self, stream: int, tensors: tuple[torch.Tensor | None, ...], *scalars: float) -> None:
-        run = self._run
-        if run is None:
-            self._first((*tensors, *self._sizes, *scalars, *self._constants))
+    def __call__(
+        self, stream: int, tensors: Sequence[Tensor | None], addresses: Sequence[int | None], *scalars: float
+    ) -> None:
+        if self._bound is None:
+            self._first((*self._pick(tensors), *scalars, *self._tail))
             return
+        run, grid, function, metadata, pick, tail = self._bound
         # addresses: given a tensor, Triton's launcher asks the driver where it lies
-        pointers = [None if t is None else t.data_ptr() for t in tensors]
-        run(
-            self._grid, 1, 1, stream, self._function, self._metadata, None, None, None,
-            *pointers, *self._sizes, *scalars, *self._constants,
-        )  # fmt: skip
+        run(grid, 1, 1, stream, function, metadata, None, None, None, *pick(addresses), *scalars, *tail)
 
     def _first(self, args: tuple[Any, ...]) -> None:
         if INTERPRET:
@@ -122,26 +106,26 @@ class Launch:
             return
         with _loading_allowed():
             compiled = self._kernel[(self._grid,)](*args, **self._options)
-        if not self.bind_once or not _calling_convention_known():
-            return
-        with self._lock:  # _run last: another thread may look at it at any moment
-            self._function, self._metadata = compiled.function, compiled.packed_metadata
-            self._run = compiled.run
+        if self._bind_once and _calling_convention_known():
+            function, metadata = compiled.function, compiled.packed_metadata
+            self._bound = (compiled.run, self._grid, function, metadata, self._pick, self._tail)
 
 
-_arrivals: dict[tuple[int, int], torch.Tensor] = {}
+_workspaces: dict[tuple[int, int, torch.dtype], tuple[Tensor, Tensor]] = {}
 
 
-def arrivals(device: torch.device, index: int, stream: int, count: int) -> torch.Tensor:
-    """`count` zeroed int32 counters for one launch on a stream of a device. Kernels leave them at zero.
+def workspace(index: int, stream: int, seed: Tensor, partials: int, blocks: int) -> tuple[Tensor, Tensor]:
+    """What programs of one launch hand each other: room for `partials` values of seed's dtype, on its device,
+    and `blocks` zeroed int32 counters, which kernels leave at zero.
 
-    Launches on one stream do not overlap, so its counters serve them all, whichever host thread they come
-    from. A captured graph may be replayed on any stream, beside anything: it gets counters of its own,
-    zeroed within it."""
+    Launches on one stream do not overlap, so one workspace serves them all, whichever host thread they come
+    from. A captured graph may be replayed on any stream, beside anything: it gets its own, zeroed in it."""
     if INTERPRET or is_capturing():  # in the interpreter, a program that fails would leave a cached one dirty
-        return torch.zeros(count, dtype=torch.int32, device=device)
-    cached = _arrivals.get((index, stream))
-    if cached is None or cached.numel() < count:
-        cached = torch.zeros(max(count, 1024), dtype=torch.int32, device=device)
-        _arrivals[index, stream] = cached
+        return seed.new_empty(partials), torch.zeros(blocks, dtype=torch.int32, device=seed.device)
+    cached = _workspaces.get((index, stream, seed.dtype))
+    if cached is None or cached[0].numel() < partials or cached[1].numel() < blocks:
+        if cached is not None:  # never smaller than it was, or two layers would take turns to replace it
+            partials, blocks = max(partials, cached[0].numel()), max(blocks, cached[1].numel())
+        counters = torch.zeros(max(blocks, 1024), dtype=torch.int32, device=seed.device)
+        cached = _workspaces[index, stream, seed.dtype] = (seed.new_empty(max(partials, 65536)), counters)
     return cached

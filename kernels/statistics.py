@@ -129,38 +129,14 @@ def store_moments(
 
 @triton.jit(do_not_specialize=SIZES)
 def statistics_kernel(
-    x_ptr,
-    partials_ptr,
-    arrivals_ptr,
-    table_ptr,
-    weight_ptr,
-    bias_ptr,
-    running_mean_ptr,
-    running_var_ptr,
-    batches_ptr,
-    rows,
-    pitch_v,
-    width_v,
-    inner,
-    channels,
-    tiles,
-    pieces,
-    total_v,
-    blocks,
-    splits,
-    eps: tl.float64,
-    momentum: tl.float64,
-    MODE: tl.constexpr,
-    VEC: tl.constexpr,
-    U: tl.constexpr,
-    R: tl.constexpr,
-    LANES: tl.constexpr,
-    CHANNELS: tl.constexpr,
-    FOLD: tl.constexpr,
-    POSITIONS: tl.constexpr,
-    MERGE: tl.constexpr,
+    x_ptr, partials_ptr, arrivals_ptr, table_ptr,
+    weight_ptr, bias_ptr, running_mean_ptr, running_var_ptr, batches_ptr,
+    eps: tl.float64, momentum: tl.float64,
+    rows, pitch_v, width_v, inner, channels, tiles, pieces, total_v, blocks, splits,
+    MODE: tl.constexpr, VEC: tl.constexpr, U: tl.constexpr, R: tl.constexpr, LANES: tl.constexpr,
+    CHANNELS: tl.constexpr, FOLD: tl.constexpr, POSITIONS: tl.constexpr, MERGE: tl.constexpr,
     CUMULATIVE: tl.constexpr,
-):
+):  # fmt: skip
     """partials: [splits, 3, channels] pivot, shift and M2, then [splits, blocks] counts. table: see
     coefficients.py.
     """

@@ -17,8 +17,8 @@ def load_coefficient(table_ptr, row: tl.constexpr, offs_c, mask_c, channels):
 def transform_kernel(
     x_ptr, y_ptr, table_ptr,
     weight_ptr, bias_ptr, running_mean_ptr, running_var_ptr, batches_ptr,
-    rows, pitch_v, width_v, inner, channels, tiles, pieces, total_v, blocks, splits,
     eps: tl.float64,
+    rows, pitch_v, width_v, inner, channels, tiles, pieces, total_v, blocks, splits,
     MODE: tl.constexpr, VEC: tl.constexpr, ROWS_A_TILE: tl.constexpr, LANES: tl.constexpr,
     EVAL: tl.constexpr, CENTRED: tl.constexpr,
 ):  # fmt: skip

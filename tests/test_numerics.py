@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from bnfast.kernels import batch_norm as kernels
+from bnfast.kernels import steps
 from bnfast.selfcheck import Case, judge
 from tests.support.buffers import bit_identical, guarded, nan_filled_allocations
 from tests.support.cooperative import shuffled
@@ -167,7 +168,7 @@ def test_writes_its_outputs_and_nothing_else(shape: tuple[int, ...], layout: str
 def test_same_bits_in_any_order(shape: tuple[int, ...], layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whichever program arrives last, the partials are merged in the same order."""
     monkeypatch.setenv("BNFAST_INTERPRETER_SMS", "3")
-    kernels.forget_plans()
+    steps.forget_plans()
     memory_format = torch.channels_last if layout == "channels_last" else torch.contiguous_format
     x, dy = (torch.randn(shape).contiguous(memory_format=memory_format) for _ in range(2))
 
@@ -183,4 +184,4 @@ def test_same_bits_in_any_order(shape: tuple[int, ...], layout: str, monkeypatch
             with shuffled(seed):
                 assert all(bit_identical(a, b) for a, b in zip(step(), first, strict=True))
     finally:
-        kernels.forget_plans()
+        steps.forget_plans()

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from bnfast.kernels import batch_norm as kernels
+from bnfast.kernels import steps
 from tests.support.trace import Trace, trace
 
 SHAPES = [(8, c, size, size) for c in (24, 64, 96) for size in (7, 14, 28)] + [
@@ -27,9 +28,9 @@ FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
 def several_programs(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Enough SMs that channels are split and blocks share rows, few enough to be quick."""
     monkeypatch.setenv("BNFAST_INTERPRETER_SMS", "2")
-    kernels.forget_plans()
+    steps.forget_plans()
     yield
-    kernels.forget_plans()
+    steps.forget_plans()
 
 
 def tensors(shape: tuple[int, ...], layout: str, dtype: torch.dtype, count: int) -> list[torch.Tensor]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import bnfast
-from bnfast.kernels import batch_norm, gradients, launch, plan, statistics, transform
+from bnfast.kernels import gradients, launch, plan, statistics, steps, transform
 from tests.gpu import parity
 from tests.gpu.parity import Case
 from tests.support.buffers import bit_identical
@@ -62,8 +62,8 @@ def test_forgetting_everything_gives_the_same_bits(case: Case) -> None:
     """Nothing that is cached between calls, plans, counters or compiled kernels, has a say in the result."""
     tensors = parity.given(case)
     first = parity.run(case, bnfast, tensors)
-    batch_norm.forget_plans()
-    launch._arrivals.clear()
+    steps.forget_plans()
+    launch._workspaces.clear()
     plan.reduce_sweep.cache_clear()
     plan.map_sweep.cache_clear()
     for kernel in (

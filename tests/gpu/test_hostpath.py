@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import pytest
 import torch
@@ -11,7 +11,8 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 import bnfast
-from bnfast.kernels import batch_norm
+from bnfast.kernels import steps
+from bnfast.kernels.launch import Launch
 from tests.gpu import parity
 from tests.gpu.parity import Case
 from tests.support.buffers import bit_identical
@@ -29,10 +30,14 @@ CASES = [
 @pytest.fixture
 def nothing_known() -> Iterator[dict]:
     """The table of steps, emptied for the test."""
-    known = dict(batch_norm._steps)
-    batch_norm._steps.clear()
-    yield batch_norm._steps
-    batch_norm._steps.update(known)
+    known = dict(steps._steps)
+    steps._steps.clear()
+    yield steps._steps
+    steps._steps.update(known)
+
+
+def launches_of(known: Iterable[steps.Step]) -> list[Launch]:
+    return list({id(launch): launch for step in known for launch in (step.first, step.second)}.values())
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -41,15 +46,17 @@ def test_bound_launches_are_used_and_do_what_public_ones_do(case: Case, nothing_
     call, which is Triton's own; bound launches; and launches that are never bound."""
     tensors = parity.given(case)
     first = parity.run(case, bnfast, tensors)
-    steps = list(nothing_known.values())
-    assert len(steps) == (4 if case.batch else 2)
-    assert all(step.launch._run is not None for step in steps), "this Triton's launcher is not as expected"
+    known = list(nothing_known.values())
+    assert len(known) == 2, "one step each way"
+    launches = launches_of(known)
+    assert len(launches) == (4 if case.training else 2)
+    assert all(launch._bound for launch in launches), "this Triton's launcher is not as expected"
     bound = parity.run(case, bnfast, tensors)
-    assert list(nothing_known.values()) == steps, "the second call found none of the first one's steps"
-    for step in steps:
-        step.launch._run, step.launch.bind_once = None, False
+    assert list(nothing_known.values()) == known, "the second call found none of the first one's steps"
+    for launch in launches:
+        launch._bound, launch._bind_once = None, False
     public = parity.run(case, bnfast, tensors)
-    assert all(step.launch._run is None for step in steps)
+    assert not any(launch._bound for launch in launches)
     for name, value in first.items():
         assert bit_identical(bound[name], value), f"{name}, bound"
         assert bit_identical(public[name], value), f"{name}, public"
@@ -60,9 +67,9 @@ def test_unaligned_tensors_never_meet_kernels_bound_for_aligned_ones(case: Case,
     """Same sizes, other addresses: a kernel compiled for 16-byte loads would fault or be wrong."""
     for storage in ("dense", "offset", "dense", "offset"):
         parity.check(dataclasses.replace(case, storage=storage))
-    unaligned = [step.launch for step in nothing_known.values() if not step.launch.bind_once]
+    unaligned = [launch for launch in launches_of(nothing_known.values()) if not launch._bind_once]
     assert unaligned
-    assert all(launch._run is None for launch in unaligned)
+    assert not any(launch._bound for launch in unaligned)
 
 
 def stepper(case: Case) -> Callable[[], object]:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import bnfast
-from bnfast.kernels import batch_norm
+from bnfast.kernels.steps import forget_plans
 from tests.gpu import parity
 from tests.gpu.parity import Case, Given
 from tests.support.buffers import bit_identical
@@ -151,7 +151,7 @@ def test_two_host_threads_at_once(streams: str) -> None:
     """At the first call too, which both make at the same moment: plans and launches are new to both."""
     tensors = [parity.given(case) for case in PAIR]
     expected = [eager(case, given, REPEATS) for case, given in zip(PAIR, tensors, strict=True)]
-    batch_norm._steps.clear()
+    forget_plans()
     start = threading.Barrier(len(PAIR))
 
     def work(case: Case, given: Given) -> dict[str, Tensor]:

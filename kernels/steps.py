@@ -1,0 +1,111 @@
+"""Steps: the launches that one call of a layer makes, with all that does not change between calls of one
+signature, so that a call is a lookup, a few allocations and the launches."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import plan
+from .launch import INTERPRET, Launch, current_stream
+from .layouts import accumulator, is_channels_last
+
+
+@lru_cache
+def multiprocessors(index: int) -> int:
+    """SMs to plan for. The interpreter runs programs one after another, so there a few show all there is to
+    see.
+    """
+    if INTERPRET or index < 0:
+        return int(os.environ.get("BNFAST_INTERPRETER_SMS", "2"))
+    return torch.cuda.get_device_properties(index).multi_processor_count
+
+
+def where(x: Tensor) -> tuple[int, int, bool]:
+    """(device index, its current stream, whether another device is current: Triton launches on the current
+    one).
+    """
+    index = x.get_device()
+    if INTERPRET or index < 0:
+        return index, 0, False
+    return index, current_stream(index), index != torch._C._cuda_getDevice()
+
+
+@dataclass(frozen=True)
+class Step:
+    """One or two launches, and what they need allocated."""
+
+    first: Launch
+    second: Launch
+    seed: Tensor  # empty, of the accumulator's dtype, on x's device: for allocating in less time
+    partials: int = 0  # elements of workspace for the first
+    blocks: int = 0  # arrival counters for the first
+
+
+_steps: dict[Any, Step] = {}
+
+
+def step_for(
+    make: Callable[..., Step], x: Tensor, index: int, addresses: Sequence[int | None], *rest: Any
+) -> Step:
+    """The step for this signature, from `make(Sizes, *rest)` the first time. addresses: of all the caller's
+    tensors. rest: dtypes and flags that the compiled kernels depend on."""
+    joined = 0
+    for address in addresses:
+        if address is not None:
+            joined |= address
+    aligned = joined % plan.VECTOR_BYTES == 0
+    key = (make, x.shape, x.stride(), x.dtype, index, aligned, rest)
+    step = _steps.get(key)
+    if step is None:
+        if len(_steps) >= 8192:  # shapes that never repeat must not fill the host's memory
+            _steps.clear()
+        step = _steps[key] = make(Sizes(x, index, aligned), *rest)
+    return step
+
+
+def forget_plans() -> None:
+    """Plan anew from here on: for tests that change what plans depend on."""
+    multiprocessors.cache_clear()
+    _steps.clear()
+
+
+class Sizes:
+    """What a signature says of x, and the launches that follow from it.
+
+    order, takes: names of the step's tensors, and of those that a kernel takes, each in its order."""
+
+    def __init__(self, x: Tensor, index: int, aligned: bool) -> None:
+        self.aligned = aligned
+        n, c, s = x.shape[0], x.shape[1], prod(x.shape[2:])
+        self.size = (n, c, s, x.element_size(), is_channels_last(x), aligned, multiprocessors(index))
+        self.seed = torch.empty(0, dtype=accumulator(x), device=x.device)
+
+    def mapping(self, kernel: Any, inputs: int, order: str, takes: str, *flags: bool) -> Launch:
+        """A kernel that maps x element by element."""
+        sweep = plan.map_sweep(*self.size, inputs)
+        constants = (plan.MODES[sweep.view.mode], sweep.vec, sweep.tile_rows, sweep.view.lanes, *flags)
+        return Launch(kernel, sweep, _picks(order, takes), constants, self.aligned)
+
+    def reducing(
+        self, kernel: Any, inputs: int, order: str, takes: str, *flags: bool, then: Launch | None = None
+    ) -> Step:
+        """A kernel that reduces x, and the launch that follows it."""
+        sweep = plan.reduce_sweep(*self.size, inputs)
+        view, mode = sweep.view, plan.MODES[sweep.view.mode]
+        tile = (mode, sweep.vec, sweep.unroll, sweep.group, view.lanes)
+        constants = (*tile, view.channels_a_block, sweep.fold, view.positions, sweep.merge, *flags)
+        first = Launch(kernel, sweep, _picks(order, takes), constants, self.aligned)
+        return Step(first, then or first, self.seed, sweep.partials, view.blocks)
+
+
+def _picks(order: str, takes: str) -> list[int]:
+    names = order.split()
+    return [names.index(name) for name in takes.split()]
