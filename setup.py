@@ -10,6 +10,7 @@ from pathlib import Path
 from setuptools import setup
 
 HERE = Path(__file__).resolve().parent
+PARTS = ("autograd", "functional", "modules", "ops", "reference")
 
 
 def version() -> str:
@@ -31,7 +32,7 @@ setup(
     license="MIT",
     license_files=["LICENSE"],
     python_requires=">=3.10",
-    packages=["bnfast", "bnfast.modules", "bnfast.kernels"],
+    packages=["bnfast", *(f"bnfast.{part}" for part in PARTS), "bnfast.kernels"],
     package_dir={"bnfast.kernels": "kernels"},
     package_data={"bnfast": ["py.typed"]},
     install_requires=["torch>=2.6"],

@@ -36,11 +36,7 @@ def info() -> int:
 
 
 def _triton() -> str:
-    if not dispatch.TRITON:
-        return "no Triton"
-    import triton
-
-    return f"Triton {triton.__version__}"
+    return f"Triton {dispatch.TRITON_VERSION}" if dispatch.TRITON_VERSION else "no Triton"
 
 
 def _describe(device: torch.device) -> str:
@@ -55,7 +51,7 @@ def check(seconds: float) -> int:
     none.
     """
     if not dispatch.TRITON:
-        print("Triton is not installed, so there are no kernels to check: pip install triton")
+        print(f"No kernels to check: {dispatch.reason_for_torch(torch.empty(1))}")
         return 1
     if not torch.cuda.is_available() and not dispatch.INTERPRET:
         # Triton reads the variable when it decorates a kernel: a process of its own has it from the start.

@@ -3,21 +3,38 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
 import os
 
 import torch
 from torch.autograd import forward_ad
 
 PLAIN = (torch.Tensor, torch.nn.Parameter)
-PLAIN_OR_NONE = (*PLAIN, type(None))
 _TRACED = (
     "FakeTensor",
     "FunctionalTensor",
 )  # what graph capture passes; any other subclass is its own business
 KERNEL_DTYPES = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
 INTERPRET = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
-TRITON = importlib.util.find_spec("triton") is not None
+OLDEST_TRITON = (3, 6)
+
+
+def _triton_version() -> str | None:
+    try:
+        import triton
+    except ImportError:
+        return None
+    return str(triton.__version__)
+
+
+TRITON_VERSION = _triton_version()
+# Older torch builds bring older Tritons, which lack what kernels/ needs: then layers run plain torch.
+TRITON = TRITON_VERSION is not None and tuple(map(int, TRITON_VERSION.split(".")[:2])) >= OLDEST_TRITON
+
+
+def is_exporting() -> bool:
+    """torch.compiler.is_exporting, as a flag that Dynamo reads: up to torch 2.11 it takes the function for
+    True in a plain torch.compile too (pytorch issue 176347)."""
+    return torch.compiler._is_exporting_flag
 
 
 def refuse_dtensor(*tensors: torch.Tensor | None) -> None:
@@ -32,7 +49,10 @@ def refuse_dtensor(*tensors: torch.Tensor | None) -> None:
 
 
 def _known(x: torch.Tensor) -> bool:
-    return type(x) in PLAIN and not x.is_nested or type(x).__name__ in _TRACED
+    """Whether x is what it seems to be: memory that holds its values."""
+    if type(x) in PLAIN:
+        return not (x.is_nested or (not torch.compiler.is_compiling() and x.is_neg()))
+    return type(x).__name__ in _TRACED
 
 
 @functools.lru_cache
@@ -63,7 +83,8 @@ def batched(dy: torch.Tensor) -> bool:
 def reason_for_torch(x: torch.Tensor) -> str | None:
     """Why x would take the plain-torch path for its own sake, or None if the kernels can have it."""
     if not TRITON:
-        return "Triton is not installed"
+        found = f"Triton {TRITON_VERSION} is too old" if TRITON_VERSION else "Triton is not installed"
+        return f"{found}: the kernels need {'.'.join(map(str, OLDEST_TRITON))} or newer"
     if not _known(x) or x.layout is not torch.strided:
         return f"no kernels for {type(x).__name__} of layout {x.layout}"
     if x.dtype not in KERNEL_DTYPES:
@@ -92,11 +113,11 @@ def path(x: torch.Tensor) -> int:
     On the path of every call, so what is usual is tested first, and with as few calls as it takes."""
     if torch.compiler.is_compiling():
         # without a cache, which would be a guard, and each new entry of it a recompilation
-        kernels = not (torch.jit.is_tracing() or torch.compiler.is_exporting() or transforming())
+        kernels = not (torch.jit.is_tracing() or is_exporting() or transforming())
         return OPERATORS if kernels and x.numel() > 0 and reason_for_torch(x) is None else TORCH
     if not (x.is_cuda or INTERPRET) or torch._C._is_tracing():
         return TORCH
-    if type(x) in PLAIN and not x.is_nested:
+    if type(x) in PLAIN and not (x.is_nested or x.is_neg()):
         key = (x.dtype, x.device, x.layout)
         suitable = _suitable.get(key)
         if suitable is None:

@@ -13,6 +13,7 @@ import torch
 
 from .gradients import gradient_sums_kernel, gradient_transform_kernel
 from .launch import workspace
+from .layouts import dense, dense_like
 from .statistics import statistics_kernel
 from .steps import Sizes, Step, step_for, where
 from .transform import transform_kernel
@@ -56,7 +57,7 @@ def _gradients(sizes: Sizes, training: bool, need_dx: bool, *dtypes: Any) -> Ste
 def forward(
     x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None,
     running_mean: torch.Tensor | None, running_var: torch.Tensor | None, batches: torch.Tensor | None,
-    cumulative: bool, momentum: float, eps: float,
+    cumulative: bool, momentum: float, eps: float, own: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """Training: -> (y, table [4, C]). Updates the running statistics and the batch counter in place. Two
     launches."""
@@ -64,16 +65,16 @@ def forward(
     if elsewhere:
         with torch.cuda.device(x.device):
             return forward(
-                x, weight, bias, running_mean, running_var, batches, cumulative, momentum, eps
+                x, weight, bias, running_mean, running_var, batches, cumulative, momentum, eps, own
             )  # fmt: skip
     given = (x, weight, bias, running_mean, running_var, batches)
     addresses = [None if t is None else t.data_ptr() for t in given]
     dtypes = [None if t is None else t.dtype for t in given]
-    step = step_for(_train, x, index, addresses, cumulative, *dtypes)
+    step = step_for(_train, x, index, addresses[:1], cumulative, *dtypes)
     y = torch.empty_like(x)
     channels = x.shape[1]
     table = step.seed.new_empty_strided((4, channels), (channels, 1))  # half of new_empty's host time
-    partials, counters = workspace(index, stream, step.seed, step.partials, step.blocks)
+    partials, counters = workspace(index, stream, step.seed, step.partials, step.blocks, own)
     tensors = (*given, y, table, partials, counters, None)
     addresses += (y.data_ptr(), table.data_ptr(), partials.data_ptr(), counters.data_ptr(), None)
     step.first(stream, tensors, addresses, eps, momentum)
@@ -93,7 +94,7 @@ def inference(
     given = (x, weight, bias, running_mean, running_var)
     addresses = [None if t is None else t.data_ptr() for t in given]
     dtypes = [None if t is None else t.dtype for t in given]
-    step = step_for(_eval, x, index, addresses, keep, *dtypes)
+    step = step_for(_eval, x, index, addresses[:1], keep, *dtypes)
     y = torch.empty_like(x)
     table = step.seed.new_empty((4, x.shape[1]) if keep else 0)
     tensors = (*given, y, table, None)
@@ -104,7 +105,7 @@ def inference(
 
 def backward(
     x: torch.Tensor, dy: torch.Tensor, table: torch.Tensor, training: bool,
-    need_dx: bool, weight_dtype: torch.dtype | None, bias_dtype: torch.dtype | None,
+    need_dx: bool, weight_dtype: torch.dtype | None, bias_dtype: torch.dtype | None, own: bool = False,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:  # fmt: skip
     """-> (dx, dweight, dbias), None where not wanted (a dtype of None: that parameter's gradient is not).
 
@@ -113,7 +114,10 @@ def backward(
     index, stream, elsewhere = where(x)
     if elsewhere:
         with torch.cuda.device(x.device):
-            return backward(x, dy, table, training, need_dx, weight_dtype, bias_dtype)
+            return backward(x, dy, table, training, need_dx, weight_dtype, bias_dtype, own)
+    # saved tensors come back from their hooks in any shape of memory
+    x, table = dense(x), table.contiguous()
+    dy = dense_like(dy, x)
     channels, dtypes = x.shape[1], (dy.dtype, weight_dtype, bias_dtype)
     dx = torch.empty_like(x) if need_dx else None
     dweight = None if weight_dtype is None else table.new_empty(channels, dtype=weight_dtype)
@@ -126,7 +130,7 @@ def backward(
         return dx, None, None
     step = step_for(_gradients, x, index, addresses, training, need_dx, dtypes)
     gradients = table.new_empty_strided((3, channels), (channels, 1)) if training and need_dx else None
-    partials, counters = workspace(index, stream, step.seed, step.partials, step.blocks)
+    partials, counters = workspace(index, stream, step.seed, step.partials, step.blocks, own)
     tensors = (*given, partials, counters, gradients, None)
     addresses += [None if t is None else t.data_ptr() for t in (partials, counters, gradients, None)]
     step.first(stream, tensors, addresses, x.numel() / channels)

@@ -29,8 +29,20 @@ def load_or(ptr, offs, mask, default: tl.constexpr, ACC: tl.constexpr):
     if ptr is None:
         value = tl.full(offs.shape, default, ACC)
     else:
-        value = tl.load(ptr + offs, mask=mask, other=default).to(ACC)
+        value = tl.load(ptr + offs, mask=mask, other=default)
+        if value.dtype.primitive_bitwidth == 16:
+            value = value.to(tl.float32)  # see store_as
+        value = value.to(ACC)
     return value
+
+
+@triton.jit
+def store_as(ptrs, value, mask):
+    """Stores value in the pointers' type. By way of fp32: nothing turns fp64 into bf16 in one step."""
+    DTYPE: tl.constexpr = ptrs.dtype.element_ty
+    if DTYPE.primitive_bitwidth == 16:
+        value = value.to(tl.float32)
+    tl.store(ptrs, value.to(DTYPE), mask=mask)
 
 
 @triton.jit
@@ -80,10 +92,9 @@ def batch_norm_forward(
 
 @triton.jit
 def blend(running_ptr, offs_c, mask_c, value, factor, ACC: tl.constexpr):
-    old = tl.load(running_ptr + offs_c, mask=mask_c, other=0.0).to(ACC)
-    # momentum 0 must leave even NaN and inf as they are, and momentum 1 must forget them
-    new = tl.where(factor == 0, old, tl.where(factor == 1, value, (1 - factor) * old + factor * value))
-    tl.store(running_ptr + offs_c, new.to(running_ptr.dtype.element_ty), mask=mask_c)
+    old = load_or(running_ptr, offs_c, mask_c, 0.0, ACC)
+    new = (1 - factor) * old + factor * value  # as torch's: a NaN batch shows even with momentum 0
+    store_as(running_ptr + offs_c, new, mask_c)
 
 
 @triton.jit
@@ -131,6 +142,6 @@ def batch_norm_backward(
         tl.store(gradients_ptr + channels + offs_c, -a * (rstd * (rstd * (sum_gd / n))), mask=mask_c)
         tl.store(gradients_ptr + 2 * channels + offs_c, -a * (sum_g / n), mask=mask_c)
     if dweight_ptr is not None:
-        tl.store(dweight_ptr + offs_c, (rstd * sum_gd).to(dweight_ptr.dtype.element_ty), mask=mask_c)
+        store_as(dweight_ptr + offs_c, rstd * sum_gd, mask_c)
     if dbias_ptr is not None:
-        tl.store(dbias_ptr + offs_c, sum_g.to(dbias_ptr.dtype.element_ty), mask=mask_c)
+        store_as(dbias_ptr + offs_c, sum_g, mask_c)

@@ -6,12 +6,12 @@ import triton
 import triton.language as tl
 
 from .coefficients import arrive_last, batch_norm_backward
-from .statistics import SIZES
+from .statistics import PARAMETERS, SIZES
 from .tiles import channels_held, channels_of_block, lanes_and_channels, sum_by_channel, tile
 from .transform import load_coefficient
 
 
-@triton.jit(do_not_specialize=SIZES)
+@triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=PARAMETERS)
 def gradient_sums_kernel(
     dy_ptr, x_ptr, dx_ptr, partials_ptr, arrivals_ptr, table_ptr, gradients_ptr, dweight_ptr, dbias_ptr,
     count: tl.float64,
@@ -72,7 +72,7 @@ def gradient_sums_kernel(
         )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=SIZES)
+@triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=PARAMETERS)
 def gradient_transform_kernel(
     dy_ptr, x_ptr, dx_ptr, table_ptr, gradients_ptr,
     rows, pitch_v, width_v, inner, channels, tiles, pieces, total_v, blocks, splits,

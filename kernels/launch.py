@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import inspect
+import threading
 from collections.abc import Iterator, Sequence
 from operator import itemgetter
 from typing import Any
@@ -22,6 +23,7 @@ from triton.runtime import driver
 from .plan import Sweep
 
 INTERPRET: bool = triton.knobs.runtime.interpret
+_interpreting = threading.Lock()  # the interpreter patches Triton's language for all threads
 
 
 def current_stream(index: int) -> int:
@@ -102,7 +104,8 @@ class Launch:
 
     def _first(self, args: tuple[Any, ...]) -> None:
         if INTERPRET:
-            self._kernel[(self._grid,)](*args)
+            with _interpreting:
+                self._kernel[(self._grid,)](*args)
             return
         with _loading_allowed():
             compiled = self._kernel[(self._grid,)](*args, **self._options)
@@ -114,13 +117,18 @@ class Launch:
 _workspaces: dict[tuple[int, int, torch.dtype], tuple[Tensor, Tensor]] = {}
 
 
-def workspace(index: int, stream: int, seed: Tensor, partials: int, blocks: int) -> tuple[Tensor, Tensor]:
+def workspace(
+    index: int, stream: int, seed: Tensor, partials: int, blocks: int, own: bool
+) -> tuple[Tensor, Tensor]:
     """What programs of one launch hand each other: room for `partials` values of seed's dtype, on its device,
     and `blocks` zeroed int32 counters, which kernels leave at zero.
 
     Launches on one stream do not overlap, so one workspace serves them all, whichever host thread they come
-    from. A captured graph may be replayed on any stream, beside anything: it gets its own, zeroed in it."""
-    if INTERPRET or is_capturing():  # in the interpreter, a program that fails would leave a cached one dirty
+    from. A captured graph may be replayed on any stream, beside anything: it gets its own, zeroed in it, as
+    does a caller that asks for its `own`."""
+    if (
+        own or INTERPRET or is_capturing()
+    ):  # in the interpreter, a program that fails would leave a cached one dirty
         return seed.new_empty(partials), torch.zeros(blocks, dtype=torch.int32, device=seed.device)
     cached = _workspaces.get((index, stream, seed.dtype))
     if cached is None or cached[0].numel() < partials or cached[1].numel() < blocks:

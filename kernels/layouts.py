@@ -38,6 +38,8 @@ def dense_like(dy: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """dy in the memory order of a dense x. Gradients come expanded (`y.sum()`), transposed, sliced: then it
     is copied.
     """
+    if dy.is_neg() or dy._is_zerotensor():  # lazy: their memory does not hold their values
+        dy = torch.zeros_like(x) if dy._is_zerotensor() else dy.resolve_neg()
     if dy.stride() == x.stride():
         return dy
     return dy.contiguous(memory_format=torch.contiguous_format if x.is_contiguous() else _FORMATS[x.dim()])

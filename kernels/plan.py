@@ -27,6 +27,10 @@ INT32 = 2**31
 WARP = 32
 
 
+class TooLarge(ValueError):
+    """Sizes beyond the kernels' 32-bit arithmetic within a tile."""
+
+
 @dataclass(frozen=True)
 class Program:
     """How large a program is, how many share an SM, the registers a thread is compiled for to make that so,
@@ -90,9 +94,7 @@ class Sweep:
 
     @cached_property
     def sizes(self) -> tuple[int, ...]:
-        """The kernels' integer arguments, in their order. Raises ValueError where one does not fit 32
-        bits.
-        """
+        """The kernels' integer arguments, in their order. Raises TooLarge where one does not fit 32 bits."""
         v = self.view
         sizes = (
             v.rows, v.pitch // self.vec, v.width // self.vec, v.inner, v.channels,
@@ -101,7 +103,7 @@ class Sweep:
         in_tile = self.tile_rows * (v.lanes if v.mode == "runs" else v.pitch)
         narrow = (*sizes[:7], *sizes[8:])  # all but the total, which is widened where it is used
         if max(*narrow, in_tile, self.programs, v.channels * 4, self.partials) >= INT32:
-            raise ValueError(f"this tensor is too large for 32-bit tile offsets, grid or tables: {v}")
+            raise TooLarge(f"this tensor is too large for 32-bit tile offsets, grid or tables: {v}")
         return sizes
 
     @cached_property

@@ -16,6 +16,8 @@ from .tiles import (
     values_a_channel,
 )
 
+# of the caller, who may have cut them from anywhere: a channel each is loaded as well without alignment
+PARAMETERS = ["weight_ptr", "bias_ptr", "running_mean_ptr", "running_var_ptr", "batches_ptr"]
 SIZES = ["rows", "pitch_v", "width_v", "inner", "channels", "tiles", "pieces", "total_v", "blocks", "splits"]
 
 
@@ -127,7 +129,7 @@ def store_moments(
         tl.store(mine_ptr + 2 * channels + offs_c, m2, mask=mask_c)
 
 
-@triton.jit(do_not_specialize=SIZES)
+@triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=PARAMETERS)
 def statistics_kernel(
     x_ptr, partials_ptr, arrivals_ptr, table_ptr,
     weight_ptr, bias_ptr, running_mean_ptr, running_var_ptr, batches_ptr,

@@ -55,8 +55,8 @@ _steps: dict[Any, Step] = {}
 def step_for(
     make: Callable[..., Step], x: Tensor, index: int, addresses: Sequence[int | None], *rest: Any
 ) -> Step:
-    """The step for this signature, from `make(Sizes, *rest)` the first time. addresses: of all the caller's
-    tensors. rest: dtypes and flags that the compiled kernels depend on."""
+    """The step for this signature, from `make(Sizes, *rest)` the first time. addresses: of the caller's
+    tensors that the kernels load in vectors. rest: dtypes and flags that the compiled kernels depend on."""
     joined = 0
     for address in addresses:
         if address is not None:

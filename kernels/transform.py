@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from .coefficients import from_running_statistics, store_table
-from .statistics import SIZES
+from .statistics import PARAMETERS, SIZES
 from .tiles import PLANES, RUNS, lanes_and_channels, tile
 
 
@@ -13,7 +13,7 @@ def load_coefficient(table_ptr, row: tl.constexpr, offs_c, mask_c, channels):
     return tl.load(table_ptr + row * channels + offs_c, mask=mask_c, other=0.0)[None, :]
 
 
-@triton.jit(do_not_specialize=SIZES)
+@triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=PARAMETERS)
 def transform_kernel(
     x_ptr, y_ptr, table_ptr,
     weight_ptr, bias_ptr, running_mean_ptr, running_var_ptr, batches_ptr,

@@ -1,6 +1,9 @@
 """The operators, for everything that looks at graphs: torch.compile, make_fx, opcheck.
 torch.ops.bnfast.batch_norm_*.
 
+Their workspaces are their own: torch.compile's CUDA graphs (reduce-overhead) keep all that is allocated in
+their warm-up in a pool, which a cached workspace must not live in.
+
 No autograd here (autograd.py has it): a Function around bare operators costs half of what registered
 autograd costs."""
 
@@ -8,8 +11,8 @@ from __future__ import annotations
 
 import torch
 
-from .kernels import batch_norm as kernels
-from .kernels import layouts
+from ..kernels import batch_norm as kernels
+from ..kernels import layouts
 
 _library = torch.library.Library("bnfast", "DEF")
 _library.define(
@@ -32,7 +35,16 @@ backward = torch.ops.bnfast.batch_norm_backward.default
 
 def _train(x, weight, bias, running_mean, running_var, batches, cumulative, momentum, eps):  # type: ignore[no-untyped-def]
     return kernels.forward(
-        layouts.dense(x), weight, bias, running_mean, running_var, batches, cumulative, momentum, eps
+        layouts.dense(x),
+        weight,
+        bias,
+        running_mean,
+        running_var,
+        batches,
+        cumulative,
+        momentum,
+        eps,
+        own=True,
     )
 
 
@@ -41,10 +53,7 @@ def _eval(x, weight, bias, running_mean, running_var, eps, keep):  # type: ignor
 
 
 def _backward(x, dy, table, training, need_dx, weight_dtype, bias_dtype):  # type: ignore[no-untyped-def]
-    x = layouts.dense(x)
-    gradients = kernels.backward(
-        x, layouts.dense_like(dy, x), table, training, need_dx, weight_dtype, bias_dtype
-    )
+    gradients = kernels.backward(x, dy, table, training, need_dx, weight_dtype, bias_dtype, own=True)
     return tuple(x.new_empty(0) if g is None else g for g in gradients)
 
 

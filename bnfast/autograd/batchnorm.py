@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
-from . import ops, reference
-from .dispatch import KERNELS, batched, watched
-from .kernels import batch_norm as kernels
-from .kernels import layouts
+from ..dispatch import KERNELS, batched, watched
+from ..kernels import batch_norm as kernels
+from ..kernels.plan import TooLarge
+from ..ops import batchnorm as ops
+from ..reference import batchnorm as reference
 
 Buffers = tuple[Tensor | None, Tensor | None, Tensor | None]  # running mean and variance, batch counter
 Options = tuple[int, bool, bool, float, float]  # dispatch.path's answer, training, cumulative, momentum, eps
@@ -46,28 +47,24 @@ class BatchNorm(torch.autograd.Function):
         need_dx, need_dweight, need_dbias = ctx.needs_input_grad[:3]  # type: ignore[attr-defined]
         weight_dtype = weight.dtype if need_dweight else None
         bias_dtype = bias_dtype if need_dbias else None
-        if torch.is_grad_enabled() or batched(dy):  # create_graph=True, or a vmap over the backward
+        gradients = None
+        if not (torch.is_grad_enabled() or batched(dy)):  # create_graph=True, or a vmap over the backward
+            sweep = ops.backward if watched(x) or type(dy) is not Tensor else _backward
+            gradients = sweep(x, dy, table, training, need_dx, weight_dtype, bias_dtype)
+        if gradients is None:
             fixed = None if training else (table[0], table[3])
             dx, dweight, dbias = reference.batch_norm_backward(dy, x, weight, eps, fixed)
-            return (
-                dx if need_dx else None,
-                dweight.to(weight_dtype) if need_dweight else None,
-                dbias.to(bias_dtype) if need_dbias else None,
-                *(None,) * 2,
-            )
-        if watched(x) or type(dy) is not Tensor:
-            gradients = ops.backward(x, dy, table, training, need_dx, weight_dtype, bias_dtype)
-        else:
-            gradients = kernels.backward(
-                x, layouts.dense_like(dy, x), table, training, need_dx, weight_dtype, bias_dtype
-            )  # fmt: skip
-        dx, dweight, dbias = gradients
-        return (
-            dx if need_dx else None,
-            dweight if need_dweight else None,
-            dbias if need_dbias else None,
-            *(None,) * 2,
-        )
+            gradients = (dx, dweight.to(weight_dtype or dx.dtype), dbias.to(bias_dtype or dx.dtype))
+        needed = zip((need_dx, need_dweight, need_dbias), gradients, strict=True)
+        return (*(gradient if need else None for need, gradient in needed), None, None)
+
+
+def _backward(*arguments: Any) -> Any:
+    """The kernels' backward, or None where dy is too much for them (huge, and without whole vectors)."""
+    try:
+        return kernels.backward(*arguments)
+    except TooLarge:
+        return None
 
 
 _apply = super(torch.autograd.Function, BatchNorm).apply

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from . import reference
-from .dispatch import KERNEL_DTYPES, KERNELS, PLAIN_OR_NONE, TORCH, TRITON, path, refuse_dtensor
+from ..dispatch import KERNEL_DTYPES, KERNELS, PLAIN, TORCH, TRITON, path, refuse_dtensor
+from ..reference import batchnorm as reference
 
 # more than one value a channel, or torch's ValueError
 verify_batch_size: Callable[[torch.Size], None] = getattr(F, "_verify_batch_size")  # noqa: B009
 
 if TRITON:
-    from . import autograd
-    from .kernels.layouts import dense
+    from ..autograd import batchnorm as autograd
+    from ..kernels.layouts import dense
+    from ..kernels.plan import TooLarge
 
 
 def batch_norm(
@@ -64,13 +66,13 @@ def counting_batch_norm(
 ) -> Tensor:
     """batch_norm that also counts the batch, on the device: batches, an int64 scalar tensor, or None.
     momentum None is the cumulative average, with the factor 1 / (batches + 1)."""
+    if type(training) is not bool or type(momentum) not in (float, type(None)) or type(eps) is not float:
+        training, momentum, eps = _as_torch_takes_them(training, momentum, eps)
     way = path(input)
-    if way != KERNELS or type(weight) not in PLAIN_OR_NONE:
-        refuse_dtensor(input, weight)
     if eps <= 0.0 and (training or eps < 0.0):  # torch has raised these since 2.13
         needed = "positive during training" if training else "non-negative"
         raise ValueError(f"batch_norm eps must be {needed}, but got {eps}")
-    if way == TORCH or not _fits(input, running_mean, running_var, weight, bias, training, batches):
+    if way == TORCH or not _fits(way, input, running_mean, running_var, weight, bias, training, batches):
         return _torch_batch_norm(
             input, running_mean, running_var, weight, bias, training, momentum, eps, batches
         )
@@ -79,16 +81,30 @@ def counting_batch_norm(
     x = input if input.is_contiguous() else dense(input)
     buffers = (running_mean, running_var, batches)
     options = (way, training, momentum is None, 0.0 if momentum is None else momentum, eps)
-    if torch.is_grad_enabled() and (
+    wanted = torch.is_grad_enabled() and (
         x.requires_grad
         or (weight is not None and weight.requires_grad)
         or (bias is not None and bias.requires_grad)
-    ):
-        return autograd.apply(x, weight, bias, buffers, options)
-    return autograd.run(x, weight, bias, buffers, options, False)[0]
+    )
+    try:
+        if not wanted:
+            return autograd.run(x, weight, bias, buffers, options, False)[0]
+        if way != KERNELS or not (x.is_inference() or (weight is not None and weight.is_inference())):
+            return autograd.apply(x, weight, bias, buffers, options)
+    except TooLarge:
+        pass
+    return _torch_batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps, batches)
+
+
+def _as_torch_takes_them(training: Any, momentum: Any, eps: Any) -> tuple[bool, float | None, float]:
+    """Integers and 0-d tensors, which torch.nn.functional.batch_norm takes for floats, or its TypeError."""
+    x = torch.ones(2, 1)
+    F.batch_norm(x, x[0], x[1], None, None, training, 0.0 if momentum is None else momentum, eps)
+    return training, None if momentum is None else float(momentum), float(eps)
 
 
 def _fits(
+    way: int,
     x: Tensor,
     running_mean: Tensor | None,
     running_var: Tensor | None,
@@ -102,22 +118,27 @@ def _fits(
     """
     if not 2 <= x.dim() <= 5 or (not training and (running_mean is None or running_var is None)):
         return False
-    if (running_mean is None) != (running_var is None):
-        return False
-    for t in (running_mean, running_var):
-        if t is not None and t.requires_grad and torch.is_grad_enabled():
+    if running_mean is not None and running_var is not None:
+        if (running_mean.requires_grad or running_var.requires_grad) and torch.is_grad_enabled():
             return False
+        if training and way == KERNELS and running_mean.is_inference() != torch.is_inference_mode_enabled():
+            return False
+    elif running_mean is not None or running_var is not None:
+        return False
     channels, device = x.size(1), x.device
     for t in (running_mean, running_var, weight, bias):  # on the path of every call: each test is 0.1 us
         if t is not None and (
-            t.dim() != 1
+            (way == KERNELS and type(t) not in PLAIN)
+            or t.dim() != 1
             or t.numel() != channels
             or not t.is_contiguous()
             or t.dtype not in KERNEL_DTYPES
             or t.device != device
         ):
             return False
-    return batches is None or (batches.device == device and batches.dtype == torch.int64)
+    return batches is None or (
+        batches.device == device and batches.dtype == torch.int64 and batches.numel() == 1
+    )
 
 
 def _torch_batch_norm(
@@ -134,13 +155,16 @@ def _torch_batch_norm(
     """torch's own batch_norm. A rejected batch leaves no trace, neither in the counter nor in the
     statistics.
     """
+    refuse_dtensor(x, running_mean, running_var, weight, bias)
     for name, t in (
         ("weight", weight),
         ("bias", bias),
         ("running_mean", running_mean),
         ("running_var", running_var),
     ):
-        if t is not None and t.device != x.device:  # torch finds out after it has updated the statistics
+        if (
+            isinstance(t, Tensor) and t.device != x.device
+        ):  # torch finds out after it has updated the statistics
             raise RuntimeError(
                 f"Tensor on device {t.device} is not on the expected device {x.device}! "
                 f"({name}, beside the input)"
@@ -151,6 +175,7 @@ def _torch_batch_norm(
         and running_mean is not None
         and running_var is not None
         and torch.is_grad_enabled()
+        and any(t is not None and t.requires_grad for t in (x, weight, bias))
     ):
         # torch's backward reads the statistics again, and a training step in between would change the
         # gradient

@@ -1,0 +1,1 @@
+"""Autograd around the kernels, one file for each normalization."""

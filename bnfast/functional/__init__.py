@@ -1,0 +1,3 @@
+"""torch.nn.functional's normalizations over the kernels, one file each."""
+
+from .batchnorm import batch_norm as batch_norm
