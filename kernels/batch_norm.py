@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from . import plan
 from .gradients import gradient_sums_kernel, gradient_transform_kernel
 from .launch import workspace
 from .layouts import dense, dense_like
@@ -25,33 +26,37 @@ _BACKWARD = "x dy dx dweight dbias table partials arrivals gradients none"
 
 def _train(sizes: Sizes, cumulative: bool, *dtypes: Any) -> Step:
     transform = sizes.mapping(
-        transform_kernel, 1, _FORWARD, "x y table none none none none batches", False, True
-    )  # not EVAL, CENTRED
+        transform_kernel, 1, _FORWARD, "x y table none none none none batches", plan.TABLE, True
+    )
     batches = "batches" if cumulative else "none"  # read by the first, counted by the second
     takes = f"x partials arrivals table weight bias running_mean running_var {batches}"
-    return sizes.reducing(statistics_kernel, 1, _FORWARD, takes, cumulative, then=transform)
+    return sizes.reducing(
+        statistics_kernel, 1, _FORWARD, takes, plan.BATCH, cumulative, False, then=transform
+    )
 
 
 def _eval(sizes: Sizes, keep: bool, *dtypes: Any) -> Step:
     takes = f"x y {'table' if keep else 'none'} weight bias running_mean running_var none"
-    transform = sizes.mapping(transform_kernel, 1, _INFERENCE, takes, True, True)
+    transform = sizes.mapping(transform_kernel, 1, _INFERENCE, takes, plan.STATISTICS, True)
     return Step(transform, transform, sizes.seed)
 
 
 def _scale(sizes: Sizes, *dtypes: Any) -> Step:
     transform = sizes.mapping(
-        transform_kernel, 1, _BACKWARD, "dy dx table none none none none none", False, False
+        transform_kernel, 1, _BACKWARD, "dy dx table none none none none none", plan.TABLE, False
     )
     return Step(transform, transform, sizes.seed)
 
 
 def _gradients(sizes: Sizes, training: bool, need_dx: bool, *dtypes: Any) -> Step:
     swept, gradients = ("none", "gradients" if need_dx else "none") if training else ("dx", "none")
-    takes = f"dy x {swept} partials arrivals table {gradients} dweight dbias"
+    takes = f"dy x {swept} partials arrivals table {gradients} dweight dbias none none"
     transform = None
     if training and need_dx:
-        transform = sizes.mapping(gradient_transform_kernel, 2, _BACKWARD, "dy x dx table gradients")
-    return sizes.reducing(gradient_sums_kernel, 2, _BACKWARD, takes, then=transform)
+        transform = sizes.mapping(
+            gradient_transform_kernel, 2, _BACKWARD, "dy x dx table gradients none", plan.BATCH
+        )
+    return sizes.reducing(gradient_sums_kernel, 2, _BACKWARD, takes, plan.BATCH, then=transform)
 
 
 def forward(
@@ -74,10 +79,10 @@ def forward(
     y = torch.empty_like(x)
     channels = x.shape[1]
     table = step.seed.new_empty_strided((4, channels), (channels, 1))  # half of new_empty's host time
-    partials, counters = workspace(index, stream, step.seed, step.partials, step.blocks, own)
+    partials, counters = workspace(index, stream, step.seed, step.partials, step.counters, own)
     tensors = (*given, y, table, partials, counters, None)
     addresses += (y.data_ptr(), table.data_ptr(), partials.data_ptr(), counters.data_ptr(), None)
-    step.first(stream, tensors, addresses, eps, momentum)
+    step.first(stream, tensors, addresses, eps, momentum, 0.0, 0.0, 0.0, 0.0, 0.0)
     step.second(stream, tensors, addresses, eps)
     return y, table
 
@@ -130,7 +135,7 @@ def backward(
         return dx, None, None
     step = step_for(_gradients, x, index, addresses, training, need_dx, dtypes)
     gradients = table.new_empty_strided((3, channels), (channels, 1)) if training and need_dx else None
-    partials, counters = workspace(index, stream, step.seed, step.partials, step.blocks, own)
+    partials, counters = workspace(index, stream, step.seed, step.partials, step.counters, own)
     tensors = (*given, partials, counters, gradients, None)
     addresses += [None if t is None else t.data_ptr() for t in (partials, counters, gradients, None)]
     step.first(stream, tensors, addresses, x.numel() / channels)

@@ -1,14 +1,21 @@
-"""The middle stage, per channel: what the moments (or the gradient sums) of a cell mean for its elements.
+"""The middle stage, per cell: what the moments (or the gradient sums) of a cell mean for its elements.
 
-A new normalizer is a new function here. Everything is [CHANNELS] wide and runs once a channel, in the last
-program to finish a block. The coefficient table of the forward is [4, channels]: p, a, b and rstd, so that
-y = a * (x - p) + b; the backward's is [3, channels]: k1, k2, k3, so that dx = k1 * g + k2 * (x - p) + k3. p
-is the mean itself: folded into b it costs three digits at mean 1e4."""
+A new normalizer is a new function here (Batch Renormalization's is in renorm.py). It runs once a cell, in the
+last program to finish. BatchNorm's coefficient table is [4, channels]: p, a, b and rstd, so that y = a * (x -
+p) + b; the backward's is [3, channels]: k1, k2, k3, so that dx = k1 * g + k2 * (x - p) + k3. p is the mean
+itself: folded into b it costs three digits at mean 1e4. Where cells lie within a sample, tables hold what a
+cell's channels share: [2, cells] mean and rstd, [2, cells] k2 and k3."""
 
 import triton
 import triton.language as tl
 
 from .tiles import as_scalar
+
+# What a cell, a set of elements that share statistics, is (the kernels' NORM).
+BATCH = tl.constexpr(0)  # a channel, over all samples
+RENORM = tl.constexpr(1)  # the same, corrected towards the running statistics
+CELL = tl.constexpr(2)  # a channel of the view within a sample
+GROUP = tl.constexpr(3)  # `group` neighbouring channels within a sample
 
 
 @triton.jit
@@ -106,6 +113,26 @@ def store_table(table_ptr, offs_c, mask_c, channels, p, a, b, rstd):
 
 
 @triton.jit
+def store_cell(table_ptr, offs_cell, mask, cells, mean, variance, eps, ACC: tl.constexpr):
+    """Cells within a sample: a table [2, cells] of mean and rstd. Weight and bias are applied where they are
+    loaded, for a channel each."""
+    tl.store(table_ptr + offs_cell, mean, mask=mask)
+    tl.store(table_ptr + cells + offs_cell, reciprocal_std(variance, as_scalar(eps, ACC), ACC), mask=mask)
+
+
+@triton.jit
+def from_cells(
+    offs_c, mask_c, sample, channels, group, cells, table_ptr, weight_ptr, bias_ptr, ACC: tl.constexpr
+):
+    """(p, a, b) of a sample's channels, from the table of cells."""
+    offs_cell = sample * (channels // group) + offs_c // group
+    p = tl.load(table_ptr + offs_cell, mask=mask_c, other=0.0)
+    rstd = tl.load(table_ptr + cells + offs_cell, mask=mask_c, other=0.0)
+    a = load_or(weight_ptr, offs_c, mask_c, 1.0, ACC) * rstd
+    return p, a, load_or(bias_ptr, offs_c, mask_c, 0.0, ACC)
+
+
+@triton.jit
 def from_running_statistics(
     offs_c, mask_c, weight_ptr, bias_ptr, running_mean_ptr, running_var_ptr, eps, ACC: tl.constexpr
 ):  # fmt: skip
@@ -128,12 +155,13 @@ def batch_norm_backward(
     dbias_ptr,
     channels,
     count,
+    RENORMED: tl.constexpr,
     ACC: tl.constexpr,
 ):
     """From sum g and sum g * (x - p): the derivative of algorithm 1, and dgamma, dbeta.
 
-    dx = a * (g - sum_g / n - (x - p) * rstd^2 * sum_gd / n).
-    """
+    dx = a * (g - sum_g / n - (x - p) * rstd^2 * sum_gd / n). Batch Renormalization has its r in a already,
+    and its normalized value, which dgamma is about, is r * xhat + d."""
     rstd = tl.load(table_ptr + 3 * channels + offs_c, mask=mask_c, other=0.0)
     if gradients_ptr is not None:
         a = tl.load(table_ptr + channels + offs_c, mask=mask_c, other=0.0)
@@ -142,6 +170,23 @@ def batch_norm_backward(
         tl.store(gradients_ptr + channels + offs_c, -a * (rstd * (rstd * (sum_gd / n))), mask=mask_c)
         tl.store(gradients_ptr + 2 * channels + offs_c, -a * (sum_g / n), mask=mask_c)
     if dweight_ptr is not None:
-        store_as(dweight_ptr + offs_c, rstd * sum_gd, mask_c)
+        dweight = rstd * sum_gd
+        if RENORMED:
+            r = tl.load(table_ptr + 4 * channels + offs_c, mask=mask_c, other=0.0)
+            d = tl.load(table_ptr + 5 * channels + offs_c, mask=mask_c, other=0.0)
+            dweight = r * dweight + d * sum_g
+        store_as(dweight_ptr + offs_c, dweight, mask_c)
     if dbias_ptr is not None:
         store_as(dbias_ptr + offs_c, sum_g, mask_c)
+
+
+@triton.jit
+def group_norm_backward(
+    offs_cell, mask, sum_wg, sum_wgd, table_ptr, gradients_ptr, cells, count, ACC: tl.constexpr
+):  # fmt: skip
+    """From the cells' sums of gamma * g and gamma * g * (x - p) over `count` values (Wu and He 2018):
+    dx = rstd * (gamma * g - sum_wg / n - (x - p) * rstd^2 * sum_wgd / n)."""
+    rstd = tl.load(table_ptr + cells + offs_cell, mask=mask, other=0.0)
+    n = as_scalar(count, ACC)
+    tl.store(gradients_ptr + offs_cell, -rstd * (rstd * (rstd * (sum_wgd / n))), mask=mask)
+    tl.store(gradients_ptr + cells + offs_cell, -rstd * (sum_wg / n), mask=mask)

@@ -23,6 +23,8 @@ from .views import (
 )
 
 MODES = {"rows": 0, "cycles": 1, "planes": 2, "runs": 3}  # as in tiles.py
+BATCH, RENORM, CELL, GROUP = range(4)  # as in coefficients.py
+TABLE, STATISTICS, CELLS = range(3)  # as in transform.py
 INT32 = 2**31
 WARP = 32
 
@@ -50,6 +52,8 @@ class Program:
 REDUCE = (Program(8, 2, 128, 8), Program(4, 4, 128, 8), Program(4, 4, 128, 2), Program(4, 4, 128, 0))
 # A run of S positions holds fewer loads a thread, so more threads.
 REDUCE_RUNS = (Program(8, 4, 64, 4), Program(4, 8, 64, 4), Program(4, 8, 64, 0))
+# A single row of whole channels is loaded at once, and there is no second one: small programs, many of them.
+REDUCE_ROW = (Program(4, 8, 64, 2), Program(4, 8, 64, 0))
 # Elementwise programs have nothing to merge: small ones start and end more smoothly.
 MAP = Program(4, 7, 72, 4)
 
@@ -61,21 +65,41 @@ class Sweep:
     view: View
     vec: int
     unroll: int  # U: loads in flight a thread and input
-    group: int  # R: rows that share a step, U * R rows a tile
+    group_rows: int  # R: rows that share a step, U * R rows a tile
     warps: int
     registers: int  # a thread, at most
     tiles: int  # of a block
     splits: int  # programs that share a block's tiles
     inputs: int  # tensors read
     itemsize: int
+    samples: int = 1  # matrices like the view, one after another: 1 where cells span all samples
+    group: int = 1  # channels a cell, where cells lie within a sample
 
     @cached_property
     def programs(self) -> int:
-        return self.view.blocks * self.splits
+        return self.samples * self.view.blocks * self.splits
+
+    @cached_property
+    def counters(self) -> int:
+        """Arrival counters: of each block, and of each sample."""
+        return self.samples * (self.view.blocks + 1)
+
+    @cached_property
+    def step(self) -> int:
+        """Every how many lanes a channel may begin (the kernels' STEP)."""
+        v = self.view
+        return self.vec if v.mode == "planes" and v.inner % self.vec == 0 else 1
+
+    @cached_property
+    def members(self) -> tuple[int, int]:
+        """(groups, channels of each) that the last program of a sample merges a step, 8 values a thread."""
+        members = min(power_of_two(self.group), 8 * WARP * self.warps)
+        groups = self.view.channels // self.group
+        return min(power_of_two(groups), 8 * WARP * self.warps // members), members
 
     @cached_property
     def tile_rows(self) -> int:
-        return self.unroll * self.group
+        return self.unroll * self.group_rows
 
     @cached_property
     def merge(self) -> int:
@@ -96,20 +120,22 @@ class Sweep:
     def sizes(self) -> tuple[int, ...]:
         """The kernels' integer arguments, in their order. Raises TooLarge where one does not fit 32 bits."""
         v = self.view
+        total = v.total if v.mode == "cycles" or self.samples > 1 else 0
         sizes = (
             v.rows, v.pitch // self.vec, v.width // self.vec, v.inner, v.channels,
-            self.tiles, v.pieces, v.total // self.vec if v.mode == "cycles" else 0, v.blocks, self.splits,
+            self.tiles, v.pieces, total // self.vec, v.blocks, self.splits,
+            self.group, self.samples * v.channels // self.group,
         )  # fmt: skip
         in_tile = self.tile_rows * (v.lanes if v.mode == "runs" else v.pitch)
         narrow = (*sizes[:7], *sizes[8:])  # all but the total, which is widened where it is used
-        if max(*narrow, in_tile, self.programs, v.channels * 4, self.partials) >= INT32:
+        if max(*narrow, in_tile, self.programs, self.samples * v.channels * 6, self.partials) >= INT32:
             raise TooLarge(f"this tensor is too large for 32-bit tile offsets, grid or tables: {v}")
         return sizes
 
     @cached_property
     def partials(self) -> int:
         """Elements of the workspace that programs of a reduction hand to the last one."""
-        return self.splits * (3 * self.view.channels + self.view.blocks)
+        return self.samples * self.splits * (3 * self.view.channels + self.view.blocks)
 
     @cached_property
     def bytes_a_program(self) -> float:
@@ -177,20 +203,25 @@ def _warps(view: View, group: int, itemsize: int, program: Program) -> int:
 
 @lru_cache(maxsize=4096)
 def reduce_sweep(
-    n: int, c: int, s: int, itemsize: int, channels_last: bool, aligned: bool, sms: int, inputs: int
-) -> Sweep:
-    """The plan of a kernel that reduces x, [n, c, s], over n and s."""
+    n: int, c: int, s: int, itemsize: int, channels_last: bool, aligned: bool, sms: int, inputs: int,
+    samples: int = 1, group: int = 1,
+) -> Sweep:  # fmt: skip
+    """The plan of a kernel that reduces x, `samples` times [n, c, s], over n and s."""
     runs = not channels_last and s > 2 * REDUCE[0].warps * WARP * (VECTOR_BYTES // itemsize)
+    one_row = not channels_last and not runs and n == 1
     sweep = None
-    for program in REDUCE_RUNS if runs else REDUCE:
+    for program in REDUCE_RUNS if runs else REDUCE_ROW if one_row else REDUCE:
         view = _reduce_view(n, c, s, itemsize, channels_last, program)
-        vec, unroll, group = _shape(view, itemsize, aligned, inputs, program)
+        vec, unroll, group_rows = _shape(view, itemsize, aligned, inputs, program)
         program = _fit(program, vec, itemsize)
-        tiles = ceil_div(view.rows, unroll * group)
-        splits = _evened(tiles, sms * program.an_sm // view.blocks)
-        warps = _warps(view, group, itemsize, program)
-        sweep = Sweep(view, vec, unroll, group, warps, program.registers, tiles, splits, inputs, itemsize)
-        if tiles * view.blocks >= sms * program.an_sm and not _wasteful(view):
+        tiles = ceil_div(view.rows, unroll * group_rows)
+        splits = _evened(tiles, sms * program.an_sm // (view.blocks * samples))
+        warps = _warps(view, group_rows, itemsize, program)
+        sweep = Sweep(
+            view, vec, unroll, group_rows, warps, program.registers, tiles, splits, inputs, itemsize,
+            samples, group,
+        )  # fmt: skip
+        if tiles * view.blocks * samples >= sms * program.an_sm and not _wasteful(view):
             return sweep
     assert sweep is not None
     return sweep
@@ -198,10 +229,13 @@ def reduce_sweep(
 
 @lru_cache(maxsize=4096)
 def map_sweep(
-    n: int, c: int, s: int, itemsize: int, channels_last: bool, aligned: bool, sms: int, inputs: int
-) -> Sweep:
-    """The plan of a kernel that maps x, [n, c, s], element by element with coefficients by channel."""
-    lanes = MAP.warps * WARP * (VECTOR_BYTES // itemsize)
+    n: int, c: int, s: int, itemsize: int, channels_last: bool, aligned: bool, sms: int, inputs: int,
+    samples: int = 1, group: int = 1,
+) -> Sweep:  # fmt: skip
+    """The plan of a kernel that maps x, `samples` times [n, c, s], element by element with coefficients by
+    channel."""
+    vector = VECTOR_BYTES // itemsize
+    lanes = MAP.warps * WARP * vector
     if channels_last:
         view = rows_view(n * s, c, itemsize)
         if view.vector(itemsize, True) * itemsize < VECTOR_BYTES:
@@ -209,16 +243,21 @@ def map_sweep(
             view = (
                 cycles_view(n * s, c, itemsize, lanes) or cycles_view(n * s, c, itemsize, 4 * lanes) or view
             )
-    elif s >= MAP.loads * lanes and s % (VECTOR_BYTES // itemsize) == 0:
+    elif s >= MAP.loads * lanes and s % vector == 0:
         view = runs_view(n, c, s, lanes)  # one channel a program: scalar coefficients
     else:
-        view = strips_view(n, c, s, lanes)
-    vec, unroll, group = _shape(view, itemsize, aligned, inputs, MAP)
+        # a single row has no second one to load meanwhile: a wider tile, if coefficients are by vector
+        wider = MAP.loads // inputs if n == 1 and s % vector == 0 and aligned else 1
+        view = strips_view(n, c, s, wider * lanes)
+    vec, unroll, group_rows = _shape(view, itemsize, aligned, inputs, MAP)
     program = _fit(MAP, vec, itemsize)
-    tiles = ceil_div(view.rows, unroll * group)
-    splits = _evened(tiles, ceil_div(sms * program.an_sm, view.blocks))
-    warps = _warps(view, group, itemsize, MAP)
-    return Sweep(view, vec, unroll, group, warps, program.registers, tiles, splits, inputs, itemsize)
+    tiles = ceil_div(view.rows, unroll * group_rows)
+    splits = _evened(tiles, ceil_div(sms * program.an_sm, view.blocks * samples))
+    warps = _warps(view, group_rows, itemsize, MAP)
+    return Sweep(
+        view, vec, unroll, group_rows, warps, program.registers, tiles, splits, inputs, itemsize,
+        samples, group,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)

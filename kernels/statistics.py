@@ -3,14 +3,17 @@
 import triton
 import triton.language as tl
 
-from .coefficients import arrive_last, batch_norm_forward
+from .coefficients import BATCH, CELL, RENORM, arrive_last, batch_norm_forward, store_cell
 from .moments import finite_or_zero, from_pivoted_sums, merge, merge_along
+from .renorm import batch_renorm_forward
 from .tiles import (
     PLANES,
     ROWS,
     RUNS,
     channels_held,
     channels_of_block,
+    place,
+    start_of,
     sum_by_channel,
     tile,
     values_a_channel,
@@ -18,7 +21,10 @@ from .tiles import (
 
 # of the caller, who may have cut them from anywhere: a channel each is loaded as well without alignment
 PARAMETERS = ["weight_ptr", "bias_ptr", "running_mean_ptr", "running_var_ptr", "batches_ptr"]
-SIZES = ["rows", "pitch_v", "width_v", "inner", "channels", "tiles", "pieces", "total_v", "blocks", "splits"]
+SIZES = [
+    "rows", "pitch_v", "width_v", "inner", "channels", "tiles", "pieces", "total_v", "blocks", "splits",
+    "group", "cells",
+]  # fmt: skip
 
 
 @triton.jit
@@ -129,59 +135,126 @@ def store_moments(
         tl.store(mine_ptr + 2 * channels + offs_c, m2, mask=mask_c)
 
 
+@triton.jit
+def merge_splits(
+    sample_ptr, counts_ptr, offs_c, mask_c, channels, blocks, splits,
+    MERGE: tl.constexpr, CHANNELS: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """What all programs of a block found, as one (count, pivot, shift, M2), [CHANNELS].
+
+    Merged MERGE splits at a time, lane by lane, then along the lanes: no cross-warp step inside the loop."""
+    all_count = tl.zeros((MERGE, CHANNELS), ACC)
+    all_pivot = tl.zeros((MERGE, CHANNELS), ACC)
+    all_shift = tl.zeros((MERGE, CHANNELS), ACC)
+    all_m2 = tl.zeros((MERGE, CHANNELS), ACC)
+    for start in tl.range(0, splits, MERGE):
+        offs_s = start + tl.arange(0, MERGE)[:, None]
+        mask = (offs_s < splits) & mask_c[None, :]
+        theirs_ptr = sample_ptr + tl.cast(offs_s, tl.int64) * (3 * channels) + offs_c[None, :]
+        # .cg: written by other programs of this launch, so never from L1
+        their_pivot = tl.load(theirs_ptr, mask=mask, other=0.0, cache_modifier=".cg")
+        their_shift = tl.load(theirs_ptr + channels, mask=mask, other=0.0, cache_modifier=".cg")
+        their_m2 = tl.load(theirs_ptr + 2 * channels, mask=mask, other=0.0, cache_modifier=".cg")
+        their_count = tl.load(
+            counts_ptr + offs_s * blocks, mask=offs_s < splits, other=0.0, cache_modifier=".cg"
+        )
+        their_count = tl.broadcast_to(their_count, (MERGE, CHANNELS))
+        all_count, all_pivot, all_shift, all_m2 = merge(
+            all_count, all_pivot, all_shift, all_m2, their_count, their_pivot, their_shift, their_m2
+        )
+    return merge_along(all_count, all_pivot, all_shift, all_m2, 0)
+
+
+@triton.jit
+def merge_groups(
+    moments_ptr, offs_g, count, channels, group, groups, MEMBERS: tl.constexpr, ACC: tl.constexpr
+):  # fmt: skip
+    """(mean, variance) of the groups offs_g of `group` channels each, from [3, channels] pivot, shift and M2
+    of channels of `count` values each. MEMBERS channels of a group are merged at a time."""
+    GROUPS: tl.constexpr = offs_g.shape[0]
+    all_count = tl.zeros((GROUPS, MEMBERS), ACC)
+    all_pivot = tl.zeros((GROUPS, MEMBERS), ACC)
+    all_shift = tl.zeros((GROUPS, MEMBERS), ACC)
+    all_m2 = tl.zeros((GROUPS, MEMBERS), ACC)
+    for start in tl.range(0, group, MEMBERS):
+        offs_m = start + tl.arange(0, MEMBERS)[None, :]
+        mask = (offs_m < group) & (offs_g < groups)[:, None]
+        theirs_ptr = moments_ptr + offs_g[:, None] * group + offs_m
+        pivot = tl.load(theirs_ptr, mask=mask, other=0.0, cache_modifier=".cg")
+        shift = tl.load(theirs_ptr + channels, mask=mask, other=0.0, cache_modifier=".cg")
+        m2 = tl.load(theirs_ptr + 2 * channels, mask=mask, other=0.0, cache_modifier=".cg")
+        all_count, all_pivot, all_shift, all_m2 = merge(
+            all_count, all_pivot, all_shift, all_m2, tl.where(mask, count, 0.0), pivot, shift, m2
+        )
+    all_count, centre, moved, m2 = merge_along(all_count, all_pivot, all_shift, all_m2, 1)
+    return centre + moved, m2 / tl.where(all_count > 0, all_count, 1.0)
+
+
 @triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=PARAMETERS)
 def statistics_kernel(
     x_ptr, partials_ptr, arrivals_ptr, table_ptr,
     weight_ptr, bias_ptr, running_mean_ptr, running_var_ptr, batches_ptr,
-    eps: tl.float64, momentum: tl.float64,
-    rows, pitch_v, width_v, inner, channels, tiles, pieces, total_v, blocks, splits,
+    eps: tl.float64, momentum: tl.float64, r_max: tl.float64, d_max: tl.float64,
+    warmup: tl.float64, r_steps: tl.float64, d_steps: tl.float64,
+    rows, pitch_v, width_v, inner, channels, tiles, pieces, total_v, blocks, splits, group, cells,
     MODE: tl.constexpr, VEC: tl.constexpr, U: tl.constexpr, R: tl.constexpr, LANES: tl.constexpr,
     CHANNELS: tl.constexpr, FOLD: tl.constexpr, POSITIONS: tl.constexpr, MERGE: tl.constexpr,
-    CUMULATIVE: tl.constexpr,
+    NORM: tl.constexpr, GROUPS: tl.constexpr, MEMBERS: tl.constexpr,
+    CUMULATIVE: tl.constexpr, GUARDED: tl.constexpr,
 ):  # fmt: skip
-    """partials: [splits, 3, channels] pivot, shift and M2, then [splits, blocks] counts. table: see
-    coefficients.py.
-    """
+    """partials, of each sample: [splits, 3, channels] pivot, shift and M2, then [splits, blocks] counts.
+    table: see coefficients.py. group, cells: channels a cell, and cells in all (GroupNorm)."""
     ACC: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
-    block = tl.program_id(0) % blocks
-    split = tl.program_id(0) // blocks
+    block, split, sample = place(tl.program_id(0), blocks, splits)
     seen, pivot, total, squares = sums_by_lane(
-        x_ptr, block, split, rows, pitch_v, width_v, inner, channels, tiles, pieces, total_v, splits,
+        x_ptr + start_of(sample, total_v, VEC), block, split,
+        rows, pitch_v, width_v, inner, channels, tiles, pieces, total_v, splits,
         MODE, VEC, U, R, LANES, FOLD, POSITIONS,
     )  # fmt: skip
     count = values_a_channel(seen, inner, channels, MODE)
+    sample_ptr = partials_ptr + tl.cast(sample, tl.int64) * splits * (3 * channels + blocks)
     store_moments(
-        partials_ptr + tl.cast(split, tl.int64) * (3 * channels), block, count, pivot, total, squares,
+        sample_ptr + tl.cast(split, tl.int64) * (3 * channels), block, count, pivot, total, squares,
         width_v, inner, channels, MODE, VEC, LANES, FOLD, POSITIONS,
     )  # fmt: skip
-    counts_ptr = partials_ptr + tl.cast(splits, tl.int64) * (3 * channels) + block
+    counts_ptr = sample_ptr + tl.cast(splits, tl.int64) * (3 * channels) + block
     tl.store(counts_ptr + split * blocks, count.to(ACC))
-    if arrive_last(arrivals_ptr + block, splits):
+    if arrive_last(arrivals_ptr + sample * blocks + block, splits):
         held = channels_held(width_v, inner, channels, MODE, VEC)
         offs_c, mask_c = channels_of_block(block, tl.arange(0, CHANNELS), held, channels)
-        # Merged MERGE splits at a time, lane by lane, then along the lanes: no cross-warp step inside the
-        # loop.
-        all_count = tl.zeros((MERGE, CHANNELS), ACC)
-        all_pivot = tl.zeros((MERGE, CHANNELS), ACC)
-        all_shift = tl.zeros((MERGE, CHANNELS), ACC)
-        all_m2 = tl.zeros((MERGE, CHANNELS), ACC)
-        for start in tl.range(0, splits, MERGE):
-            offs_s = start + tl.arange(0, MERGE)[:, None]
-            mask = (offs_s < splits) & mask_c[None, :]
-            theirs_ptr = partials_ptr + tl.cast(offs_s, tl.int64) * (3 * channels) + offs_c[None, :]
-            # .cg: written by other programs of this launch, so never from L1
-            their_pivot = tl.load(theirs_ptr, mask=mask, other=0.0, cache_modifier=".cg")
-            their_shift = tl.load(theirs_ptr + channels, mask=mask, other=0.0, cache_modifier=".cg")
-            their_m2 = tl.load(theirs_ptr + 2 * channels, mask=mask, other=0.0, cache_modifier=".cg")
-            their_count = tl.load(
-                counts_ptr + offs_s * blocks, mask=offs_s < splits, other=0.0, cache_modifier=".cg"
-            )
-            their_count = tl.broadcast_to(their_count, (MERGE, CHANNELS))
-            all_count, all_pivot, all_shift, all_m2 = merge(
-                all_count, all_pivot, all_shift, all_m2, their_count, their_pivot, their_shift, their_m2
-            )
-        all_count, all_pivot, all_shift, all_m2 = merge_along(all_count, all_pivot, all_shift, all_m2, 0)
-        batch_norm_forward(
-            offs_c, mask_c, all_count, all_pivot + all_shift, all_m2, table_ptr, weight_ptr, bias_ptr,
-            running_mean_ptr, running_var_ptr, batches_ptr, channels, eps, momentum, CUMULATIVE, ACC,
+        all_count, pivots, shifts, m2 = merge_splits(
+            sample_ptr, counts_ptr, offs_c, mask_c, channels, blocks, splits, MERGE, CHANNELS, ACC
         )  # fmt: skip
+        if NORM == BATCH:
+            batch_norm_forward(
+                offs_c, mask_c, all_count, pivots + shifts, m2, table_ptr, weight_ptr, bias_ptr,
+                running_mean_ptr, running_var_ptr, batches_ptr, channels, eps, momentum, CUMULATIVE, ACC,
+            )  # fmt: skip
+        elif NORM == RENORM:
+            batch_renorm_forward(
+                offs_c, mask_c, all_count, pivots + shifts, m2, table_ptr, weight_ptr, bias_ptr,
+                running_mean_ptr, running_var_ptr, batches_ptr, channels, eps, momentum,
+                r_max, d_max, warmup, r_steps, d_steps, CUMULATIVE, GUARDED, ACC,
+            )  # fmt: skip
+        elif NORM == CELL:
+            offs_cell = sample * channels + offs_c
+            store_cell(table_ptr, offs_cell, mask_c, cells, pivots + shifts, m2 / all_count, eps, ACC)
+        else:
+            # The channels of a group may lie in several blocks: the last of the sample's blocks merges them.
+            # Slot 0 is read by nobody else any more.
+            tl.debug_barrier()
+            tl.store(sample_ptr + offs_c, pivots, mask=mask_c)
+            tl.store(sample_ptr + channels + offs_c, shifts, mask=mask_c)
+            tl.store(sample_ptr + 2 * channels + offs_c, m2, mask=mask_c)
+            all_blocks = tl.num_programs(0) // splits
+            if arrive_last(arrivals_ptr + all_blocks + sample, blocks):
+                in_sample = channels // group
+                for start in tl.range(0, in_sample, GROUPS):
+                    offs_g = start + tl.arange(0, GROUPS)
+                    mean, variance = merge_groups(
+                        sample_ptr, offs_g, tl.max(all_count, 0), channels, group, in_sample, MEMBERS, ACC
+                    )  # fmt: skip
+                    store_cell(
+                        table_ptr, sample * in_sample + offs_g, offs_g < in_sample,
+                        cells, mean, variance, eps, ACC,
+                    )  # fmt: skip

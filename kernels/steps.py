@@ -46,7 +46,7 @@ class Step:
     second: Launch
     seed: Tensor  # empty, of the accumulator's dtype, on x's device: for allocating in less time
     partials: int = 0  # elements of workspace for the first
-    blocks: int = 0  # arrival counters for the first
+    counters: int = 0  # of arrivals, for the first
 
 
 _steps: dict[Any, Step] = {}
@@ -80,30 +80,52 @@ def forget_plans() -> None:
 class Sizes:
     """What a signature says of x, and the launches that follow from it.
 
+    groups: 0 where a cell is a channel over all samples; else a sample's cells, which are groups of channels.
     order, takes: names of the step's tensors, and of those that a kernel takes, each in its order."""
 
-    def __init__(self, x: Tensor, index: int, aligned: bool) -> None:
-        self.aligned = aligned
-        n, c, s = x.shape[0], x.shape[1], prod(x.shape[2:])
-        self.size = (n, c, s, x.element_size(), is_channels_last(x), aligned, multiprocessors(index))
+    def __init__(self, x: Tensor, index: int, aligned: bool, groups: int = 0) -> None:
+        self.aligned, self.groups = aligned, groups
+        self.n, self.c, self.s = x.shape[0], x.shape[1], prod(x.shape[2:])
+        self.channels_last = is_channels_last(x)
+        self._rest = (x.element_size(), self.channels_last, aligned, multiprocessors(index))
         self.seed = torch.empty(0, dtype=accumulator(x), device=x.device)
 
-    def mapping(self, kernel: Any, inputs: int, order: str, takes: str, *flags: bool) -> Launch:
+    def _sweep(self, make: Callable[..., plan.Sweep], inputs: int, by_group: bool) -> plan.Sweep:
+        if not self.groups:
+            return make(self.n, self.c, self.s, *self._rest, inputs)
+        if by_group:
+            c, s, group = self.groups, self.c // self.groups * self.s, 1
+        else:
+            c, s, group = self.c, self.s, self.c // self.groups
+        return make(1, c, s, *self._rest, inputs, self.n, group)
+
+    @property
+    def norm(self) -> int:
+        """How cells within a sample are merged, where the kernel sees channels."""
+        return plan.CELL if self.groups == self.c else plan.GROUP
+
+    def mapping(self, kernel: Any, inputs: int, order: str, takes: str, *flags: Any) -> Launch:
         """A kernel that maps x element by element."""
-        sweep = plan.map_sweep(*self.size, inputs)
-        constants = (plan.MODES[sweep.view.mode], sweep.vec, sweep.tile_rows, sweep.view.lanes, *flags)
+        sweep = self._sweep(plan.map_sweep, inputs, False)
+        mode, lanes = plan.MODES[sweep.view.mode], sweep.view.lanes
+        constants = (mode, sweep.vec, sweep.tile_rows, lanes, sweep.step, *flags)
         return Launch(kernel, sweep, _picks(order, takes), constants, self.aligned)
 
     def reducing(
-        self, kernel: Any, inputs: int, order: str, takes: str, *flags: bool, then: Launch | None = None
-    ) -> Step:
-        """A kernel that reduces x, and the launch that follows it."""
-        sweep = plan.reduce_sweep(*self.size, inputs)
+        self, kernel: Any, inputs: int, order: str, takes: str, norm: int, *flags: Any,
+        then: Launch | None = None, by_group: bool = False,
+    ) -> Step:  # fmt: skip
+        """A kernel that reduces x, and the launch that follows it. by_group: contiguous groups are runs of
+        memory, and reduced as such."""
+        sweep = self._sweep(plan.reduce_sweep, inputs, by_group)
         view, mode = sweep.view, plan.MODES[sweep.view.mode]
-        tile = (mode, sweep.vec, sweep.unroll, sweep.group, view.lanes)
-        constants = (*tile, view.channels_a_block, sweep.fold, view.positions, sweep.merge, *flags)
+        constants: tuple[Any, ...] = (mode, sweep.vec, sweep.unroll, sweep.group_rows, view.lanes)
+        if inputs == 2:
+            constants += (sweep.step,)
+        constants += (view.channels_a_block, sweep.fold, view.positions, sweep.merge)
+        constants += (norm, *sweep.members, *flags)
         first = Launch(kernel, sweep, _picks(order, takes), constants, self.aligned)
-        return Step(first, then or first, self.seed, sweep.partials, view.blocks)
+        return Step(first, then or first, self.seed, sweep.partials, sweep.counters)
 
 
 def _picks(order: str, takes: str) -> list[int]:

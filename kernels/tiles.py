@@ -9,9 +9,15 @@ Two addressings, each with a variant for the shapes that do not fit it:
 
     ROWS    x is [N*S, C] (channels_last, 2-D input). A lane is a channel.
     CYCLES  the same with C not divisible by a 16-byte vector: several rows are taken as one, lane p holds
-    channel p % C. PLANES  x is [N, C*S] (contiguous). A block is a strip of a sample's plane, lane p of the
-    plane holds channel p // S. RUNS    x is [N, C*S] and S is larger than a tile: a block is one channel, a
-    row one piece of its S positions.
+            channel p % C.
+    PLANES  x is [N, C*S] (contiguous). A block is a strip of a sample's plane, lane p of the plane holds
+            channel p // S.
+    RUNS    x is [N, C*S] and S is larger than a tile: a block is one channel, a row one piece of its S
+            positions.
+
+BatchNorm's cells (sets of elements that share statistics) span all samples, so that all of x is one matrix.
+Where a cell lies within a sample, as GroupNorm's, each sample is a matrix of its own with N = 1, and a
+program is (sample, block, split).
 
 Every quantity that decides alignment (pitch, width) comes in units of VEC elements and is multiplied here:
 Triton then proves the divisibility that 16-byte loads need, whatever the number (it specialises integers on
@@ -35,17 +41,29 @@ def as_scalar(value, DTYPE: tl.constexpr):
 
 
 @triton.jit
+def place(program, blocks, splits):
+    """(block, split, sample) of a program. Cells that span samples, as BatchNorm's, know a single one."""
+    return program % blocks, (program // blocks) % splits, program // (blocks * splits)
+
+
+@triton.jit
+def start_of(sample, total_v, VEC: tl.constexpr):
+    """Where a sample begins, in elements."""
+    return tl.cast(sample, tl.int64) * (tl.cast(total_v, tl.int64) * VEC)
+
+
+@triton.jit
 def lanes_and_channels(
-    block, pitch_v, width_v, inner, channels, MODE: tl.constexpr, VEC: tl.constexpr, LANES: tl.constexpr
-):
-    """Which channel each lane of a block holds: (offs_c, mask_c), [LANES], or [1] where a block is one
-    channel.
-    """
+    block, pitch_v, width_v, inner, channels,
+    MODE: tl.constexpr, VEC: tl.constexpr, LANES: tl.constexpr, STEP: tl.constexpr,
+):  # fmt: skip
+    """Which channel each lane of a block holds: (offs_c, mask_c) of every STEP-th lane, or [1] where a
+    block is one channel. STEP > 1 promises that channels begin on multiples of it."""
     if MODE == RUNS:
         offs_c = block + tl.arange(0, 1)
         mask_c = offs_c < channels
     else:
-        lane = tl.arange(0, LANES)
+        lane = tl.arange(0, LANES // STEP) * STEP
         position = block * (width_v * VEC) + lane
         mask_c = (lane < width_v * VEC) & (position < pitch_v * VEC)
         if MODE == ROWS:
@@ -55,6 +73,17 @@ def lanes_and_channels(
         else:
             offs_c = position // inner
     return offs_c, mask_c
+
+
+@triton.jit
+def by_lane(values, LANES: tl.constexpr, STEP: tl.constexpr):
+    """What is known of every STEP-th lane (or, [1], of all) as a row: [1, LANES] or [1, 1]."""
+    if STEP > 1 and values.shape[0] > 1:
+        wide = tl.broadcast_to(values[:, None], (LANES // STEP, STEP))
+        row = tl.reshape(wide, (1, LANES))
+    else:
+        row = values[None, :]
+    return row
 
 
 @triton.jit

@@ -62,22 +62,29 @@ def call(kind: str, shape: Shape, dtype: str, evaluating: bool = False) -> Call:
     view, accumulator = sweep.view, "fp64" if dtype == "fp64" else "fp32"
     constexprs: dict[str, Any] = {"MODE": plan.MODES[view.mode], "VEC": sweep.vec, "LANES": view.lanes}
     if kind in ("statistics", "gradient_sums"):
+        groups, members = sweep.members
         constexprs |= {
-            "U": sweep.unroll, "R": sweep.group, "CHANNELS": view.channels_a_block, "FOLD": sweep.fold,
-            "POSITIONS": view.positions, "MERGE": sweep.merge,
+            "U": sweep.unroll, "R": sweep.group_rows, "CHANNELS": view.channels_a_block, "FOLD": sweep.fold,
+            "POSITIONS": view.positions, "MERGE": sweep.merge, "NORM": plan.BATCH, "GROUPS": groups,
+            "MEMBERS": members,
         }  # fmt: skip
     else:
         constexprs |= {"ROWS_A_TILE": sweep.tile_rows}
+    if kind != "statistics":
+        constexprs |= {"STEP": sweep.step}
     absent: set[str] = set()
     if kind == "statistics":
-        constexprs |= {"CUMULATIVE": False}
+        constexprs |= {"CUMULATIVE": False, "GUARDED": False}
         absent = {"batches_ptr"}
     elif kind == "transform":
-        constexprs |= {"EVAL": evaluating, "CENTRED": True}
+        constexprs |= {"SOURCE": plan.STATISTICS if evaluating else plan.TABLE, "CENTRED": True}
         parameters = {"weight_ptr", "bias_ptr", "running_mean_ptr", "running_var_ptr"}
         absent = {"batches_ptr"} if evaluating else parameters
     elif kind == "gradient_sums":
-        absent = {"gradients_ptr"} if evaluating else {"dx_ptr"}
+        absent = {"gradients_ptr" if evaluating else "dx_ptr", "weight_ptr", "sums_ptr"}
+    else:
+        constexprs |= {"NORM": plan.BATCH}
+        absent = {"weight_ptr"}
     signature: dict[str, Any] = {}
     for name in kernel.arg_names:
         if name in constexprs:
@@ -93,6 +100,9 @@ def call(kind: str, shape: Shape, dtype: str, evaluating: bool = False) -> Call:
         elif name.endswith("_ptr"):
             signature[name] = f"*{accumulator}"
         else:
-            signature[name] = "fp64" if name in ("eps", "momentum", "count") else "i32"
-    aligned = tuple(n for n, t in signature.items() if isinstance(t, str) and t.startswith("*"))
+            signature[name] = "i32" if name in statistics.SIZES else "fp64"
+    anywhere = {*statistics.PARAMETERS}
+    aligned = tuple(
+        n for n, t in signature.items() if isinstance(t, str) and t.startswith("*") and n not in anywhere
+    )
     return Call(kernel, signature, constexprs, aligned, sweep)
