@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -49,12 +49,13 @@ class Step:
     counters: int = 0  # of arrivals, for the first
 
 
-_steps: dict[Any, Step] = {}
+Made = TypeVar("Made")
+_steps: dict[Any, Any] = {}
 
 
 def step_for(
-    make: Callable[..., Step], x: Tensor, index: int, addresses: Sequence[int | None], *rest: Any
-) -> Step:
+    make: Callable[..., Made], x: Tensor, index: int, addresses: Sequence[int | None], *rest: Any
+) -> Made:
     """The step for this signature, from `make(Sizes, *rest)` the first time. addresses: of the caller's
     tensors that the kernels load in vectors. rest: dtypes and flags that the compiled kernels depend on."""
     joined = 0
@@ -88,6 +89,7 @@ class Sizes:
         self.n, self.c, self.s = x.shape[0], x.shape[1], prod(x.shape[2:])
         self.channels_last = is_channels_last(x)
         self._rest = (x.element_size(), self.channels_last, aligned, multiprocessors(index))
+        self.itemsize = x.element_size()
         self.seed = torch.empty(0, dtype=accumulator(x), device=x.device)
 
     def _sweep(self, make: Callable[..., plan.Sweep], inputs: int, by_group: bool) -> plan.Sweep:
@@ -109,7 +111,7 @@ class Sizes:
         sweep = self._sweep(plan.map_sweep, inputs, False)
         mode, lanes = plan.MODES[sweep.view.mode], sweep.view.lanes
         constants = (mode, sweep.vec, sweep.tile_rows, lanes, sweep.step, *flags)
-        return Launch(kernel, sweep, _picks(order, takes), constants, self.aligned)
+        return Launch(kernel, sweep, picks(order, takes), constants, self.aligned)
 
     def reducing(
         self, kernel: Any, inputs: int, order: str, takes: str, norm: int, *flags: Any,
@@ -124,10 +126,10 @@ class Sizes:
             constants += (sweep.step,)
         constants += (view.channels_a_block, sweep.fold, view.positions, sweep.merge)
         constants += (norm, *sweep.members, *flags)
-        first = Launch(kernel, sweep, _picks(order, takes), constants, self.aligned)
+        first = Launch(kernel, sweep, picks(order, takes), constants, self.aligned)
         return Step(first, then or first, self.seed, sweep.partials, sweep.counters)
 
 
-def _picks(order: str, takes: str) -> list[int]:
+def picks(order: str, takes: str) -> list[int]:
     names = order.split()
     return [names.index(name) for name in takes.split()]

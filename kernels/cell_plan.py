@@ -1,0 +1,86 @@
+"""The plan of one_read.py: which cells a program can hold, and as how many tiles."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+
+from .plan import INT32, WARP
+from .views import VECTOR_BYTES, ceil_div, floor_power_of_two, power_of_two
+
+HELD_KB = 80  # of data a program, without spills at 16 warps of 128 registers (measured on compiled kernels)
+VECTORS = HELD_KB * 1024 // (512 * VECTOR_BYTES)  # a thread
+
+
+@dataclass(frozen=True)
+class CellSweep:
+    """One launch of a kernel that holds whole cells."""
+
+    cells: int
+    group: int  # channels a cell
+    inner: int  # positions a channel
+    in_sample: int  # cells a sample
+    vec: int
+    groups: int  # cells a program
+    channels: int  # a tile, of each cell
+    span: int  # vectors of a channel in a tile
+    pieces: int  # tiles that a channel is cut into
+    tiles: int
+    warps: int
+    inputs: int
+    itemsize: int
+    registers: int = 128
+
+    @cached_property
+    def programs(self) -> int:
+        return ceil_div(self.cells, self.groups)
+
+    @cached_property
+    def sizes(self) -> tuple[int, ...]:
+        return (self.cells, self.group, self.inner // self.vec, self.in_sample)
+
+    @cached_property
+    def constants(self) -> tuple[int, ...]:
+        return (self.vec, self.groups, self.channels, self.span, self.pieces, self.tiles)
+
+    @cached_property
+    def bytes_a_program(self) -> int:
+        """Bytes a program has in flight: all that it holds."""
+        return self.inputs * self.groups * self.group * self.inner * self.itemsize
+
+
+@lru_cache(maxsize=4096)
+def cell_sweep(
+    samples: int, in_sample: int, group: int, inner: int, itemsize: int, aligned: bool, inputs: int
+) -> CellSweep | None:
+    """The plan for `samples` times `in_sample` cells of `group` channels of `inner` positions, contiguous, of
+    which `inputs` tensors are held. None: a cell is too large, or would leave too much of its tiles empty."""
+    vec = VECTOR_BYTES // itemsize if aligned else 1
+    while inner % vec:
+        vec //= 2
+    cells, span = samples * in_sample, ceil_div(inner, vec)
+    if cells * group * 2 >= INT32:
+        return None
+    # a register holds one element that is loaded alone
+    held = VECTORS // inputs * VECTOR_BYTES // max(4, vec * itemsize)
+    for warps in (4, 8, 16):
+        threads = warps * WARP
+        padded = power_of_two(span)
+        if padded >= threads:  # a channel is one tile or several
+            groups, channels, width = 1, 1, threads
+            pieces = ceil_div(span, threads)
+            tiles = pieces * group
+        else:
+            width, pieces = padded, 1
+            channels = min(power_of_two(group), threads // padded)
+            tiles = ceil_div(group, channels)
+            groups = 1
+            if tiles == 1:
+                groups = min(max(1, threads // (channels * padded)), power_of_two(cells))
+        if tiles <= held:
+            needed = max(1, groups * channels * width // WARP)
+            return CellSweep(
+                cells, group, inner, in_sample, vec, groups, channels, width, pieces, tiles,
+                min(warps, floor_power_of_two(needed)), inputs, itemsize,
+            )  # fmt: skip
+    return None

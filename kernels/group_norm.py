@@ -1,0 +1,183 @@
+"""GroupNorm on dense tensors, and InstanceNorm, which is as many groups as channels.
+
+Contiguous cells that a program can hold are read once (one_read.py). Others are swept twice: contiguous ones
+as runs of memory, channels_last ones channel by channel, merged by the last of a sample's programs.
+
+x as in batch_norm.py. A table is [2, N * groups] mean and rstd, in fp32 (fp64 for fp64)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import plan
+from .cell_plan import CellSweep, cell_sweep
+from .column_sums import column_sums_kernel
+from .gradients import gradient_sums_kernel, gradient_transform_kernel
+from .launch import Launch, workspace
+from .layouts import dense, dense_like
+from .one_read import group_norm_gradients_kernel, group_norm_kernel
+from .statistics import statistics_kernel
+from .steps import Sizes, Step, picks, step_for, where
+from .transform import transform_kernel
+
+_FORWARD = "x weight bias y table partials arrivals none"
+_BACKWARD = "x dy dx weight table dweight dbias sums partials arrivals gradients none"
+
+
+def _held(sizes: Sizes, groups: int, inputs: int) -> CellSweep | None:
+    if sizes.channels_last and sizes.s > 1:
+        return None
+    group = sizes.c // groups
+    return cell_sweep(sizes.n, groups, group, sizes.s, sizes.itemsize, sizes.aligned, inputs)
+
+
+def _forward(sizes: Sizes, groups: int, *dtypes: Any) -> Step:
+    sizes.groups = groups
+    held = _held(sizes, groups, 1)
+    if held is not None:
+        chosen = picks(_FORWARD, "x y table weight bias")
+        only = Launch(group_norm_kernel, held, chosen, held.constants, sizes.aligned)
+        return Step(only, only, sizes.seed)
+    transform = sizes.mapping(
+        transform_kernel, 1, _FORWARD, "x y table weight bias none none none", plan.CELLS, True
+    )
+    by_group = not sizes.channels_last
+    takes = "x partials arrivals table none none none none none"
+    norm = plan.CELL if by_group else sizes.norm
+    return sizes.reducing(
+        statistics_kernel, 1, _FORWARD, takes, norm, False, False, then=transform, by_group=by_group
+    )
+
+
+def forward(
+    x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float, own: bool = False
+) -> tuple[Tensor, Tensor]:
+    """-> (y, table [2, N * groups]). One launch and one read of x where a cell fits a program, else two."""
+    index, stream, elsewhere = where(x)
+    if elsewhere:
+        with torch.cuda.device(x.device):
+            return forward(x, groups, weight, bias, eps, own)
+    given = (x, weight, bias)
+    addresses = [None if t is None else t.data_ptr() for t in given]
+    dtypes = [None if t is None else t.dtype for t in given]
+    step = step_for(_forward, x, index, addresses[:1], groups, *dtypes)
+    y = torch.empty_like(x)
+    cells = x.shape[0] * groups
+    table = step.seed.new_empty_strided((2, cells), (cells, 1))
+    if step.second is step.first:
+        step.first(stream, (*given, y, table), (*addresses, y.data_ptr(), table.data_ptr()), eps)
+        return y, table
+    partials, counters = workspace(index, stream, step.seed, step.partials, step.counters, own)
+    tensors = (*given, y, table, partials, counters, None)
+    addresses += (y.data_ptr(), table.data_ptr(), partials.data_ptr(), counters.data_ptr(), None)
+    step.first(stream, tensors, addresses, eps, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
+    step.second(stream, tensors, addresses, eps)
+    return y, table
+
+
+@dataclass(frozen=True)
+class _Gradients:
+    """Up to three launches: the sums (or, `held`, all of dx), those of parameters over samples, and dx."""
+
+    sums: Launch
+    parameters: Launch | None
+    transform: Launch | None
+    held: bool
+    seed: Tensor
+    partials: int = 0
+    counters: int = 0
+
+
+@dataclass(frozen=True)
+class _Columns:
+    """The launch that merges [rows, 2, columns]: 128 columns a program, 4 warps."""
+
+    rows: int
+    columns: int
+    warps: int = 4
+    registers: int = 64
+
+    @cached_property
+    def blocks(self) -> int:
+        return -(-self.columns // 128)
+
+    @cached_property
+    def programs(self) -> int:
+        return 2 * self.blocks
+
+    @cached_property
+    def sizes(self) -> tuple[int, ...]:
+        return (self.rows, self.columns, self.blocks)
+
+
+def _backward(
+    sizes: Sizes, groups: int, need_dx: bool, need_dweight: bool, need_dbias: bool, *dtypes: Any
+) -> _Gradients:
+    sizes.groups = groups
+    parameters = None
+    if need_dweight or need_dbias:
+        takes = f"sums {'dweight' if need_dweight else 'none'} {'dbias' if need_dbias else 'none'}"
+        rows = min(16, 1 << max(0, sizes.n - 1).bit_length())
+        columns = _Columns(sizes.n, sizes.c)
+        chosen = picks(_BACKWARD, takes)
+        parameters = Launch(column_sums_kernel, columns, chosen, (rows, 128), sizes.aligned)
+    sums = "sums" if parameters is not None else "none"
+    held = _held(sizes, groups, 2) if need_dx else None
+    if held is not None:
+        chosen = picks(_BACKWARD, f"dy x dx table weight {sums}")
+        only = Launch(group_norm_gradients_kernel, held, chosen, held.constants, sizes.aligned)
+        return _Gradients(only, parameters, None, True, sizes.seed)
+    transform = None
+    if need_dx:
+        transform = sizes.mapping(
+            gradient_transform_kernel, 2, _BACKWARD, "dy x dx table gradients weight", sizes.norm
+        )
+    gradients = "gradients" if need_dx else "none"
+    takes = f"dy x none partials arrivals table {gradients} none none weight {sums}"
+    step = sizes.reducing(gradient_sums_kernel, 2, _BACKWARD, takes, sizes.norm)
+    return _Gradients(step.first, parameters, transform, False, sizes.seed, step.partials, step.counters)
+
+
+def backward(
+    x: Tensor, dy: Tensor, table: Tensor, weight: Tensor | None, groups: int,
+    need_dx: bool, weight_dtype: torch.dtype | None, bias_dtype: torch.dtype | None, own: bool = False,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+    """-> (dx, dweight, dbias), None where not wanted (a dtype of None: that parameter's gradient is not)."""
+    index, stream, elsewhere = where(x)
+    if elsewhere:
+        with torch.cuda.device(x.device):
+            return backward(x, dy, table, weight, groups, need_dx, weight_dtype, bias_dtype, own)
+    # saved tensors come back from their hooks in any shape of memory
+    x, table = dense(x), table.contiguous()
+    dy = dense_like(dy, x)
+    n, c = x.shape[:2]
+    dx = torch.empty_like(x) if need_dx else None
+    dweight = None if weight_dtype is None else table.new_empty(c, dtype=weight_dtype)
+    dbias = None if bias_dtype is None else table.new_empty(c, dtype=bias_dtype)
+    given = (x, dy, dx, weight, table, dweight, dbias)
+    addresses = [None if t is None else t.data_ptr() for t in given]
+    dtypes = (dy.dtype, None if weight is None else weight.dtype, weight_dtype, bias_dtype)
+    wanted = (need_dx, weight_dtype is not None, bias_dtype is not None)
+    step = step_for(_backward, x, index, (addresses[0], addresses[1], addresses[4]), groups, *wanted, dtypes)
+    sums = None if step.parameters is None else table.new_empty((n, 2, c))
+    partials = counters = gradients = None
+    if not step.held:
+        partials, counters = workspace(index, stream, step.seed, step.partials, step.counters, own)
+        gradients = torch.empty_like(table) if need_dx else None
+    made = (sums, partials, counters, gradients, None)
+    tensors = (*given, *made)
+    addresses += [None if t is None else t.data_ptr() for t in made]
+    if step.held:
+        step.sums(stream, tensors, addresses)
+    else:
+        step.sums(stream, tensors, addresses, x.numel() / (n * groups))
+    if step.parameters is not None:
+        step.parameters(stream, tensors, addresses)
+    if step.transform is not None:
+        step.transform(stream, tensors, addresses)
+    return dx, dweight, dbias

@@ -1,0 +1,170 @@
+"""Cells that a program can hold: contiguous groups of channels within a sample, each read once and kept in
+registers, forward and backward.
+
+A program takes GROUPS cells (one, unless they are tiny), as TILES tiles of one 16-byte vector a thread, so
+that all of its loads are under way at once and 16-bit data stays packed until it is used. A tile is CHANNELS
+channels of SPAN vectors each; a channel longer than a tile is cut into PIECES. What is left of a tile where
+sizes are no powers of two is masked: it costs registers, not traffic."""
+
+import triton
+import triton.language as tl
+
+from .coefficients import load_or, reciprocal_std
+from .tiles import as_scalar
+
+SIZES = ["cells", "group", "inner_v", "in_sample"]
+PARAMETERS = ["weight_ptr", "bias_ptr"]
+
+
+@triton.jit
+def vectors(
+    first, K: tl.constexpr, cells, group, inner_v,
+    VEC: tl.constexpr, GROUPS: tl.constexpr, CHANNELS: tl.constexpr, SPAN: tl.constexpr, PIECES: tl.constexpr,
+):  # fmt: skip
+    """Tile K of the cells from `first` on: element offsets [rows, VEC] from the first cell's start, mask
+    [rows, 1], and (channel in its cell, cell - first) of each of the tile's GROUPS * CHANNELS channels."""
+    row = tl.arange(0, GROUPS * CHANNELS * SPAN)
+    channel = (row // SPAN) % CHANNELS + (K // PIECES) * CHANNELS
+    cell = row // (SPAN * CHANNELS)
+    vector = row % SPAN + (K % PIECES) * SPAN
+    mask = (channel < group) & (vector < inner_v) & (first + cell < cells)
+    start = ((cell * group + channel) * inner_v + vector) * VEC
+    lane = tl.arange(0, GROUPS * CHANNELS)
+    return (
+        start[:, None] + tl.arange(0, VEC)[None, :],
+        mask[:, None],
+        lane % CHANNELS + (K // PIECES) * CHANNELS,
+        lane // CHANNELS,
+    )
+
+
+@triton.jit
+def sum_by_channel(values, CHANNELS: tl.constexpr, SPAN: tl.constexpr):
+    """[rows, VEC] -> [CHANNELS]."""
+    return tl.sum(tl.reshape(tl.sum(values, 1), (CHANNELS, SPAN)), 1)
+
+
+@triton.jit
+def by_row(values, ROWS: tl.constexpr):
+    """What is known of each cell or channel, for each row of a tile: [ROWS, 1]."""
+    SHARE: tl.constexpr = ROWS // values.shape[0]
+    return tl.reshape(tl.broadcast_to(values[:, None], (values.shape[0], SHARE)), (ROWS, 1))
+
+
+@triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=PARAMETERS)
+def group_norm_kernel(
+    x_ptr, y_ptr, table_ptr, weight_ptr, bias_ptr,
+    eps: tl.float64,
+    cells, group, inner_v, in_sample,
+    VEC: tl.constexpr, GROUPS: tl.constexpr, CHANNELS: tl.constexpr, SPAN: tl.constexpr, PIECES: tl.constexpr,
+    TILES: tl.constexpr,
+):  # fmt: skip
+    """table: [2, cells] mean and rstd. in_sample: cells a sample."""
+    ACC: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
+    ROWS: tl.constexpr = GROUPS * CHANNELS * SPAN
+    first = tl.program_id(0) * GROUPS
+    base = tl.cast(first, tl.int64) * group * (tl.cast(inner_v, tl.int64) * VEC)
+    held = ()
+    total = tl.zeros((GROUPS,), ACC)
+    for k in tl.static_range(TILES):
+        offs, mask, _, _ = vectors(first, k, cells, group, inner_v, VEC, GROUPS, CHANNELS, SPAN, PIECES)
+        x = tl.load(x_ptr + base + offs, mask=mask, other=0.0, eviction_policy="evict_first")
+        held = held + (x,)
+    for k in tl.static_range(TILES):
+        total += sum_by_channel(held[k].to(ACC), GROUPS, CHANNELS * SPAN)
+    count = as_scalar(1.0, ACC) * group * inner_v * VEC
+    mean = total / count
+    moved = tl.zeros((GROUPS,), ACC)
+    squares = tl.zeros((GROUPS,), ACC)
+    for k in tl.static_range(TILES):
+        _, mask, _, _ = vectors(first, k, cells, group, inner_v, VEC, GROUPS, CHANNELS, SPAN, PIECES)
+        distance = tl.where(mask, held[k].to(ACC) - by_row(mean, ROWS), 0.0)
+        moved += sum_by_channel(distance, GROUPS, CHANNELS * SPAN)
+        squares += sum_by_channel(distance * distance, GROUPS, CHANNELS * SPAN)
+    # the sum of large values has lost digits that the sum of their distances has
+    shift = moved / count
+    mean += shift
+    rstd = reciprocal_std(squares / count - shift * shift, as_scalar(eps, ACC), ACC)
+    offs_cell = first + tl.arange(0, GROUPS)
+    tl.store(table_ptr + offs_cell, mean, mask=offs_cell < cells)
+    tl.store(table_ptr + cells + offs_cell, rstd, mask=offs_cell < cells)
+    for k in tl.static_range(TILES):
+        offs, mask, channel, cell = vectors(
+            first, k, cells, group, inner_v, VEC, GROUPS, CHANNELS, SPAN, PIECES
+        )  # fmt: skip
+        offs_c = (first + cell) % in_sample * group + channel
+        there = channel < group
+        a = by_row(load_or(weight_ptr, offs_c, there, 1.0, ACC), ROWS) * by_row(rstd, ROWS)
+        b = by_row(load_or(bias_ptr, offs_c, there, 0.0, ACC), ROWS)
+        y = a * (held[k].to(ACC) - by_row(mean, ROWS)) + b
+        tl.store(
+            y_ptr + base + offs, y.to(y_ptr.dtype.element_ty), mask=mask, eviction_policy="evict_first"
+        )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=PARAMETERS)
+def group_norm_gradients_kernel(
+    dy_ptr, x_ptr, dx_ptr, table_ptr, weight_ptr, sums_ptr,
+    cells, group, inner_v, in_sample,
+    VEC: tl.constexpr, GROUPS: tl.constexpr, CHANNELS: tl.constexpr, SPAN: tl.constexpr, PIECES: tl.constexpr,
+    TILES: tl.constexpr,
+):  # fmt: skip
+    """sums, where given: [samples, 2, channels], what each sample adds to dgamma and dbeta. dx as in
+    coefficients.group_norm_backward."""
+    ACC: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
+    ROWS: tl.constexpr = GROUPS * CHANNELS * SPAN
+    first = tl.program_id(0) * GROUPS
+    base = tl.cast(first, tl.int64) * group * (tl.cast(inner_v, tl.int64) * VEC)
+    xs = ()
+    gs = ()
+    for k in tl.static_range(TILES):
+        offs, mask, _, _ = vectors(first, k, cells, group, inner_v, VEC, GROUPS, CHANNELS, SPAN, PIECES)
+        gs = gs + (tl.load(dy_ptr + base + offs, mask=mask, other=0.0, eviction_policy="evict_first"),)
+        xs = xs + (tl.load(x_ptr + base + offs, mask=mask, other=0.0, eviction_policy="evict_first"),)
+    offs_cell = first + tl.arange(0, GROUPS)
+    mean = tl.load(table_ptr + offs_cell, mask=offs_cell < cells, other=0.0)
+    rstd = tl.load(table_ptr + cells + offs_cell, mask=offs_cell < cells, other=0.0)
+    sum_wg = tl.zeros((GROUPS,), ACC)
+    sum_wgd = tl.zeros((GROUPS,), ACC)
+    channel_g = tl.zeros((GROUPS * CHANNELS,), ACC)
+    channel_gd = tl.zeros((GROUPS * CHANNELS,), ACC)
+    for k in tl.static_range(TILES):
+        _, _, channel, cell = vectors(first, k, cells, group, inner_v, VEC, GROUPS, CHANNELS, SPAN, PIECES)
+        g = gs[k].to(ACC)  # 0 where there is nothing
+        channel_g += sum_by_channel(g, GROUPS * CHANNELS, SPAN)
+        channel_gd += sum_by_channel(g * (xs[k].to(ACC) - by_row(mean, ROWS)), GROUPS * CHANNELS, SPAN)
+        if k % PIECES == PIECES - 1:
+            whole = first + cell
+            offs_c = whole % in_sample * group + channel
+            there = (channel < group) & (whole < cells)
+            weight = load_or(weight_ptr, offs_c, there, 1.0, ACC)
+            sum_wg += tl.sum(tl.reshape(weight * channel_g, (GROUPS, CHANNELS)), 1)
+            sum_wgd += tl.sum(tl.reshape(weight * channel_gd, (GROUPS, CHANNELS)), 1)
+            if sums_ptr is not None:
+                channels = in_sample * group
+                to_ptr = sums_ptr + tl.cast(whole // in_sample, tl.int64) * (2 * channels) + offs_c
+                tl.store(to_ptr, by_channel(rstd, GROUPS * CHANNELS) * channel_gd, mask=there)
+                tl.store(to_ptr + channels, channel_g, mask=there)
+            channel_g = tl.zeros((GROUPS * CHANNELS,), ACC)
+            channel_gd = tl.zeros((GROUPS * CHANNELS,), ACC)
+    count = as_scalar(1.0, ACC) * group * inner_v * VEC
+    k2 = -rstd * (rstd * (rstd * (sum_wgd / count)))
+    k3 = -rstd * (sum_wg / count)
+    for k in tl.static_range(TILES):
+        offs, mask, channel, cell = vectors(
+            first, k, cells, group, inner_v, VEC, GROUPS, CHANNELS, SPAN, PIECES
+        )  # fmt: skip
+        weight = load_or(weight_ptr, (first + cell) % in_sample * group + channel, channel < group, 1.0, ACC)
+        distance = xs[k].to(ACC) - by_row(mean, ROWS)
+        k1 = by_row(weight, ROWS) * by_row(rstd, ROWS)
+        dx = k1 * gs[k].to(ACC) + by_row(k2, ROWS) * distance + by_row(k3, ROWS)
+        tl.store(
+            dx_ptr + base + offs, dx.to(dx_ptr.dtype.element_ty), mask=mask, eviction_policy="evict_first"
+        )  # fmt: skip
+
+
+@triton.jit
+def by_channel(values, CHANNELS: tl.constexpr):
+    """[cells] -> [CHANNELS], a cell's channels one after another."""
+    SHARE: tl.constexpr = CHANNELS // values.shape[0]
+    return tl.reshape(tl.broadcast_to(values[:, None], (values.shape[0], SHARE)), (CHANNELS,))
