@@ -8,8 +8,10 @@ from functools import cached_property, lru_cache
 from .plan import INT32, WARP
 from .views import VECTOR_BYTES, ceil_div, floor_power_of_two, power_of_two
 
-HELD_KB = 80  # of data a program, without spills at 16 warps of 128 registers (measured on compiled kernels)
-VECTORS = HELD_KB * 1024 // (512 * VECTOR_BYTES)  # a thread
+# Tiles that a program holds of each input without spills, in 128 registers a thread [sass, both Tritons]: with
+# 16 warps, 80 KB of x where a tile is one channel, 64 KB of x otherwise, 32 KB each of x and dy.
+HELD = {1: 8, 2: 4}
+HELD_WHOLE = {1: 10, 2: 4}
 
 
 @dataclass(frozen=True)
@@ -61,8 +63,7 @@ def cell_sweep(
     cells, span = samples * in_sample, ceil_div(inner, vec)
     if cells * group * 2 >= INT32:
         return None
-    # a register holds one element that is loaded alone
-    held = VECTORS // inputs * VECTOR_BYTES // max(4, vec * itemsize)
+    narrow = max(4, vec * itemsize)  # bytes of registers that a narrower load takes
     for warps in (4, 8, 16):
         threads = warps * WARP
         padded = power_of_two(span)
@@ -77,6 +78,9 @@ def cell_sweep(
             groups = 1
             if tiles == 1:
                 groups = min(max(1, threads // (channels * padded)), power_of_two(cells))
+        held = (HELD_WHOLE if channels == groups == 1 else HELD)[inputs]
+        if narrow < VECTOR_BYTES:  # more addresses for the same bytes
+            held = held * 3 // 4 * VECTOR_BYTES // narrow
         if tiles <= held:
             needed = max(1, groups * channels * width // WARP)
             return CellSweep(
