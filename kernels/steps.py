@@ -49,14 +49,20 @@ class Step:
     blocks: int = 0  # arrival counters for the first
 
 
-_steps: dict[Any, Step] = {}
+_steps: dict[Any, Any] = {}
 
 
 def step_for(
-    make: Callable[..., Step], x: Tensor, index: int, addresses: Sequence[int | None], *rest: Any
-) -> Step:
-    """The step for this signature, from `make(Sizes, *rest)` the first time. addresses: of the caller's
-    tensors that the kernels load in vectors. rest: dtypes and flags that the compiled kernels depend on."""
+    make: Callable[..., Any],
+    x: Tensor,
+    index: int,
+    addresses: Sequence[int | None],
+    *rest: Any,
+    sizes: Callable[[Tensor, int, bool], Any] | None = None,
+) -> Any:
+    """The step for this signature, from `make(sizes, *rest)` the first time. addresses: of the caller's
+    tensors that the kernels load in vectors. rest: dtypes and flags that the compiled kernels depend on.
+    sizes: how the plans see x; None: as Sizes."""
     joined = 0
     for address in addresses:
         if address is not None:
@@ -67,7 +73,7 @@ def step_for(
     if step is None:
         if len(_steps) >= 8192:  # shapes that never repeat must not fill the host's memory
             _steps.clear()
-        step = _steps[key] = make(Sizes(x, index, aligned), *rest)
+        step = _steps[key] = make((sizes or Sizes)(x, index, aligned), *rest)
     return step
 
 
@@ -92,7 +98,7 @@ class Sizes:
         """A kernel that maps x element by element."""
         sweep = plan.map_sweep(*self.size, inputs)
         constants = (plan.MODES[sweep.view.mode], sweep.vec, sweep.tile_rows, sweep.view.lanes, *flags)
-        return Launch(kernel, sweep, _picks(order, takes), constants, self.aligned)
+        return Launch(kernel, sweep, picks(order, takes), constants, self.aligned)
 
     def reducing(
         self, kernel: Any, inputs: int, order: str, takes: str, *flags: bool, then: Launch | None = None
@@ -102,10 +108,11 @@ class Sizes:
         view, mode = sweep.view, plan.MODES[sweep.view.mode]
         tile = (mode, sweep.vec, sweep.unroll, sweep.group, view.lanes)
         constants = (*tile, view.channels_a_block, sweep.fold, view.positions, sweep.merge, *flags)
-        first = Launch(kernel, sweep, _picks(order, takes), constants, self.aligned)
+        first = Launch(kernel, sweep, picks(order, takes), constants, self.aligned)
         return Step(first, then or first, self.seed, sweep.partials, view.blocks)
 
 
-def _picks(order: str, takes: str) -> list[int]:
+def picks(order: str, takes: str) -> list[int]:
+    """Where in `order` the names in `takes` are."""
     names = order.split()
     return [names.index(name) for name in takes.split()]

@@ -1,0 +1,41 @@
+"""Merging what programs, or samples, have to say about each column: [rows, columns] -> [columns]. Always in the
+same order, so that the same input gives the same bits."""
+
+import triton
+import triton.language as tl
+
+from .coefficients import store_as
+
+SIZES = ["rows", "columns", "blocks"]
+# of the caller or cut from one of his tensors: stored as well without alignment
+RESULTS = ["first_ptr", "second_ptr"]
+
+
+@triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=RESULTS)
+def column_sums_kernel(
+    partials_ptr, first_ptr, second_ptr,
+    rows, columns, blocks,
+    R: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    """partials: [rows, 2, columns], whose halves are summed into first and second [columns], or [rows, 1,
+    columns] where only one of these is given. A program sums LANES columns of one half, R rows a step."""
+    HALVES: tl.constexpr = (first_ptr is not None) + (second_ptr is not None)
+    block = tl.program_id(0) % blocks
+    half = tl.program_id(0) // blocks
+    column = block * LANES + tl.arange(0, LANES)
+    exists = column < columns
+    offs_r = tl.arange(0, R)[:, None]
+    total = tl.zeros((R, LANES), partials_ptr.dtype.element_ty)
+    for start in tl.range(0, rows, R):
+        theirs_ptr = partials_ptr + tl.cast(start + offs_r, tl.int64) * (HALVES * columns) + half * columns
+        mask = (start + offs_r < rows) & exists[None, :]
+        total += tl.load(theirs_ptr + column[None, :], mask=mask, other=0.0)
+    sums = tl.sum(total, 0)
+    if first_ptr is None:
+        store_as(second_ptr + column, sums, exists)
+    elif second_ptr is None:
+        store_as(first_ptr + column, sums, exists)
+    elif half == 0:
+        store_as(first_ptr + column, sums, exists)
+    else:
+        store_as(second_ptr + column, sums, exists)
