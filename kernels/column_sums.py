@@ -1,5 +1,5 @@
-"""Merging what programs, or samples, have to say about each column: [rows, columns] -> [columns]. Always in the
-same order, so that the same input gives the same bits."""
+"""Merging what programs, or samples, have to say about each column: [rows, columns] -> [columns]. Always in
+the same order, so that the same input gives the same bits."""
 
 import triton
 import triton.language as tl

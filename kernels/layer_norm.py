@@ -1,9 +1,9 @@
 """LayerNorm on contiguous tensors: allocate, pick the plan, launch. Knows sizes and pointers, nothing of
 autograd or modules.
 
-x and dy are contiguous, fp16, bf16, fp32 or fp64, and normalized over their last `dims` dimensions; weight and
-bias are contiguous, have the shape of these dimensions and any floating dtype; everything is on one device. The
-caller has checked all that."""
+x and dy are contiguous, fp16, bf16, fp32 or fp64, and normalized over their last `dims` dimensions; weight
+and bias are contiguous, have the shape of these dimensions and any floating dtype; everything is on one
+device. The caller has checked all that."""
 
 from __future__ import annotations
 

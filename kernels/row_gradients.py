@@ -2,9 +2,9 @@
 
     dx = rstd * (g - mean of g - xhat * mean of g * xhat),    dgamma = sum of dy * xhat,    dbeta = sum of dy
 
-the means over a row, the sums over all rows. A program that holds whole rows reads dy and x once and keeps the
-sums of all columns in registers, over the rows it visits (row_gradients_kernel). Rows too wide for that are
-read twice: first by programs that own a block of columns each, add up its columns and leave what each row
+the means over a row, the sums over all rows. A program that holds whole rows reads dy and x once and keeps
+the sums of all columns in registers, over the rows it visits (row_gradients_kernel). Rows too wide for that
+are read twice: first by programs that own a block of columns each, add up its columns and leave what each row
 contributes (column_gradients_kernel), then element by element (wide_gradients_kernel). Parameter gradients
 alone are the first of these two.
 

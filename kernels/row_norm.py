@@ -26,7 +26,7 @@ def group_of_rows(first, rows, width, R: tl.constexpr, LANES: tl.constexpr):
 
 @triton.jit
 def columns(part: tl.constexpr, lane, width, WHOLE: tl.constexpr):
-    """(column, exists) of the lanes of a part. WHOLE: it has none beyond the row, as all parts but the last."""
+    """(column, exists) of the lanes of a part. WHOLE: all of them do, as in any part but the last."""
     column = part * lane.shape[1] + lane
     if WHOLE:
         exists = tl.full(lane.shape, 1, tl.int1)

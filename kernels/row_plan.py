@@ -1,9 +1,10 @@
 """Sizes -> what to launch, for a normalization of rows: x is [rows, width], statistics are of each row. Pure
 Python, as plan.py.
 
-A row is seen in units of 512 bytes, what one load of every thread of a warp brings. A number of warps share a
-row, and each thread holds PARTS vectors of it; with fewer warps than a program has, it holds several rows. What
-fits in registers without spills was read off compiled kernels, of Triton 3.6.0 and 3.7.1 alike [sass]."""
+A row is seen in units of 512 bytes, what one load of every thread of a warp brings. A number of warps share
+a row, and each thread holds PARTS vectors of it; where these are fewer warps than the program has, it holds
+several rows. What fits in registers without spills was read off compiled kernels, of Triton 3.6.0 and 3.7.1
+alike [sass]."""
 
 from __future__ import annotations
 
@@ -18,9 +19,9 @@ from .views import VECTOR_BYTES, ceil_div, power_of_two
 LINE = WARP * VECTOR_BYTES  # bytes that a warp loads at once
 MOST_WARPS = 16
 
-# Forward: vectors of a row that a thread may hold, and loads it has under way where a row has fewer. 8 vectors
-# of 16-bit numbers take 96 registers, so 20 warps an SM and 80 KB in flight; with 16 warps to a row that is
-# 64 KB, at the limit of 128 registers. 9 spill. [sass]
+# Forward: vectors of a row that a thread may hold, and loads it has under way where a row has fewer. 8
+# vectors of 16-bit numbers take 96 registers, so 20 warps an SM and 80 KB in flight; with 16 warps to a row
+# that is 64 KB, at the limit of 128 registers. 9 spill. [sass]
 HELD = 8
 HELD_SINGLES = 4  # loaded element by element, 16-bit numbers take a register each
 LOADS = 4
@@ -29,18 +30,18 @@ FORWARD_WARPS, FORWARD_REGISTERS = 4, 128
 LONG_WARPS, LONG_LOADS = 8, 4
 LONG_REGISTERS = {2: 80, 4: 80, 8: 128}
 
-# Backward: dy and x, and two sums for each column that a thread holds: 16 registers a vector of 16-bit numbers.
-# (warps, programs an SM, registers): 3 programs of 4 warps have up to 48 KB in flight and leave fewer partials
-# than many small ones would [sass].
+# Backward: dy and x, and two sums for each column that a thread holds: 16 registers a vector of 16-bit
+# numbers. Warps: (programs an SM, registers). 3 programs of 4 warps have up to 48 KB in flight, and leave
+# fewer partials than many small ones would [sass].
 GRADIENTS = {4: (3, 168), 8: (2, 128), 16: (1, 128)}
 GRADIENT_PARTS = {2: 3, 4: 4, 8: 4}
-# The same by columns, for rows too wide for that, and for parameter gradients alone: 4 loads a thread and input.
+# By columns, for rows too wide for that and for parameter gradients alone: 4 loads a thread and input.
 COLUMN_WARPS, COLUMN_LOADS, COLUMN_AN_SM, COLUMN_REGISTERS = 8, 4, 2, 128
 WIDE_WARPS, WIDE_LOADS, WIDE_AN_SM, WIDE_REGISTERS = 8, 2, 4, 64
 WIDE_SPLITS = 32  # each program of a row merges all shares of it: with more, that would show
 MERGE = 256
 # Merging partials: a step is 128 bytes of each of 128 rows, 4 loads a thread.
-SUM_WARPS, SUM_TILE, SUM_ROWS, SUM_REGISTERS = 8, 4096, 128, 64
+SUM_WARPS, SUM_TILE, SUM_ROWS, SUM_REGISTERS = 8, 4096, 128, 128
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ class Rows:
 
     @property
     def vec(self) -> int:
-        """Elements a load instruction: as many of 16 bytes as divide the width, for rows follow each other."""
+        """Elements a load instruction: of 16 bytes, what divides the width, for rows follow each other."""
         return gcd(VECTOR_BYTES // self.itemsize if self.aligned else 1, self.width)
 
     @property
@@ -83,8 +84,8 @@ class Rows:
         return LINE // self.itemsize
 
     def shared_by(self, most: int, warps: int = 1) -> tuple[int, int, int] | None:
-        """(warps to a row, LANES, PARTS) with the fewest warps for which a thread holds at most `most` vectors
-        of a row; None where no program is large enough."""
+        """(warps to a row, LANES, PARTS) with the fewest warps for which a thread holds at most `most`
+        vectors of a row; None where no program is large enough."""
         while warps <= MOST_WARPS:
             lanes = min(warps * self.line, power_of_two(self.width))
             parts = ceil_div(self.width, lanes)
@@ -123,7 +124,7 @@ def forward(size: Rows) -> tuple[str, RowSweep]:
         )
     across, lanes, parts = shared
     at_once = max(1, max(FORWARD_WARPS, across) * size.line // lanes)
-    unroll = max(1, LOADS // parts)
+    unroll = max(1, LOADS // parts) if size.vectors else 1  # short vectors are several loads already
     while unroll > 1 and ceil_div(size.rows, unroll * at_once) < 2 * size.sms:
         unroll //= 2
     group = min(unroll * at_once, power_of_two(size.rows))
@@ -150,10 +151,8 @@ def gradients(size: Rows) -> RowSweep | None:
     group = min(max(1, warps * size.line // lanes), power_of_two(size.rows))
     whole = size.whole(lanes, parts)
     unroll = {1: 4, 2: 2}.get(parts, 1)
-    if warps > 4 and not whole:  # the masks take what registers are left
+    if not size.vectors or (warps > 4 and not whole):  # the masks take what registers are left
         unroll = 1
-    if not size.vectors:
-        unroll = min(unroll, 2)
     while unroll > 1 and ceil_div(size.rows, unroll * group) < an_sm * size.sms:
         unroll //= 2
     groups = ceil_div(size.rows, unroll * group)
