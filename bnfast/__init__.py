@@ -1,14 +1,15 @@
 """bnfast: fused normalization layers for PyTorch, in Triton.
 
     bnfast.BatchNorm2d          drop-in for torch.nn.BatchNorm2d (and 1d, 3d)
+    bnfast.LayerNorm            drop-in for torch.nn.LayerNorm
     bnfast.functional           the same as functions, with torch.nn.functional's signatures
 
 CUDA tensors run the Triton kernels. Everything else runs plain torch, with the same results: `python -m
 bnfast info` says which and why."""
 
 from . import functional
-from .modules import BatchNorm1d, BatchNorm2d, BatchNorm3d
+from .modules import BatchNorm1d, BatchNorm2d, BatchNorm3d, LayerNorm
 
 __version__ = "0.1.0"
 
-__all__ = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "functional", "__version__"]
+__all__ = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "LayerNorm", "functional", "__version__"]

@@ -12,6 +12,8 @@ import torch
 
 from . import __version__, dispatch
 
+LAYERS = "BatchNorm1d/2d/3d, LayerNorm"  # which all take the same paths
+
 
 def info() -> int:
     """Versions, devices, and which path each layer takes on them, with the reason."""
@@ -27,7 +29,7 @@ def info() -> int:
                 if why
                 else f"Triton kernels{' (interpreter)' if device.type == 'cpu' else ''}"
             )
-            print(f"  BatchNorm1d/2d/3d, {str(dtype).removeprefix('torch.'):9} {path}")
+            print(f"  {LAYERS}, {str(dtype).removeprefix('torch.'):9} {path}")
     print(
         "\nAnywhere: empty batches, export, jit.trace, functorch transforms and forward-mode AD run\n"
         "plain torch, which all of them understand; double backward differentiates plain torch formulas."

@@ -8,8 +8,8 @@ from functools import cached_property, lru_cache
 from .plan import INT32, WARP
 from .views import VECTOR_BYTES, ceil_div, floor_power_of_two, power_of_two
 
-# Tiles that a program holds of each input without spills, in 128 registers a thread [sass, both Tritons]: with
-# 16 warps, 80 KB of x where a tile is one channel, 64 KB of x otherwise, 32 KB each of x and dy.
+# Tiles that a program holds of each input without spills, in 128 registers a thread [sass, both Tritons]:
+# with 16 warps, 80 KB of x where a tile is one channel, 64 KB of x otherwise, 32 KB each of x and dy.
 HELD = {1: 8, 2: 4}
 HELD_WHOLE = {1: 10, 2: 4}
 

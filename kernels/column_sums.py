@@ -1,5 +1,5 @@
-"""Merging what programs, or samples, have to say about each column: [rows, columns] -> [columns]. Always in the
-same order, so that the same input gives the same bits."""
+"""Merging what programs, or samples, have to say about each column: [rows, columns] -> [columns]. Always in
+the same order, so that the same input gives the same bits."""
 
 import triton
 import triton.language as tl
@@ -17,21 +17,25 @@ def column_sums_kernel(
     rows, columns, blocks,
     R: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """partials: [rows, 2, columns], whose halves are summed into first and second, [columns], where given. A
-    program sums LANES columns of one half, R rows a step."""
+    """partials: [rows, 2, columns], whose halves are summed into first and second [columns], or [rows, 1,
+    columns] where only one of these is given. A program sums LANES columns of one half, R rows a step."""
+    HALVES: tl.constexpr = (first_ptr is not None) + (second_ptr is not None)
+    block = tl.program_id(0) % blocks
     half = tl.program_id(0) // blocks
-    column = tl.program_id(0) % blocks * LANES + tl.arange(0, LANES)
+    column = block * LANES + tl.arange(0, LANES)
     exists = column < columns
     offs_r = tl.arange(0, R)[:, None]
     total = tl.zeros((R, LANES), partials_ptr.dtype.element_ty)
     for start in tl.range(0, rows, R):
-        theirs_ptr = partials_ptr + tl.cast(start + offs_r, tl.int64) * (2 * columns) + half * columns
+        theirs_ptr = partials_ptr + tl.cast(start + offs_r, tl.int64) * (HALVES * columns) + half * columns
         mask = (start + offs_r < rows) & exists[None, :]
         total += tl.load(theirs_ptr + column[None, :], mask=mask, other=0.0)
     sums = tl.sum(total, 0)
-    if first_ptr is not None:
-        if half == 0:
-            store_as(first_ptr + column, sums, exists)
-    if second_ptr is not None:
-        if half == 1:
-            store_as(second_ptr + column, sums, exists)
+    if first_ptr is None:
+        store_as(second_ptr + column, sums, exists)
+    elif second_ptr is None:
+        store_as(first_ptr + column, sums, exists)
+    elif half == 0:
+        store_as(first_ptr + column, sums, exists)
+    else:
+        store_as(second_ptr + column, sums, exists)

@@ -8,13 +8,12 @@ x as in batch_norm.py. A table is [2, N * groups] mean and rstd, in fp32 (fp64 f
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import plan
+from . import plan, row_plan
 from .cell_plan import CellSweep, cell_sweep
 from .column_sums import column_sums_kernel
 from .gradients import gradient_sums_kernel, gradient_transform_kernel
@@ -93,39 +92,13 @@ class _Gradients:
     counters: int = 0
 
 
-@dataclass(frozen=True)
-class _Columns:
-    """The launch that merges [rows, 2, columns]: 128 columns a program, 4 warps."""
-
-    rows: int
-    columns: int
-    warps: int = 4
-    registers: int = 64
-
-    @cached_property
-    def blocks(self) -> int:
-        return -(-self.columns // 128)
-
-    @cached_property
-    def programs(self) -> int:
-        return 2 * self.blocks
-
-    @cached_property
-    def sizes(self) -> tuple[int, ...]:
-        return (self.rows, self.columns, self.blocks)
-
-
-def _backward(
-    sizes: Sizes, groups: int, need_dx: bool, need_dweight: bool, need_dbias: bool, *dtypes: Any
-) -> _Gradients:
+def _backward(sizes: Sizes, groups: int, need_dx: bool, need_parameters: bool, *dtypes: Any) -> _Gradients:
     sizes.groups = groups
     parameters = None
-    if need_dweight or need_dbias:
-        takes = f"sums {'dweight' if need_dweight else 'none'} {'dbias' if need_dbias else 'none'}"
-        rows = min(16, 1 << max(0, sizes.n - 1).bit_length())
-        columns = _Columns(sizes.n, sizes.c)
-        chosen = picks(_BACKWARD, takes)
-        parameters = Launch(column_sums_kernel, columns, chosen, (rows, 128), sizes.aligned)
+    if need_parameters:
+        columns = row_plan.column_sums(sizes.n, sizes.c, 2)
+        chosen = picks(_BACKWARD, "sums dweight dbias")
+        parameters = Launch(column_sums_kernel, columns, chosen, columns.constants, sizes.aligned)
     sums = "sums" if parameters is not None else "none"
     held = _held(sizes, groups, 2) if need_dx else None
     if held is not None:
@@ -157,12 +130,14 @@ def backward(
     dy = dense_like(dy, x)
     n, c = x.shape[:2]
     dx = torch.empty_like(x) if need_dx else None
-    dweight = None if weight_dtype is None else table.new_empty(c, dtype=weight_dtype)
-    dbias = None if bias_dtype is None else table.new_empty(c, dtype=bias_dtype)
+    dweight = dbias = None
+    if weight_dtype is not None or bias_dtype is not None:  # both come from one launch
+        dweight = table.new_empty(c, dtype=weight_dtype or table.dtype)
+        dbias = table.new_empty(c, dtype=bias_dtype or table.dtype)
     given = (x, dy, dx, weight, table, dweight, dbias)
     addresses = [None if t is None else t.data_ptr() for t in given]
     dtypes = (dy.dtype, None if weight is None else weight.dtype, weight_dtype, bias_dtype)
-    wanted = (need_dx, weight_dtype is not None, bias_dtype is not None)
+    wanted = (need_dx, dweight is not None)
     step = step_for(_backward, x, index, (addresses[0], addresses[1], addresses[4]), groups, *wanted, dtypes)
     sums = None if step.parameters is None else table.new_empty((n, 2, c))
     partials = counters = gradients = None
@@ -180,4 +155,4 @@ def backward(
         step.parameters(stream, tensors, addresses)
     if step.transform is not None:
         step.transform(stream, tensors, addresses)
-    return dx, dweight, dbias
+    return dx, dweight if weight_dtype else None, dbias if bias_dtype else None

@@ -13,14 +13,12 @@ import inspect
 import threading
 from collections.abc import Iterator, Sequence
 from operator import itemgetter
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import triton
 from torch import Tensor
 from triton.runtime import driver
-
-from .plan import Sweep
 
 INTERPRET: bool = triton.knobs.runtime.interpret
 _interpreting = threading.Lock()  # the interpreter patches Triton's language for all threads
@@ -67,6 +65,19 @@ def _calling_convention_known() -> bool:
     return names in ([*start, "args"], [*start, *four, "args"])
 
 
+class Planned(Protocol):
+    """What a launch needs to know of a plan: plan.Sweep, row_plan.RowSweep."""
+
+    @property
+    def programs(self) -> int: ...
+    @property
+    def sizes(self) -> tuple[int, ...]: ...  # the kernel's integer arguments, in their order
+    @property
+    def warps(self) -> int: ...
+    @property
+    def registers(self) -> int: ...  # a thread, at most
+
+
 class Launch:
     """One kernel with its grid, sizes and constants fixed. Called with the current stream's handle, the
     step's tensors (or None), their addresses, and the kernel's scalars; sizes and constants follow by
@@ -78,7 +89,7 @@ class Launch:
     __slots__ = ("_bind_once", "_bound", "_grid", "_kernel", "_options", "_pick", "_tail")
 
     def __init__(
-        self, kernel: Any, sweep: Sweep, picks: Sequence[int], constants: tuple[Any, ...], bind_once: bool
+        self, kernel: Any, sweep: Planned, picks: Sequence[int], constants: tuple[Any, ...], bind_once: bool
     ) -> None:
         self._kernel, self._grid, self._bind_once = kernel, sweep.programs, bind_once
         self._pick = itemgetter(*picks)

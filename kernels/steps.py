@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -49,15 +49,20 @@ class Step:
     counters: int = 0  # of arrivals, for the first
 
 
-Made = TypeVar("Made")
 _steps: dict[Any, Any] = {}
 
 
 def step_for(
-    make: Callable[..., Made], x: Tensor, index: int, addresses: Sequence[int | None], *rest: Any
-) -> Made:
-    """The step for this signature, from `make(Sizes, *rest)` the first time. addresses: of the caller's
-    tensors that the kernels load in vectors. rest: dtypes and flags that the compiled kernels depend on."""
+    make: Callable[..., Any],
+    x: Tensor,
+    index: int,
+    addresses: Sequence[int | None],
+    *rest: Any,
+    sizes: Callable[[Tensor, int, bool], Any] | None = None,
+) -> Any:
+    """The step for this signature, from `make(sizes, *rest)` the first time. addresses: of the caller's
+    tensors that the kernels load in vectors. rest: dtypes and flags that the compiled kernels depend on.
+    sizes: how the plans see x; None: as Sizes."""
     joined = 0
     for address in addresses:
         if address is not None:
@@ -68,7 +73,7 @@ def step_for(
     if step is None:
         if len(_steps) >= 8192:  # shapes that never repeat must not fill the host's memory
             _steps.clear()
-        step = _steps[key] = make(Sizes(x, index, aligned), *rest)
+        step = _steps[key] = make((sizes or Sizes)(x, index, aligned), *rest)
     return step
 
 
@@ -131,5 +136,6 @@ class Sizes:
 
 
 def picks(order: str, takes: str) -> list[int]:
+    """Where in `order` the names in `takes` are."""
     names = order.split()
     return [names.index(name) for name in takes.split()]

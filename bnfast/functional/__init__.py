@@ -1,3 +1,4 @@
 """torch.nn.functional's normalizations over the kernels, one file each."""
 
 from .batchnorm import batch_norm as batch_norm
+from .layernorm import layer_norm as layer_norm

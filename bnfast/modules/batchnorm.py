@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.fx import Proxy
-from torch.fx.proxy import TraceError
 
 from ..functional.batchnorm import counting_batch_norm
+from .drop_in import DropIn
 
 
-class _Kernels(nn.modules.batchnorm._BatchNorm):
+class _Kernels(DropIn, nn.modules.batchnorm._BatchNorm):
     """What the three share. Everything but the forward is inherited: state_dict, buffers, repr, dimension
     checks.
     """
@@ -63,30 +63,6 @@ class _Kernels(nn.modules.batchnorm._BatchNorm):
             self.eps,
             batches,
         )
-
-    def _leaf(self, input: Proxy) -> Any:
-        """Records a call of this layer, as torch.fx does for torch.nn's. From within the call, though: what
-        runs around this forward would be recorded once more, beside the call that runs it."""
-        tracer: Any = input.tracer
-        around = "hooks" if self._forward_hooks or self._forward_pre_hooks else None
-        if type(self).forward is not _Kernels.forward:
-            around = "a forward of its own"
-        if around or tracer.root is self:
-            raise TraceError(
-                f"{type(self).__name__} cannot be traced {f'with {around}' if around else 'by itself'}: "
-                "pass a Tracer whose is_leaf_module returns True for it"
-            )
-        return tracer.create_proxy("call_module", tracer.path_of_module(self), (input,), {})
-
-    def __prepare_scriptable__(self) -> nn.Module:
-        """torch.jit.script compiles Python, which the kernels' host code is more of than it takes: it gets
-        torch.nn's layer, with the same parameters and buffers. A subclass has to see for itself."""
-        if type(self).__module__ != __name__:
-            return self
-        plain = next(c for c in type(self).__mro__ if c.__module__ == nn.modules.batchnorm.__name__)
-        module: nn.Module = object.__new__(plain)
-        module.__dict__ = dict(self.__dict__)
-        return module
 
 
 class BatchNorm1d(_Kernels, nn.BatchNorm1d):

@@ -1,0 +1,108 @@
+"""torch.nn.functional.layer_norm over the kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function_variadic
+
+from ..dispatch import KERNEL_DTYPES, KERNELS, PLAIN, TORCH, TRITON, path, refuse_dtensor
+
+if TRITON:
+    from ..autograd import layernorm as autograd
+    from ..kernels.plan import TooLarge
+
+_HALVES = (torch.float16, torch.bfloat16)
+_FLOATS = (*_HALVES, torch.float32)
+
+
+def layer_norm(
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor:
+    """Layer normalization, as torch.nn.functional.layer_norm (Ba, Kiros and Hinton 2016, arXiv 1607.06450).
+
+    input: [*, *normalized_shape], fp16, bf16, fp32 or fp64, any strides. weight, bias: normalized_shape or
+    None, of dtypes of their own. Mean and variance of each row are computed in fp32 (fp64 for fp64 input).
+
+    Returns a contiguous tensor of input's shape and dtype. Under autocast too: torch's own returns fp32 for
+    fp16 and bf16 input there, and takes twice the memory. Raises what torch.nn.functional.layer_norm raises
+    (RuntimeError for shapes that do not match and for an empty normalized_shape)."""
+    if has_torch_function_variadic(input, weight, bias):
+        return handle_torch_function(
+            layer_norm, (input, weight, bias), input, normalized_shape, weight=weight, bias=bias, eps=eps
+        )
+    if type(eps) is not float:
+        eps = _as_torch_takes_it(eps)
+    way = path(input)
+    if way == TORCH or not _fits(way, input, normalized_shape, weight, bias):
+        return _torch_layer_norm(input, normalized_shape, weight, bias, eps)
+    x = input if input.is_contiguous() else input.contiguous()
+    options = (way, len(normalized_shape), eps)
+    wanted = torch.is_grad_enabled() and (
+        x.requires_grad
+        or (weight is not None and weight.requires_grad)
+        or (bias is not None and bias.requires_grad)
+    )
+    try:
+        if not wanted:
+            return autograd.run(x, weight, bias, options, False)[0]
+        if way != KERNELS or not (x.is_inference() or (weight is not None and weight.is_inference())):
+            return autograd.apply(x, weight, bias, options)
+    except TooLarge:
+        pass
+    return _torch_layer_norm(input, normalized_shape, weight, bias, eps)
+
+
+def _as_torch_takes_it(eps: Any) -> float:
+    """Integers and 0-d tensors, which torch.nn.functional.layer_norm takes for floats, or its TypeError."""
+    F.layer_norm(torch.ones(1, 1), (1,), None, None, eps)
+    return float(eps)
+
+
+def _fits(way: int, x: Tensor, shape: Sequence[int], weight: Tensor | None, bias: Tensor | None) -> bool:
+    """Whether the kernels can take these arguments. What they cannot take goes to torch, which raises its
+    own errors.
+    """
+    if not isinstance(shape, (tuple, list)) or len(shape) == 0:  # torch.Size is a tuple
+        return False
+    shape = tuple(shape)
+    if x.shape[-len(shape) :] != shape or not all(isinstance(n, (int, torch.SymInt)) for n in shape):
+        return False
+    device = x.device
+    for t in (weight, bias):
+        if t is not None and (
+            (way == KERNELS and type(t) not in PLAIN)
+            or t.shape != shape
+            or not t.is_contiguous()
+            or t.dtype not in KERNEL_DTYPES
+            or t.device != device
+        ):
+            return False
+    return True
+
+
+def _torch_layer_norm(
+    x: Tensor, shape: Sequence[int], weight: Tensor | None, bias: Tensor | None, eps: float
+) -> Tensor:
+    """torch's own layer_norm, in fp32 where its result would have another dtype than the kernels' has."""
+    refuse_dtensor(x, weight, bias)
+    if isinstance(x, Tensor) and x.dtype in _HALVES:
+        dtypes = [t.dtype for t in (weight, bias) if isinstance(t, Tensor)]
+        mixed = any(d != x.dtype for d in dtypes) and all(d in _FLOATS for d in dtypes)
+        if mixed or _autocasting(x):
+            weight, bias = (t.float() if isinstance(t, Tensor) else t for t in (weight, bias))
+            return F.layer_norm(x.float(), shape, weight, bias, eps).to(x.dtype)
+    return F.layer_norm(x, shape, weight, bias, eps)
+
+
+def _autocasting(x: Tensor) -> bool:
+    kind = x.device.type
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)

@@ -1,0 +1,46 @@
+"""What a layer needs to pass for torch.nn's where graphs are recorded: torch.fx and torch.jit.script."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+from torch.fx import Proxy
+from torch.fx.proxy import TraceError
+
+
+class DropIn(nn.Module):
+    """Mixed into a subclass of one of torch.nn's layers, before it. The forward begins with
+
+    if isinstance(input, Proxy):
+        return self._leaf(input)
+    """
+
+    def _leaf(self, input: Proxy) -> Any:
+        """Records a call of this layer, as torch.fx does for torch.nn's. From within the call, though: what
+        runs around this forward would be recorded once more, beside the call that runs it."""
+        tracer: Any = input.tracer
+        around = "hooks" if self._forward_hooks or self._forward_pre_hooks else None
+        if not _ours(next(c for c in type(self).__mro__ if "forward" in vars(c))):
+            around = "a forward of its own"
+        if around or tracer.root is self:
+            raise TraceError(
+                f"{type(self).__name__} cannot be traced {f'with {around}' if around else 'by itself'}: "
+                "pass a Tracer whose is_leaf_module returns True for it"
+            )
+        return tracer.create_proxy("call_module", tracer.path_of_module(self), (input,), {})
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        """torch.jit.script compiles Python, which the kernels' host code is more of than it takes: it gets
+        torch.nn's layer, with the same parameters and buffers. A subclass has to see for itself."""
+        if not _ours(type(self)):
+            return self
+        plain = next(c for c in type(self).__mro__ if c.__module__.startswith("torch.nn.modules."))
+        module: nn.Module = object.__new__(plain)
+        module.__dict__ = dict(self.__dict__)
+        return module
+
+
+def _ours(cls: type) -> bool:
+    """Whether a class is one of bnfast's layers, and not somebody's subclass."""
+    return cls.__module__.rpartition(".")[0] == __package__

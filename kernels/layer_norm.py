@@ -1,0 +1,150 @@
+"""LayerNorm on contiguous tensors: allocate, pick the plan, launch. Knows sizes and pointers, nothing of
+autograd or modules.
+
+x and dy are contiguous, fp16, bf16, fp32 or fp64, and normalized over their last `dims` dimensions; weight
+and bias are contiguous, have the shape of these dimensions and any floating dtype; everything is on one
+device. The caller has checked all that."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import torch
+
+from . import row_plan
+from .column_sums import column_sums_kernel
+from .launch import Launch
+from .layouts import accumulator, dense_like
+from .plan import VECTOR_BYTES
+from .row_gradients import column_gradients_kernel, row_gradients_kernel, wide_gradients_kernel
+from .row_norm import long_row_norm_kernel, row_norm_kernel
+from .steps import multiprocessors, picks, step_for, where
+
+_FORWARD = "x y table weight bias none"
+_BACKWARD = "x dy dx dweight dbias table weight shares partials none"
+
+
+@dataclass(frozen=True)
+class RowStep:
+    """Launches, one after another, and what they need allocated, in elements of the accumulator's type."""
+
+    launches: tuple[Launch, ...]
+    seed: torch.Tensor  # empty, of the accumulator's dtype, on x's device: for allocating in less time
+    shares: int = 0
+    partials: int = 0
+
+
+class RowSizes:
+    """What a signature says of x, seen as rows of its last dimensions."""
+
+    def __init__(self, x: torch.Tensor, index: int, aligned: bool) -> None:
+        self._shape, self._of_memory = x.shape, (x.element_size(), aligned, multiprocessors(index))
+        self.aligned = aligned
+        self.seed = torch.empty(0, dtype=accumulator(x), device=x.device)
+
+    def rows(self, dims: int) -> row_plan.Rows:
+        rows, width = prod(self._shape[:-dims]), prod(self._shape[-dims:])
+        return row_plan.Rows(rows, width, *self._of_memory)
+
+
+def _aligned(*addresses: int | None) -> bool:
+    return all(address is None or address % VECTOR_BYTES == 0 for address in addresses)
+
+
+def _forward(sizes: RowSizes, dims: int, keep: bool, parameters_aligned: bool, *dtypes: Any) -> RowStep:
+    kind, sweep = row_plan.forward(sizes.rows(dims))
+    takes = picks(_FORWARD, f"x y {'table' if keep else 'none'} weight bias")
+    kernel = row_norm_kernel if kind == "held" else long_row_norm_kernel
+    launch = Launch(kernel, sweep, takes, sweep.constants, sizes.aligned and parameters_aligned)
+    return RowStep((launch,), sizes.seed)
+
+
+def _backward(
+    sizes: RowSizes, dims: int, need_dx: bool, weight: bool, bias: bool, parameters_aligned: bool,
+    *dtypes: Any,
+) -> RowStep:  # fmt: skip
+    """weight, bias: whether their gradients are wanted."""
+    size, halves = sizes.rows(dims), weight + bias
+    bound = sizes.aligned and parameters_aligned
+    rows = row_plan.gradients(size) if need_dx else None
+    shares = 0
+    if rows is not None:
+        takes = picks(_BACKWARD, f"dy x dx table weight {'partials' if halves else 'none'}")
+        launches = [Launch(row_gradients_kernel, rows, takes, (*rows.constants, weight, bias), bound)]
+        partials = rows.partials
+    else:
+        sweep = row_plan.column_gradients(size)
+        shared, summed = "shares" if need_dx else "none", "partials" if halves else "none"
+        takes = picks(_BACKWARD, f"dy x table {'weight' if need_dx else 'none'} {shared} {summed}")
+        launches = [Launch(column_gradients_kernel, sweep, takes, (*sweep.constants, weight, bias), bound)]
+        partials = sweep.partials
+        if need_dx:
+            shares = sweep.blocks * 2 * size.rows
+            wide = row_plan.wide_gradients(size)
+            takes = picks(_BACKWARD, "dy x dx table weight shares")
+            launches.append(Launch(wide_gradients_kernel, wide, takes, wide.constants, bound))
+    if halves:
+        sums = row_plan.column_sums(partials, size.width, halves)
+        takes = picks(_BACKWARD, f"partials {'dweight' if weight else 'none'} {'dbias' if bias else 'none'}")
+        launches.append(Launch(column_sums_kernel, sums, takes, sums.constants, bound))
+    return RowStep(tuple(launches), sizes.seed, shares, partials * halves * size.width)
+
+
+def forward(
+    x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None,
+    dims: int, eps: float, keep: bool = True,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """-> (y, table [2, rows] of mean and rstd if `keep`, for a backward, else an empty one). One launch."""
+    index, stream, elsewhere = where(x)
+    if elsewhere:
+        with torch.cuda.device(x.device):
+            return forward(x, weight, bias, dims, eps, keep)
+    given = (weight, bias)
+    addresses = [None if t is None else t.data_ptr() for t in given]
+    dtypes = [None if t is None else t.dtype for t in given]
+    at = x.data_ptr()
+    step = step_for(_forward, x, index, (at,), dims, keep, _aligned(*addresses), *dtypes, sizes=RowSizes)
+    y = torch.empty_like(x)
+    rows = prod(x.shape[:-dims])
+    table = step.seed.new_empty_strided((2, rows), (rows, 1)) if keep else step.seed.new_empty(0)
+    tensors = (x, y, table, weight, bias, None)
+    step.launches[0](stream, tensors, (at, y.data_ptr(), table.data_ptr(), *addresses, None), eps)
+    return y, table
+
+
+def backward(
+    x: torch.Tensor, dy: torch.Tensor, weight: torch.Tensor | None, table: torch.Tensor, dims: int,
+    need_dx: bool, weight_dtype: torch.dtype | None, bias_dtype: torch.dtype | None,
+) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:  # fmt: skip
+    """-> (dx, dweight, dbias), None where not wanted (a dtype of None: that parameter's gradient is not).
+
+    One launch for dx, one more where a parameter wants its gradient, and one more for rows too wide for the
+    registers. dy and x are read once, by dx of such wide rows twice."""
+    index, stream, elsewhere = where(x)
+    if elsewhere:
+        with torch.cuda.device(x.device):
+            return backward(x, dy, weight, table, dims, need_dx, weight_dtype, bias_dtype)
+    # saved tensors come back from their hooks in any shape of memory
+    x, table = x.contiguous(), table.contiguous()
+    weight = weight.contiguous() if weight is not None and need_dx else None
+    dy = dense_like(dy, x)
+    shape = x.shape[-dims:]
+    dx = torch.empty_like(x) if need_dx else None
+    dweight = None if weight_dtype is None else table.new_empty(shape, dtype=weight_dtype)
+    dbias = None if bias_dtype is None else table.new_empty(shape, dtype=bias_dtype)
+    given = (x, dy, dx, dweight, dbias, table, weight)
+    addresses = [None if t is None else t.data_ptr() for t in given]
+    step = step_for(
+        _backward, x, index, addresses[:3], dims, need_dx, dweight is not None, dbias is not None,
+        _aligned(addresses[6]), dy.dtype, weight_dtype, bias_dtype, None if weight is None else weight.dtype,
+        sizes=RowSizes,
+    )  # fmt: skip
+    shares = step.seed.new_empty(step.shares) if step.shares else None
+    partials = step.seed.new_empty(step.partials) if step.partials else None
+    addresses += [None if t is None else t.data_ptr() for t in (shares, partials)]
+    tensors, addresses = (*given, shares, partials, None), [*addresses, None]
+    for launch in step.launches:
+        launch(stream, tensors, addresses)
+    return dx, dweight, dbias

@@ -1,0 +1,216 @@
+"""Sizes -> what to launch, for a normalization of rows: x is [rows, width], statistics are of each row. Pure
+Python, as plan.py.
+
+A row is seen in units of 512 bytes, what one load of every thread of a warp brings. A number of warps share
+a row, and each thread holds PARTS vectors of it; where these are fewer warps than the program has, it holds
+several rows. What fits in registers without spills was read off compiled kernels, of Triton 3.6.0 and 3.7.1
+alike [sass]."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from math import gcd
+from typing import Any
+
+from .plan import INT32, WARP, TooLarge
+from .views import VECTOR_BYTES, ceil_div, power_of_two
+
+LINE = WARP * VECTOR_BYTES  # bytes that a warp loads at once
+MOST_WARPS = 16
+
+# Forward: vectors of a row that a thread may hold, and loads it has under way where a row has fewer. 8
+# vectors of 16-bit numbers take 96 registers, so 20 warps an SM and 80 KB in flight; with 16 warps to a row
+# that is 64 KB, at the limit of 128 registers. 9 spill. [sass]
+HELD = 8
+HELD_SINGLES = 4  # loaded element by element, 16-bit numbers take a register each
+LOADS = 4
+FORWARD_WARPS, FORWARD_REGISTERS = 4, 128
+# A longer row: 4 loads a thread. 80 registers make that 3 programs an SM, 48 KB in flight [sass].
+LONG_WARPS, LONG_LOADS = 8, 4
+LONG_REGISTERS = {2: 80, 4: 80, 8: 128}
+
+# Backward: dy and x, and two sums for each column that a thread holds: 16 registers a vector of 16-bit
+# numbers. Warps: (programs an SM, registers). 3 programs of 4 warps have up to 48 KB in flight, and leave
+# fewer partials than many small ones would [sass].
+GRADIENTS = {4: (3, 168), 8: (2, 128), 16: (1, 128)}
+GRADIENT_PARTS = {2: 3, 4: 4, 8: 4}
+# By columns, for rows too wide for that and for parameter gradients alone: 4 loads a thread and input.
+COLUMN_WARPS, COLUMN_LOADS, COLUMN_AN_SM, COLUMN_REGISTERS = 8, 4, 2, 128
+WIDE_WARPS, WIDE_LOADS, WIDE_AN_SM, WIDE_REGISTERS = 8, 2, 4, 64
+WIDE_SPLITS = 32  # each program of a row merges all shares of it: with more, that would show
+MERGE = 256
+# Merging partials: a step is 128 bytes of each of 128 rows, 4 loads a thread.
+SUM_WARPS, SUM_TILE, SUM_ROWS, SUM_REGISTERS = 8, 4096, 128, 128
+
+
+@dataclass(frozen=True)
+class RowSweep:
+    """One kernel's walk over rows: what a Launch needs to know of it."""
+
+    programs: int
+    sizes: tuple[int, ...]  # the kernel's integer arguments, in their order
+    constants: tuple[Any, ...]  # its compile-time ones, as far as sizes decide them
+    warps: int
+    registers: int
+    partials: int = 0  # rows of partial sums that it leaves, one or two values a column in each
+    blocks: int = 1  # of columns
+    loads: int = 0  # vectors that a thread has under way at a time, over all inputs
+    vec: int = 1
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What all plans start from. aligned: every tensor starts on 16 bytes. sms: of the GPU."""
+
+    rows: int
+    width: int
+    itemsize: int
+    aligned: bool
+    sms: int
+
+    @property
+    def vec(self) -> int:
+        """Elements a load instruction: of 16 bytes, what divides the width, for rows follow each other."""
+        return gcd(VECTOR_BYTES // self.itemsize if self.aligned else 1, self.width)
+
+    @property
+    def vectors(self) -> bool:
+        return self.vec * self.itemsize == VECTOR_BYTES
+
+    @property
+    def line(self) -> int:
+        """Elements that a warp loads at once."""
+        return LINE // self.itemsize
+
+    def shared_by(self, most: int, warps: int = 1) -> tuple[int, int, int] | None:
+        """(warps to a row, LANES, PARTS) with the fewest warps for which a thread holds at most `most`
+        vectors of a row; None where no program is large enough."""
+        while warps <= MOST_WARPS:
+            lanes = min(warps * self.line, power_of_two(self.width))
+            parts = ceil_div(self.width, lanes)
+            if parts <= most:
+                return warps, lanes, parts
+            warps *= 2
+        return None
+
+    def whole(self, lanes: int, parts: int) -> bool:
+        return lanes * parts == self.width
+
+    def check(self, programs: int, rows_at_once: int, step: int) -> None:
+        """Raises TooLarge where a number does not fit the 32 bits that the kernels have for it."""
+        within = max(self.width * max(2, rows_at_once), 2 * self.width + step)
+        if max(programs, self.rows + rows_at_once, within) >= INT32:
+            raise TooLarge(f"{self.rows} rows of {self.width} are too many for 32-bit offsets or grids")
+
+
+def _warps(lanes: int, rows: int, itemsize: int, most: int) -> int:
+    """No more warps than there are vectors."""
+    return max(1, min(most, lanes * rows * itemsize // LINE))
+
+
+@lru_cache(maxsize=4096)
+def forward(size: Rows) -> tuple[str, RowSweep]:
+    """The plan of the forward: ("held" or "long", sweep)."""
+    shared = size.shared_by(HELD if size.vectors else HELD_SINGLES)
+    if shared is None:
+        lanes = LONG_WARPS * size.line
+        size.check(size.rows, 1, LONG_LOADS * lanes)
+        registers = LONG_REGISTERS[size.itemsize] if size.vectors else 128
+        constants = (size.vec, LONG_LOADS, lanes)
+        sizes = (size.rows, size.width // size.vec)
+        return "long", RowSweep(
+            size.rows, sizes, constants, LONG_WARPS, registers, loads=LONG_LOADS, vec=size.vec
+        )
+    across, lanes, parts = shared
+    at_once = max(1, max(FORWARD_WARPS, across) * size.line // lanes)
+    unroll = max(1, LOADS // parts) if size.vectors else 1  # short vectors are several loads already
+    while unroll > 1 and ceil_div(size.rows, unroll * at_once) < 2 * size.sms:
+        unroll //= 2
+    group = min(unroll * at_once, power_of_two(size.rows))
+    programs = ceil_div(size.rows, group)
+    size.check(programs, group, lanes)
+    warps = _warps(lanes, group, size.itemsize, max(FORWARD_WARPS, across))
+    constants = (size.vec, group, lanes, parts, size.whole(lanes, parts))
+    sizes = (size.rows, size.width // size.vec)
+    loads = parts * max(1, group // at_once)
+    return "held", RowSweep(
+        programs, sizes, constants, warps, FORWARD_REGISTERS, loads=loads, vec=size.vec
+    )  # fmt: skip
+
+
+@lru_cache(maxsize=4096)
+def gradients(size: Rows) -> RowSweep | None:
+    """The plan of the backward that reads once; None for rows too wide for it."""
+    shared = size.shared_by(GRADIENT_PARTS[size.itemsize])
+    if shared is None:
+        return None
+    across, lanes, parts = shared
+    warps = max(4, across)
+    an_sm, registers = GRADIENTS[warps]
+    group = min(max(1, warps * size.line // lanes), power_of_two(size.rows))
+    whole = size.whole(lanes, parts)
+    unroll = {1: 4, 2: 2}.get(parts, 1)
+    if not size.vectors or (warps > 4 and not whole):  # the masks take what registers are left
+        unroll = 1
+    while unroll > 1 and ceil_div(size.rows, unroll * group) < an_sm * size.sms:
+        unroll //= 2
+    groups = ceil_div(size.rows, unroll * group)
+    programs = _evened(groups, an_sm * size.sms)
+    size.check(programs, unroll * group, lanes)
+    warps = _warps(lanes, group, size.itemsize, warps)
+    constants = (size.vec, unroll, group, lanes, parts, whole)
+    sizes = (size.rows, size.width // size.vec, groups, programs)
+    loads = 2 * parts * unroll
+    return RowSweep(programs, sizes, constants, warps, registers, programs, loads=loads, vec=size.vec)
+
+
+@lru_cache(maxsize=4096)
+def column_gradients(size: Rows) -> RowSweep:
+    """The plan of the sweep by columns: parameter gradients, and each block's share of its rows' sums."""
+    lanes = min(size.line, power_of_two(size.width))
+    group = min(COLUMN_WARPS * size.line // lanes, power_of_two(size.rows))
+    unroll = min(COLUMN_LOADS if size.vectors else 1, power_of_two(ceil_div(size.rows, group)))
+    blocks = ceil_div(size.width, lanes)
+    groups = ceil_div(size.rows, unroll * group)
+    programs = _evened(groups, ceil_div(COLUMN_AN_SM * size.sms, blocks))
+    size.check(blocks * programs, unroll * group, lanes)
+    warps = _warps(lanes, group, size.itemsize, COLUMN_WARPS)
+    constants = (size.vec, unroll, group, lanes)
+    sizes = (size.rows, size.width // size.vec, groups, programs, blocks)
+    return RowSweep(
+        blocks * programs, sizes, constants, warps, COLUMN_REGISTERS, programs, blocks, 2 * unroll, size.vec
+    )  # fmt: skip
+
+
+@lru_cache(maxsize=4096)
+def wide_gradients(size: Rows) -> RowSweep:
+    """The plan of dx from the shares that column_gradients left."""
+    blocks = column_gradients(size).blocks
+    lanes = WIDE_WARPS * size.line
+    pieces = ceil_div(size.width, WIDE_LOADS * lanes)
+    splits = max(1, min(pieces, WIDE_SPLITS, ceil_div(WIDE_AN_SM * size.sms, size.rows)))
+    size.check(size.rows * splits, 1, WIDE_LOADS * lanes)
+    constants = (size.vec, WIDE_LOADS, lanes, MERGE)
+    sizes = (size.rows, size.width // size.vec, blocks, splits)
+    registers = WIDE_REGISTERS if size.vectors and size.itemsize < 8 else 128
+    return RowSweep(
+        size.rows * splits, sizes, constants, WIDE_WARPS, registers, loads=2 * WIDE_LOADS, vec=size.vec
+    )  # fmt: skip
+
+
+@lru_cache(maxsize=4096)
+def column_sums(rows: int, columns: int, halves: int) -> RowSweep:
+    """The plan of the merge of [rows, halves, columns] over rows."""
+    at_once = min(SUM_ROWS, power_of_two(rows))
+    lanes = min(SUM_TILE // at_once, 1024, power_of_two(columns))
+    blocks = ceil_div(columns, lanes)
+    if max(rows + at_once, 2 * columns + lanes) >= INT32:
+        raise TooLarge(f"{rows} partial sums of {columns} columns are too many for 32-bit offsets")
+    warps = max(1, min(SUM_WARPS, at_once * lanes // (4 * WARP)))
+    return RowSweep(halves * blocks, (rows, columns, blocks), (at_once, lanes), warps, SUM_REGISTERS)
+
+
+def _evened(groups: int, most: int) -> int:
+    """At most `most` programs, and as few as give the same number of rounds."""
+    return ceil_div(groups, ceil_div(groups, max(1, min(groups, most))))
