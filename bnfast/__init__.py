@@ -1,6 +1,7 @@
 """bnfast: fused normalization layers for PyTorch, in Triton.
 
     bnfast.BatchNorm2d          drop-in for torch.nn.BatchNorm2d (and 1d, 3d)
+    bnfast.BatchRenorm2d        Batch Renormalization (and 1d, 3d)
     bnfast.LayerNorm            drop-in for torch.nn.LayerNorm
     bnfast.functional           the same as functions, with torch.nn.functional's signatures
 
@@ -8,8 +9,26 @@ CUDA tensors run the Triton kernels. Everything else runs plain torch, with the 
 bnfast info` says which and why."""
 
 from . import functional
-from .modules import BatchNorm1d, BatchNorm2d, BatchNorm3d, LayerNorm
+from .modules import (
+    BatchNorm1d,
+    BatchNorm2d,
+    BatchNorm3d,
+    BatchRenorm1d,
+    BatchRenorm2d,
+    BatchRenorm3d,
+    LayerNorm,
+)
 
 __version__ = "0.1.0"
 
-__all__ = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "LayerNorm", "functional", "__version__"]
+__all__ = [
+    "BatchNorm1d",
+    "BatchNorm2d",
+    "BatchNorm3d",
+    "BatchRenorm1d",
+    "BatchRenorm2d",
+    "BatchRenorm3d",
+    "LayerNorm",
+    "functional",
+    "__version__",
+]

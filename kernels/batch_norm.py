@@ -19,20 +19,23 @@ from .statistics import statistics_kernel
 from .steps import Sizes, Step, step_for, where
 from .transform import transform_kernel
 
+# Batch Renormalization: ((r_max, d_max, warmup, r_steps, d_steps), guarded), see renorm.py
+Renorm = tuple[tuple[float, float, float, float, float], bool]
+_NO_LIMITS = (0.0,) * 5
 _FORWARD = "x weight bias running_mean running_var batches y table partials arrivals none"
 _INFERENCE = "x weight bias running_mean running_var y table none"
 _BACKWARD = "x dy dx dweight dbias table partials arrivals gradients none"
 
 
-def _train(sizes: Sizes, cumulative: bool, *dtypes: Any) -> Step:
+def _train(sizes: Sizes, cumulative: bool, renorm: bool, guarded: bool, *dtypes: Any) -> Step:
     transform = sizes.mapping(
         transform_kernel, 1, _FORWARD, "x y table none none none none batches", plan.TABLE, True
     )
-    batches = "batches" if cumulative else "none"  # read by the first, counted by the second
+    # read by the first, for the cumulative average and Batch Renorm's schedule, counted by the second
+    batches = "batches" if cumulative or renorm else "none"
     takes = f"x partials arrivals table weight bias running_mean running_var {batches}"
-    return sizes.reducing(
-        statistics_kernel, 1, _FORWARD, takes, plan.BATCH, cumulative, False, then=transform
-    )
+    norm = plan.RENORM if renorm else plan.BATCH
+    return sizes.reducing(statistics_kernel, 1, _FORWARD, takes, norm, cumulative, guarded, then=transform)
 
 
 def _eval(sizes: Sizes, keep: bool, *dtypes: Any) -> Step:
@@ -48,7 +51,7 @@ def _scale(sizes: Sizes, *dtypes: Any) -> Step:
     return Step(transform, transform, sizes.seed)
 
 
-def _gradients(sizes: Sizes, training: bool, need_dx: bool, *dtypes: Any) -> Step:
+def _gradients(sizes: Sizes, training: bool, renorm: bool, need_dx: bool, *dtypes: Any) -> Step:
     swept, gradients = ("none", "gradients" if need_dx else "none") if training else ("dx", "none")
     takes = f"dy x {swept} partials arrivals table {gradients} dweight dbias none none"
     transform = None
@@ -56,33 +59,36 @@ def _gradients(sizes: Sizes, training: bool, need_dx: bool, *dtypes: Any) -> Ste
         transform = sizes.mapping(
             gradient_transform_kernel, 2, _BACKWARD, "dy x dx table gradients none", plan.BATCH
         )
-    return sizes.reducing(gradient_sums_kernel, 2, _BACKWARD, takes, plan.BATCH, then=transform)
+    norm = plan.RENORM if renorm else plan.BATCH
+    return sizes.reducing(gradient_sums_kernel, 2, _BACKWARD, takes, norm, then=transform)
 
 
 def forward(
     x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None,
     running_mean: torch.Tensor | None, running_var: torch.Tensor | None, batches: torch.Tensor | None,
-    cumulative: bool, momentum: float, eps: float, own: bool = False,
+    cumulative: bool, momentum: float, eps: float, own: bool = False, renorm: Renorm | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    """Training: -> (y, table [4, C]). Updates the running statistics and the batch counter in place. Two
-    launches."""
+    """Training: -> (y, table [4, C], [6, C] for Batch Renormalization). Updates the running statistics and
+    the batch counter in place. Two launches."""
     index, stream, elsewhere = where(x)
     if elsewhere:
         with torch.cuda.device(x.device):
             return forward(
-                x, weight, bias, running_mean, running_var, batches, cumulative, momentum, eps, own
+                x, weight, bias, running_mean, running_var, batches, cumulative, momentum, eps, own, renorm
             )  # fmt: skip
     given = (x, weight, bias, running_mean, running_var, batches)
     addresses = [None if t is None else t.data_ptr() for t in given]
     dtypes = [None if t is None else t.dtype for t in given]
-    step = step_for(_train, x, index, addresses[:1], cumulative, *dtypes)
+    limits, guarded = renorm or (_NO_LIMITS, False)
+    step = step_for(_train, x, index, addresses[:1], cumulative, renorm is not None, guarded, *dtypes)
     y = torch.empty_like(x)
     channels = x.shape[1]
-    table = step.seed.new_empty_strided((4, channels), (channels, 1))  # half of new_empty's host time
+    rows = 4 if renorm is None else 6
+    table = step.seed.new_empty_strided((rows, channels), (channels, 1))  # half of new_empty's host time
     partials, counters = workspace(index, stream, step.seed, step.partials, step.counters, own)
     tensors = (*given, y, table, partials, counters, None)
     addresses += (y.data_ptr(), table.data_ptr(), partials.data_ptr(), counters.data_ptr(), None)
-    step.first(stream, tensors, addresses, eps, momentum, 0.0, 0.0, 0.0, 0.0, 0.0)
+    step.first(stream, tensors, addresses, eps, momentum, *limits)
     step.second(stream, tensors, addresses, eps)
     return y, table
 
@@ -133,7 +139,8 @@ def backward(
         step = step_for(_scale, x, index, addresses, dtypes)
         step.first(stream, (*given, None, None, None, None), (*addresses, None, None, None, None), 0.0)
         return dx, None, None
-    step = step_for(_gradients, x, index, addresses, training, need_dx, dtypes)
+    renorm = table.shape[0] == 6
+    step = step_for(_gradients, x, index, addresses, training, renorm, need_dx, dtypes)
     gradients = table.new_empty_strided((3, channels), (channels, 1)) if training and need_dx else None
     partials, counters = workspace(index, stream, step.seed, step.partials, step.counters, own)
     tensors = (*given, partials, counters, gradients, None)

@@ -13,9 +13,11 @@ from ..kernels import batch_norm as kernels
 from ..kernels.plan import TooLarge
 from ..ops import batchnorm as ops
 from ..reference import batchnorm as reference
+from ..reference.batchrenorm import Limits
 
 Buffers = tuple[Tensor | None, Tensor | None, Tensor | None]  # running mean and variance, batch counter
-Options = tuple[int, bool, bool, float, float]  # dispatch.path's answer, training, cumulative, momentum, eps
+# dispatch.path's answer, training, cumulative, momentum, eps, Batch Renormalization's limits and guard
+Options = tuple[int, bool, bool, float, float, tuple[Limits, bool] | None]
 
 
 class BatchNorm(torch.autograd.Function):
@@ -33,7 +35,7 @@ class BatchNorm(torch.autograd.Function):
         options: Options,
     ) -> Tensor:
         """buffers: running mean and variance, batch counter."""
-        _, training, _, _, eps = options
+        _, training, _, _, eps, _ = options
         y, table = run(x, weight, bias, buffers, options, True)
         ctx.save_for_backward(x, weight, table)
         ctx.fixed = (training, eps, None if bias is None else bias.dtype)
@@ -53,7 +55,8 @@ class BatchNorm(torch.autograd.Function):
             gradients = sweep(x, dy, table, training, need_dx, weight_dtype, bias_dtype)
         if gradients is None:
             fixed = None if training else (table[0], table[3])
-            dx, dweight, dbias = reference.batch_norm_backward(dy, x, weight, eps, fixed)
+            correction = (table[4], table[5]) if table.shape[0] == 6 else None
+            dx, dweight, dbias = reference.batch_norm_backward(dy, x, weight, eps, fixed, correction)
             gradients = (dx, dweight.to(weight_dtype or dx.dtype), dbias.to(bias_dtype or dx.dtype))
         needed = zip((need_dx, need_dweight, need_dbias), gradients, strict=True)
         return (*(gradient if need else None for need, gradient in needed), None, None)
@@ -89,9 +92,12 @@ def run(
     keep: bool,
 ) -> tuple[Tensor, Tensor]:
     """The forward, without autograd: (y, coefficient table)."""
-    way, training, cumulative, momentum, eps = options
+    way, training, cumulative, momentum, eps, renorm = options
     if training:
-        train = kernels.forward if way == KERNELS else ops.train
-        return train(x, weight, bias, *buffers, cumulative, momentum, eps)
+        if way == KERNELS:
+            return kernels.forward(x, weight, bias, *buffers, cumulative, momentum, eps, renorm=renorm)
+        if renorm is not None:
+            return ops.train_renorm(x, weight, bias, *buffers, cumulative, momentum, eps, *renorm)
+        return ops.train(x, weight, bias, *buffers, cumulative, momentum, eps)
     evaluate = kernels.inference if way == KERNELS else ops.evaluate
     return evaluate(x, weight, bias, buffers[0], buffers[1], eps, keep)

@@ -1,4 +1,5 @@
 """torch.nn.functional's normalizations over the kernels, one file each."""
 
 from .batchnorm import batch_norm as batch_norm
+from .batchrenorm import batch_renorm as batch_renorm
 from .layernorm import layer_norm as layer_norm

@@ -12,6 +12,7 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from ..dispatch import KERNEL_DTYPES, KERNELS, PLAIN, TORCH, TRITON, known, path, refuse_dtensor
 from ..reference import batchnorm as reference
+from ..reference.batchrenorm import Limits, batch_renorm
 
 # more than one value a channel, or torch's ValueError
 verify_batch_size: Callable[[torch.Size], None] = getattr(F, "_verify_batch_size")  # noqa: B009
@@ -63,6 +64,7 @@ def counting_batch_norm(
     momentum: float | None,
     eps: float,
     batches: Tensor | None,
+    renorm: tuple[Limits, bool] | None = None,
 ) -> Tensor:
     """batch_norm that also counts the batch, on the device: batches, an int64 scalar tensor, or None.
     momentum None is the cumulative average, with the factor 1 / (batches + 1)."""
@@ -74,13 +76,13 @@ def counting_batch_norm(
         raise ValueError(f"batch_norm eps must be {needed}, but got {eps}")
     if way == TORCH or not _fits(way, input, running_mean, running_var, weight, bias, training, batches):
         return _torch_batch_norm(
-            input, running_mean, running_var, weight, bias, training, momentum, eps, batches
+            input, running_mean, running_var, weight, bias, training, momentum, eps, batches, renorm
         )
     if training and input.size(0) == 1:
         verify_batch_size(input.size())
     x = input if input.is_contiguous() else dense(input)
     buffers = (running_mean, running_var, batches)
-    options = (way, training, momentum is None, 0.0 if momentum is None else momentum, eps)
+    options = (way, training, momentum is None, 0.0 if momentum is None else momentum, eps, renorm)
     wanted = torch.is_grad_enabled() and (
         x.requires_grad
         or (weight is not None and weight.requires_grad)
@@ -93,7 +95,9 @@ def counting_batch_norm(
             return autograd.apply(x, weight, bias, buffers, options)
     except TooLarge:
         pass
-    return _torch_batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps, batches)
+    return _torch_batch_norm(
+        input, running_mean, running_var, weight, bias, training, momentum, eps, batches, renorm
+    )
 
 
 def _as_torch_takes_them(training: Any, momentum: Any, eps: Any) -> tuple[bool, float | None, float]:
@@ -153,6 +157,7 @@ def _torch_batch_norm(
     momentum: float | None,
     eps: float,
     batches: Tensor | None,
+    renorm: tuple[Limits, bool] | None,
 ) -> Tensor:
     """torch's own batch_norm. A rejected batch leaves no trace, neither in the counter nor in the
     statistics.
@@ -170,6 +175,9 @@ def _torch_batch_norm(
                 f"Tensor on device {t.device} is not on the expected device {x.device}! "
                 f"({name}, beside the input)"
             )
+    if renorm is not None and running_mean is not None and running_var is not None:
+        verify_batch_size(x.size())
+        return batch_renorm(x, running_mean, running_var, weight, bias, momentum, eps, *renorm, batches)
     watched = torch.compiler.is_compiling() or torch.jit.is_tracing()
     if training and not watched and isinstance(bias, Tensor) and bias.dtype != x.dtype == torch.float32:
         # And after that it finds out about this. A batch that is nobody's has no statistics to update.

@@ -1,6 +1,15 @@
 """The layers."""
 
 from .batchnorm import BatchNorm1d, BatchNorm2d, BatchNorm3d
+from .batchrenorm import BatchRenorm1d, BatchRenorm2d, BatchRenorm3d
 from .layernorm import LayerNorm
 
-__all__ = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "LayerNorm"]
+__all__ = [
+    "BatchNorm1d",
+    "BatchNorm2d",
+    "BatchNorm3d",
+    "BatchRenorm1d",
+    "BatchRenorm2d",
+    "BatchRenorm3d",
+    "LayerNorm",
+]

@@ -21,6 +21,11 @@ _library.define(
     " -> (Tensor, Tensor)"
 )
 _library.define(
+    "batch_renorm_train(Tensor x, Tensor? weight, Tensor? bias, Tensor(a!) running_mean, "
+    "Tensor(b!) running_var, Tensor(c!)? batches, bool cumulative, float momentum, float eps, "
+    "float[] limits, bool guarded) -> (Tensor, Tensor)"
+)
+_library.define(
     "batch_norm_eval(Tensor x, Tensor? weight, Tensor? bias, Tensor running_mean, Tensor running_var, "
     "float eps, bool keep) -> (Tensor, Tensor)"
 )
@@ -29,6 +34,7 @@ _library.define(
     "ScalarType? weight_dtype, ScalarType? bias_dtype) -> (Tensor, Tensor, Tensor)"
 )
 train = torch.ops.bnfast.batch_norm_train.default
+train_renorm = torch.ops.bnfast.batch_renorm_train.default
 evaluate = torch.ops.bnfast.batch_norm_eval.default
 backward = torch.ops.bnfast.batch_norm_backward.default
 
@@ -46,6 +52,15 @@ def _train(x, weight, bias, running_mean, running_var, batches, cumulative, mome
         eps,
         own=True,
     )
+
+
+def _train_renorm(  # type: ignore[no-untyped-def]
+    x, weight, bias, running_mean, running_var, batches, cumulative, momentum, eps, limits, guarded
+):  # fmt: skip
+    return kernels.forward(
+        layouts.dense(x), weight, bias, running_mean, running_var, batches, cumulative, momentum, eps,
+        own=True, renorm=(tuple(limits), guarded),
+    )  # fmt: skip
 
 
 def _eval(x, weight, bias, running_mean, running_var, eps, keep):  # type: ignore[no-untyped-def]
@@ -66,6 +81,10 @@ def _train_fake(x, weight, bias, running_mean, running_var, batches, cumulative,
     return layouts.out_like(x), _table_like(x, 4)
 
 
+def _train_renorm_fake(x, *_):  # type: ignore[no-untyped-def]
+    return layouts.out_like(x), _table_like(x, 6)
+
+
 def _eval_fake(x, weight, bias, running_mean, running_var, eps, keep):  # type: ignore[no-untyped-def]
     return layouts.out_like(x), _table_like(x, 4 if keep else 0)
 
@@ -80,6 +99,7 @@ def _backward_fake(x, dy, table, training, need_dx, weight_dtype, bias_dtype):  
 
 for _name, _real, _fake in (
     ("batch_norm_train", _train, _train_fake),
+    ("batch_renorm_train", _train_renorm, _train_renorm_fake),
     ("batch_norm_eval", _eval, _eval_fake),
     ("batch_norm_backward", _backward, _backward_fake),
 ):

@@ -40,11 +40,17 @@ def moments(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def batch_norm_backward(
-    dy: Tensor, x: Tensor, weight: Tensor | None, eps: float, fixed: tuple[Tensor, Tensor] | None
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    eps: float,
+    fixed: tuple[Tensor, Tensor] | None,
+    correction: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dx, dweight, dbias), differentiable in dy, x and weight.
 
-    fixed: (mean, rstd) that do not depend on x, as in eval; None in training.
+    fixed: (mean, rstd) that do not depend on x, as in eval; None in training. correction: Batch
+    Renormalization's r and d, which carry no gradient.
     """
     g, dims = wide(dy), reduced_dims(x)
     if fixed is None:
@@ -59,4 +65,7 @@ def batch_norm_backward(
         n = x.numel() / x.shape[1]
         dx = g - by_channel(dbias / n, x) - xhat * by_channel(dweight / n, x)
     scale = rstd if weight is None else rstd * wide(weight)
+    if correction is not None:
+        r, d = correction
+        scale, dweight = scale * r, r * dweight + d * dbias
     return (dx * by_channel(scale, x)).to(x.dtype), dweight, dbias

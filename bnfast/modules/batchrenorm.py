@@ -1,0 +1,143 @@
+"""BatchRenorm1d, BatchRenorm2d, BatchRenorm3d: Batch Renormalization as layers."""
+
+from __future__ import annotations
+
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Proxy
+
+from ..functional.batchrenorm import scheduled_batch_renorm
+from .drop_in import DropIn
+
+
+class _BatchRenorm(DropIn, nn.modules.batchnorm._BatchNorm):
+    """Batch Renormalization (Ioffe 2017, arXiv 1702.03275, algorithm 1): training normalizes with the batch's
+    statistics, corrected towards the running ones, so that training and eval compute the same as far as the
+    limits allow. For small and for not identically distributed batches.
+
+    The arguments are BatchNorm's, with the paper's momentum of 0.01, and the schedule of the limits, in
+    training batches. A batch is governed by the number of batches *before* it (num_batches_tracked as it
+    comes in): up to `warmup_steps` of them r = 1 and d = 0, as in BatchNorm; from there r_max rises in a
+    straight line from 1 to `r_max` at `r_max_steps`, and d_max from 0 to `d_max` at `d_max_steps`. All of
+    it is read on the device: nothing waits for the GPU.
+
+    State: BatchNorm's five keys, so that checkpoints load strictly both ways, and eval is the same. The
+    schedule goes by num_batches_tracked: call `reset_schedule()` where a trained BatchNorm's counter has
+    come along.
+
+    skip_nonfinite: a channel whose batch holds inf or NaN, as in a step that mixed precision's loss scaling
+    throws away, leaves its running statistics alone (else they, and with them r and d, are NaN for ever).
+
+    momentum may be set to None later, as torch.optim.swa_utils.update_bn does: then r = 1, d = 0, and running
+    statistics become the average over all batches since they were reset (of the mean, and of sigma).
+
+    Raises RuntimeError in the recomputation of activation checkpointing: the running statistics have moved by
+    then, and r and d with them, so that gradients would be wrong."""
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float = 0.01,
+        affine: bool = True,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        *,
+        bias: bool = True,
+        r_max: float = 3.0,
+        d_max: float = 5.0,
+        warmup_steps: int = 5000,
+        r_max_steps: int = 40000,
+        d_max_steps: int = 25000,
+        skip_nonfinite: bool = True,
+        track_running_stats: bool = True,
+    ) -> None:
+        if momentum is None:
+            raise ValueError(
+                "BatchRenorm momentum must be a number: a cumulative average makes r and d stale"
+            )
+        if not track_running_stats:
+            raise ValueError(
+                "BatchRenorm track_running_stats must be True: it corrects towards these statistics"
+            )
+        if not r_max >= 1 or not d_max >= 0:
+            raise ValueError(f"BatchRenorm needs r_max >= 1 and d_max >= 0, but got {r_max} and {d_max}")
+        if warmup_steps < 0 or r_max_steps < warmup_steps or d_max_steps < warmup_steps:
+            raise ValueError(
+                "BatchRenorm needs 0 <= warmup_steps <= r_max_steps, d_max_steps, but got "
+                f"{warmup_steps}, {r_max_steps}, {d_max_steps}"
+            )
+        super().__init__(num_features, eps, momentum, affine, True, device=device, dtype=dtype)
+        if affine and not bias:
+            self.register_parameter("bias", None)
+        self.r_max, self.d_max, self.warmup_steps = r_max, d_max, warmup_steps
+        self.r_max_steps, self.d_max_steps, self.skip_nonfinite = r_max_steps, d_max_steps, skip_nonfinite
+
+    def reset_parameters(self) -> None:
+        self.reset_running_stats()
+        if self.affine:
+            nn.init.ones_(self.weight)
+            if self.bias is not None:
+                nn.init.zeros_(self.bias)
+
+    def reset_schedule(self) -> None:
+        """Starts the schedule of the limits anew: sets num_batches_tracked to 0, and nothing else."""
+        assert self.num_batches_tracked is not None
+        self.num_batches_tracked.zero_()
+
+    def forward(self, input: Tensor) -> Tensor:
+        """input: [N, C, *] -> the same shape, dtype and memory format. See bnfast.functional.batch_renorm."""
+        if isinstance(input, Proxy):
+            return self._leaf(input)
+        self._check_input_dim(input)
+        limits = (
+            float(self.r_max),
+            float(self.d_max),
+            float(self.warmup_steps),
+            float(self.r_max_steps),
+            float(self.d_max_steps),
+        )
+        return scheduled_batch_renorm(
+            input, self.running_mean, self.running_var, self.weight, self.bias, self.training, self.momentum,
+            self.eps, limits, self.skip_nonfinite, self.num_batches_tracked if self.training else None,
+        )  # fmt: skip
+
+    def extra_repr(self) -> str:
+        return (
+            f"{super().extra_repr()}, r_max={self.r_max}, d_max={self.d_max}, "
+            f"warmup_steps={self.warmup_steps}, r_max_steps={self.r_max_steps}, "
+            f"d_max_steps={self.d_max_steps}"
+        )
+
+    @property
+    def qconfig(self) -> NoReturn:
+        """What convert_sync_batchnorm looks at, after it has built a bare SyncBatchNorm in this layer's
+        place.
+        """
+        raise RuntimeError(
+            f"{type(self).__name__} renormalizes, which torch.nn.SyncBatchNorm does not: convert the model's "
+            "other layers one by one, or replace this one by a BatchNorm with the same state_dict first"
+        )
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        raise RuntimeError(
+            f"torch.jit.script knows no {type(self).__name__}: replace it by a BatchNorm with the same "
+            "state_dict, which is equal in eval, or use torch.export"
+        )
+
+
+class BatchRenorm1d(_BatchRenorm):
+    __doc__ = f"{_BatchRenorm.__doc__}\n\n    input: [N, C] or [N, C, L]."
+    _check_input_dim = nn.BatchNorm1d._check_input_dim
+
+
+class BatchRenorm2d(_BatchRenorm):
+    __doc__ = f"{_BatchRenorm.__doc__}\n\n    input: [N, C, H, W], contiguous or channels_last."
+    _check_input_dim = nn.BatchNorm2d._check_input_dim
+
+
+class BatchRenorm3d(_BatchRenorm):
+    __doc__ = f"{_BatchRenorm.__doc__}\n\n    input: [N, C, D, H, W], contiguous or channels_last_3d."
+    _check_input_dim = nn.BatchNorm3d._check_input_dim
