@@ -92,10 +92,11 @@ class Sweep:
 
     @cached_property
     def members(self) -> tuple[int, int]:
-        """(groups, channels of each) that the last program of a sample merges a step, 8 values a thread."""
-        members = min(power_of_two(self.group), 8 * WARP * self.warps)
-        groups = self.view.channels // self.group
-        return min(power_of_two(groups), 8 * WARP * self.warps // members), members
+        """(groups, channels of each) that the last program of a sample merges a step, as many values a thread
+        as its registers hold."""
+        values = (8 if self.registers >= 128 else 2) * WARP * self.warps
+        members = min(power_of_two(self.group), values)
+        return min(power_of_two(self.view.channels // self.group), values // members), members
 
     @cached_property
     def tile_rows(self) -> int:

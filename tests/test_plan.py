@@ -38,7 +38,7 @@ def test_any_sizes_are_covered(size: tuple[int, int, int, int, bool], aligned: b
         assert view.pitch % sweep.vec == view.width % sweep.vec == 0
         assert sweep.vec == 1 or aligned
         assert view.total == size[0] * size[1] * size[2]
-        assert len(sweep.sizes) == 10
+        assert len(sweep.sizes) == 12
         # the extents of tiles and grids are powers of two, as Triton wants them
         for extent in (
             sweep.unroll,

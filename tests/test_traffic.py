@@ -5,6 +5,7 @@ accesses.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -48,9 +49,13 @@ BOTH = pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 EVERY = pytest.mark.parametrize("shape", SHAPES, ids=str)
 
 
+RENORM = ((3.0, 5.0, 0.0, 0.0, 0.0), True)
+
+
 @BOTH
 @EVERY
-def test_training_step(shape: tuple[int, ...], layout: str) -> None:
+@pytest.mark.parametrize("renorm", [None, RENORM], ids=["batch norm", "batch renorm"])
+def test_training_step(renorm: Any, shape: tuple[int, ...], layout: str) -> None:
     """Forward: x twice, y once, two launches. Backward: dy and x twice, dx once, two launches. Whole
     sectors throughout.
     """
@@ -59,7 +64,7 @@ def test_training_step(shape: tuple[int, ...], layout: str) -> None:
     weight, bias, mean, variance = (torch.rand(channels) for _ in range(4))
     batches = torch.tensor(0)
     with trace(x=x, batches=batches) as t:
-        y, table = kernels.forward(x, weight, bias, mean, variance, batches, False, 0.1, 1e-5)
+        y, table = kernels.forward(x, weight, bias, mean, variance, batches, False, 0.1, 1e-5, renorm=renorm)
     clean(t, 2)
     assert (t["x"].reads, t["x"].writes, t.of(y).writes, t.of(y).reads) == (2.0, 0.0, 1.0, 0.0)
     assert t.of(y).unique_written == t.of(y).size

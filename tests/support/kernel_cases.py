@@ -23,17 +23,37 @@ DATA = {"x_ptr", "y_ptr", "dy_ptr", "dx_ptr"}
 
 @dataclass(frozen=True)
 class Shape:
-    """n, c, s as in plan.batch_norm."""
+    """n, c, s as in plan.batch_norm. groups: of a GroupNorm (0: a BatchNorm, or with `renorm` a Batch
+    Renorm).
+    """
 
     n: int
     c: int
     s: int
     channels_last: bool
+    groups: int = 0
+    renorm: bool = False
 
     def __str__(self) -> str:
-        return f"{self.n}x{self.c}x{self.s} {'channels_last' if self.channels_last else 'contiguous'}"
+        words = f"{self.n}x{self.c}x{self.s} {'channels_last' if self.channels_last else 'contiguous'}"
+        return words + f" {self.groups} groups" * (self.groups > 0) + " renorm" * self.renorm
+
+    def by_group(self, kind: str) -> bool:
+        """Whether a kernel sees contiguous groups as runs."""
+        return kind == "statistics" and self.groups > 0 and not self.channels_last
+
+    def norm(self, kind: str) -> int:
+        if not self.groups:
+            return plan.RENORM if self.renorm else plan.BATCH
+        return plan.CELL if self.by_group(kind) or self.groups == self.c else plan.GROUP
 
     def sweep(self, kind: str, dtype: str) -> plan.Sweep:
+        if self.groups:
+            make = plan.reduce_sweep if kind in ("statistics", "gradient_sums") else plan.map_sweep
+            group = self.c // self.groups
+            c, s, group = (self.groups, group * self.s, 1) if self.by_group(kind) else (self.c, self.s, group)
+            inputs = 2 if kind.startswith("gradient") else 1
+            return make(1, c, s, ITEMSIZES[dtype], self.channels_last, True, 132, inputs, self.n, group)
         plans = plan.batch_norm(self.n, self.c, self.s, ITEMSIZES[dtype], self.channels_last)
         return getattr(plans, kind)
 
@@ -65,26 +85,31 @@ def call(kind: str, shape: Shape, dtype: str, evaluating: bool = False) -> Call:
         groups, members = sweep.members
         constexprs |= {
             "U": sweep.unroll, "R": sweep.group_rows, "CHANNELS": view.channels_a_block, "FOLD": sweep.fold,
-            "POSITIONS": view.positions, "MERGE": sweep.merge, "NORM": plan.BATCH, "GROUPS": groups,
+            "POSITIONS": view.positions, "MERGE": sweep.merge, "NORM": shape.norm(kind), "GROUPS": groups,
             "MEMBERS": members,
         }  # fmt: skip
     else:
         constexprs |= {"ROWS_A_TILE": sweep.tile_rows}
     if kind != "statistics":
         constexprs |= {"STEP": sweep.step}
-    absent: set[str] = set()
+    parameters, running = {"weight_ptr", "bias_ptr"}, {"running_mean_ptr", "running_var_ptr", "batches_ptr"}
+    within = shape.groups > 0
     if kind == "statistics":
-        constexprs |= {"CUMULATIVE": False, "GUARDED": False}
-        absent = {"batches_ptr"}
+        constexprs |= {"CUMULATIVE": False, "GUARDED": shape.renorm}
+        absent = running | parameters if within else set() if shape.renorm else {"batches_ptr"}
     elif kind == "transform":
-        constexprs |= {"SOURCE": plan.STATISTICS if evaluating else plan.TABLE, "CENTRED": True}
-        parameters = {"weight_ptr", "bias_ptr", "running_mean_ptr", "running_var_ptr"}
-        absent = {"batches_ptr"} if evaluating else parameters
+        source = plan.CELLS if within else plan.STATISTICS if evaluating else plan.TABLE
+        constexprs |= {"SOURCE": source, "CENTRED": True}
+        absent = running if within else {"batches_ptr"} if evaluating else (running | parameters)
+        if not within and not evaluating:
+            absent -= {"batches_ptr"}
     elif kind == "gradient_sums":
-        absent = {"gradients_ptr" if evaluating else "dx_ptr", "weight_ptr", "sums_ptr"}
+        absent = {"dx_ptr", "dweight_ptr", "dbias_ptr"} if within else {"weight_ptr", "sums_ptr"}
+        if not within:
+            absent |= {"gradients_ptr" if evaluating else "dx_ptr"}
     else:
-        constexprs |= {"NORM": plan.BATCH}
-        absent = {"weight_ptr"}
+        constexprs |= {"NORM": shape.norm(kind)}
+        absent = set() if within else {"weight_ptr"}
     signature: dict[str, Any] = {}
     for name in kernel.arg_names:
         if name in constexprs:

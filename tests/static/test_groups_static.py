@@ -1,0 +1,86 @@
+"""Compiled code of the kernels with cells within a sample, and of Batch Renormalization's: as in
+test_kernels_static.py."""
+
+from __future__ import annotations
+
+import pytest
+
+from bnfast.kernels import cell_plan, one_read
+from tests.static.test_kernels_static import check_code, compiled, variants
+from tests.support.kernel_cases import ITEMSIZES, Shape, call
+from tests.support.sass import compile_kernel
+
+pytestmark = pytest.mark.static
+SWEPT = [
+    Shape(16, 320, 4096, True, 32),  # diffusion networks, channels_last: 10 channels a group
+    Shape(2, 2560, 1024, True, 32),
+    Shape(1, 512, 16384, True, 32),
+    Shape(16, 960, 4096, False, 32),  # contiguous groups too large to hold
+    Shape(16, 1920, 1024, False, 32),
+    Shape(1, 128, 262144, False, 32),
+    Shape(2, 32, 2097152, False, 32),  # volumes: InstanceNorm, and GroupNorm with 8 groups
+    Shape(2, 32, 2097152, True, 32),
+    Shape(1, 64, 262144, True, 8),
+    Shape(64, 256, 196, True, 0, True),
+    Shape(64, 256, 3136, False, 0, True),
+]
+HELD = [
+    (16, 32, 10, 4096),  # samples, groups, channels a group, positions: 80 KB
+    (16, 32, 20, 1024),
+    (16, 32, 10, 1024),
+    (16, 32, 40, 64),
+    (16, 32, 80, 64),
+    (2, 512, 1, 49),
+    (2, 320, 1, 64),
+    (2, 32, 16, 196),
+    (32, 32, 2, 2048),
+]
+
+
+@pytest.mark.parametrize(("kind", "shape", "dtype"), variants(SWEPT, ("bf16", "fp32")), ids=str)
+def test_swept_cells(kind: str, shape: Shape, dtype: str) -> None:
+    check_code(kind, shape, dtype)
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_100", "gfx942"])
+@pytest.mark.parametrize(("kind", "shape", "dtype"), variants([SWEPT[0], SWEPT[3]], ("bf16",)), ids=str)
+def test_other_targets(kind: str, shape: Shape, dtype: str, target: str) -> None:
+    assert compiled(call(kind, shape, dtype), target).spills == 0
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+@pytest.mark.parametrize("inputs", [1, 2])
+@pytest.mark.parametrize("size", HELD, ids=str)
+def test_held_cells(size: tuple[int, int, int, int], inputs: int, dtype: str) -> None:
+    """All that a program holds is loaded before any of it is used, in whole vectors where sizes allow it."""
+    sweep = cell_plan.cell_sweep(*size, ITEMSIZES[dtype], True, inputs)
+    if sweep is None:
+        pytest.skip("swept twice")
+    kernel = one_read.group_norm_kernel if inputs == 1 else one_read.group_norm_gradients_kernel
+    names = ("VEC", "GROUPS", "CHANNELS", "SPAN", "PIECES", "TILES")
+    constexprs = dict(zip(names, sweep.constants, strict=True))
+    signature = {}
+    for name in kernel.arg_names:
+        if name in ("x_ptr", "y_ptr", "dy_ptr", "dx_ptr"):
+            signature[name] = f"*{dtype}"
+        elif name.endswith("_ptr"):
+            signature[name] = "*fp32"
+        elif name not in constexprs:
+            signature[name] = "fp64" if name == "eps" else "i32"
+    aligned = tuple(n for n in signature if n.endswith("_ptr") and n not in one_read.PARAMETERS)
+    report = compile_kernel(
+        kernel, signature, constexprs, aligned=aligned, num_warps=sweep.warps, maxnreg=sweep.registers
+    )
+    assert report.spills == 0
+    assert report.registers <= sweep.registers
+    assert report.loads.get(sweep.vec * ITEMSIZES[dtype], 0) >= inputs * sweep.tiles
+    assert report.stores.get(sweep.vec * ITEMSIZES[dtype], 0) >= sweep.tiles
+
+
+def test_what_is_held() -> None:
+    """Forward, groups of up to 64 KB are read once; backward, x and dy of up to 32 KB each."""
+    for positions in (64, 256, 1024, 4096):
+        for kilobytes, inputs in ((64, 1), (32, 2)):
+            group = kilobytes * 1024 // 2 // positions
+            assert cell_plan.cell_sweep(2, 4, group, positions, 2, True, inputs) is not None
+            assert cell_plan.cell_sweep(2, 4, 4 * group, positions, 2, True, inputs) is None
