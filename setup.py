@@ -35,7 +35,7 @@ setup(
     packages=["bnfast", *(f"bnfast.{part}" for part in PARTS), "bnfast.kernels"],
     package_dir={"bnfast.kernels": "kernels"},
     package_data={"bnfast": ["py.typed"]},
-    install_requires=["torch>=2.6"],
+    install_requires=["torch>=2.11"],
     extras_require={
         # Not required: without Triton or without a GPU, layers run on plain torch. Torch's own CUDA builds
         # bring the Triton that fits them.

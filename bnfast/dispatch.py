@@ -48,7 +48,7 @@ def refuse_dtensor(*tensors: torch.Tensor | None) -> None:
             )
 
 
-def _known(x: torch.Tensor) -> bool:
+def known(x: torch.Tensor) -> bool:
     """Whether x is what it seems to be: memory that holds its values."""
     if type(x) in PLAIN:
         return not (x.is_nested or (not torch.compiler.is_compiling() and x.is_neg()))
@@ -85,7 +85,7 @@ def reason_for_torch(x: torch.Tensor) -> str | None:
     if not TRITON:
         found = f"Triton {TRITON_VERSION} is too old" if TRITON_VERSION else "Triton is not installed"
         return f"{found}: the kernels need {'.'.join(map(str, OLDEST_TRITON))} or newer"
-    if not _known(x) or x.layout is not torch.strided:
+    if not known(x) or x.layout is not torch.strided:
         return f"no kernels for {type(x).__name__} of layout {x.layout}"
     if x.dtype not in KERNEL_DTYPES:
         return f"no kernels for {x.dtype}"

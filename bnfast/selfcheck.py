@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import exact
+from .dispatch import INTERPRET
 from .functional import batch_norm
 
 EPS = 1e-5
+MOMENTUM = 0.1
 _FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _SMALL = ((8, 24, 7, 7), (4, 3, 14, 14), (2, 5, 70, 70), (33, 65, 1, 1), (1, 96, 6, 6))
@@ -31,7 +36,7 @@ class Case:
         size = "x".join(map(str, self.shape))
         mode = "train" if self.training else "eval"
         dtype = str(self.dtype).removeprefix("torch.")
-        return f"{size:18} {self.layout:13} {dtype:8} {mode:5} mean {self.mean:g}"
+        return f"{size:13} {self.layout:13} {dtype:8} {mode:5} {self.mean:5g}"
 
 
 def cases(device: torch.device) -> list[Case]:
@@ -42,100 +47,113 @@ def cases(device: torch.device) -> list[Case]:
     return plain + [Case((8, 24, 7, 7), layout, torch.float32, True, 1e4) for layout in _FORMATS]
 
 
-def results(case: Case, device: torch.device, function: object, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Output, gradients and running statistics of one step, computed by `function` in `dtype`, as fp64."""
+@dataclass(frozen=True)
+class Given:
+    """The tensors that a case starts from."""
+
+    x: Tensor
+    dy: Tensor
+    weight: Tensor
+    bias: Tensor
+    running_mean: Tensor
+    running_var: Tensor
+
+
+def given(case: Case, device: torch.device) -> Given:
     generator = torch.Generator().manual_seed(7)
-    channels = case.shape[1]
+    channels, parameters = case.shape[1], exact.accumulator(case.dtype)
 
     def random(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator, dtype=torch.float64)
 
-    # rounded to the case's dtype first: all contestants get the same numbers
-    x = (random(*case.shape) + case.mean).to(case.dtype).to(dtype).to(device)
-    x = x.contiguous(memory_format=_FORMATS[case.layout]).requires_grad_()
-    dy = random(*case.shape).to(case.dtype).to(dtype).to(device)
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
-    weight, bias, mean, variance = (
-        t.to(torch.float32).to(wide).to(device)
-        for t in (
-            random(channels),
-            random(channels),
-            random(channels) + case.mean,
-            random(channels).square() + 0.5,
-        )
+    def placed(t: Tensor) -> Tensor:
+        return t.to(case.dtype).to(device).contiguous(memory_format=_FORMATS[case.layout])
+
+    x, dy = placed(random(*case.shape) + case.mean), placed(random(*case.shape))
+    vectors = (
+        random(channels),
+        random(channels),
+        random(channels) + case.mean,
+        random(channels).square() + 0.5,
     )
-    weight.requires_grad_()
-    bias.requires_grad_()
-    y = function(x, mean, variance, weight, bias, case.training, 0.1, EPS)  # type: ignore[operator]
-    y.backward(dy)
-    spread = x.detach().transpose(0, 1).flatten(1).var(1, correction=0) if case.training else variance
-    scale = weight.detach() * torch.rsqrt(spread + EPS)
-    ady = dy * scale.view(1, -1, *[1] * (dy.dim() - 2))
-    named = {
-        "ady": ady,
-        "y": y,
-        "dx": x.grad,
-        "dweight": weight.grad,
-        "dbias": bias.grad,
-        "mean": mean,
-        "var": variance,
+    return Given(x, dy, *(v.to(parameters).to(device) for v in vectors))
+
+
+def results(case: Case, tensors: Given, function: Callable[..., Tensor] = batch_norm) -> dict[str, Tensor]:
+    """Output, gradients and running statistics of one step, computed by `function`."""
+    leaves = [t.detach().clone().requires_grad_() for t in (tensors.x, tensors.weight, tensors.bias)]
+    x, weight, bias = leaves
+    mean, variance = tensors.running_mean.clone(), tensors.running_var.clone()
+    y = function(x, mean, variance, weight, bias, case.training, MOMENTUM, EPS)
+    dx, dweight, dbias = torch.autograd.grad(y, leaves, tensors.dy)
+    named = {"y": y.detach(), "dx": dx, "dweight": dweight, "dbias": dbias}
+    return {**named, "running_mean": mean, "running_var": variance}
+
+
+def expectations(case: Case, tensors: Given) -> dict[str, exact.Value]:
+    mean, variance = tensors.running_mean, tensors.running_var
+    fixed = None if case.training else (mean, variance)
+    truth = exact.batch_norm(tensors.x, tensors.dy, tensors.weight, tensors.bias, EPS, fixed)
+    running = {"running_mean": mean, "running_var": variance}
+    return {
+        "y": truth.y(tensors.x),
+        "dx": truth.dx(tensors.x, tensors.dy),
+        "dweight": truth.dweight(),
+        "dbias": truth.dbias(),
+        **(
+            truth.running(mean, variance, MOMENTUM)
+            if case.training
+            else {name: (t.double(), t.double().abs()) for name, t in running.items()}
+        ),
     }
-    return {k: v.detach().double().cpu() for k, v in named.items() if v is not None}
 
 
-def error(value: Tensor, exact: Tensor) -> float:
-    """Relative RMS error; inf where anything is not finite."""
-    if not torch.isfinite(value).all():
-        return float("inf")
-    return ((value - exact).norm() / exact.norm().clamp_min(1e-300)).item()
+def judge(case: Case, tensors: Given, ours: dict[str, Tensor]) -> dict[str, exact.Verdict]:
+    """What results() gave, beside torch's for the same tensors."""
+    theirs = results(case, tensors, F.batch_norm)
+    accumulating = exact.accumulator(case.dtype)
+    return {
+        name: exact.judge(ours[name], theirs[name], expected, accumulating)
+        for name, expected in expectations(case, tensors).items()
+    }
 
 
-@dataclass(frozen=True)
-class Verdict:
-    """Errors of one result against fp64, relative RMS."""
-
-    ours: float
-    torch: float
-    limit: float
-
-    @property
-    def ok(self) -> bool:
-        return self.ours <= self.limit  # False for NaN
+def check(case: Case, device: torch.device) -> dict[str, exact.Verdict]:
+    tensors = given(case, device)
+    return judge(case, tensors, results(case, tensors))
 
 
-def judge(case: Case, device: torch.device) -> dict[str, Verdict]:
-    """At most twice torch's own error at the same dtype, plus a few units in the last place (more in fp64,
-    where the oracle errs as well). Never scaled by the size of the reduction."""
-    exact = results(case, device, F.batch_norm, torch.float64)
-    ours = results(case, device, batch_norm, case.dtype)
-    theirs = results(case, device, F.batch_norm, case.dtype)
-    floor = (64 if case.dtype == torch.float64 else 4) * torch.finfo(case.dtype).eps
-    verdicts = {}
-    for name, value in exact.items():
-        other = error(theirs[name], value)
-        # dx is what is left of a * dy after two projections: nearly nothing where a channel has two values
-        left = (exact["ady"].norm() / value.norm().clamp_min(1e-300)).item() if name == "dx" else 1.0
-        verdicts[name] = Verdict(error(ours[name], value), other, 2 * other + floor * max(1.0, left))
-    return verdicts
+def _row(outcome: str, case: Case, name: str, verdict: exact.Verdict) -> str:
+    numbers = f"{verdict.share:7.2f} {verdict.rms:8.1e} {verdict.torch:8.1e}"
+    return f"{outcome:4} {case}  {name:12} {numbers}"
 
 
 def run(seconds: float) -> int:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     where = torch.cuda.get_device_name() if device.type == "cuda" else "this CPU, in Triton's interpreter"
-    print(f"Checking the kernels on {where}: error against fp64, and torch's own beside it.\n")
+    print(f"Checking the kernels on {where}, against fp64: of each case the result closest to its limit.\n")
+    print("share  the worst element's error over what it may be: its rounding, and a few units of the type")
+    print("       that it is computed in")
+    print("rms    root mean square error of the worst channel, and torch's own\n")
+    inputs = f"{'shape':13} {'layout':13} {'dtype':8} mode   mean"
+    print(f"{'':5}{inputs}  {'result':12}   share      rms  torch's")
     started, failed, todo = time.monotonic(), 0, cases(device)
     done = 0
-    for case in todo:
-        if time.monotonic() - started > seconds:
-            break
-        verdicts = judge(case, device)
-        bad = [k for k, v in verdicts.items() if not v.ok]
-        worst = max(verdicts, key=lambda k: verdicts[k].ours)
-        mine, other = verdicts[worst].ours, verdicts[worst].torch
-        outcome = "FAIL " + ",".join(bad) if bad else "ok"
-        print(f"{outcome:4} {case}   worst {worst:7} {mine:.1e} (torch {other:.1e})")
-        failed += bool(bad)
-        done += 1
+    rounding: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+    if INTERPRET:
+        from .interpreted import bfloat16_to_nearest
+
+        rounding = bfloat16_to_nearest()
+    with rounding:
+        for case in todo:
+            if time.monotonic() - started > seconds:
+                break
+            verdicts = check(case, device)
+            bad = [name for name, verdict in verdicts.items() if not verdict.ok]
+            for name in bad or [max(verdicts, key=lambda name: verdicts[name].share)]:
+                print(_row("FAIL" if bad else "ok", case, name, verdicts[name]), flush=True)
+            failed += bool(bad)
+            done += 1
     left = f", {len(todo) - done} not started for lack of time" if done < len(todo) else ""
     print(f"\n{done - failed} passed, {failed} failed{left}, {time.monotonic() - started:.0f} s")
     return 1 if failed or not done else 0

@@ -14,7 +14,7 @@ def _hardware_bfloat16() -> Iterator[None]:
     if os.environ.get("TRITON_INTERPRET") != "1":
         yield
         return
-    from tests.support.rounding import bfloat16_to_nearest
+    from bnfast.interpreted import bfloat16_to_nearest
 
     with bfloat16_to_nearest():
         yield

@@ -1,5 +1,5 @@
 """All that captures graphs: torch.compile whole, for several batch sizes, with momentum=None; make_fx,
-opcheck, export and tracing to plain aten, scripting, torch.fx with our layers as leaves, fake tensors."""
+opcheck, export and tracing to plain aten, fake tensors."""
 
 from __future__ import annotations
 
@@ -223,27 +223,6 @@ def test_jit_trace_is_plain_aten(training: bool) -> None:
     other = data(5, *SHAPE[1:], seed=1)
     expected(x)  # tracing has run one step
     assert_close(traced(other), expected(other), **CLOSE)
-
-
-@both_modes
-def test_jit_script(training: bool) -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
-        module = model().train(training)
-        expected, scripted = copy.deepcopy(module), torch.jit.script(module)
-    x = data(*SHAPE)
-    assert_close(step(scripted, scripted, x), step(expected, expected, x), **CLOSE)
-
-
-@both_modes
-def test_fx_leaf(training: bool) -> None:
-    """Feature extractors cut a traced model at its layers, so a layer must stay one node."""
-    module = model().train(training)
-    graph = torch.fx.symbolic_trace(copy.deepcopy(module))
-    (node,) = (n for n in graph.graph.nodes if n.target == "1")
-    assert node.op == "call_module"
-    assert type(graph.get_submodule("1")) is bnfast.BatchNorm2d
-    assert_close(step(graph, graph, data(*SHAPE)), step(module, module, data(*SHAPE)), **CLOSE)
 
 
 @both_modes

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from ..dispatch import KERNEL_DTYPES, KERNELS, PLAIN, TORCH, TRITON, path, refuse_dtensor
+from ..dispatch import KERNEL_DTYPES, KERNELS, PLAIN, TORCH, TRITON, known, path, refuse_dtensor
 from ..reference import batchnorm as reference
 
 # more than one value a channel, or torch's ValueError
@@ -48,8 +48,8 @@ def batch_norm(
             batch_norm, (input, running_mean, running_var, weight, bias), input, running_mean, running_var,
             weight=weight, bias=bias, training=training, momentum=momentum, eps=eps,
         )  # fmt: skip
-    if momentum is None:
-        raise TypeError("batch_norm(): argument 'momentum' (position 7) must be float, not NoneType")
+    if momentum is None or not isinstance(input, Tensor):  # torch's TypeError
+        return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
     return counting_batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps, None)
 
 
@@ -118,17 +118,10 @@ def _fits(
     """
     if not 2 <= x.dim() <= 5 or (not training and (running_mean is None or running_var is None)):
         return False
-    if running_mean is not None and running_var is not None:
-        if (running_mean.requires_grad or running_var.requires_grad) and torch.is_grad_enabled():
-            return False
-        if training and way == KERNELS and running_mean.is_inference() != torch.is_inference_mode_enabled():
-            return False
-    elif running_mean is not None or running_var is not None:
-        return False
     channels, device = x.size(1), x.device
     for t in (running_mean, running_var, weight, bias):  # on the path of every call: each test is 0.1 us
         if t is not None and (
-            (way == KERNELS and type(t) not in PLAIN)
+            (type(t) not in PLAIN and (way == KERNELS or not known(t)))
             or t.dim() != 1
             or t.numel() != channels
             or not t.is_contiguous()
@@ -136,6 +129,15 @@ def _fits(
             or t.device != device
         ):
             return False
+    if running_mean is not None and running_var is not None:
+        if (running_mean.requires_grad or running_var.requires_grad) and torch.is_grad_enabled():
+            return False
+        if training and way == KERNELS:  # inference tensors are updated in inference mode only
+            inference = torch.is_inference_mode_enabled()
+            if running_mean.is_inference() != inference or running_var.is_inference() != inference:
+                return False
+    elif running_mean is not None or running_var is not None:
+        return False
     return batches is None or (
         batches.device == device and batches.dtype == torch.int64 and batches.numel() == 1
     )
@@ -162,20 +164,22 @@ def _torch_batch_norm(
         ("running_mean", running_mean),
         ("running_var", running_var),
     ):
-        if (
-            isinstance(t, Tensor) and t.device != x.device
-        ):  # torch finds out after it has updated the statistics
+        # torch finds out after it has updated the statistics
+        if isinstance(t, Tensor) and t.device != x.device:
             raise RuntimeError(
                 f"Tensor on device {t.device} is not on the expected device {x.device}! "
                 f"({name}, beside the input)"
             )
     watched = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    if training and not watched and isinstance(bias, Tensor) and bias.dtype != x.dtype == torch.float32:
+        # And after that it finds out about this. A batch that is nobody's has no statistics to update.
+        F.batch_norm(torch.ones(2, bias.numel(), device=x.device), None, None, weight, bias, True)
     if (
         not (training or watched)
-        and running_mean is not None
-        and running_var is not None
+        and isinstance(running_mean, Tensor)
+        and isinstance(running_var, Tensor)
         and torch.is_grad_enabled()
-        and any(t is not None and t.requires_grad for t in (x, weight, bias))
+        and any(isinstance(t, Tensor) and t.requires_grad for t in (x, weight, bias))
     ):
         # torch's backward reads the statistics again, and a training step in between would change the
         # gradient
@@ -183,12 +187,15 @@ def _torch_batch_norm(
     if momentum is None and training and batches is not None and watched:
         return _torch_cumulative(x, running_mean, running_var, weight, bias, eps, batches)
     if batches is not None:
+        if not watched and batches.is_inference():
+            batches.add_(0)  # outside inference mode it raises, as add_(1) would, but that adds before
         batches.add_(1)  # first, as torch does: checkpointing may stop a recomputation within batch_norm
-    if momentum is None:
-        momentum = 1.0 / float(batches) if training and batches is not None else 0.0
     if watched:
+        momentum = 0.0 if momentum is None else momentum
         return F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
     try:
+        if momentum is None:
+            momentum = 1.0 / float(batches) if training and batches is not None else 0.0
         return F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
     except (RuntimeError, ValueError, TypeError, IndexError):
         if batches is not None:

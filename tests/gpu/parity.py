@@ -1,16 +1,9 @@
-"""What the GPU tests share: a case, its tensors, the truth in fp64, and the judgement of a result.
-
-Error is judged element by element against fp64: half a unit in the last place for the final rounding, plus
-a FEW units of the accumulating type times the *scale* of the element, the size of the terms it is a sum of.
-No bound grows with the number of values reduced. A mean is kept in the accumulating type, so its rounding,
-seen through x - mean, is part of the scale ("spread"). On top of that, the error may be at most twice torch's
-own at the same dtype, plus two units.
-"""
+"""What the GPU tests share: a case, its tensors, one step of a layer, and the judgement of what it returns
+(bnfast.exact has the rule)."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,13 +11,12 @@ import torch
 from torch import Tensor, nn
 
 import bnfast
+from bnfast import exact
 from bnfast.dispatch import INTERPRET
 from tests.support.buffers import bit_identical, nan_filled_allocations
 
-FEW = 4.0
 LAYERS = {2: "BatchNorm1d", 3: "BatchNorm1d", 4: "BatchNorm2d", 5: "BatchNorm3d"}
 FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
-Pairs = Callable[[], Iterable[tuple[Tensor, Tensor]]]
 
 
 def device() -> torch.device:
@@ -70,10 +62,6 @@ class Case:
     def batch(self) -> bool:
         """Whether the batch's own statistics are used."""
         return self.training or not self.tracked
-
-    @property
-    def accumulator(self) -> torch.dtype:
-        return torch.float64 if self.dtype == torch.float64 else torch.float32
 
 
 _DEFAULT = Case((1, 1))
@@ -128,7 +116,7 @@ def given(case: Case) -> Given:
 
     # Every channel has its own mean, or a kernel that mixes channels up would go unseen. No weight is near 0.
     spread = torch.linspace(0.9, 1.1, channels, device=device(), dtype=torch.float64)
-    x = (random(*case.shape) + case.mean * by_channel(spread, len(case.shape))).to(case.dtype)
+    x = (random(*case.shape) + case.mean * exact.by_channel(spread, len(case.shape))).to(case.dtype)
     dy = random(*case.shape).to(case.dtype)
     weight = random(channels)
     vectors = (
@@ -137,7 +125,7 @@ def given(case: Case) -> Given:
         case.mean * spread + random(channels),
         random(channels).square() + 0.5,
     )
-    parameters = case.parameters or case.accumulator
+    parameters = case.parameters or exact.accumulator(case.dtype)
     how = "offset" if case.storage == "offset" else "dense"
     weight, bias, running_mean, running_var = (placed(v.to(parameters), how) for v in vectors)
     return Given(
@@ -186,132 +174,34 @@ def run(case: Case, library: Any, tensors: Given) -> dict[str, Tensor]:
     return {**step(module, tensors.x, tensors.dy), **buffers(module)}
 
 
-def by_channel(v: Tensor, dims: int) -> Tensor:
-    return v.view(1, -1, *[1] * (dims - 2))
+def truth(case: Case, tensors: Given, pairs: exact.Pairs | None = None) -> exact.Exact:
+    """pairs: chunks of (x, dy), [N, C, *] each, where fp64 of the whole does not fit the memory."""
+    fixed = None if case.batch else (tensors.running_mean, tensors.running_var)
+    return exact.batch_norm(tensors.x, tensors.dy, tensors.weight, tensors.bias, case.eps, fixed, pairs)
 
 
-@dataclass(frozen=True)
-class Truth:
-    """BatchNorm in fp64, from sums over chunks: it also serves tensors that do not fit the memory in fp64."""
-
-    mean: Tensor
-    variance: Tensor
-    rstd: Tensor
-    weight: Tensor
-    bias: Tensor
-    sum_g: Tensor  # of dy, and of dy * xhat; norms are the roots of the sums of their squares
-    sum_gx: Tensor
-    norm_g: Tensor
-    norm_gx: Tensor
-    count: int
-    batch: bool
-
-    @property
-    def spread(self) -> Tensor:
-        """How much of x - mean, in standard deviations, a relative error of the mean can come to."""
-        return 1 + self.mean.abs() * self.rstd * self.batch
-
-    def xhat(self, x: Tensor) -> Tensor:
-        return (x.double() - by_channel(self.mean, x.dim())) * by_channel(self.rstd, x.dim())
-
-    def y(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """(value, scale), like the three below."""
-        weight, bias, spread = (by_channel(v, x.dim()) for v in (self.weight, self.bias, self.spread))
-        xhat = self.xhat(x)
-        return weight * xhat + bias, weight.abs() * (xhat.abs() + spread) + bias.abs()
-
-    def dx(self, x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
-        factor = by_channel(self.weight * self.rstd, x.dim())
-        g = g.double()
-        if not self.batch:
-            return factor * g, factor.abs() * g.abs()
-        xhat = self.xhat(x)
-        n = self.count
-        sizes = (self.sum_g / n, self.sum_gx / n, self.norm_g / n**0.5 * self.spread)
-        mean_g, mean_gx, size = (by_channel(v, x.dim()) for v in sizes)
-        return factor * (g - mean_g - xhat * mean_gx), factor.abs() * (g.abs() + (1 + xhat.abs()) * size)
-
-    def dweight(self) -> tuple[Tensor, Tensor]:
-        return self.sum_gx, self.norm_gx + self.sum_gx.abs() + self.sum_g.abs() * self.spread
-
-    def dbias(self) -> tuple[Tensor, Tensor]:
-        return self.sum_g, self.norm_g + self.sum_g.abs()
+def running(case: Case, tensors: Given, true: exact.Exact) -> dict[str, exact.Value]:
+    """The running statistics after a step in training that started at 3 batches."""
+    momentum = 1 / 4 if case.momentum is None else case.momentum
+    return true.running(tensors.running_mean, tensors.running_var, momentum)
 
 
-def truth(case: Case, tensors: Given, pairs: Pairs | None = None) -> Truth:
-    """pairs: chunks of (x, dy), [N, C, *] each, gone through up to three times; without, all at once."""
-    pairs = pairs or (lambda: [(tensors.x, tensors.dy)])
-    channels, count = case.shape[1], tensors.x.numel() // case.shape[1]
-
-    def total(terms: Callable[[Tensor, Tensor], tuple[Tensor, ...]]) -> list[Tensor]:
-        sums: list[Tensor] = []
-        for x, g in pairs():
-            dims = [0, *range(2, x.dim())]
-            found = [t.sum(dims) for t in terms(x.double(), g.double())]
-            sums = [a + b for a, b in zip(sums, found, strict=True)] if sums else found
-        return sums
-
-    if case.batch:
-        mean = total(lambda x, g: (x,))[0] / count
-        variance = total(lambda x, g: ((x - by_channel(mean, x.dim())).square(),))[0] / count
-    else:
-        mean, variance = tensors.running_mean.double(), tensors.running_var.double()
-    rstd = (variance + case.eps).rsqrt()
-
-    def gradient_terms(x: Tensor, g: Tensor) -> tuple[Tensor, ...]:
-        xhat = (x - by_channel(mean, x.dim())) * by_channel(rstd, x.dim())
-        return g, g * xhat, g.square(), (g * xhat).square()
-
-    sum_g, sum_gx, squares_g, squares_gx = total(gradient_terms)
-    weight = mean.new_ones(channels) if tensors.weight is None else tensors.weight.double()
-    bias = mean.new_zeros(channels) if tensors.bias is None else tensors.bias.double()
-    norms = (squares_g.sqrt(), squares_gx.sqrt())
-    return Truth(mean, variance, rstd, weight, bias, sum_g, sum_gx, *norms, count, case.batch)
+def excess(case: Case, value: Tensor, expected: exact.Value) -> float:
+    return exact.excess(value, expected, exact.accumulator(case.dtype))
 
 
-def running(case: Case, tensors: Given, exact: Truth) -> dict[str, tuple[Tensor, Tensor]]:
-    """(value, scale) of the running statistics after a step in training that started at 3 batches."""
-    factor = 1 / 4 if case.momentum is None else case.momentum
-    unbiased = exact.variance * exact.count / max(1, exact.count - 1)
-    old_mean, old_var = tensors.running_mean.double(), tensors.running_var.double()
-    mean_scale = (1 - factor) * old_mean.abs() + factor * (exact.mean.abs() + exact.variance.sqrt())
-    var = (1 - factor) * old_var + factor * unbiased
-    return {
-        "running_mean": ((1 - factor) * old_mean + factor * exact.mean, mean_scale),
-        "running_var": (var, var),
-    }
-
-
-def excess(case: Case, value: Tensor, exact: Tensor, scale: Tensor) -> float:
-    """The largest error of any element as a share of what it may be: above 1, or NaN, is wrong."""
-    out = torch.finfo(value.dtype)
-    rounding = 0.505 * out.eps * exact.abs() + out.smallest_normal * out.eps
-    allowed = rounding + FEW * torch.finfo(case.accumulator).eps * scale
-    share = (value.double() - exact).abs() / allowed
-    return share.max().item() if torch.isfinite(value).all() else float("nan")
-
-
-def rms(value: Tensor, exact: Tensor, scale: Tensor) -> float:
-    """The error of the worst channel (root mean square) over the root mean square of its scale."""
-    error = value.double() - exact
-    if error.dim() > 1:
-        dims = [0, *range(2, error.dim())]
-        error, scale = error.square().mean(dims).sqrt(), scale.square().mean(dims).sqrt()
-    return (error.abs() / scale.clamp_min(1e-300)).max().item()
-
-
-def expectations(case: Case, tensors: Given) -> dict[str, tuple[Tensor, Tensor]]:
-    """(value, scale) of everything that a step returns or writes, but for the batch counter."""
-    exact = truth(case, tensors)
-    expected = {"y": exact.y(tensors.x), "dx": exact.dx(tensors.x, tensors.dy)}
+def expectations(case: Case, tensors: Given) -> dict[str, exact.Value]:
+    """Everything that a step returns or writes, but for the batch counter."""
+    true = truth(case, tensors)
+    expected = {"y": true.y(tensors.x), "dx": true.dx(tensors.x, tensors.dy)}
     if tensors.weight is not None:
-        expected["dweight"] = exact.dweight()
+        expected["dweight"] = true.dweight()
     if tensors.bias is not None:
-        expected["dbias"] = exact.dbias()
+        expected["dbias"] = true.dbias()
     if case.tracked:
         kept = {name: getattr(tensors, name).double() for name in ("running_mean", "running_var")}
         unchanged = {name: (t, t.abs()) for name, t in kept.items()}
-        expected |= running(case, tensors, exact) if case.training else unchanged
+        expected |= running(case, tensors, true) if case.training else unchanged
     return expected
 
 
@@ -329,14 +219,12 @@ def check(case: Case) -> None:
     expected = expectations(case, tensors)
     assert ours.keys() == expected.keys()
     problems = []
-    for name, (exact, scale) in expected.items():
+    for name, true in expected.items():
         value, other = ours[name], theirs[name]
         assert (value.shape, value.dtype) == (other.shape, other.dtype), name
-        share = excess(case, value, exact, scale)
-        mine, torchs = rms(value, exact, scale), rms(other, exact, scale)
-        limit = 2 * torchs + 2 * torch.finfo(value.dtype).eps  # NaN (torch overflowed) limits nothing
-        if not share <= 1 or mine > limit:
-            problems.append(f"{name}: {share:.2f} of the allowed error, rms {mine:.1e} (torch {torchs:.1e})")
+        verdict = exact.judge(value, other, true, exact.accumulator(case.dtype))
+        if not verdict.ok:
+            problems.append(f"{name}: {verdict}")
     assert not problems, "; ".join(problems)
     if case.storage in ("dense", "offset"):
         strides = tensors.x.stride()

@@ -1,0 +1,224 @@
+"""What the results of a normalization are, in fp64, and how far a kernel's may be from them.
+
+A result is judged element by element: half a unit in the last place for its final rounding, plus a few units
+of the accumulating type times the *scale* of the element, the size of the terms it is a sum of. No bound
+grows with the number of values reduced. An error over the whole tensor would hide a wrong tile in the sum of
+all others; it is asked for as well, beside torch's own, because a bias that no element betrays shows there.
+
+A *cell* is a set of values that share a mean and a variance: a channel in BatchNorm, a group of a sample's
+channels in GroupNorm. Vectors (means, parameters) keep x's dimensions, with 1 where they do not vary, so
+that the formulas below know nothing of cells. A renormalization that takes r * xhat + d for xhat is one with
+r * weight and d * weight + bias."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# Units of the accumulating type. Triton's interpreter, which adds one after another where a GPU adds in a
+# tree, needs 3.0 of them (dbias and dweight of up to 80,000 values a channel, fp32 and fp64), so it gets no
+# more than a GPU does. torch on a CPU needs up to 44, and thousands where means are large.
+FEW = 4.0
+# Units in the last place that the root mean square may have beyond twice torch's.
+ULPS = 2.0
+
+Value = tuple[Tensor, Tensor]  # a result in fp64, and the scale of each element
+Pairs = Callable[[], Iterable[tuple[Tensor, Tensor]]]  # all of (x, dy) in chunks, as often as asked for
+
+
+def by_channel(v: Tensor, dims: int) -> Tensor:
+    """[C] -> [1, C, 1 ...]."""
+    return v.view(1, -1, *[1] * (dims - 2))
+
+
+@dataclass(frozen=True)
+class Exact:
+    """A normalization of x and its gradients. Sums are of dy and dy * xhat (gx), norms the roots of the sums
+    of their squares; those of `cell` have dy times weight for dy, and are divided by count."""
+
+    mean: Tensor
+    variance: Tensor
+    rstd: Tensor
+    weight: Tensor
+    bias: Tensor
+    mean_h: Tensor
+    mean_hx: Tensor
+    size_h: Tensor
+    sum_g: Tensor
+    sum_gx: Tensor
+    norm_g: Tensor
+    norm_gx: Tensor
+    drift: Tensor  # what the mean's rounding does to sum_gx
+    count: float  # values a cell
+    batch: bool  # whether mean and variance are those of x, and not given
+
+    @property
+    def spread(self) -> Tensor:
+        """How much of x - mean, in standard deviations, a relative error of the mean can come to: a mean is
+        kept in the accumulating type, so its rounding is nobody's fault."""
+        return _spread(self.mean, self.rstd, self.batch)
+
+    def xhat(self, x: Tensor) -> Tensor:
+        return (x.double() - self.mean) * self.rstd
+
+    def y(self, x: Tensor) -> Value:
+        xhat = self.xhat(x)
+        scale = self.weight.abs() * (xhat.abs() + self.spread) + self.bias.abs()
+        return self.weight * xhat + self.bias, scale
+
+    def dx(self, x: Tensor, dy: Tensor) -> Value:
+        h = self.weight * dy.double()
+        if not self.batch:
+            return self.rstd * h, self.rstd * h.abs()
+        xhat = self.xhat(x)
+        value = self.rstd * (h - self.mean_h - xhat * self.mean_hx)
+        return value, self.rstd * (h.abs() + (1 + xhat.abs()) * self.size_h * self.spread)
+
+    def dweight(self) -> Value:
+        """[channels], like the next one."""
+        return self.sum_gx.flatten(), (self.norm_gx + self.sum_gx.abs() + self.drift).flatten()
+
+    def dbias(self) -> Value:
+        return self.sum_g.flatten(), (self.norm_g + self.sum_g.abs()).flatten()
+
+    def running(self, mean: Tensor, variance: Tensor, momentum: float) -> dict[str, Value]:
+        """The running statistics after a step that found these: [cells], which are its channels."""
+        old_mean, old_variance = mean.double(), variance.double()
+        new_mean, new_variance = self.mean.flatten(), self.variance.flatten()
+        unbiased = new_variance * self.count / max(1, self.count - 1)
+        kept = 1 - momentum
+        size = kept * old_mean.abs() + momentum * (new_mean.abs() + new_variance.sqrt())
+        blended = kept * old_variance + momentum * unbiased
+        return {
+            "running_mean": (kept * old_mean + momentum * new_mean, size),
+            "running_var": (blended, blended),
+        }
+
+
+def _spread(mean: Tensor, rstd: Tensor, batch: bool) -> Tensor:
+    return 1 + mean.abs() * rstd * batch
+
+
+def normalization(
+    pairs: Pairs,
+    cell: tuple[int, ...],
+    channel: tuple[int, ...],
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    fixed: tuple[Tensor, Tensor] | None = None,
+) -> Exact:
+    """cell, channel: the dimensions that values of one cell, and those of one parameter, extend over. fixed:
+    mean and variance, where they are not the batch's. Every chunk holds a part of each cell: sums over
+    chunks serve tensors that do not fit the memory in fp64."""
+    both = tuple(d for d in cell if d in channel)
+
+    def total(terms: Callable[[Tensor, Tensor], tuple[Tensor, ...]], dims: tuple[int, ...]) -> list[Tensor]:
+        sums: list[Tensor] = []
+        for x, dy in pairs():
+            found = [t.sum(dims, keepdim=True) for t in terms(x.double(), dy.double())]
+            sums = [a + b for a, b in zip(sums, found, strict=True)] if sums else found
+        return sums
+
+    elements = sum(x.numel() for x, _ in pairs())
+    if fixed is None:
+        (mean,) = total(lambda x, dy: (x,), cell)
+        mean = mean * (mean.numel() / elements)
+        (squares,) = total(lambda x, dy: ((x - mean).square(),), cell)
+        variance = squares * (mean.numel() / elements)
+    else:
+        mean, variance = (t.double() for t in fixed)
+    rstd = (variance + eps).rsqrt()
+    weight = mean.new_ones(()) if weight is None else weight.double()
+    bias = mean.new_zeros(()) if bias is None else bias.double()
+
+    def gradient_terms(x: Tensor, g: Tensor) -> tuple[Tensor, ...]:
+        gx = g * (x - mean) * rstd
+        return g, gx, g.square(), gx.square()
+
+    # of each cell's part of each channel: both kinds of sums are sums of these
+    g, gx, squares_g, squares_gx = total(gradient_terms, both)
+    count = elements / mean.numel()
+    mean_h, mean_hx, squares_h = (
+        t.sum(cell, keepdim=True) / count for t in (weight * g, weight * gx, weight.square() * squares_g)
+    )
+    drift = g.abs() * _spread(mean, rstd, fixed is None)
+    by_parameter = (t.sum(channel, keepdim=True) for t in (g, gx, squares_g, squares_gx, drift))
+    sum_g, sum_gx, sum_squares_g, sum_squares_gx, drift = by_parameter
+    return Exact(
+        mean, variance, rstd, weight, bias, mean_h, mean_hx, squares_h.sqrt(),
+        sum_g, sum_gx, sum_squares_g.sqrt(), sum_squares_gx.sqrt(), drift, count, fixed is None,
+    )  # fmt: skip
+
+
+def batch_norm(
+    x: Tensor,
+    dy: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    fixed: tuple[Tensor, Tensor] | None = None,
+    pairs: Pairs | None = None,
+) -> Exact:
+    """BatchNorm of x [N, C, *]; all vectors [C]. pairs: the same in chunks of [N, C, *], of any number of
+    dimensions."""
+    pairs = pairs or (lambda: [(x, dy)])
+    dims = next(iter(pairs()))[0].dim()
+    over = (0, *range(2, dims))
+    gamma, beta = (None if v is None else by_channel(v.double(), dims) for v in (weight, bias))
+    if fixed is not None:
+        fixed = (by_channel(fixed[0], dims), by_channel(fixed[1], dims))
+    return normalization(pairs, over, over, gamma, beta, eps, fixed)
+
+
+def accumulator(dtype: torch.dtype) -> torch.dtype:
+    """What values of this type are summed in."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def excess(value: Tensor, expected: Value, accumulating: torch.dtype) -> float:
+    """The largest error of any element as a share of what it may be: above 1, or NaN, is wrong."""
+    exact, scale = expected
+    out = torch.finfo(value.dtype)
+    # 0.505: a result a hair off the middle between two neighbours may round to the other one
+    rounding = 0.505 * out.eps * exact.abs() + out.smallest_normal * out.eps
+    allowed = rounding + FEW * torch.finfo(accumulating).eps * scale
+    share = (value.double() - exact).abs() / allowed
+    return share.max().item() if torch.isfinite(value).all() else float("nan")
+
+
+def rms(value: Tensor, expected: Value) -> float:
+    """The error of the worst channel (root mean square) over the root mean square of its scale."""
+    exact, scale = expected
+    error = value.double() - exact
+    if error.dim() > 1:
+        dims = [0, *range(2, error.dim())]
+        error, scale = error.square().mean(dims).sqrt(), scale.square().mean(dims).sqrt()
+    return (error.abs() / scale.clamp_min(1e-300)).max().item()
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """On one result. share: of the error that the worst element may have. limit: what rms may be."""
+
+    share: float
+    rms: float
+    torch: float  # rms of torch's result
+    limit: float
+
+    @property
+    def ok(self) -> bool:
+        return self.share <= 1 and not self.rms > self.limit  # NaN (torch overflowed) limits nothing
+
+    def __str__(self) -> str:
+        return f"{self.share:.2f} of the allowed error, rms {self.rms:.1e} (torch {self.torch:.1e})"
+
+
+def judge(value: Tensor, torchs: Tensor, expected: Value, accumulating: torch.dtype) -> Verdict:
+    """A result beside torch's for the same input."""
+    other = rms(torchs, expected)
+    limit = 2 * other + ULPS * torch.finfo(value.dtype).eps
+    return Verdict(excess(value, expected, accumulating), rms(value, expected), other, limit)

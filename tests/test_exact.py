@@ -1,0 +1,138 @@
+"""The judge of the numerics: its truth is autograd's in fp64, and it sees what an error over the whole tensor
+would hide."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.testing import assert_close
+
+from bnfast import exact, selfcheck
+from bnfast.selfcheck import Case
+
+FP32, BF16 = torch.float32, torch.bfloat16
+CPU = torch.device("cpu")
+EPS = 1e-3
+
+
+def data(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) + 0.5
+
+
+def assert_derivatives(true: exact.Exact, x: Tensor, dy: Tensor, function: Callable[..., Tensor]) -> None:
+    """function(x, weight, bias) of true's own x, with parameters of [channels]."""
+    leaves = [x, *(data(x.shape[1], seed=seed) for seed in (2, 3))]
+    leaves = [t.clone().requires_grad_() for t in leaves]
+    y = function(*leaves)
+    dx, dweight, dbias = torch.autograd.grad(y, leaves, dy)
+    for (value, scale), expected in (
+        (true.dweight(), dweight),
+        (true.dbias(), dbias),
+        (true.y(x.view(-1, *true_shape(true, x)[1:])), y.detach()),
+        (true.dx(*(t.view(-1, *true_shape(true, x)[1:]) for t in (x, dy))), dx),
+    ):
+        assert_close(value.view_as(expected), expected)
+        assert (scale > 0).all()
+
+
+def true_shape(true: exact.Exact, x: Tensor) -> tuple[int, ...]:
+    """x as `true` has been given it: by groups, where its cells are."""
+    groups = true.mean.shape[1]
+    return x.shape if true.mean.dim() == x.dim() else (x.shape[0], groups, x.shape[1] // groups, *x.shape[2:])
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("chunks", [1, 3])
+def test_batch_norm_is_autograds(chunks: int, training: bool) -> None:
+    x, dy, weight, bias = data(6, 4, 3, 2), data(6, 4, 3, 2, seed=1), data(4, seed=2), data(4, seed=3)
+    mean, variance = data(4, seed=4), data(4, seed=5).square() + 0.5
+    fixed = None if training else (mean, variance)
+
+    def pairs() -> list[tuple[Tensor, Tensor]]:
+        return list(zip(x.chunk(chunks), dy.chunk(chunks), strict=True))
+
+    true = exact.batch_norm(x, dy, weight, bias, EPS, fixed, pairs)
+    running = mean.clone(), variance.clone()
+    assert_derivatives(
+        true, x, dy, lambda x, w, b: F.batch_norm(x, *running, w, b, training=training, momentum=0.3, eps=EPS)
+    )
+    if training:
+        found = true.running(mean, variance, 0.3)
+        assert_close(found["running_mean"][0], running[0])
+        assert_close(found["running_var"][0], running[1])
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_cells_may_be_groups_of_a_sample(groups: int) -> None:
+    """GroupNorm, and InstanceNorm with as many groups as channels: mean and variance of each sample's group,
+    parameters of each channel."""
+    x, dy = data(3, 4, 5), data(3, 4, 5, seed=1)
+    grouped = (3, groups, 4 // groups, 5)
+    weight, bias = (data(4, seed=seed).view(1, groups, -1, 1) for seed in (2, 3))
+    pairs = [(x.view(grouped), dy.view(grouped))]
+    true = exact.normalization(lambda: pairs, (2, 3), (0, 3), weight, bias, EPS)
+    assert_derivatives(true, x, dy, lambda x, w, b: F.group_norm(x, groups, w, b, EPS))
+
+
+def largest(t: Tensor) -> tuple[int, ...]:
+    return tuple(int(i) for i in torch.unravel_index(t.abs().argmax(), t.shape))
+
+
+def zeroed_element(t: Tensor) -> Tensor:
+    """Not the largest one, which anything sees, but one of usual size."""
+    flat = t.clone().view(-1)
+    flat[(flat.abs() - flat.abs().median()).abs().argmin()] = 0
+    return flat.view_as(t)
+
+
+def shifted_tile(t: Tensor) -> Tensor:
+    """2048 elements of the neighbour's values, one place on."""
+    flat = t.clone().view(-1)
+    flat[4096 : 4096 + 2048] = t.view(-1)[4097 : 4097 + 2048]
+    return flat.view_as(t)
+
+
+SMALL = Case((8, 24, 7, 7), "contiguous", FP32, True, 0.5)
+LARGE = Case((64, 16, 32, 32), "contiguous", BF16, True, 0.5)
+DAMAGES: dict[str, tuple[Case, str, Callable[[Tensor], Tensor]]] = {
+    "y 2 % too large, bf16": (dataclasses.replace(SMALL, dtype=BF16), "y", lambda t: t * 1.02),
+    "one element of y is 0": (SMALL, "y", zeroed_element),
+    "one element of y is 0, bf16": (LARGE, "y", zeroed_element),
+    "one tile of y": (LARGE, "y", shifted_tile),
+    "dx off by 1 %": (SMALL, "dx", lambda t: t * 1.01),
+    "dx off by 1 %, bf16": (dataclasses.replace(SMALL, dtype=BF16), "dx", lambda t: t * 1.01),
+    "one element of dx is 0": (SMALL, "dx", zeroed_element),
+    "dweight off by 1e-3": (SMALL, "dweight", lambda t: t * 1.001),
+    "dbias off by 1e-4": (SMALL, "dbias", lambda t: t * 1.0001),
+    "one dweight of another channel": (SMALL, "dweight", lambda t: torch.cat((t[1:2], t[1:]))),
+    "biased variance": (SMALL, "running_var", lambda t: t * (1 - 0.1 / 392)),
+    "running mean off by 1e-5": (SMALL, "running_mean", lambda t: t * (1 + 1e-5)),
+    "NaN in y": (SMALL, "y", lambda t: torch.where(t == t.max(), float("nan"), t)),
+    "dy's fp32 rounded to bf16": (SMALL, "dx", lambda t: t.bfloat16().float()),
+}
+
+
+@pytest.mark.parametrize(("case", "name", "damage"), DAMAGES.values(), ids=DAMAGES.keys())
+def test_damage_is_seen(case: Case, name: str, damage: Callable[[Tensor], Tensor]) -> None:
+    """In the true results, rounded once, of which nothing else is amiss."""
+    tensors = selfcheck.given(case, CPU)
+    expected = selfcheck.expectations(case, tensors)
+    wide = exact.accumulator(case.dtype)
+    sound = {k: v.to(case.dtype if k in ("y", "dx") else wide) for k, (v, _) in expected.items()}
+    assert all(verdict.ok for verdict in selfcheck.judge(case, tensors, sound).values())
+    verdicts = selfcheck.judge(case, tensors, {**sound, name: damage(sound[name])})
+    assert [k for k, verdict in verdicts.items() if not verdict.ok] == [name]
+
+
+def test_a_bias_that_no_element_betrays() -> None:
+    """Errors of half the allowed size pass one by one; all of one sign and in every element they do not."""
+    expected = (torch.ones(1000, 1, dtype=torch.float64), torch.ones(1000, 1, dtype=torch.float64))
+    value = torch.full((1000, 1), 1 + 4 * torch.finfo(FP32).eps)
+    verdict = exact.judge(value, torch.ones(1000, 1), expected, FP32)
+    assert verdict.share <= 1
+    assert not verdict.ok
