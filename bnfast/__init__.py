@@ -2,14 +2,28 @@
 
     bnfast.BatchNorm2d          drop-in for torch.nn.BatchNorm2d (and 1d, 3d)
     bnfast.LayerNorm            drop-in for torch.nn.LayerNorm
+    bnfast.GroupNorm            drop-in for torch.nn.GroupNorm
+    bnfast.InstanceNorm2d       drop-in for torch.nn.InstanceNorm2d (and 1d, 3d)
     bnfast.functional           the same as functions, with torch.nn.functional's signatures
 
 CUDA tensors run the Triton kernels. Everything else runs plain torch, with the same results: `python -m
 bnfast info` says which and why."""
 
 from . import functional
-from .modules import BatchNorm1d, BatchNorm2d, BatchNorm3d, LayerNorm
+from .modules import (
+    BatchNorm1d,
+    BatchNorm2d,
+    BatchNorm3d,
+    GroupNorm,
+    InstanceNorm1d,
+    InstanceNorm2d,
+    InstanceNorm3d,
+    LayerNorm,
+)
 
 __version__ = "0.1.0"
 
-__all__ = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "LayerNorm", "functional", "__version__"]
+__all__ = [
+    "BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "GroupNorm", "InstanceNorm1d", "InstanceNorm2d",
+    "InstanceNorm3d", "LayerNorm", "functional", "__version__",
+]  # fmt: skip

@@ -12,7 +12,7 @@ import torch
 
 from . import __version__, dispatch
 
-LAYERS = "BatchNorm1d/2d/3d, LayerNorm"  # which all take the same paths
+LAYERS = "BatchNorm1d/2d/3d, LayerNorm, GroupNorm, InstanceNorm1d/2d/3d"  # which all take the same paths
 
 
 def info() -> int:
