@@ -3,6 +3,8 @@
     bnfast.BatchNorm2d          drop-in for torch.nn.BatchNorm2d (and 1d, 3d)
     bnfast.BatchRenorm2d        Batch Renormalization (and 1d, 3d)
     bnfast.LayerNorm            drop-in for torch.nn.LayerNorm
+    bnfast.GroupNorm            drop-in for torch.nn.GroupNorm
+    bnfast.InstanceNorm2d       drop-in for torch.nn.InstanceNorm2d (and 1d, 3d)
     bnfast.functional           the same as functions, with torch.nn.functional's signatures
 
 CUDA tensors run the Triton kernels. Everything else runs plain torch, with the same results: `python -m
@@ -16,6 +18,10 @@ from .modules import (
     BatchRenorm1d,
     BatchRenorm2d,
     BatchRenorm3d,
+    GroupNorm,
+    InstanceNorm1d,
+    InstanceNorm2d,
+    InstanceNorm3d,
     LayerNorm,
 )
 
@@ -28,6 +34,10 @@ __all__ = [
     "BatchRenorm1d",
     "BatchRenorm2d",
     "BatchRenorm3d",
+    "GroupNorm",
+    "InstanceNorm1d",
+    "InstanceNorm2d",
+    "InstanceNorm3d",
     "LayerNorm",
     "functional",
     "__version__",

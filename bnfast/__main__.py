@@ -12,7 +12,8 @@ import torch
 
 from . import __version__, dispatch
 
-LAYERS = "BatchNorm1d/2d/3d, BatchRenorm1d/2d/3d, LayerNorm"  # which all take the same paths
+# which all take the same paths
+LAYERS = "Batch(Re)Norm1d/2d/3d, GroupNorm, InstanceNorm1d/2d/3d, LayerNorm"
 
 
 def info() -> int:

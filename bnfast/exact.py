@@ -119,7 +119,8 @@ def normalization(
     def total(terms: Callable[[Tensor, Tensor], tuple[Tensor, ...]], dims: tuple[int, ...]) -> list[Tensor]:
         sums: list[Tensor] = []
         for x, dy in pairs():
-            found = [t.sum(dims, keepdim=True) for t in terms(x.double(), dy.double())]
+            # a sum over no dimensions at all would be one over every one of them
+            found = [t.sum(dims, keepdim=True) if dims else t for t in terms(x.double(), dy.double())]
             sums = [a + b for a, b in zip(sums, found, strict=True)] if sums else found
         return sums
 
@@ -172,6 +173,23 @@ def batch_norm(
     if fixed is not None:
         fixed = (by_channel(fixed[0], dims), by_channel(fixed[1], dims))
     return normalization(pairs, over, over, gamma, beta, eps, fixed)
+
+
+def group_norm(
+    x: Tensor, dy: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> dict[str, Value]:
+    """GroupNorm of x [N, C, *], and InstanceNorm, which is C groups; vectors [C]: y, dx, dweight, dbias."""
+
+    def split(t: Tensor) -> Tensor:
+        return t.unflatten(1, (groups, t.shape[1] // groups))
+
+    dims = x.dim()
+    gamma, beta = (None if v is None else split(by_channel(v.double(), dims)) for v in (weight, bias))
+    x, dy = split(x), split(dy)
+    cell, channel = tuple(range(2, dims + 1)), (0, *range(3, dims + 1))
+    e = normalization(lambda: [(x, dy)], cell, channel, gamma, beta, eps)
+    y, dx = (tuple(t.expand(x.shape).flatten(1, 2) for t in pair) for pair in (e.y(x), e.dx(x, dy)))
+    return {"y": (y[0], y[1]), "dx": (dx[0], dx[1]), "dweight": e.dweight(), "dbias": e.dbias()}
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:

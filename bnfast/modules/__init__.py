@@ -2,6 +2,8 @@
 
 from .batchnorm import BatchNorm1d, BatchNorm2d, BatchNorm3d
 from .batchrenorm import BatchRenorm1d, BatchRenorm2d, BatchRenorm3d
+from .groupnorm import GroupNorm
+from .instancenorm import InstanceNorm1d, InstanceNorm2d, InstanceNorm3d
 from .layernorm import LayerNorm
 
 __all__ = [
@@ -11,5 +13,9 @@ __all__ = [
     "BatchRenorm1d",
     "BatchRenorm2d",
     "BatchRenorm3d",
+    "GroupNorm",
+    "InstanceNorm1d",
+    "InstanceNorm2d",
+    "InstanceNorm3d",
     "LayerNorm",
 ]

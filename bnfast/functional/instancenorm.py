@@ -1,0 +1,121 @@
+"""torch.nn.functional.instance_norm over GroupNorm's kernels, and in eval over BatchNorm's."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function_variadic
+
+from ..dispatch import KERNELS, TORCH, path, refuse_dtensor
+from ..reference.batchnorm import wide
+from .batchnorm import batch_norm
+from .groupnorm import by_kernels, in_order_of, needs_float, vectors_fit
+
+
+def instance_norm(
+    input: Tensor,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    use_input_stats: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    """Instance normalization, as torch.nn.functional.instance_norm (Ulyanov et al. 2016, arXiv 1607.08022).
+
+    input: [N, C, *], fp16, bf16, fp32 or fp64, any strides. running_mean, running_var, weight, bias: [C] or
+    None, of dtypes of their own. Mean and variance of each channel of a sample are computed in fp32 (fp64 for
+    fp64 input). With `use_input_stats` the running statistics, where given, are updated in place: new = (1 -
+    momentum) * old + momentum * the samples' average of the statistic, with the unbiased variance. Without,
+    they are what input is normalized with.
+
+    Returns a tensor of input's shape and dtype, under autocast too. Contiguous, channels_last and
+    channels_last_3d inputs give outputs of the same memory format, where torch's are contiguous. Raises what
+    torch.nn.functional.instance_norm raises (ValueError for one value a channel and sample, RuntimeError for
+    sizes and devices that do not match), before anything is updated."""
+    if has_torch_function_variadic(input, running_mean, running_var, weight, bias):
+        return handle_torch_function(
+            instance_norm, (input, running_mean, running_var, weight, bias), input,
+            running_mean=running_mean, running_var=running_var, weight=weight, bias=bias,
+            use_input_stats=use_input_stats, momentum=momentum, eps=eps,
+        )  # fmt: skip
+    if type(momentum) is not float or type(eps) is not float or type(use_input_stats) is not bool:
+        momentum, eps = _as_torch_takes_them(use_input_stats, momentum, eps)
+    way = path(input)
+    if way != TORCH and _fits(way, input, running_mean, running_var, weight, bias):
+        if not use_input_stats:
+            # torch's batch_norm refuses a negative eps, and its instance_norm does not
+            if running_mean is not None and eps >= 0.0:
+                return batch_norm(input, running_mean, running_var, weight, bias, False, momentum, eps)
+        elif input.numel() != input.size(0) * input.size(1):  # one value a channel: torch's ValueError
+            y = by_kernels(way, input, input.size(1), weight, bias, eps)
+            if y is not None:
+                if running_mean is not None and running_var is not None:
+                    _track(input.detach(), running_mean, running_var, momentum)
+                return y
+    return _torch_instance_norm(
+        input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps
+    )  # fmt: skip
+
+
+def _as_torch_takes_them(use_input_stats: Any, momentum: Any, eps: Any) -> tuple[float, float]:
+    """Integers and 0-d tensors, which torch.nn.functional.instance_norm takes for floats, or its
+    TypeError."""
+    x = torch.ones(1, 1, 2)
+    F.instance_norm(x, x[0, :, 0], x[0, :, 1], None, None, use_input_stats, momentum, eps)
+    return float(momentum), float(eps)
+
+
+def _fits(
+    way: int,
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+) -> bool:
+    """Whether the kernels, and the update of the running statistics, can take these arguments."""
+    if not 2 <= x.dim() <= 5 or not vectors_fit(way, x, weight, bias, running_mean, running_var):
+        return False
+    if running_mean is None or running_var is None:
+        return running_mean is running_var
+    if (running_mean.requires_grad or running_var.requires_grad) and torch.is_grad_enabled():
+        return False
+    if way == KERNELS and not torch.is_inference_mode_enabled():  # nothing may update inference tensors there
+        return not (running_mean.is_inference() or running_var.is_inference())
+    return True
+
+
+@torch.no_grad()
+def _track(x: Tensor, running_mean: Tensor, running_var: Tensor, momentum: float) -> None:
+    """One update. It reads x once more, in launches of torch's own: the kernels' table has a mean, but of the
+    variance only 1 / sqrt(variance + eps), which knows nothing of a variance far below eps. Half precision
+    is copied to fp32 for it, as torch would round the moments to x's type."""
+    variance, mean = torch.var_mean(wide(x), list(range(2, x.dim())), correction=1)
+    for running, statistic in ((running_mean, mean.mean(0)), (running_var, variance.mean(0))):
+        old = running.to(torch.promote_types(running.dtype, statistic.dtype))
+        running.copy_((1 - momentum) * old + momentum * statistic)
+
+
+def _torch_instance_norm(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    use_input_stats: bool,
+    momentum: float,
+    eps: float,
+) -> Tensor:
+    """torch's own instance_norm, with a result as the kernels' is."""
+    refuse_dtensor(x, running_mean, running_var, weight, bias)
+    if not needs_float(x, weight, bias):
+        y = F.instance_norm(x, running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
+        return in_order_of(x, y)
+    weight, bias = (t.float() if isinstance(t, Tensor) else t for t in (weight, bias))
+    y = F.instance_norm(x.float(), running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
+    return in_order_of(x, y.to(x.dtype))

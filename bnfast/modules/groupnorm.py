@@ -1,0 +1,45 @@
+"""GroupNorm: torch.nn's, with another forward."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Proxy
+
+from ..functional.groupnorm import group_norm
+from .drop_in import DropIn
+
+
+class GroupNorm(DropIn, nn.GroupNorm):
+    """torch.nn.GroupNorm on bnfast's kernels. input: [N, C, *], contiguous, channels_last or
+    channels_last_3d."""
+
+    def __init__(
+        self,
+        num_groups: int,
+        num_channels: int,
+        eps: float = 1e-5,
+        affine: bool = True,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        *,
+        bias: bool = True,
+    ) -> None:
+        # torch has had the argument since 2.13; before, a layer without a bias is one that has lost it
+        super().__init__(num_groups, num_channels, eps, affine, device, dtype)
+        if affine and not bias:
+            self.register_parameter("bias", None)
+
+    def reset_parameters(self) -> None:
+        if self.affine:
+            nn.init.ones_(self.weight)
+            if self.bias is not None:
+                nn.init.zeros_(self.bias)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """input: [N, C, *] -> the same shape, dtype and memory format. See bnfast.functional.group_norm."""
+        if isinstance(input, Proxy):
+            return self._leaf(input)
+        return group_norm(input, self.num_groups, self.weight, self.bias, self.eps)

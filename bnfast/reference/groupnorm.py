@@ -1,0 +1,49 @@
+"""GroupNorm in plain torch, any dtype: the oracle of the tests and the path to higher derivatives.
+
+x, dy: [N, C, *], parameters [C], cells the C / groups channels of a group of a sample. InstanceNorm has as
+many groups as channels. Half precision computes in fp32.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .batchnorm import by_channel, reduced_dims, wide
+
+
+def in_groups(t: Tensor, groups: int) -> Tensor:
+    """[N, C, *] -> [N, groups, C / groups, *]: a view in any memory format, so that results keep x's."""
+    return t.unflatten(1, (groups, t.shape[1] // groups))
+
+
+def normalized(x: Tensor, groups: int, eps: float) -> tuple[Tensor, Tensor]:
+    """(xhat [N, groups, C / groups, *], rstd [N, groups, 1 ...]) (Wu and He 2018, eq. 1 and 2), wide."""
+    cells = in_groups(wide(x), groups)
+    variance, mean = torch.var_mean(cells, list(range(2, cells.dim())), correction=0, keepdim=True)
+    rstd = torch.rsqrt(variance + eps)
+    return (cells - mean) * rstd, rstd
+
+
+def group_norm(x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    """y = gamma * xhat + beta, in x's dtype and memory format."""
+    xhat, _ = normalized(x, groups, eps)
+    y = xhat.flatten(1, 2)
+    if weight is not None:
+        y = y * by_channel(wide(weight), x)
+    if bias is not None:
+        y = y + by_channel(wide(bias), x)
+    return y.to(x.dtype)
+
+
+def group_norm_backward(
+    dy: Tensor, x: Tensor, weight: Tensor | None, groups: int, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dx, dweight, dbias), differentiable in dy, x and weight."""
+    xhat, rstd = normalized(x, groups, eps)
+    cell, dims = list(range(2, xhat.dim())), reduced_dims(x)
+    dy = wide(dy)
+    dbias, dweight = dy.sum(dims), (dy * xhat.flatten(1, 2)).sum(dims)
+    g = in_groups(dy if weight is None else dy * by_channel(wide(weight), x), groups)
+    dx = rstd * (g - g.mean(cell, True) - xhat * (g * xhat).mean(cell, True))
+    return dx.flatten(1, 2).to(x.dtype), dweight, dbias
