@@ -13,12 +13,13 @@ import torch
 from . import __version__, dispatch
 
 # which all take the same paths
-LAYERS = "Batch(Re)Norm1d/2d/3d, GroupNorm, InstanceNorm1d/2d/3d, LayerNorm"
+LAYERS = "BatchNorm1d/2d/3d, BatchRenorm1d/2d/3d, GroupNorm, InstanceNorm1d/2d/3d, LayerNorm"
 
 
 def info() -> int:
     """Versions, devices, and which path each layer takes on them, with the reason."""
     print(f"bnfast {__version__}, Python {platform.python_version()}, torch {torch.__version__}, {_triton()}")
+    print(f"Layers: {LAYERS}")
     devices = [torch.device("cuda", i) for i in range(torch.cuda.device_count())] + [torch.device("cpu")]
     for device in devices:
         print(f"\n{_describe(device)}")
@@ -30,7 +31,7 @@ def info() -> int:
                 if why
                 else f"Triton kernels{' (interpreter)' if device.type == 'cpu' else ''}"
             )
-            print(f"  {LAYERS}, {str(dtype).removeprefix('torch.'):9} {path}")
+            print(f"  {str(dtype).removeprefix('torch.'):9} {path}")
     print(
         "\nAnywhere: empty batches, export, jit.trace, functorch transforms and forward-mode AD run\n"
         "plain torch, which all of them understand; double backward differentiates plain torch formulas."
