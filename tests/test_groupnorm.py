@@ -20,7 +20,8 @@ from tests.support.group_cases import EPS, by_kernels, check, given, run
 FP16, BF16, FP32, FP64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
 BOTH = pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 SHAPES = {
-    "one tile": ((2, 6, 5, 7), 2),
+    "one tile": ((2, 8, 8, 16), 2),
+    "two tiles, odd length": ((2, 6, 5, 7), 2),
     "several tiles": ((2, 20, 14, 14), 2),
     "a channel in pieces": ((1, 4, 44, 44), 2),
     "tiny cells": ((5, 24, 3, 2), 8),
