@@ -231,7 +231,7 @@ def test_one_bad_value_stays_in_its_group(bad: float, layout: str) -> None:
 @pytest.mark.parametrize(("shape", "groups"), [((2, 8, 8, 8), 2), ((1, 2, 96, 96), 1)], ids=str)
 @pytest.mark.parametrize("numbers", ["zeros first", "one spike", "a step", "tiny", "huge", "one value"])
 def test_hostile_numbers(numbers: str, shape: tuple[int, ...], groups: int, layout: str) -> None:
-    """What defeats a pivot taken from one place of a group, or sums of squares. torch loses it all."""
+    """What defeats a pivot taken from one place of a group, or sums of squares."""
     g = given(shape, groups, layout=layout, mean=1e4)
     if numbers == "zeros first":
         g.x[:, :, :2] = 0
