@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from bnfast import exact
 from bnfast.functional import group_norm
 from bnfast.kernels import group_norm as kernels
 from bnfast.kernels import steps
@@ -20,7 +21,8 @@ from tests.support.group_cases import EPS, by_kernels, check, given, run
 FP16, BF16, FP32, FP64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
 BOTH = pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 SHAPES = {
-    "one tile": ((2, 6, 5, 7), 2),
+    "one tile": ((2, 8, 8, 16), 2),
+    "two tiles, odd length": ((2, 6, 5, 7), 2),
     "several tiles": ((2, 20, 14, 14), 2),
     "a channel in pieces": ((1, 4, 44, 44), 2),
     "tiny cells": ((5, 24, 3, 2), 8),
@@ -223,3 +225,24 @@ def test_one_bad_value_stays_in_its_group(bad: float, layout: str) -> None:
     for name in ("y", "dx"):
         assert found[name][1, 4:8].isnan().all(), name
         assert bit_identical(found[name][elsewhere], expected[name][elsewhere]), name
+
+
+@BOTH
+@pytest.mark.parametrize(("shape", "groups"), [((2, 8, 8, 8), 2), ((1, 2, 96, 96), 1)], ids=str)
+@pytest.mark.parametrize("numbers", ["zeros first", "one spike", "a step", "tiny", "huge", "one value"])
+def test_hostile_numbers(numbers: str, shape: tuple[int, ...], groups: int, layout: str) -> None:
+    """What defeats a pivot taken from one place of a group, or sums of squares."""
+    g = given(shape, groups, layout=layout, mean=1e4)
+    if numbers == "zeros first":
+        g.x[:, :, :2] = 0
+    elif numbers == "one spike":
+        g.x[:, 1, 3, 3] = 3e5
+    elif numbers == "a step":
+        g.x[:, shape[1] // 2 :] += 1e5
+    elif numbers == "one value":
+        g.x.fill_(3.7)
+    else:
+        g.x.copy_((g.x - 1e4) * (1e-15 if numbers == "tiny" else 1e15))
+    expected = exact.group_norm(g.x, g.dy, groups, g.weight, g.bias, EPS)
+    for name, value in run(group_norm, g).items():
+        assert exact.excess(value, expected[name], FP32) <= 1, name

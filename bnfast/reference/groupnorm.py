@@ -13,8 +13,9 @@ from .batchnorm import by_channel, reduced_dims, wide
 
 
 def in_groups(t: Tensor, groups: int) -> Tensor:
-    """[N, C, *] -> [N, groups, C / groups, *]: a view in any memory format, so that results keep x's."""
-    return t.unflatten(1, (groups, t.shape[1] // groups))
+    """[N, C, *] -> [N, groups, C / groups, *]: a view in any memory format, so that results keep x's. Not
+    `unflatten`, which autograd's own vmap (is_grads_batched) has no rule for."""
+    return t.view(t.shape[0], groups, t.shape[1] // groups, *t.shape[2:])
 
 
 def normalized(x: Tensor, groups: int, eps: float) -> tuple[Tensor, Tensor]:
@@ -28,7 +29,7 @@ def normalized(x: Tensor, groups: int, eps: float) -> tuple[Tensor, Tensor]:
 def group_norm(x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
     """y = gamma * xhat + beta, in x's dtype and memory format."""
     xhat, _ = normalized(x, groups, eps)
-    y = xhat.flatten(1, 2)
+    y = xhat.reshape(x.shape)
     if weight is not None:
         y = y * by_channel(wide(weight), x)
     if bias is not None:
@@ -43,7 +44,7 @@ def group_norm_backward(
     xhat, rstd = normalized(x, groups, eps)
     cell, dims = list(range(2, xhat.dim())), reduced_dims(x)
     dy = wide(dy)
-    dbias, dweight = dy.sum(dims), (dy * xhat.flatten(1, 2)).sum(dims)
+    dbias, dweight = dy.sum(dims), (dy * xhat.reshape(x.shape)).sum(dims)
     g = in_groups(dy if weight is None else dy * by_channel(wide(weight), x), groups)
     dx = rstd * (g - g.mean(cell, True) - xhat * (g * xhat).mean(cell, True))
-    return dx.flatten(1, 2).to(x.dtype), dweight, dbias
+    return dx.reshape(x.shape).to(x.dtype), dweight, dbias
