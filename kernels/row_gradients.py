@@ -13,7 +13,6 @@ Every program leaves its sums in partials, [programs, 1 or 2, width]: see column
 import triton
 import triton.language as tl
 
-from .coefficients import load_or
 from .row_norm import TABLES, columns, group_of_rows
 
 SIZES = ["rows", "width_v", "groups", "programs", "blocks", "splits"]
@@ -27,10 +26,40 @@ def load_statistics(table_ptr, rows, first, row, inside):
 
 
 @triton.jit
+def gamma_of(weight_ptr, column, exists, ACC: tl.constexpr, AGAIN: tl.constexpr):
+    """Gamma of columns, or 1 where there is none. AGAIN: it has been loaded before, and shall be again rather
+    than stay in registers, of which there are none to spare: a load that differs is not taken for the same.
+    """
+    if weight_ptr is None:
+        gamma = tl.full(column.shape, 1.0, ACC)
+    else:
+        policy: tl.constexpr = "evict_last" if AGAIN else ""
+        gamma = tl.load(weight_ptr + column, mask=exists, other=1.0, eviction_policy=policy)
+        if gamma.dtype.primitive_bitwidth == 16:
+            gamma = gamma.to(tl.float32)  # see coefficients.store_as
+        gamma = gamma.to(ACC)
+    return gamma
+
+
+@triton.jit
 def over_rows(values, U: tl.constexpr):
     """[U * R, LANES] -> [R, LANES]: rows that lie R apart, which one thread holds, are added up."""
     R: tl.constexpr = values.shape[0] // U
     return tl.sum(tl.reshape(values, (U, R, values.shape[1])), 0)
+
+
+@triton.jit
+def by_vector(values, VEC: tl.constexpr):
+    """[R, LANES] -> [R, LANES // VEC]: neighbours, which one thread holds, are added up: fewer registers."""
+    return tl.sum(tl.reshape(values, (values.shape[0], values.shape[1] // VEC, VEC)), 2)
+
+
+@triton.jit
+def one_row(values):
+    """[R, LANES] -> [1, LANES]."""
+    if values.shape[0] > 1:
+        values = tl.sum(values, 0)[None, :]
+    return values
 
 
 @triton.jit
@@ -40,9 +69,9 @@ def store_sums(
     """sums: [R, LANES], of dy * xhat and of dy. WEIGHT, BIAS: which of them are wanted."""
     mine_ptr = partials_ptr + tl.cast(program, tl.int64) * (width * (WEIGHT + BIAS))
     if WEIGHT:
-        tl.store(mine_ptr + column, tl.sum(sum_w, 0)[None, :], mask=exists)
+        tl.store(mine_ptr + column, one_row(sum_w), mask=exists)
     if BIAS:
-        tl.store(mine_ptr + WEIGHT * width + column, tl.sum(sum_b, 0)[None, :], mask=exists)
+        tl.store(mine_ptr + WEIGHT * width + column, one_row(sum_b), mask=exists)
 
 
 @triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=TABLES)
@@ -73,28 +102,31 @@ def row_gradients_kernel(
             held_g += (tl.load(dy_ptr + base + offs, mask=mask, other=0.0, eviction_policy="evict_first"),)
             held_x += (tl.load(x_ptr + base + offs, mask=mask, other=0.0, eviction_policy="evict_first"),)
         mean, rstd = load_statistics(table_ptr, rows, first, row, inside)
-        mean_g = tl.zeros((U * R, LANES), ACC)
-        mean_gx = tl.zeros((U * R, LANES), ACC)
+        mean_g = tl.zeros((U * R, LANES // VEC), ACC)
+        mean_gx = tl.zeros((U * R, LANES // VEC), ACC)
         new_w = ()
         new_b = ()
         for part in tl.static_range(PARTS):
             column, exists = columns(part, lane, width, WHOLE or part < PARTS - 1)
+            if R == 1 and part > 0:
+                # or the gamma of all parts is loaded in advance, and its registers are then missing elsewhere
+                tl.debug_barrier()
             g = held_g[part].to(ACC)
             gx = g * ((held_x[part].to(ACC) - mean) * rstd)  # 0 in lanes that are not there: g is
             if WEIGHT:
                 new_w += (sums_w[part] + over_rows(gx, U),)
             if BIAS:
                 new_b += (sums_b[part] + over_rows(g, U),)
-            gamma = load_or(weight_ptr, tl.broadcast_to(column, (U * R, LANES)), exists, 1.0, ACC)
-            mean_g += g * gamma
-            mean_gx += gx * gamma
+            gamma = gamma_of(weight_ptr, tl.broadcast_to(column, (U * R, LANES)), exists, ACC, False)
+            mean_g += by_vector(g * gamma, VEC)
+            mean_gx += by_vector(gx * gamma, VEC)
         sums_w = new_w
         sums_b = new_b
         mean_g = (tl.sum(mean_g, 1) / count)[:, None]
         mean_gx = (tl.sum(mean_gx, 1) / count)[:, None]
         for part in tl.static_range(PARTS):
             column, exists = columns(part, lane, width, WHOLE or part < PARTS - 1)
-            gamma = load_or(weight_ptr, tl.broadcast_to(column, (U * R, LANES)), exists, 1.0, ACC)
+            gamma = gamma_of(weight_ptr, tl.broadcast_to(column, (U * R, LANES)), exists, ACC, True)
             xhat = (held_x[part].to(ACC) - mean) * rstd
             dx = rstd * (held_g[part].to(ACC) * gamma - mean_g - xhat * mean_gx)
             tl.store(
@@ -141,7 +173,7 @@ def column_gradients_kernel(
             if WEIGHT:
                 sum_w += over_rows(gx, U)
             if shares_ptr is not None:
-                gamma = load_or(weight_ptr, tl.broadcast_to(column, (U * R, LANES)), exists, 1.0, ACC)
+                gamma = gamma_of(weight_ptr, tl.broadcast_to(column, (U * R, LANES)), exists, ACC, False)
                 mine_ptr = shares_ptr + tl.cast(block, tl.int64) * 2 * rows + first + row
                 tl.store(mine_ptr, tl.sum(g * gamma, 1)[:, None], mask=inside)
                 tl.store(mine_ptr + rows, tl.sum(gx * gamma, 1)[:, None], mask=inside)
@@ -180,7 +212,7 @@ def wide_gradients_kernel(
         exists = column < width
         g = tl.load(dy_ptr + base + column, mask=exists, other=0.0, eviction_policy="evict_first").to(ACC)
         x = tl.load(x_ptr + base + column, mask=exists, other=0.0, eviction_policy="evict_first").to(ACC)
-        gamma = load_or(weight_ptr, column, exists, 1.0, ACC)
+        gamma = gamma_of(weight_ptr, column, exists, ACC, False)
         dx = rstd * (g * gamma - mean_g - ((x - mean) * rstd) * mean_gx)
         tl.store(
             dx_ptr + base + column, dx.to(dx_ptr.dtype.element_ty), mask=exists, eviction_policy="evict_first"

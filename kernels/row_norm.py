@@ -21,7 +21,11 @@ def group_of_rows(first, rows, width, R: tl.constexpr, LANES: tl.constexpr):
     is base + row * width + c; inside: which of the rows exist, [R, 1]."""
     row = tl.arange(0, R)[:, None]
     lane = tl.arange(0, LANES)[None, :]
-    return tl.cast(first, tl.int64) * width, row, lane, first + row < rows
+    if R == 1:  # there are no groups without a row
+        inside = tl.full((1, 1), 1, tl.int1)
+    else:
+        inside = first + row < rows
+    return tl.cast(first, tl.int64) * width, row, lane, inside
 
 
 @triton.jit
@@ -92,6 +96,9 @@ def row_norm_kernel(
         tl.store(table_ptr + rows + first + row, rstd, mask=inside)
     for part in tl.static_range(PARTS):
         column, exists = columns(part, lane, width, WHOLE or part < PARTS - 1)
+        if R == 1 and part > 0:
+            # or gamma and beta of all parts are loaded in advance, into registers that are missing elsewhere
+            tl.debug_barrier()
         distance = (held[part].to(ACC) - pivot) - shift
         # [R, LANES], each warp its own: fewer would come by way of shared memory, and three barriers a load
         wide = tl.broadcast_to(column, (R, LANES))
@@ -150,9 +157,12 @@ def long_row_norm_kernel(
         one = tl.arange(0, 1)
         tl.store(table_ptr + row + one, tl.full((1,), pivot + shift, ACC))
         tl.store(table_ptr + rows + row + one, rstd)
-    steps = tl.cdiv(width, STEP)
+    # half a step at a time: beside x there are gamma and beta now
+    HALF: tl.constexpr = U // 2
+    offs = tl.arange(0, HALF)[:, None] * LANES + tl.arange(0, LANES)[None, :]
+    steps = tl.cdiv(width, HALF * LANES)
     for step in tl.range(0, steps):
-        column = (steps - 1 - step) * STEP + offs
+        column = (steps - 1 - step) * (HALF * LANES) + offs
         exists = column < width
         again = tl.load(x_ptr + base + column, mask=exists, other=0.0, eviction_policy="evict_first").to(ACC)
         y = normalized((again - pivot) - shift, rstd[None, :], column, exists, weight_ptr, bias_ptr, ACC)

@@ -17,14 +17,15 @@ from .plan import INT32, WARP, TooLarge
 from .views import VECTOR_BYTES, ceil_div, power_of_two
 
 LINE = WARP * VECTOR_BYTES  # bytes that a warp loads at once
-MOST_WARPS = 16
 
-# Forward: vectors of a row that a thread may hold, and loads it has under way where a row has fewer. 8
-# vectors of 16-bit numbers take 96 registers, so 20 warps an SM and 80 KB in flight; with 16 warps to a row
-# that is 64 KB, at the limit of 128 registers. 9 spill. [sass]
-HELD = 8
-HELD_SINGLES = 4  # loaded element by element, 16-bit numbers take a register each
-LOADS = 4
+# Forward: vectors of a row that a thread may hold, by warps to a row. 8 of 16-bit numbers take 96 to 128
+# registers, as they are widened early: 64 to 80 KB in flight an SM; with 16 warps, at the limit of 128, two
+# spill on Triton 3.7.1, and 7 do not. fp32 takes 66 [sass]. Loaded one by one, 16-bit numbers take a register
+# each.
+HELD = {2: {1: 8, 2: 8, 4: 8, 8: 8, 16: 7}, 4: dict.fromkeys((1, 2, 4, 8, 16), 8)}
+HELD[8] = HELD[4]
+HELD_SINGLES = dict.fromkeys((1, 2, 4, 8, 16), 4)
+LOADS = 4  # under way at a time, at least: from several rows, where one has fewer
 FORWARD_WARPS, FORWARD_REGISTERS = 4, 128
 # A longer row: 4 loads a thread. 80 registers make that 3 programs an SM, 48 KB in flight [sass].
 LONG_WARPS, LONG_LOADS = 8, 4
@@ -34,7 +35,11 @@ LONG_REGISTERS = {2: 80, 4: 80, 8: 128}
 # numbers. Warps: (programs an SM, registers). 3 programs of 4 warps have up to 48 KB in flight, and leave
 # fewer partials than many small ones would [sass].
 GRADIENTS = {4: (3, 168), 8: (2, 128), 16: (1, 128)}
-GRADIENT_PARTS = {2: 3, 4: 4, 8: 4}
+# Vectors of a row that a thread holds, by warps to a row: 4 of 16-bit numbers fit where 168 registers do, and
+# all threads are in step; 2 where they are loaded element by element.
+GRADIENT_SINGLES = dict.fromkeys((1, 2, 4, 8, 16), 2)
+GRADIENT_PARTS = {2: {1: 3, 2: 3, 4: 4, 8: 3, 16: 3}, 4: dict.fromkeys((1, 2, 4, 8, 16), 4)}
+GRADIENT_PARTS[8] = GRADIENT_PARTS[4]
 # By columns, for rows too wide for that and for parameter gradients alone: 4 loads a thread and input.
 COLUMN_WARPS, COLUMN_LOADS, COLUMN_AN_SM, COLUMN_REGISTERS = 8, 4, 2, 128
 WIDE_WARPS, WIDE_LOADS, WIDE_AN_SM, WIDE_REGISTERS = 8, 2, 4, 64
@@ -83,15 +88,14 @@ class Rows:
         """Elements that a warp loads at once."""
         return LINE // self.itemsize
 
-    def shared_by(self, most: int, warps: int = 1) -> tuple[int, int, int] | None:
-        """(warps to a row, LANES, PARTS) with the fewest warps for which a thread holds at most `most`
-        vectors of a row; None where no program is large enough."""
-        while warps <= MOST_WARPS:
+    def shared_by(self, most: dict[int, int]) -> tuple[int, int, int] | None:
+        """(warps to a row, LANES, PARTS) with the fewest warps for which a thread holds no more vectors of a
+        row than `most` allows that many warps; None where no program is large enough."""
+        for warps, limit in most.items():
             lanes = min(warps * self.line, power_of_two(self.width))
             parts = ceil_div(self.width, lanes)
-            if parts <= most:
+            if parts <= limit:
                 return warps, lanes, parts
-            warps *= 2
         return None
 
     def whole(self, lanes: int, parts: int) -> bool:
@@ -112,7 +116,7 @@ def _warps(lanes: int, rows: int, itemsize: int, most: int) -> int:
 @lru_cache(maxsize=4096)
 def forward(size: Rows) -> tuple[str, RowSweep]:
     """The plan of the forward: ("held" or "long", sweep)."""
-    shared = size.shared_by(HELD if size.vectors else HELD_SINGLES)
+    shared = size.shared_by(HELD[size.itemsize] if size.vectors else HELD_SINGLES)
     if shared is None:
         lanes = LONG_WARPS * size.line
         size.check(size.rows, 1, LONG_LOADS * lanes)
@@ -142,7 +146,7 @@ def forward(size: Rows) -> tuple[str, RowSweep]:
 @lru_cache(maxsize=4096)
 def gradients(size: Rows) -> RowSweep | None:
     """The plan of the backward that reads once; None for rows too wide for it."""
-    shared = size.shared_by(GRADIENT_PARTS[size.itemsize])
+    shared = size.shared_by(GRADIENT_PARTS[size.itemsize] if size.vectors else GRADIENT_SINGLES)
     if shared is None:
         return None
     across, lanes, parts = shared
@@ -151,7 +155,7 @@ def gradients(size: Rows) -> RowSweep | None:
     group = min(max(1, warps * size.line // lanes), power_of_two(size.rows))
     whole = size.whole(lanes, parts)
     unroll = {1: 4, 2: 2}.get(parts, 1)
-    if not size.vectors or (warps > 4 and not whole):  # the masks take what registers are left
+    if not size.vectors or (warps > 4 and not whole):  # masks take the registers that are left
         unroll = 1
     while unroll > 1 and ceil_div(size.rows, unroll * group) < an_sm * size.sms:
         unroll //= 2

@@ -34,7 +34,7 @@ def test_widths(rows: int, width: int) -> None:
     passes((rows, width), FP32)
 
 
-# the widths beyond which rows are not held: forward 64 KB (32 in singles), backward half of that or less
+# beyond the widths that are held: forward 56 or 64 KB (32 where loaded in singles), backward at most half
 @pytest.mark.parametrize(
     ("shape", "dtype"),
     [((2, 20000), FP32), ((3, 8201), FP32), ((2, 9000), FP32), ((2, 12296), BF16), ((2, 4100), FP64)],
