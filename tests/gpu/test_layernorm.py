@@ -45,9 +45,7 @@ def test_wide_rows(width: int, dtype: torch.dtype) -> None:
         passes((rows, width), dtype)
 
 
-@pytest.mark.parametrize(
-    ("dtype", "mean"), [(FP16, 100.0), (BF16, 100.0), (FP32, 1e4), (FP64, 1e8)], ids=str
-)
+@pytest.mark.parametrize(("dtype", "mean"), [(FP16, 100.0), (BF16, 100.0), (FP32, 1e4), (FP64, 1e8)], ids=str)
 @pytest.mark.parametrize("width", [7, 768, 4096, 20000])
 def test_large_means(width: int, dtype: torch.dtype, mean: float) -> None:
     passes((65, width), dtype, mean=mean)
