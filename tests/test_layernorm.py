@@ -88,7 +88,7 @@ def test_large_means(shape: tuple[int, int], dtype: torch.dtype, mean: float) ->
     passes(shape, dtype, mean=mean)
 
 
-@pytest.mark.parametrize("width", [100, 1000, 20000])
+@pytest.mark.parametrize("width", [100, 1000, 8201])
 @pytest.mark.parametrize("data", ["zeros first", "one spike", "a step", "tiny", "huge"])
 def test_hostile_rows(data: str, width: int) -> None:
     """What defeats a pivot taken from one place of a row, or sums of squares."""
