@@ -16,7 +16,7 @@ from bnfast.kernels import batch_norm, launch, steps
 from tests.support.fake_driver import fake_driver, host_microseconds
 
 pytestmark = pytest.mark.static
-# Of F.batch_norm's, gradient wanted or not. With one it is 3.0 on a quiet machine, and tests run beside others.
+# Of F.batch_norm's, gradient wanted or not: with one it is 3.0 on a quiet machine, which this one may not be.
 TIMES = {False: 3.0, True: 3.5}
 
 
