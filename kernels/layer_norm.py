@@ -32,6 +32,7 @@ class RowStep:
 
     launches: tuple[Launch, ...]
     seed: torch.Tensor  # empty, of the accumulator's dtype, on x's device: for allocating in less time
+    rows: int
     shares: int = 0
     partials: int = 0
 
@@ -49,16 +50,13 @@ class RowSizes:
         return row_plan.Rows(rows, width, *self._of_memory)
 
 
-def _aligned(*addresses: int | None) -> bool:
-    return all(address is None or address % VECTOR_BYTES == 0 for address in addresses)
-
-
 def _forward(sizes: RowSizes, dims: int, keep: bool, parameters_aligned: bool, *dtypes: Any) -> RowStep:
-    kind, sweep = row_plan.forward(sizes.rows(dims))
+    size = sizes.rows(dims)
+    kind, sweep = row_plan.forward(size)
     takes = picks(_FORWARD, f"x y {'table' if keep else 'none'} weight bias")
     kernel = row_norm_kernel if kind == "held" else long_row_norm_kernel
     launch = Launch(kernel, sweep, takes, sweep.constants, sizes.aligned and parameters_aligned)
-    return RowStep((launch,), sizes.seed)
+    return RowStep((launch,), sizes.seed, size.rows)
 
 
 def _backward(
@@ -89,7 +87,7 @@ def _backward(
         sums = row_plan.column_sums(partials, size.width, halves)
         takes = picks(_BACKWARD, f"partials {'dweight' if weight else 'none'} {'dbias' if bias else 'none'}")
         launches.append(Launch(column_sums_kernel, sums, takes, sums.constants, bound))
-    return RowStep(tuple(launches), sizes.seed, shares, partials * halves * size.width)
+    return RowStep(tuple(launches), sizes.seed, size.rows, shares, partials * halves * size.width)
 
 
 def forward(
@@ -101,16 +99,19 @@ def forward(
     if elsewhere:
         with torch.cuda.device(x.device):
             return forward(x, weight, bias, dims, eps, keep)
-    given = (weight, bias)
-    addresses = [None if t is None else t.data_ptr() for t in given]
-    dtypes = [None if t is None else t.dtype for t in given]
-    at = x.data_ptr()
-    step = step_for(_forward, x, index, (at,), dims, keep, _aligned(*addresses), *dtypes, sizes=RowSizes)
+    # on the path of every call, so without what costs tenths of microseconds
+    x_at = x.data_ptr()
+    weight_at, weight_dtype = (None, None) if weight is None else (weight.data_ptr(), weight.dtype)
+    bias_at, bias_dtype = (None, None) if bias is None else (bias.data_ptr(), bias.dtype)
+    aligned = ((weight_at or 0) | (bias_at or 0)) % VECTOR_BYTES == 0
+    step = step_for(
+        _forward, x, index, (x_at,), dims, keep, aligned, weight_dtype, bias_dtype, sizes=RowSizes
+    )  # fmt: skip
     y = torch.empty_like(x)
-    rows = prod(x.shape[:-dims])
-    table = step.seed.new_empty_strided((2, rows), (rows, 1)) if keep else step.seed.new_empty(0)
+    table = step.seed.new_empty_strided((2, step.rows), (step.rows, 1)) if keep else step.seed
     tensors = (x, y, table, weight, bias, None)
-    step.launches[0](stream, tensors, (at, y.data_ptr(), table.data_ptr(), *addresses, None), eps)
+    addresses = (x_at, y.data_ptr(), table.data_ptr() if keep else None, weight_at, bias_at, None)
+    step.launches[0](stream, tensors, addresses, eps)
     return y, table
 
 
@@ -138,8 +139,8 @@ def backward(
     addresses = [None if t is None else t.data_ptr() for t in given]
     step = step_for(
         _backward, x, index, addresses[:3], dims, need_dx, dweight is not None, dbias is not None,
-        _aligned(addresses[6]), dy.dtype, weight_dtype, bias_dtype, None if weight is None else weight.dtype,
-        sizes=RowSizes,
+        (addresses[6] or 0) % VECTOR_BYTES == 0, dy.dtype, weight_dtype, bias_dtype,
+        None if weight is None else weight.dtype, sizes=RowSizes,
     )  # fmt: skip
     shares = step.seed.new_empty(step.shares) if step.shares else None
     partials = step.seed.new_empty(step.partials) if step.partials else None

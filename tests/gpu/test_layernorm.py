@@ -90,7 +90,7 @@ def test_same_bits_every_time(width: int) -> None:
 
 @pytest.mark.parametrize("width", [768, 20000])
 def test_cuda_graph(width: int) -> None:
-    """A training step captured, its very first call included, and replayed on other numbers."""
+    """A training step, captured and replayed on other numbers."""
     module = bnfast.LayerNorm(width, device="cuda")
     x = torch.randn(129, width, device="cuda", requires_grad=True)
     dy = torch.randn_like(x)
