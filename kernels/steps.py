@@ -68,7 +68,7 @@ def step_for(
         if address is not None:
             joined |= address
     aligned = joined % plan.VECTOR_BYTES == 0
-    key = (make, x.shape, x.stride(), x.dtype, index, aligned, rest)
+    key = (make, x.shape, x.is_contiguous(), x.dtype, index, aligned, rest)  # x is dense: see layouts.py
     step = _steps.get(key)
     if step is None:
         if len(_steps) >= 8192:  # shapes that never repeat must not fill the host's memory

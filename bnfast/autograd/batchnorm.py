@@ -1,23 +1,31 @@
-"""Autograd around the kernels."""
+"""Autograd around BatchNorm's kernels, which are Batch Renormalization's too."""
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
 
-from ..dispatch import KERNELS, batched, watched
+from ..dispatch import KERNELS
 from ..kernels import batch_norm as kernels
-from ..kernels.plan import TooLarge
 from ..ops import batchnorm as ops
 from ..reference import batchnorm as reference
 from ..reference.batchrenorm import Limits
+from . import shared
 
-Buffers = tuple[Tensor | None, Tensor | None, Tensor | None]  # running mean and variance, batch counter
-# dispatch.path's answer, training, cumulative, momentum, eps, Batch Renormalization's limits and guard
-Options = tuple[int, bool, bool, float, float, tuple[Limits, bool] | None]
+# dispatch.path's answer, training, cumulative, momentum, eps, Batch Renormalization's limits and guard, and
+# (running mean, running variance, batch counter)
+Options = tuple[
+    int,
+    bool,
+    bool,
+    float,
+    float,
+    tuple[Limits, bool] | None,
+    tuple[Tensor | None, Tensor | None, Tensor | None],
+]
 
 
 class BatchNorm(torch.autograd.Function):
@@ -26,78 +34,45 @@ class BatchNorm(torch.autograd.Function):
     alone."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        buffers: Buffers,
-        options: Options,
-    ) -> Tensor:
-        """buffers: running mean and variance, batch counter."""
-        _, training, _, _, eps, _ = options
-        y, table = run(x, weight, bias, buffers, options, True)
+    def forward(ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, options: Options) -> Tensor:
+        y, table = run(x, weight, bias, options, True)
         ctx.save_for_backward(x, weight, table)
-        ctx.fixed = (training, eps, None if bias is None else bias.dtype)
+        ctx.fixed = ((options[1], options[4]), None if bias is None else bias.dtype)
         return y
 
     @staticmethod
-    def backward(ctx: FunctionCtx, *grads: Any) -> Any:
-        (dy,) = grads
-        x, weight, table = ctx.saved_tensors  # type: ignore[attr-defined]
-        training, eps, bias_dtype = ctx.fixed  # type: ignore[attr-defined]
-        need_dx, need_dweight, need_dbias = ctx.needs_input_grad[:3]  # type: ignore[attr-defined]
-        weight_dtype = weight.dtype if need_dweight else None
-        bias_dtype = bias_dtype if need_dbias else None
-        gradients = None
-        if not (torch.is_grad_enabled() or batched(dy)):  # create_graph=True, or a vmap over the backward
-            sweep = ops.backward if watched(x) or type(dy) is not Tensor else _backward
-            gradients = sweep(x, dy, table, training, need_dx, weight_dtype, bias_dtype)
-        if gradients is None:
-            fixed = None if training else (table[0], table[3])
-            correction = (table[4], table[5]) if table.shape[0] == 6 else None
-            dx, dweight, dbias = reference.batch_norm_backward(dy, x, weight, eps, fixed, correction)
-            gradients = (dx, dweight.to(weight_dtype or dx.dtype), dbias.to(bias_dtype or dx.dtype))
-        needed = zip((need_dx, need_dweight, need_dbias), gradients, strict=True)
-        return (*(gradient if need else None for need, gradient in needed), None, None)
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return (*shared.gradients(ctx, grads[0], _direct, _operator, _plain), None)
 
 
-def _backward(*arguments: Any) -> Any:
-    """The kernels' backward, or None where dy is too much for them (huge, and without whole vectors)."""
-    try:
-        return kernels.backward(*arguments)
-    except TooLarge:
-        return None
+def _direct(x: Tensor, dy: Tensor, table: Tensor, weight: Tensor | None, fixed: Any, *wanted: Any) -> Any:
+    return kernels.backward(x, dy, table, fixed[0], *wanted)  # gamma is in the table
 
 
-_apply = super(torch.autograd.Function, BatchNorm).apply
+def _operator(x: Tensor, dy: Tensor, table: Tensor, weight: Tensor | None, fixed: Any, *wanted: Any) -> Any:
+    return ops.backward(x, dy, table, fixed[0], *wanted)
 
 
-def apply(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, buffers: Buffers, options: Options
-) -> Tensor:
-    """BatchNorm.apply. Where the kernels are called directly, without what Function.apply does for functorch,
-    which dispatch has ruled out: 4 us of 40."""
-    if options[0] == KERNELS:
-        return _apply(x, weight, bias, buffers, options)
-    return BatchNorm.apply(x, weight, bias, buffers, options)
+def _plain(dy: Tensor, x: Tensor, weight: Tensor | None, table: Tensor, fixed: Any) -> Any:
+    training, eps = fixed
+    statistics = None if training else (table[0], table[3])
+    correction = (table[4], table[5]) if table.shape[0] == 6 else None
+    return reference.batch_norm_backward(dy, x, weight, eps, statistics, correction)
 
 
 def run(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    buffers: Buffers,
-    options: Options,
-    keep: bool,
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, options: Options, keep: bool
 ) -> tuple[Tensor, Tensor]:
     """The forward, without autograd: (y, coefficient table)."""
-    way, training, cumulative, momentum, eps, renorm = options
+    way, training, cumulative, momentum, eps, renorm, buffers = options
     if training:
         if way == KERNELS:
-            return kernels.forward(x, weight, bias, *buffers, cumulative, momentum, eps, renorm=renorm)
+            return kernels.forward(x, weight, bias, *buffers, cumulative, momentum, eps, False, renorm)
         if renorm is not None:
             return ops.train_renorm(x, weight, bias, *buffers, cumulative, momentum, eps, *renorm)
         return ops.train(x, weight, bias, *buffers, cumulative, momentum, eps)
     evaluate = kernels.inference if way == KERNELS else ops.evaluate
     return evaluate(x, weight, bias, buffers[0], buffers[1], eps, keep)
+
+
+normalize = partial(shared.normalize, BatchNorm, shared.without_functorch(BatchNorm), run)

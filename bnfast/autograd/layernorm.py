@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
 
-from ..dispatch import KERNELS, batched, watched
+from ..dispatch import KERNELS
 from ..kernels import layer_norm as kernels
-from ..kernels.plan import TooLarge
 from ..ops import layernorm as ops
 from ..reference import layernorm as reference
+from . import shared
 
 Options = tuple[int, int, float]  # dispatch.path's answer, number of normalized dimensions, eps
 
@@ -22,52 +22,34 @@ class LayerNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, options: Options) -> Tensor:
-        _, dims, eps = options
         y, table = run(x, weight, bias, options, True)
         ctx.save_for_backward(x, weight, table)
-        ctx.fixed = (dims, eps, None if bias is None else bias.dtype)
+        ctx.fixed = (options[1:], None if bias is None else bias.dtype)
         return y
 
     @staticmethod
-    def backward(ctx: FunctionCtx, *grads: Any) -> Any:
-        (dy,) = grads
-        x, weight, table = ctx.saved_tensors  # type: ignore[attr-defined]
-        dims, eps, bias_dtype = ctx.fixed  # type: ignore[attr-defined]
-        need_dx, need_dweight, need_dbias = ctx.needs_input_grad[:3]  # type: ignore[attr-defined]
-        weight_dtype = weight.dtype if need_dweight else None
-        bias_dtype = bias_dtype if need_dbias else None
-        gradients = None
-        if not (torch.is_grad_enabled() or batched(dy)):  # create_graph=True, or a vmap over the backward
-            sweep = ops.backward if watched(x) or type(dy) is not Tensor else _backward
-            gradients = sweep(x, dy, weight, table, dims, need_dx, weight_dtype, bias_dtype)
-        if gradients is None:
-            dx, dweight, dbias = reference.layer_norm_backward(dy, x, weight, dims, eps)
-            gradients = (dx, dweight.to(weight_dtype or dx.dtype), dbias.to(bias_dtype or dx.dtype))
-        needed = zip((need_dx, need_dweight, need_dbias), gradients, strict=True)
-        return (*(gradient if need else None for need, gradient in needed), None)
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return (*shared.gradients(ctx, grads[0], _direct, _operator, _plain), None)
 
 
-def _backward(*arguments: Any) -> Any:
-    """The kernels' backward, or None where dy is too much for them (huge, and without whole vectors)."""
-    try:
-        return kernels.backward(*arguments)
-    except TooLarge:
-        return None
+def _direct(x: Tensor, dy: Tensor, table: Tensor, weight: Tensor | None, fixed: Any, *wanted: Any) -> Any:
+    return kernels.backward(x, dy, weight, table, fixed[0], *wanted)
 
 
-_apply = super(torch.autograd.Function, LayerNorm).apply
+def _operator(x: Tensor, dy: Tensor, table: Tensor, weight: Tensor | None, fixed: Any, *wanted: Any) -> Any:
+    return ops.backward(x, dy, weight, table, fixed[0], *wanted)
 
 
-def apply(x: Tensor, weight: Tensor | None, bias: Tensor | None, options: Options) -> Tensor:
-    """LayerNorm.apply; as with BatchNorm, without what dispatch has ruled out where kernels run directly."""
-    if options[0] == KERNELS:
-        return _apply(x, weight, bias, options)
-    return LayerNorm.apply(x, weight, bias, options)
+def _plain(dy: Tensor, x: Tensor, weight: Tensor | None, table: Tensor, fixed: Any) -> Any:
+    return reference.layer_norm_backward(dy, x, weight, *fixed)
 
 
 def run(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, options: Options, keep: bool
 ) -> tuple[Tensor, Tensor]:
-    """The forward, without autograd: (y, table of mean and rstd)."""
+    """The forward, without autograd: (y, table of mean and rstd if `keep`)."""
     way, dims, eps = options
     return (kernels.forward if way == KERNELS else ops.forward)(x, weight, bias, dims, eps, keep)
+
+
+normalize = partial(shared.normalize, LayerNorm, shared.without_functorch(LayerNorm), run)

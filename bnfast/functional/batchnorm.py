@@ -10,17 +10,19 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from ..dispatch import KERNEL_DTYPES, KERNELS, PLAIN, TORCH, TRITON, known, path, refuse_dtensor
+from ..dispatch import KERNELS, TORCH, TRITON, path, refuse_dtensor
 from ..reference import batchnorm as reference
 from ..reference.batchrenorm import Limits, batch_renorm
+from .arguments import vectors_fit
 
 # more than one value a channel, or torch's ValueError
 verify_batch_size: Callable[[torch.Size], None] = getattr(F, "_verify_batch_size")  # noqa: B009
 
+_FLOAT_OR_NONE = (float, type(None))
+
 if TRITON:
     from ..autograd import batchnorm as autograd
     from ..kernels.layouts import dense
-    from ..kernels.plan import TooLarge
 
 
 def batch_norm(
@@ -68,7 +70,7 @@ def counting_batch_norm(
 ) -> Tensor:
     """batch_norm that also counts the batch, on the device: batches, an int64 scalar tensor, or None.
     momentum None is the cumulative average, with the factor 1 / (batches + 1)."""
-    if type(training) is not bool or type(momentum) not in (float, type(None)) or type(eps) is not float:
+    if type(training) is not bool or type(momentum) not in _FLOAT_OR_NONE or type(eps) is not float:
         training, momentum, eps = _as_torch_takes_them(training, momentum, eps)
     way = path(input)
     if eps <= 0.0 and (training or eps < 0.0):  # torch has raised these since 2.13
@@ -80,21 +82,11 @@ def counting_batch_norm(
         )
     if training and input.size(0) == 1:
         verify_batch_size(input.size())
-    x = input if input.is_contiguous() else dense(input)
     buffers = (running_mean, running_var, batches)
-    options = (way, training, momentum is None, 0.0 if momentum is None else momentum, eps, renorm)
-    wanted = torch.is_grad_enabled() and (
-        x.requires_grad
-        or (weight is not None and weight.requires_grad)
-        or (bias is not None and bias.requires_grad)
-    )
-    try:
-        if not wanted:
-            return autograd.run(x, weight, bias, buffers, options, False)[0]
-        if way != KERNELS or not (x.is_inference() or (weight is not None and weight.is_inference())):
-            return autograd.apply(x, weight, bias, buffers, options)
-    except TooLarge:
-        pass
+    options = (way, training, momentum is None, 0.0 if momentum is None else momentum, eps, renorm, buffers)
+    y = autograd.normalize(dense(input), weight, bias, options)
+    if y is not None:
+        return y
     return _torch_batch_norm(
         input, running_mean, running_var, weight, bias, training, momentum, eps, batches, renorm
     )
@@ -122,28 +114,21 @@ def _fits(
     """
     if not 2 <= x.dim() <= 5 or (not training and (running_mean is None or running_var is None)):
         return False
-    channels, device = x.size(1), x.device
-    for t in (running_mean, running_var, weight, bias):  # on the path of every call: each test is 0.1 us
-        if t is not None and (
-            (type(t) not in PLAIN and (way == KERNELS or not known(t)))
-            or t.dim() != 1
-            or t.numel() != channels
-            or not t.is_contiguous()
-            or t.dtype not in KERNEL_DTYPES
-            or t.device != device
-        ):
-            return False
+    if not vectors_fit(way, x, running_mean, running_var, weight, bias):
+        return False
     if running_mean is not None and running_var is not None:
         if (running_mean.requires_grad or running_var.requires_grad) and torch.is_grad_enabled():
             return False
-        if training and way == KERNELS:  # inference tensors are updated in inference mode only
-            inference = torch.is_inference_mode_enabled()
-            if running_mean.is_inference() != inference or running_var.is_inference() != inference:
-                return False
+        # inference tensors are updated in inference mode only
+        inference = (
+            training and way == KERNELS and (running_mean.is_inference() or running_var.is_inference())
+        )
+        if inference and not torch.is_inference_mode_enabled():
+            return False
     elif running_mean is not None or running_var is not None:
         return False
     return batches is None or (
-        batches.device == device and batches.dtype == torch.int64 and batches.numel() == 1
+        batches.device == x.device and batches.dtype == torch.int64 and batches.numel() == 1
     )
 
 

@@ -9,25 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from ..dispatch import (
-    KERNEL_DTYPES,
-    KERNELS,
-    PLAIN,
-    TORCH,
-    TRITON,
-    known,
-    path,
-    refuse_dtensor,
-    transforming,
-)
-from .layernorm import _FLOATS, _HALVES, _autocasting
+from ..dispatch import TORCH, TRITON, path, refuse_dtensor
+from .arguments import as_float, in_order_of, needs_float, vectors_fit
 
 if TRITON:
     from ..autograd import groupnorm as autograd
     from ..kernels.layouts import dense
-    from ..kernels.plan import TooLarge
-
-_FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
 def group_norm(
@@ -64,46 +51,8 @@ def group_norm(
         or not vectors_fit(way, input, weight, bias)
     ):
         return _torch_group_norm(input, num_groups, weight, bias, eps)
-    y = by_kernels(way, input, num_groups, weight, bias, eps)
+    y = autograd.normalize(dense(input), weight, bias, (way, num_groups, eps))
     return _torch_group_norm(input, num_groups, weight, bias, eps) if y is None else y
-
-
-def by_kernels(
-    way: int, input: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float
-) -> Tensor | None:
-    """What the kernels make of arguments that fit, or None where they cannot after all."""
-    x = input if input.is_contiguous() else dense(input)
-    options = (way, groups, eps)
-    wanted = torch.is_grad_enabled() and (
-        x.requires_grad
-        or (weight is not None and weight.requires_grad)
-        or (bias is not None and bias.requires_grad)
-    )
-    try:
-        if not wanted:
-            return autograd.run(x, weight, bias, options)[0]
-        if way != KERNELS or not (x.is_inference() or (weight is not None and weight.is_inference())):
-            return autograd.apply(x, weight, bias, options)
-    except TooLarge:
-        pass
-    return None
-
-
-def vectors_fit(way: int, x: Tensor, *vectors: Tensor | None) -> bool:
-    """Whether the kernels can take these tensors of a value a channel. What they cannot take goes to torch,
-    which raises its own errors."""
-    channels, device = x.size(1), x.device
-    for t in vectors:
-        if t is not None and (
-            (type(t) not in PLAIN and (way == KERNELS or not known(t)))
-            or t.dim() != 1
-            or t.numel() != channels
-            or not t.is_contiguous()
-            or t.dtype not in KERNEL_DTYPES
-            or t.device != device
-        ):
-            return False
-    return True
 
 
 def _as_torch_takes_it(eps: Any) -> float:
@@ -119,23 +68,5 @@ def _torch_group_norm(
     refuse_dtensor(x, weight, bias)
     if not needs_float(x, weight, bias):
         return in_order_of(x, F.group_norm(x, groups, weight, bias, eps))
-    weight, bias = (t.float() if isinstance(t, Tensor) else t for t in (weight, bias))
-    return in_order_of(x, F.group_norm(x.float(), groups, weight, bias, eps).to(x.dtype))
-
-
-def needs_float(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> bool:
-    """Whether torch would give half precision another dtype, or take it with none of these parameters."""
-    if not isinstance(x, Tensor) or x.dtype not in _HALVES:
-        return False
-    dtypes = [t.dtype for t in (weight, bias) if isinstance(t, Tensor)]
-    mixed = any(d != x.dtype for d in dtypes) and all(d in _FLOATS for d in dtypes)
-    return mixed or _autocasting(x)
-
-
-def in_order_of(x: Tensor, y: Tensor) -> Tensor:
-    """y in x's memory format, which torch does not keep everywhere. vmap's tensors cannot be asked for
-    theirs."""
-    memory_format = _FORMATS.get(x.dim())
-    if memory_format is None or transforming() or x.layout is not torch.strided or x.is_contiguous():
-        return y
-    return y.contiguous(memory_format=memory_format) if x.is_contiguous(memory_format=memory_format) else y
+    y = F.group_norm(x.float(), groups, as_float(weight), as_float(bias), eps)
+    return in_order_of(x, y.to(x.dtype))

@@ -9,10 +9,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from ..dispatch import KERNELS, TORCH, path, refuse_dtensor
+from ..dispatch import KERNELS, TORCH, TRITON, path, refuse_dtensor
 from ..reference.batchnorm import wide
+from .arguments import as_float, in_order_of, needs_float, vectors_fit
 from .batchnorm import batch_norm
-from .groupnorm import by_kernels, in_order_of, needs_float, vectors_fit
+
+if TRITON:
+    from ..autograd import groupnorm as autograd
+    from ..kernels.layouts import dense
 
 
 def instance_norm(
@@ -52,7 +56,7 @@ def instance_norm(
             if running_mean is not None and eps >= 0.0:
                 return batch_norm(input, running_mean, running_var, weight, bias, False, momentum, eps)
         elif input.numel() != input.size(0) * input.size(1):  # one value a channel: torch's ValueError
-            y = by_kernels(way, input, input.size(1), weight, bias, eps)
+            y = autograd.normalize(dense(input), weight, bias, (way, input.size(1), eps))
             if y is not None:
                 if running_mean is not None and running_var is not None:
                     _track(input.detach(), running_mean, running_var, momentum)
@@ -116,6 +120,6 @@ def _torch_instance_norm(
     if not needs_float(x, weight, bias):
         y = F.instance_norm(x, running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
         return in_order_of(x, y)
-    weight, bias = (t.float() if isinstance(t, Tensor) else t for t in (weight, bias))
+    weight, bias = as_float(weight), as_float(bias)
     y = F.instance_norm(x.float(), running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
     return in_order_of(x, y.to(x.dtype))

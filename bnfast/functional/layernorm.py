@@ -11,13 +11,10 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from ..dispatch import KERNEL_DTYPES, KERNELS, PLAIN, TORCH, TRITON, path, refuse_dtensor
+from .arguments import as_float, needs_float
 
 if TRITON:
     from ..autograd import layernorm as autograd
-    from ..kernels.plan import TooLarge
-
-_HALVES = (torch.float16, torch.bfloat16)
-_FLOATS = (*_HALVES, torch.float32)
 
 
 def layer_norm(
@@ -44,21 +41,8 @@ def layer_norm(
     way = path(input)
     if way == TORCH or not _fits(way, input, normalized_shape, weight, bias):
         return _torch_layer_norm(input, normalized_shape, weight, bias, eps)
-    x = input if input.is_contiguous() else input.contiguous()
-    options = (way, len(normalized_shape), eps)
-    wanted = torch.is_grad_enabled() and (
-        x.requires_grad
-        or (weight is not None and weight.requires_grad)
-        or (bias is not None and bias.requires_grad)
-    )
-    try:
-        if not wanted:
-            return autograd.run(x, weight, bias, options, False)[0]
-        if way != KERNELS or not (x.is_inference() or (weight is not None and weight.is_inference())):
-            return autograd.apply(x, weight, bias, options)
-    except TooLarge:
-        pass
-    return _torch_layer_norm(input, normalized_shape, weight, bias, eps)
+    y = autograd.normalize(input.contiguous(), weight, bias, (way, len(normalized_shape), eps))
+    return _torch_layer_norm(input, normalized_shape, weight, bias, eps) if y is None else y
 
 
 def _as_torch_takes_it(eps: Any) -> float:
@@ -97,15 +81,6 @@ def _torch_layer_norm(
 ) -> Tensor:
     """torch's own layer_norm, in fp32 where its result would have another dtype than the kernels' has."""
     refuse_dtensor(x, weight, bias)
-    if isinstance(x, Tensor) and x.dtype in _HALVES:
-        dtypes = [t.dtype for t in (weight, bias) if isinstance(t, Tensor)]
-        mixed = any(d != x.dtype for d in dtypes) and all(d in _FLOATS for d in dtypes)
-        if mixed or _autocasting(x):
-            weight, bias = (t.float() if isinstance(t, Tensor) else t for t in (weight, bias))
-            return F.layer_norm(x.float(), shape, weight, bias, eps).to(x.dtype)
-    return F.layer_norm(x, shape, weight, bias, eps)
-
-
-def _autocasting(x: Tensor) -> bool:
-    kind = x.device.type
-    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    if not needs_float(x, weight, bias):
+        return F.layer_norm(x, shape, weight, bias, eps)
+    return F.layer_norm(x.float(), shape, as_float(weight), as_float(bias), eps).to(x.dtype)
