@@ -25,7 +25,7 @@ def version() -> str:
 setup(
     name="bnfast",
     version=version(),
-    description="Batch Normalization for PyTorch, fused into Triton kernels, as drop-in layers",
+    description="Normalization layers for PyTorch, fused into Triton kernels, as drop-ins",
     long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     author="the bnfast authors",

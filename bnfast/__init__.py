@@ -10,35 +10,9 @@
 CUDA tensors run the Triton kernels. Everything else runs plain torch, with the same results: `python -m
 bnfast info` says which and why."""
 
-from . import functional
-from .modules import (
-    BatchNorm1d,
-    BatchNorm2d,
-    BatchNorm3d,
-    BatchRenorm1d,
-    BatchRenorm2d,
-    BatchRenorm3d,
-    GroupNorm,
-    InstanceNorm1d,
-    InstanceNorm2d,
-    InstanceNorm3d,
-    LayerNorm,
-)
+from . import functional, modules
+from .modules import *  # noqa: F403
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "BatchNorm1d",
-    "BatchNorm2d",
-    "BatchNorm3d",
-    "BatchRenorm1d",
-    "BatchRenorm2d",
-    "BatchRenorm3d",
-    "GroupNorm",
-    "InstanceNorm1d",
-    "InstanceNorm2d",
-    "InstanceNorm3d",
-    "LayerNorm",
-    "functional",
-    "__version__",
-]
+__all__ = [*modules.__all__, "functional", "__version__"]

@@ -181,12 +181,18 @@ def batch_norm_backward(
 
 
 @triton.jit
+def slopes(rstd, sum_wg, sum_wgd, n):
+    """(k2, k3) of cells, from their sums of gamma * g and gamma * g * (x - p) over n values (Wu and He 2018):
+    dx = rstd * (gamma * g - sum_wg / n - (x - p) * rstd^2 * sum_wgd / n)."""
+    return -rstd * (rstd * (rstd * (sum_wgd / n))), -rstd * (sum_wg / n)
+
+
+@triton.jit
 def group_norm_backward(
     offs_cell, mask, sum_wg, sum_wgd, table_ptr, gradients_ptr, cells, count, ACC: tl.constexpr
 ):  # fmt: skip
-    """From the cells' sums of gamma * g and gamma * g * (x - p) over `count` values (Wu and He 2018):
-    dx = rstd * (gamma * g - sum_wg / n - (x - p) * rstd^2 * sum_wgd / n)."""
+    """Stores what `slopes` says of the cells."""
     rstd = tl.load(table_ptr + cells + offs_cell, mask=mask, other=0.0)
-    n = as_scalar(count, ACC)
-    tl.store(gradients_ptr + offs_cell, -rstd * (rstd * (rstd * (sum_wgd / n))), mask=mask)
-    tl.store(gradients_ptr + cells + offs_cell, -rstd * (sum_wg / n), mask=mask)
+    k2, k3 = slopes(rstd, sum_wg, sum_wgd, as_scalar(count, ACC))
+    tl.store(gradients_ptr + offs_cell, k2, mask=mask)
+    tl.store(gradients_ptr + cells + offs_cell, k3, mask=mask)

@@ -9,7 +9,7 @@ sizes are no powers of two is masked: it costs registers, not traffic."""
 import triton
 import triton.language as tl
 
-from .coefficients import load_or, reciprocal_std
+from .coefficients import load_or, reciprocal_std, slopes
 from .tiles import as_scalar
 
 SIZES = ["cells", "group", "inner_v", "in_sample"]
@@ -110,7 +110,7 @@ def group_norm_gradients_kernel(
     TILES: tl.constexpr,
 ):  # fmt: skip
     """sums, where given: [samples, 2, channels], what each sample adds to dgamma and dbeta. dx as in
-    coefficients.group_norm_backward."""
+    coefficients.slopes."""
     ACC: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
     ROWS: tl.constexpr = GROUPS * CHANNELS * SPAN
     first = tl.program_id(0) * GROUPS
@@ -148,8 +148,7 @@ def group_norm_gradients_kernel(
             channel_g = tl.zeros((GROUPS * CHANNELS,), ACC)
             channel_gd = tl.zeros((GROUPS * CHANNELS,), ACC)
     count = as_scalar(1.0, ACC) * group * inner_v * VEC
-    k2 = -rstd * (rstd * (rstd * (sum_wgd / count)))
-    k3 = -rstd * (sum_wg / count)
+    k2, k3 = slopes(rstd, sum_wg, sum_wgd, count)
     for k in tl.static_range(TILES):
         offs, mask, channel, cell = vectors(
             first, k, cells, group, inner_v, VEC, GROUPS, CHANNELS, SPAN, PIECES

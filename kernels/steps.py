@@ -89,8 +89,8 @@ class Sizes:
     groups: 0 where a cell is a channel over all samples; else a sample's cells, which are groups of channels.
     order, takes: names of the step's tensors, and of those that a kernel takes, each in its order."""
 
-    def __init__(self, x: Tensor, index: int, aligned: bool, groups: int = 0) -> None:
-        self.aligned, self.groups = aligned, groups
+    def __init__(self, x: Tensor, index: int, aligned: bool) -> None:
+        self.aligned, self.groups = aligned, 0
         self.n, self.c, self.s = x.shape[0], x.shape[1], prod(x.shape[2:])
         self.channels_last = is_channels_last(x)
         self._rest = (x.element_size(), self.channels_last, aligned, multiprocessors(index))

@@ -14,7 +14,6 @@ from torch.testing import assert_close
 
 import bnfast
 
-pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no distributed")
 RANKS = 2
 
 

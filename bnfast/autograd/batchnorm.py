@@ -15,17 +15,9 @@ from ..reference import batchnorm as reference
 from ..reference.batchrenorm import Limits
 from . import shared
 
-# dispatch.path's answer, training, cumulative, momentum, eps, Batch Renormalization's limits and guard, and
-# (running mean, running variance, batch counter)
-Options = tuple[
-    int,
-    bool,
-    bool,
-    float,
-    float,
-    tuple[Limits, bool] | None,
-    tuple[Tensor | None, Tensor | None, Tensor | None],
-]
+Buffers = tuple[Tensor | None, Tensor | None, Tensor | None]  # running mean and variance, batch counter
+# dispatch.path's answer, training, cumulative, momentum, eps, Batch Renormalization's limits and guard
+Options = tuple[int, bool, bool, float, float, tuple[Limits, bool] | None, Buffers]
 
 
 class BatchNorm(torch.autograd.Function):

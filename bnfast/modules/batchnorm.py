@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 
 from ..functional.batchnorm import counting_batch_norm
-from .drop_in import DropIn
+from .drop_in import DropIn, OptionalBias
 
 
-class _Kernels(DropIn, nn.modules.batchnorm._BatchNorm):
+class _Kernels(DropIn, OptionalBias, nn.modules.batchnorm._BatchNorm):
     """What the three share. Everything but the forward is inherited: state_dict, buffers, repr, dimension
     checks.
     """
@@ -29,17 +29,8 @@ class _Kernels(DropIn, nn.modules.batchnorm._BatchNorm):
         *,
         bias: bool = True,
     ) -> None:
-        # torch has had the argument since 2.13; before, a layer without a bias is one that has lost it
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype)
-        if affine and not bias:
-            self.register_parameter("bias", None)
-
-    def reset_parameters(self) -> None:
-        self.reset_running_stats()
-        if self.affine:
-            nn.init.ones_(self.weight)
-            if self.bias is not None:
-                nn.init.zeros_(self.bias)
+        self._without_bias(unless=bias)
 
     def forward(self, input: Tensor) -> Tensor:
         """input: [N, C, *] -> the same shape, dtype and memory format. See bnfast.functional.batch_norm."""

@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 
 from ..functional.batchrenorm import scheduled_batch_renorm
-from .drop_in import DropIn
+from .drop_in import DropIn, OptionalBias
 
 
-class _BatchRenorm(DropIn, nn.modules.batchnorm._BatchNorm):
+class _BatchRenorm(DropIn, OptionalBias, nn.modules.batchnorm._BatchNorm):
     """Batch Renormalization (Ioffe 2017, arXiv 1702.03275, algorithm 1): training normalizes with the batch's
     statistics, corrected towards the running ones, so that training and eval compute the same as far as the
     limits allow. For small and for not identically distributed batches.
@@ -70,17 +70,9 @@ class _BatchRenorm(DropIn, nn.modules.batchnorm._BatchNorm):
                 f"{warmup_steps}, {r_max_steps}, {d_max_steps}"
             )
         super().__init__(num_features, eps, momentum, affine, True, device=device, dtype=dtype)
-        if affine and not bias:
-            self.register_parameter("bias", None)
+        self._without_bias(unless=bias)
         self.r_max, self.d_max, self.warmup_steps = r_max, d_max, warmup_steps
         self.r_max_steps, self.d_max_steps, self.skip_nonfinite = r_max_steps, d_max_steps, skip_nonfinite
-
-    def reset_parameters(self) -> None:
-        self.reset_running_stats()
-        if self.affine:
-            nn.init.ones_(self.weight)
-            if self.bias is not None:
-                nn.init.zeros_(self.bias)
 
     def reset_schedule(self) -> None:
         """Starts the schedule of the limits anew: sets num_batches_tracked to 0, and nothing else."""

@@ -41,6 +41,22 @@ class DropIn(nn.Module):
         return module
 
 
+class OptionalBias:
+    """torch's layers have had `bias=False` since 2.13; before, one without a bias is one that has lost it."""
+
+    def _without_bias(self: Any, unless: bool) -> None:
+        if self.weight is not None and not unless:
+            self.register_parameter("bias", None)
+
+    def reset_parameters(self: Any) -> None:
+        if hasattr(self, "reset_running_stats"):
+            self.reset_running_stats()
+        if self.weight is not None:
+            nn.init.ones_(self.weight)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+
 def _ours(cls: type) -> bool:
     """Whether a class is one of bnfast's layers, and not somebody's subclass."""
     return cls.__module__.rpartition(".")[0] == __package__

@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 
 from ..functional.groupnorm import group_norm
-from .drop_in import DropIn
+from .drop_in import DropIn, OptionalBias
 
 
-class GroupNorm(DropIn, nn.GroupNorm):
+class GroupNorm(DropIn, OptionalBias, nn.GroupNorm):
     """torch.nn.GroupNorm on bnfast's kernels. input: [N, C, *], contiguous, channels_last or
     channels_last_3d."""
 
@@ -27,16 +27,8 @@ class GroupNorm(DropIn, nn.GroupNorm):
         *,
         bias: bool = True,
     ) -> None:
-        # torch has had the argument since 2.13; before, a layer without a bias is one that has lost it
         super().__init__(num_groups, num_channels, eps, affine, device, dtype)
-        if affine and not bias:
-            self.register_parameter("bias", None)
-
-    def reset_parameters(self) -> None:
-        if self.affine:
-            nn.init.ones_(self.weight)
-            if self.bias is not None:
-                nn.init.zeros_(self.bias)
+        self._without_bias(unless=bias)
 
     def forward(self, input: Tensor) -> Tensor:
         """input: [N, C, *] -> the same shape, dtype and memory format. See bnfast.functional.group_norm."""

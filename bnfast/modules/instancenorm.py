@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 
 from ..functional.instancenorm import instance_norm
-from .drop_in import DropIn
+from .drop_in import DropIn, OptionalBias
 
 
-class _Kernels(DropIn, nn.modules.instancenorm._InstanceNorm):
+class _Kernels(DropIn, OptionalBias, nn.modules.instancenorm._InstanceNorm):
     """What the three share. Checks of the input, and the dimension that an unbatched one lacks, are
     inherited."""
 
@@ -28,17 +28,8 @@ class _Kernels(DropIn, nn.modules.instancenorm._InstanceNorm):
         *,
         bias: bool = True,
     ) -> None:
-        # torch has had the argument since 2.13; before, a layer without a bias is one that has lost it
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)  # type: ignore[arg-type]
-        if affine and not bias:
-            self.register_parameter("bias", None)
-
-    def reset_parameters(self) -> None:
-        self.reset_running_stats()
-        if self.affine:
-            nn.init.ones_(self.weight)
-            if self.bias is not None:
-                nn.init.zeros_(self.bias)
+        self._without_bias(unless=bias)
 
     def forward(self, input: Tensor) -> Tensor:
         """input: [N, C, *] or [C, *] -> the same shape, dtype and memory format. See

@@ -6,7 +6,8 @@ from __future__ import annotations
 import pytest
 
 from bnfast.kernels import cell_plan, one_read
-from tests.static.test_kernels_static import check_code, compiled, variants
+from tests.static.test_kernels_static import check_code, variants
+from tests.support.compiled import compiled
 from tests.support.kernel_cases import ITEMSIZES, Shape, call
 from tests.support.sass import compile_kernel
 
@@ -52,14 +53,16 @@ def test_other_targets(kind: str, shape: Shape, dtype: str, target: str) -> None
     assert compiled(call(kind, shape, dtype), target).spills == 0
 
 
-@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
-@pytest.mark.parametrize("inputs", [1, 2])
-@pytest.mark.parametrize("size", HELD, ids=str)
-def test_held_cells(size: tuple[int, int, int, int], inputs: int, dtype: str) -> None:
+def held() -> list[tuple[cell_plan.CellSweep, int, str]]:
+    """What of HELD a program holds, forward (1) and backward (2); the rest is swept twice."""
+    cases = [(size, inputs, dtype) for size in HELD for inputs in (1, 2) for dtype in ("bf16", "fp32")]
+    sweeps = [(cell_plan.cell_sweep(*s, ITEMSIZES[d], True, i), i, d) for s, i, d in cases]
+    return [(sweep, inputs, dtype) for sweep, inputs, dtype in sweeps if sweep is not None]
+
+
+@pytest.mark.parametrize(("sweep", "inputs", "dtype"), held(), ids=str)
+def test_held_cells(sweep: cell_plan.CellSweep, inputs: int, dtype: str) -> None:
     """All that a program holds is loaded before any of it is used, in whole vectors where sizes allow it."""
-    sweep = cell_plan.cell_sweep(*size, ITEMSIZES[dtype], True, inputs)
-    if sweep is None:
-        pytest.skip("swept twice")
     kernel = one_read.group_norm_kernel if inputs == 1 else one_read.group_norm_gradients_kernel
     names = ("VEC", "GROUPS", "CHANNELS", "SPAN", "PIECES", "TILES")
     constexprs = dict(zip(names, sweep.constants, strict=True))

@@ -6,14 +6,14 @@ No GPU is involved. Shapes that compile to the same code are compiled once.
 
 from __future__ import annotations
 
-import functools
 import itertools
 
 import pytest
 
 from bnfast.kernels import plan
+from tests.support.compiled import compiled
 from tests.support.kernel_cases import ITEMSIZES, KINDS, Call, Shape, call
-from tests.support.sass import Report, bytes_in_flight_per_sm, compile_kernel
+from tests.support.sass import Report, bytes_in_flight_per_sm
 
 pytestmark = pytest.mark.static
 
@@ -46,29 +46,6 @@ FILLS = 8 * SMS * 48 * 1024
 
 def resnet(dtype: str) -> list[Shape]:
     return [Shape(n, c, hw * hw, last) for n in BATCHES for c, hw in RESNET50 for last in (True, False)]
-
-
-@functools.cache
-def _compiled(variant: tuple[object, ...], target: str) -> Report:
-    c = _calls[variant]
-    amd = target == "gfx942"  # warps of 64 threads, no register limit to ask for
-    return compile_kernel(
-        c.kernel,
-        c.signature,
-        c.constexprs,
-        aligned=c.aligned,
-        target=target,
-        num_warps=max(1, c.sweep.warps // (2 if amd else 1)),
-        **({} if amd else {"maxnreg": c.sweep.registers}),
-    )
-
-
-_calls: dict[tuple[object, ...], Call] = {}
-
-
-def compiled(c: Call, target: str = "sm_90") -> Report:
-    _calls[c.variant] = c
-    return _compiled(c.variant, target)
 
 
 def variants(shapes: list[Shape], dtypes: tuple[str, ...]) -> list[tuple[str, Shape, str]]:

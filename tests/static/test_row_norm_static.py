@@ -5,13 +5,12 @@ No GPU is involved. Shapes that compile to the same code are compiled once.
 
 from __future__ import annotations
 
-import functools
-
 import pytest
 
 from bnfast.kernels import row_norm, row_plan
-from tests.support.row_cases import ITEMSIZES, SMS, Call, call, sized
-from tests.support.sass import Report, bytes_in_flight_per_sm, compile_kernel
+from tests.support.compiled import compiled
+from tests.support.row_cases import ITEMSIZES, SMS, call, sized
+from tests.support.sass import bytes_in_flight_per_sm
 
 pytestmark = pytest.mark.static
 
@@ -20,29 +19,6 @@ ROWS = 65536
 WIDTHS = (64, 256, 384, 512, 768, 1000, 1024, 1280, 1536, 2048, 3072, 4096, 5120, 8192, 12288, 16384, 28672)
 OTHER_WIDTHS = {"fp16": (768, 4096), "fp32": (256, 768, 1024, 8192, 16384), "fp64": (256, 768, 4096, 8192)}
 LONG = {"bf16": 50000, "fp32": 20000, "fp64": 16384}
-
-
-@functools.cache
-def _compiled(variant: tuple[object, ...], target: str) -> Report:
-    c = _calls[variant]
-    amd = target == "gfx942"  # warps of 64 threads, no register limit to ask for
-    return compile_kernel(
-        c.kernel,
-        c.signature,
-        c.constexprs,
-        aligned=c.aligned,
-        target=target,
-        num_warps=max(1, c.sweep.warps // (2 if amd else 1)),
-        **({} if amd else {"maxnreg": c.sweep.registers}),
-    )
-
-
-_calls: dict[tuple[object, ...], Call] = {}
-
-
-def compiled(c: Call, target: str = "sm_90") -> Report:
-    _calls[c.variant] = c
-    return _compiled(c.variant, target)
 
 
 def distinct(cases: list[tuple[str, int, str]]) -> list[tuple[str, int, str]]:
