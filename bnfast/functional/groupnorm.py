@@ -38,6 +38,8 @@ def group_norm(
         return handle_torch_function(
             group_norm, (input, weight, bias), input, num_groups, weight=weight, bias=bias, eps=eps
         )
+    if not isinstance(input, Tensor):  # torch's error
+        return F.group_norm(input, num_groups, weight, bias, eps)
     if type(eps) is not float:
         eps = _as_torch_takes_it(eps)
     way = path(input)

@@ -47,6 +47,8 @@ def instance_norm(
             running_mean=running_mean, running_var=running_var, weight=weight, bias=bias,
             use_input_stats=use_input_stats, momentum=momentum, eps=eps,
         )  # fmt: skip
+    if not isinstance(input, Tensor):  # torch's error
+        return F.instance_norm(input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
     if type(momentum) is not float or type(eps) is not float or type(use_input_stats) is not bool:
         momentum, eps = _as_torch_takes_them(use_input_stats, momentum, eps)
     way = path(input)
