@@ -125,6 +125,9 @@ class Launch:
             self._bound = (compiled.run, self._grid, function, metadata, self._pick, self._tail)
 
 
+KEPT = (
+    1 << 22
+)  # values: a step over x as it should be hands over some 1e5; tiny samples in great number, more
 _workspaces: dict[tuple[int, int, torch.dtype], tuple[Tensor, Tensor]] = {}
 
 
@@ -136,10 +139,9 @@ def workspace(
 
     Launches on one stream do not overlap, so one workspace serves them all, whichever host thread they come
     from. A captured graph may be replayed on any stream, beside anything: it gets its own, zeroed in it, as
-    does a caller that asks for its `own`."""
-    if (
-        own or INTERPRET or is_capturing()
-    ):  # in the interpreter, a program that fails would leave a cached one dirty
+    does a caller that asks for its `own`, and one whose workspace is too large to keep."""
+    # in the interpreter, a program that fails would leave a kept one dirty
+    if own or partials > KEPT or INTERPRET or is_capturing():
         return seed.new_empty(partials), torch.zeros(blocks, dtype=torch.int32, device=seed.device)
     cached = _workspaces.get((index, stream, seed.dtype))
     if cached is None or cached[0].numel() < partials or cached[1].numel() < blocks:

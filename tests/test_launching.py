@@ -111,7 +111,7 @@ def test_operators_never_use_the_cached_workspace(kind: str, asked: list[bool]) 
 
 
 def test_workspaces(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One a stream, grown but never shrunk; one's own is in no table; all counters start at 0."""
+    """One a stream, grown but never shrunk; one's own, and a large one, is in no table; all counters start at 0."""
     monkeypatch.setattr(launch, "INTERPRET", False)
     monkeypatch.setattr(launch, "is_capturing", lambda: False)
     monkeypatch.setattr(launch, "_workspaces", {})
@@ -132,6 +132,9 @@ def test_workspaces(monkeypatch: pytest.MonkeyPatch) -> None:
     assert get(1)[1] is first[1]
     large = get(1, partials=100_000)
     assert get(1, blocks=5000)[0].numel() >= large[0].numel()
+    too_large = get(1, partials=launch.KEPT + 1)
+    assert get(1, partials=launch.KEPT + 1)[1] is not too_large[1]
+    assert get(1)[0].numel() == large[0].numel()
     monkeypatch.setattr(launch, "is_capturing", lambda: True)
     assert get(1)[1] is not get(1)[1]
 
