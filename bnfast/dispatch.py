@@ -125,7 +125,8 @@ def path(x: torch.Tensor) -> int:
         watched = torch._C._len_torch_dispatch_stack() > 0
     else:
         suitable, watched = reason_for_torch(x) is None, True
-    if not suitable or transforming() or x.numel() == 0:
+    transformed = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    if not suitable or transformed or x.numel() == 0:
         return TORCH
     return OPERATORS if watched else KERNELS
 

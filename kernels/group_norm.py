@@ -64,7 +64,7 @@ def forward(
     given = (x, weight, bias)
     addresses = [None if t is None else t.data_ptr() for t in given]
     dtypes = [None if t is None else t.dtype for t in given]
-    step = step_for(_forward, x, index, addresses[:1], groups, *dtypes)
+    step = step_for(_forward, x, index, addresses[0], groups, *dtypes)
     y = torch.empty_like(x)
     cells = x.shape[0] * groups
     table = step.seed.new_empty_strided((2, cells), (cells, 1))
@@ -138,7 +138,8 @@ def backward(
     addresses = [None if t is None else t.data_ptr() for t in given]
     dtypes = (dy.dtype, None if weight is None else weight.dtype, weight_dtype, bias_dtype)
     wanted = (need_dx, dweight is not None)
-    step = step_for(_backward, x, index, (addresses[0], addresses[1], addresses[4]), groups, *wanted, dtypes)
+    vectors = x.data_ptr() | dy.data_ptr() | table.data_ptr()
+    step = step_for(_backward, x, index, vectors, groups, *wanted, dtypes)
     sums = None if step.parameters is None else table.new_empty((n, 2, c))
     partials = counters = gradients = None
     if not step.held:

@@ -105,7 +105,7 @@ def forward(
     bias_at, bias_dtype = (None, None) if bias is None else (bias.data_ptr(), bias.dtype)
     aligned = ((weight_at or 0) | (bias_at or 0)) % VECTOR_BYTES == 0
     step = step_for(
-        _forward, x, index, (x_at,), dims, keep, aligned, weight_dtype, bias_dtype, sizes=RowSizes
+        _forward, x, index, x_at, dims, keep, aligned, weight_dtype, bias_dtype, sizes=RowSizes
     )  # fmt: skip
     y = torch.empty_like(x)
     table = step.seed.new_empty_strided((2, step.rows), (step.rows, 1)) if keep else step.seed
@@ -137,8 +137,9 @@ def backward(
     dbias = None if bias_dtype is None else table.new_empty(shape, dtype=bias_dtype)
     given = (x, dy, dx, dweight, dbias, table, weight)
     addresses = [None if t is None else t.data_ptr() for t in given]
+    vectors = x.data_ptr() | dy.data_ptr() | table.data_ptr()
     step = step_for(
-        _backward, x, index, addresses[:3], dims, need_dx, dweight is not None, dbias is not None,
+        _backward, x, index, vectors, dims, need_dx, dweight is not None, dbias is not None,
         (addresses[6] or 0) % VECTOR_BYTES == 0, dy.dtype, weight_dtype, bias_dtype,
         None if weight is None else weight.dtype, sizes=RowSizes,
     )  # fmt: skip

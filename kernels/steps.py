@@ -4,7 +4,7 @@ signature, so that a call is a lookup, a few allocations and the launches."""
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
@@ -56,18 +56,14 @@ def step_for(
     make: Callable[..., Any],
     x: Tensor,
     index: int,
-    addresses: Sequence[int | None],
+    addresses: int,
     *rest: Any,
     sizes: Callable[[Tensor, int, bool], Any] | None = None,
 ) -> Any:
     """The step for this signature, from `make(sizes, *rest)` the first time. addresses: of the caller's
-    tensors that the kernels load in vectors. rest: dtypes and flags that the compiled kernels depend on.
-    sizes: how the plans see x; None: as Sizes."""
-    joined = 0
-    for address in addresses:
-        if address is not None:
-            joined |= address
-    aligned = joined % plan.VECTOR_BYTES == 0
+    tensors that the kernels load in vectors, or-ed. rest: dtypes and flags that the compiled kernels depend
+    on. sizes: how the plans see x; None: as Sizes."""
+    aligned = addresses % plan.VECTOR_BYTES == 0
     key = (make, x.shape, x.is_contiguous(), x.dtype, index, aligned, rest)  # x is dense: see layouts.py
     step = _steps.get(key)
     if step is None:

@@ -111,7 +111,7 @@ def test_operators_never_use_the_cached_workspace(kind: str, asked: list[bool]) 
 
 
 def test_workspaces(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One a stream, grown but never shrunk; one's own, and a large one, is in no table; all counters start at 0."""
+    """One a stream, grown, never shrunk; one's own and a large one are in no table; counters begin at 0."""
     monkeypatch.setattr(launch, "INTERPRET", False)
     monkeypatch.setattr(launch, "is_capturing", lambda: False)
     monkeypatch.setattr(launch, "_workspaces", {})
