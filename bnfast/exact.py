@@ -54,19 +54,22 @@ class Exact:
     drift: Tensor  # what the mean's rounding does to sum_gx
     count: float  # values a cell
     batch: bool  # whether mean and variance are those of x, and not given
+    rounded: bool = True  # whether y is computed from a mean that has been stored
+    offset: Tensor | float = 0.0  # what x - mean is computed about: all of the above is of x - offset
 
     @property
     def spread(self) -> Tensor:
-        """How much of x - mean, in standard deviations, a relative error of the mean can come to: a mean is
-        kept in the accumulating type, so its rounding is nobody's fault."""
-        return _spread(self.mean, self.rstd, self.batch)
+        """What an error of one unit in each of x and the mean comes to in xhat. A mean is kept in the
+        accumulating type, so its rounding is nobody's fault."""
+        return _spread(self.mean + self.offset, self.variance, self.rstd, self.batch)
 
     def xhat(self, x: Tensor) -> Tensor:
-        return (x.double() - self.mean) * self.rstd
+        return (x.double() - self.offset - self.mean) * self.rstd
 
     def y(self, x: Tensor) -> Value:
         xhat = self.xhat(x)
-        scale = self.weight.abs() * (xhat.abs() + self.spread) + self.bias.abs()
+        spread = self.spread if self.rounded else self.variance.sqrt() * self.rstd
+        scale = self.weight.abs() * (xhat.abs() + spread) + self.bias.abs()
         return self.weight * xhat + self.bias, scale
 
     def dx(self, x: Tensor, dy: Tensor) -> Value:
@@ -75,7 +78,8 @@ class Exact:
             return self.rstd * h, self.rstd * h.abs()
         xhat = self.xhat(x)
         value = self.rstd * (h - self.mean_h - xhat * self.mean_hx)
-        return value, self.rstd * (h.abs() + (1 + xhat.abs()) * self.size_h * self.spread)
+        moved = self.spread.clamp_min(1) + xhat.abs() * self.spread  # by the rounding of both means
+        return value, self.rstd * (h.abs() + self.size_h * moved)
 
     def dweight(self) -> Value:
         """[channels], like the next one."""
@@ -98,8 +102,12 @@ class Exact:
         }
 
 
-def _spread(mean: Tensor, rstd: Tensor, batch: bool) -> Tensor:
-    return 1 + mean.abs() * rstd * batch
+def _sum(t: Tensor, dims: tuple[int, ...]) -> Tensor:
+    return t.sum(dims, keepdim=True) if dims else t  # a sum over no dimensions would be one over all of them
+
+
+def _spread(mean: Tensor, variance: Tensor, rstd: Tensor, batch: bool) -> Tensor:
+    return (variance.sqrt() + mean.abs() * batch) * rstd
 
 
 def normalization(
@@ -110,6 +118,8 @@ def normalization(
     bias: Tensor | None,
     eps: float,
     fixed: tuple[Tensor, Tensor] | None = None,
+    rounded: bool = True,
+    offset: Tensor | float = 0.0,
 ) -> Exact:
     """cell, channel: the dimensions that values of one cell, and those of one parameter, extend over. fixed:
     mean and variance, where they are not the batch's. Every chunk holds a part of each cell: sums over
@@ -119,8 +129,7 @@ def normalization(
     def total(terms: Callable[[Tensor, Tensor], tuple[Tensor, ...]], dims: tuple[int, ...]) -> list[Tensor]:
         sums: list[Tensor] = []
         for x, dy in pairs():
-            # a sum over no dimensions at all would be one over every one of them
-            found = [t.sum(dims, keepdim=True) if dims else t for t in terms(x.double(), dy.double())]
+            found = [_sum(t, dims) for t in terms(x.double() - offset, dy.double())]
             sums = [a + b for a, b in zip(sums, found, strict=True)] if sums else found
         return sums
 
@@ -146,12 +155,13 @@ def normalization(
     mean_h, mean_hx, squares_h = (
         t.sum(cell, keepdim=True) / count for t in (weight * g, weight * gx, weight.square() * squares_g)
     )
-    drift = g.abs() * _spread(mean, rstd, fixed is None)
-    by_parameter = (t.sum(channel, keepdim=True) for t in (g, gx, squares_g, squares_gx, drift))
+    drift = g.abs() * _spread(mean + offset, variance, rstd, fixed is None)
+    by_parameter = (_sum(t, channel) for t in (g, gx, squares_g, squares_gx, drift))
     sum_g, sum_gx, sum_squares_g, sum_squares_gx, drift = by_parameter
     return Exact(
         mean, variance, rstd, weight, bias, mean_h, mean_hx, squares_h.sqrt(),
         sum_g, sum_gx, sum_squares_g.sqrt(), sum_squares_gx.sqrt(), drift, count, fixed is None,
+        rounded, offset,
     )  # fmt: skip
 
 
@@ -190,6 +200,24 @@ def group_norm(
     e = normalization(lambda: [(x, dy)], cell, channel, gamma, beta, eps)
     y, dx = (tuple(t.expand(x.shape).flatten(1, 2) for t in pair) for pair in (e.y(x), e.dx(x, dy)))
     return {"y": (y[0], y[1]), "dx": (dx[0], dx[1]), "dweight": e.dweight(), "dbias": e.dbias()}
+
+
+def layer_norm(
+    x: Tensor, dy: Tensor, dims: int, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> dict[str, Value]:
+    """LayerNorm of x over its last `dims` dimensions, which are weight's and bias': y, dx, dweight, dbias.
+    A row's mean never leaves the program that normalizes the row, so it is not rounded for y."""
+    rest = x.dim() - dims
+    shape = x.shape[rest:]
+    gamma, beta = (None if v is None else v.double().view(*[1] * rest, *shape) for v in (weight, bias))
+    first = x.double().flatten(rest)[..., :1].view(*x.shape[:rest], *[1] * dims)
+    rows = tuple(range(rest))
+    pairs = [(x, dy)]
+    e = normalization(lambda: pairs, tuple(range(rest, x.dim())), rows, gamma, beta, eps, None, False, first)
+    (y, y_scale), dx = e.y(x), e.dx(x, dy)
+    vectors = {"dweight": e.dweight(), "dbias": e.dbias()}
+    shaped = {name: (value.view(shape), scale.view(shape)) for name, (value, scale) in vectors.items()}
+    return {"y": (y, y_scale.expand(x.shape)), "dx": dx, **shaped}
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:
