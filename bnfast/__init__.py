@@ -11,8 +11,9 @@ CUDA tensors run the Triton kernels. Everything else runs plain torch, with the 
 bnfast info` says which and why."""
 
 from . import functional, modules
+from .activation import Activation
 from .modules import *  # noqa: F403
 
 __version__ = "0.1.0"
 
-__all__ = [*modules.__all__, "functional", "__version__"]
+__all__ = [*modules.__all__, "Activation", "functional", "__version__"]

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from . import plan
+from .fused import NOTHING, Fused, Gradients, address
 from .gradients import gradient_sums_kernel, gradient_transform_kernel
 from .launch import workspace
 from .layouts import dense, dense_like
@@ -22,15 +23,16 @@ from .transform import transform_kernel
 # Batch Renormalization: ((r_max, d_max, warmup, r_steps, d_steps), guarded), see renorm.py
 Renorm = tuple[tuple[float, float, float, float, float], bool]
 _NO_LIMITS: Renorm = ((0.0,) * 5, False)
-_FORWARD = "x weight bias running_mean running_var batches y table partials arrivals none"
-_INFERENCE = "x weight bias running_mean running_var y table none"
-_BACKWARD = "x dy dx dweight dbias table partials arrivals gradients none"
+_FORWARD = "x weight bias running_mean running_var batches y table partials arrivals z signs none"
+_INFERENCE = "x weight bias running_mean running_var y table z signs none"
+_BACKWARD = "x dy dx dweight dbias table z signs dz partials arrivals gradients none"
 
 
-def _train(sizes: Sizes, cumulative: bool, renorm: bool, guarded: bool, *dtypes: Any) -> Step:
-    transform = sizes.mapping(
-        transform_kernel, 1, _FORWARD, "x y table none none none none batches", plan.TABLE, True
-    )
+def _train(
+    sizes: Sizes, cumulative: bool, renorm: bool, guarded: bool, name: str, parameter: float, *rest: Any
+) -> Step:
+    takes = "x y table none none none none batches z signs"
+    transform = sizes.mapping(transform_kernel, 1, _FORWARD, takes, plan.TABLE, True, name, parameter)
     # read by the first, for the cumulative average and Batch Renorm's schedule, counted by the second
     batches = "batches" if cumulative or renorm else "none"
     takes = f"x partials arrivals table weight bias running_mean running_var {batches}"
@@ -38,43 +40,52 @@ def _train(sizes: Sizes, cumulative: bool, renorm: bool, guarded: bool, *dtypes:
     return sizes.reducing(statistics_kernel, 1, _FORWARD, takes, norm, cumulative, guarded, then=transform)
 
 
-def _eval(sizes: Sizes, keep: bool, *dtypes: Any) -> Step:
-    takes = f"x y {'table' if keep else 'none'} weight bias running_mean running_var none"
-    transform = sizes.mapping(transform_kernel, 1, _INFERENCE, takes, plan.STATISTICS, True)
+def _eval(sizes: Sizes, keep: bool, name: str, parameter: float, *rest: Any) -> Step:
+    takes = f"x y {'table' if keep else 'none'} weight bias running_mean running_var none z signs"
+    flags = (plan.STATISTICS, True, name, parameter)
+    transform = sizes.mapping(transform_kernel, 1, _INFERENCE, takes, *flags)
     return Step(transform, transform, sizes.seed)
 
 
 def _scale(sizes: Sizes, *dtypes: Any) -> Step:
-    transform = sizes.mapping(
-        transform_kernel, 1, _BACKWARD, "dy dx table none none none none none", plan.TABLE, False
-    )
+    takes = "dy dx table none none none none none none none"
+    transform = sizes.mapping(transform_kernel, 1, _BACKWARD, takes, plan.TABLE, False, *NOTHING[:2])
     return Step(transform, transform, sizes.seed)
 
 
-def _gradients(sizes: Sizes, training: bool, renorm: bool, need_dx: bool, *dtypes: Any) -> Step:
+def _gradients(
+    sizes: Sizes, training: bool, renorm: bool, need_dx: bool, name: str, parameter: float, residual: bool,
+    *rest: Any,
+) -> Step:  # fmt: skip
     swept, gradients = ("none", "gradients" if need_dx else "none") if training else ("dx", "none")
-    takes = f"dy x {swept} partials arrivals table {gradients} dweight dbias none none"
+    takes = f"dy x {swept} partials arrivals table {gradients} dweight dbias none none none z signs dz"
     transform = None
     if training and need_dx:
+        first, *after = ("dz", *NOTHING[:2]) if residual else ("dy", name, parameter)
         transform = sizes.mapping(
-            gradient_transform_kernel, 2, _BACKWARD, "dy x dx table gradients none", plan.BATCH
-        )
+            gradient_transform_kernel, 2, _BACKWARD, f"{first} x dx table gradients none none", plan.BATCH,
+            *after,
+        )  # fmt: skip
     norm = plan.RENORM if renorm else plan.BATCH
-    return sizes.reducing(gradient_sums_kernel, 2, _BACKWARD, takes, norm, then=transform)
+    return sizes.reducing(
+        gradient_sums_kernel, 2, _BACKWARD, takes, norm, name, parameter, then=transform
+    )  # fmt: skip
 
 
 def forward(
     x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None,
     running_mean: torch.Tensor | None, running_var: torch.Tensor | None, batches: torch.Tensor | None,
     cumulative: bool, momentum: float, eps: float, own: bool = False, renorm: Renorm | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    """Training: -> (y, table [4, C], [6, C] for Batch Renormalization). Updates the running statistics and
-    the batch counter in place. Two launches."""
+    after: Fused = NOTHING,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:  # fmt: skip
+    """Training: -> (y, table [4, C], [6, C] for Batch Renormalization, signs if there are any). Updates the
+    running statistics and the batch counter in place. Two launches."""
     index, stream, elsewhere = where(x)
     if elsewhere:
         with torch.cuda.device(x.device):
             return forward(
-                x, weight, bias, running_mean, running_var, batches, cumulative, momentum, eps, own, renorm
+                x, weight, bias, running_mean, running_var, batches, cumulative, momentum, eps, own, renorm,
+                after,
             )  # fmt: skip
     # on the path of every call, so one by one: a comprehension costs a third of a microsecond
     x_at = x.data_ptr()
@@ -86,74 +97,92 @@ def forward(
     var_at, var_type = (None, None) if running_var is None else (running_var.data_ptr(), running_var.dtype)
     batches_at = None if batches is None else batches.data_ptr()
     limits, guarded = renorm or _NO_LIMITS
+    z = signs = z_at = signs_at = None
+    vectors = x_at
+    if after is not NOTHING:
+        z, signs = after.residual(x)
+        z_at, signs_at = address(z), address(signs)
+        vectors |= z_at or 0
     step = step_for(
-        _train, x, index, x_at, cumulative, renorm is not None, guarded, weight_type, bias_type, mean_type,
-        var_type, batches is None,
+        _train, x, index, vectors, cumulative, renorm is not None, guarded, after[0], after[1], weight_type,
+        bias_type, mean_type, var_type, batches is None, z is None, signs is None,
     )  # fmt: skip
     y = torch.empty_like(x)
     channels = x.shape[1]
     rows = 4 if renorm is None else 6
     table = step.seed.new_empty_strided((rows, channels), (channels, 1))  # half of new_empty's host time
     partials, counters = workspace(index, stream, step.seed, step.partials, step.counters, own)
-    tensors = (x, weight, bias, running_mean, running_var, batches, y, table, partials, counters, None)
+    tensors = (
+        x, weight, bias, running_mean, running_var, batches, y, table, partials, counters, z, signs, None
+    )  # fmt: skip
     addresses = (
         x_at, weight_at, bias_at, mean_at, var_at, batches_at,
-        y.data_ptr(), table.data_ptr(), partials.data_ptr(), counters.data_ptr(), None,
+        y.data_ptr(), table.data_ptr(), partials.data_ptr(), counters.data_ptr(), z_at, signs_at, None,
     )  # fmt: skip
     step.first(stream, tensors, addresses, eps, momentum, *limits)
     step.second(stream, tensors, addresses, eps)
-    return y, table
+    return y, table, signs
 
 
 def inference(
     x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None,
-    running_mean: torch.Tensor, running_var: torch.Tensor, eps: float, keep: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    """Eval: -> (y, table [4, C] if `keep`, for a backward, else an empty one). One launch."""
+    running_mean: torch.Tensor, running_var: torch.Tensor, eps: float, keep: bool, after: Fused = NOTHING,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:  # fmt: skip
+    """Eval: -> (y, table [4, C] if `keep`, for a backward, else an empty one, signs if any). One launch."""
     index, stream, elsewhere = where(x)
     if elsewhere:
         with torch.cuda.device(x.device):
-            return inference(x, weight, bias, running_mean, running_var, eps, keep)
+            return inference(x, weight, bias, running_mean, running_var, eps, keep, after)
+    z, signs = after.residual(x)
     given = (x, weight, bias, running_mean, running_var)
-    addresses = [None if t is None else t.data_ptr() for t in given]
+    addresses = [address(t) for t in given]
     dtypes = [None if t is None else t.dtype for t in given]
-    step = step_for(_eval, x, index, addresses[0], keep, *dtypes)
+    vectors = x.data_ptr() | (address(z) or 0)
+    step = step_for(_eval, x, index, vectors, keep, after[0], after[1], z is None, signs is None, *dtypes)
     y = torch.empty_like(x)
     table = step.seed.new_empty((4, x.shape[1]) if keep else 0)
-    tensors = (*given, y, table, None)
-    addresses += (y.data_ptr(), table.data_ptr(), None)
+    tensors = (*given, y, table, z, signs, None)
+    addresses += (y.data_ptr(), table.data_ptr(), address(z), address(signs), None)
     step.first(stream, tensors, addresses, eps)
-    return y, table
+    return y, table, signs
 
 
 def backward(
     x: torch.Tensor, dy: torch.Tensor, table: torch.Tensor, training: bool,
     need_dx: bool, weight_dtype: torch.dtype | None, bias_dtype: torch.dtype | None, own: bool = False,
-) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:  # fmt: skip
-    """-> (dx, dweight, dbias), None where not wanted (a dtype of None: that parameter's gradient is not).
+    after: Fused = NOTHING,
+) -> Gradients:  # fmt: skip
+    """-> (dx, dweight, dbias, dz), None where not wanted (a dtype of None: that parameter's gradient is not),
+    or, dz, where it is dy.
 
     Two launches in training, one where dx is not wanted; one in eval, which reads x only if a parameter
-    needs a gradient."""
+    needs a gradient, or an activation its slope."""
     index, stream, elsewhere = where(x)
     if elsewhere:
         with torch.cuda.device(x.device):
-            return backward(x, dy, table, training, need_dx, weight_dtype, bias_dtype, own)
+            return backward(x, dy, table, training, need_dx, weight_dtype, bias_dtype, own, after)
     # saved tensors come back from their hooks in any shape of memory
     x, table = dense(x), table.contiguous()
     dy = dense_like(dy, x)
     channels, dtypes = x.shape[1], (dy.dtype, weight_dtype, bias_dtype)
+    z, signs = after.kept(x)
+    residual = z is not None or signs is not None
     dx = torch.empty_like(x) if need_dx else None
+    dz = torch.empty_like(x) if residual else None
     dweight = None if weight_dtype is None else table.new_empty(channels, dtype=weight_dtype)
     dbias = None if bias_dtype is None else table.new_empty(channels, dtype=bias_dtype)
-    given = (x, dy, dx, dweight, dbias, table)
+    given = (x, dy, dx, dweight, dbias, table, z, signs, dz)
     addresses = [None if t is None else t.data_ptr() for t in given]
-    vectors = x.data_ptr() | dy.data_ptr() | table.data_ptr()
-    if not training and dweight is None and dbias is None:
+    vectors = x.data_ptr() | dy.data_ptr() | table.data_ptr() | (addresses[6] or 0)
+    if not training and dweight is None and dbias is None and after is NOTHING:
         step = step_for(_scale, x, index, vectors, dtypes)
         step.first(stream, (*given, None, None, None, None), (*addresses, None, None, None, None), 0.0)
-        return dx, None, None
+        return dx, None, None, None
     renorm = table.shape[0] == 6
-    step = step_for(_gradients, x, index, vectors, training, renorm, need_dx, dtypes)
+    step = step_for(
+        _gradients, x, index, vectors, training, renorm, need_dx, after[0], after[1], residual,
+        z is None, dtypes,
+    )  # fmt: skip
     gradients = table.new_empty_strided((3, channels), (channels, 1)) if training and need_dx else None
     partials, counters = workspace(index, stream, step.seed, step.partials, step.counters, own)
     tensors = (*given, partials, counters, gradients, None)
@@ -161,4 +190,4 @@ def backward(
     step.first(stream, tensors, addresses, x.numel() / channels)
     if gradients is not None:
         step.second(stream, tensors, addresses)
-    return dx, dweight, dbias
+    return dx, dweight, dbias, dz

@@ -1,11 +1,25 @@
 """Backward. First launch: sums of g and g * (x - p) -> dgamma, dbeta and the table k1, k2, k3. Second: dx =
 k1 * g + k2 * (x - p) + k3. Each reads dy and x once. In eval dx = a * g needs no sums, so one launch does
-both."""
+both.
+
+g is the gradient of what the normalization gives: dy itself or, through an activation, dy times its slope
+at a * (x - p) + b. Both launches compute that anew. With a residual z it is z's gradient dz as well, so the
+first launch writes it, and the second reads it for dy."""
 
 import triton
 import triton.language as tl
 
-from .coefficients import BATCH, CELL, RENORM, arrive_last, batch_norm_backward, group_norm_backward, load_or
+from .activations import before_activation, byte_tile, unpack
+from .coefficients import (
+    BATCH,
+    CELL,
+    RENORM,
+    arrive_last,
+    batch_norm_backward,
+    from_cells,
+    group_norm_backward,
+    load_or,
+)
 from .statistics import PARAMETERS, SIZES
 from .tiles import (
     by_lane,
@@ -67,24 +81,34 @@ def merge_groups(
 @triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=PARAMETERS)
 def gradient_sums_kernel(
     dy_ptr, x_ptr, dx_ptr, partials_ptr, arrivals_ptr, table_ptr, gradients_ptr, dweight_ptr, dbias_ptr,
-    weight_ptr, sums_ptr,
+    weight_ptr, sums_ptr, bias_ptr, z_ptr, signs_ptr, dz_ptr,
     count: tl.float64,
     rows, pitch_v, width_v, inner, channels, tiles, pieces, total_v, blocks, splits, group, cells,
     MODE: tl.constexpr, VEC: tl.constexpr, U: tl.constexpr, R: tl.constexpr, LANES: tl.constexpr,
     STEP: tl.constexpr, CHANNELS: tl.constexpr, FOLD: tl.constexpr, POSITIONS: tl.constexpr,
     MERGE: tl.constexpr, NORM: tl.constexpr, GROUPS: tl.constexpr, MEMBERS: tl.constexpr,
+    NAME: tl.constexpr, PARAMETER: tl.constexpr,
 ):  # fmt: skip
     """partials, of each sample: [splits, 2, channels]. dx_ptr is given in eval only (dx = a * g),
     gradients_ptr in training only. Cells within a sample: weight_ptr too, and sums_ptr, [samples, 2,
-    channels], receives what each sample adds to dgamma and dbeta. count: values a cell."""
+    channels], receives what each sample adds to dgamma and dbeta. count: values a cell. bias_ptr, z_ptr,
+    signs_ptr: what an activation's slope is found from, see transform.py."""
     ACC: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
     block, split, sample = place(tl.program_id(0), blocks, splits)
     offs_lane, mask_lane = lanes_and_channels(
         block, pitch_v, width_v, inner, channels, MODE, VEC, LANES, STEP
     )
     p = by_lane(load_centre(table_ptr, offs_lane, mask_lane, sample, channels, group, NORM), LANES, STEP)
-    if dx_ptr is not None:
-        a = by_lane(load_coefficient(table_ptr, 1, offs_lane, mask_lane, channels), LANES, STEP)
+    SLOPED: tl.constexpr = NAME != "none" and signs_ptr is None
+    if dx_ptr is not None or SLOPED:
+        if NORM == BATCH or NORM == RENORM:
+            a = load_coefficient(table_ptr, 1, offs_lane, mask_lane, channels)
+            b = load_coefficient(table_ptr, 2, offs_lane, mask_lane, channels)
+        else:
+            _, a, b = from_cells(
+                offs_lane, mask_lane, sample, channels, group, cells, table_ptr, weight_ptr, bias_ptr, ACC
+            )  # fmt: skip
+        a, b = by_lane(a, LANES, STEP), by_lane(b, LANES, STEP)
     sum_g = tl.zeros((R, LANES), ACC)
     sum_gd = tl.zeros((R, LANES), ACC)
     start_element = start_of(sample, total_v, VEC)
@@ -95,6 +119,21 @@ def gradient_sums_kernel(
         base += start_element
         g = tl.load(dy_ptr + base + offs, mask=mask, other=0.0, eviction_policy="evict_last")
         x = tl.load(x_ptr + base + offs, mask=mask, other=0.0, eviction_policy="evict_last")
+        if SLOPED:
+            g = before_activation(
+                g, x, p, a, b, None if z_ptr is None else z_ptr + base, offs, mask, NAME, PARAMETER, ACC
+            )  # fmt: skip
+        elif signs_ptr is not None:
+            byte_base, byte_offs, byte_mask = byte_tile(
+                block, index, rows, pitch_v, width_v, pieces, total_v, MODE, VEC, U * R, LANES
+            )  # fmt: skip
+            signs = tl.load(
+                signs_ptr + start_element // 8 + byte_base + byte_offs, mask=byte_mask, other=0,
+                eviction_policy="evict_first",
+            )  # fmt: skip
+            g = tl.where(unpack(signs), g, 0.0)
+        if dz_ptr is not None:
+            tl.store(dz_ptr + base + offs, g.to(dz_ptr.dtype.element_ty), mask=mask)
         if dx_ptr is not None:
             dx = a * g.to(ACC)
             tl.store(
@@ -157,10 +196,10 @@ def gradient_sums_kernel(
 
 @triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=PARAMETERS)
 def gradient_transform_kernel(
-    dy_ptr, x_ptr, dx_ptr, table_ptr, gradients_ptr, weight_ptr,
+    dy_ptr, x_ptr, dx_ptr, table_ptr, gradients_ptr, weight_ptr, bias_ptr,
     rows, pitch_v, width_v, inner, channels, tiles, pieces, total_v, blocks, splits, group, cells,
     MODE: tl.constexpr, VEC: tl.constexpr, ROWS_A_TILE: tl.constexpr, LANES: tl.constexpr,
-    STEP: tl.constexpr, NORM: tl.constexpr,
+    STEP: tl.constexpr, NORM: tl.constexpr, NAME: tl.constexpr, PARAMETER: tl.constexpr,
 ):  # fmt: skip
     ACC: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
     block, split, sample = place(tl.program_id(0), blocks, splits)
@@ -176,6 +215,12 @@ def gradient_transform_kernel(
         k1 = load_or(weight_ptr, offs_c, mask_c, 1.0, ACC) * rstd
         k2 = tl.load(gradients_ptr + offs_cell, mask=mask_c, other=0.0)
         k3 = tl.load(gradients_ptr + cells + offs_cell, mask=mask_c, other=0.0)
+    if NAME != "none":
+        if NORM == BATCH or NORM == RENORM:
+            b = load_coefficient(table_ptr, 2, offs_c, mask_c, channels)
+        else:
+            b = load_or(bias_ptr, offs_c, mask_c, 0.0, ACC)
+        b = by_lane(b, LANES, STEP)
     p, k1 = by_lane(p, LANES, STEP), by_lane(k1, LANES, STEP)
     k2, k3 = by_lane(k2, LANES, STEP), by_lane(k3, LANES, STEP)
     start_element = start_of(sample, total_v, VEC)
@@ -187,6 +232,8 @@ def gradient_transform_kernel(
         base += start_element
         g = tl.load(dy_ptr + base + offs, mask=mask, other=0.0, eviction_policy="evict_first").to(ACC)
         x = tl.load(x_ptr + base + offs, mask=mask, other=0.0, eviction_policy="evict_first").to(ACC)
+        if NAME != "none":
+            g = before_activation(g, x, p, k1, b, None, offs, mask, NAME, PARAMETER, ACC)  # k1 is a
         dx = k1 * g + k2 * (x - p) + k3
         tl.store(
             dx_ptr + base + offs, dx.to(dx_ptr.dtype.element_ty), mask=mask, eviction_policy="evict_first"

@@ -16,6 +16,7 @@ from torch import Tensor
 from . import plan, row_plan
 from .cell_plan import CellSweep, cell_sweep
 from .column_sums import column_sums_kernel
+from .fused import NOTHING, Fused, Gradients, address
 from .gradients import gradient_sums_kernel, gradient_transform_kernel
 from .launch import Launch, workspace
 from .layouts import dense, dense_like
@@ -24,27 +25,29 @@ from .statistics import statistics_kernel
 from .steps import Sizes, Step, picks, step_for, where
 from .transform import transform_kernel
 
-_FORWARD = "x weight bias y table partials arrivals none"
-_BACKWARD = "x dy dx weight table dweight dbias sums partials arrivals gradients none"
+_FORWARD = "x weight bias y table z signs partials arrivals none"
+_BACKWARD = "x dy dx weight table dweight dbias bias z signs dz sums partials arrivals gradients none"
 
 
-def _held(sizes: Sizes, groups: int, inputs: int) -> CellSweep | None:
+def _held(sizes: Sizes, groups: int, inputs: int, signs: bool) -> CellSweep | None:
+    """signs: whether there are signs to write or read, a byte for each vector."""
     if sizes.channels_last and sizes.s > 1:
         return None
     group = sizes.c // groups
-    return cell_sweep(sizes.n, groups, group, sizes.s, sizes.itemsize, sizes.aligned, inputs)
+    held = cell_sweep(sizes.n, groups, group, sizes.s, sizes.itemsize, sizes.aligned, inputs)
+    return None if held is not None and signs and held.vec != 8 else held
 
 
-def _forward(sizes: Sizes, groups: int, *dtypes: Any) -> Step:
+def _forward(sizes: Sizes, groups: int, name: str, parameter: float, signs: bool, *rest: Any) -> Step:
     sizes.groups = groups
-    held = _held(sizes, groups, 1)
+    held = _held(sizes, groups, 1, signs)
     if held is not None:
-        chosen = picks(_FORWARD, "x y table weight bias")
-        only = Launch(group_norm_kernel, held, chosen, held.constants, sizes.aligned)
+        chosen = picks(_FORWARD, "x y table weight bias z signs")
+        constants = (*held.constants, name, parameter)
+        only = Launch(group_norm_kernel, held, chosen, constants, sizes.aligned)
         return Step(only, only, sizes.seed)
-    transform = sizes.mapping(
-        transform_kernel, 1, _FORWARD, "x y table weight bias none none none", plan.CELLS, True
-    )
+    takes = "x y table weight bias none none none z signs"
+    transform = sizes.mapping(transform_kernel, 1, _FORWARD, takes, plan.CELLS, True, name, parameter)
     by_group = not sizes.channels_last
     takes = "x partials arrivals table none none none none none"
     norm = plan.CELL if by_group else sizes.norm
@@ -54,29 +57,38 @@ def _forward(sizes: Sizes, groups: int, *dtypes: Any) -> Step:
 
 
 def forward(
-    x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float, own: bool = False
-) -> tuple[Tensor, Tensor]:
-    """-> (y, table [2, N * groups]). One launch and one read of x where a cell fits a program, else two."""
+    x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float, own: bool = False,
+    after: Fused = NOTHING,
+) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
+    """-> (y, table [2, N * groups], signs if any). One launch and one read of x where a cell fits a program,
+    else two."""
     index, stream, elsewhere = where(x)
     if elsewhere:
         with torch.cuda.device(x.device):
-            return forward(x, groups, weight, bias, eps, own)
+            return forward(x, groups, weight, bias, eps, own, after)
+    z, signs = after.residual(x)
     given = (x, weight, bias)
     addresses = [None if t is None else t.data_ptr() for t in given]
     dtypes = [None if t is None else t.dtype for t in given]
-    step = step_for(_forward, x, index, addresses[0], groups, *dtypes)
+    z_at, signs_at = address(z), address(signs)
+    vectors = x.data_ptr() | (z_at or 0)
+    step = step_for(
+        _forward, x, index, vectors, groups, after[0], after[1], signs is not None, z is None, *dtypes
+    )  # fmt: skip
     y = torch.empty_like(x)
     cells = x.shape[0] * groups
     table = step.seed.new_empty_strided((2, cells), (cells, 1))
+    made = (*given, y, table, z, signs)
+    addresses += (y.data_ptr(), table.data_ptr(), z_at, signs_at)
     if step.second is step.first:
-        step.first(stream, (*given, y, table), (*addresses, y.data_ptr(), table.data_ptr()), eps)
-        return y, table
+        step.first(stream, made, addresses, eps)
+        return y, table, signs
     partials, counters = workspace(index, stream, step.seed, step.partials, step.counters, own)
-    tensors = (*given, y, table, partials, counters, None)
-    addresses += (y.data_ptr(), table.data_ptr(), partials.data_ptr(), counters.data_ptr(), None)
+    tensors = (*made, partials, counters, None)
+    addresses += (partials.data_ptr(), counters.data_ptr(), None)
     step.first(stream, tensors, addresses, eps, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
     step.second(stream, tensors, addresses, eps)
-    return y, table
+    return y, table, signs
 
 
 @dataclass(frozen=True)
@@ -92,7 +104,10 @@ class _Gradients:
     counters: int = 0
 
 
-def _backward(sizes: Sizes, groups: int, need_dx: bool, need_parameters: bool, *dtypes: Any) -> _Gradients:
+def _backward(
+    sizes: Sizes, groups: int, need_dx: bool, need_parameters: bool, name: str, parameter: float,
+    residual: bool, signs: bool, *rest: Any,
+) -> _Gradients:  # fmt: skip
     sizes.groups = groups
     parameters = None
     if need_parameters:
@@ -100,31 +115,38 @@ def _backward(sizes: Sizes, groups: int, need_dx: bool, need_parameters: bool, *
         chosen = picks(_BACKWARD, "sums dweight dbias")
         parameters = Launch(column_sums_kernel, columns, chosen, columns.constants, sizes.aligned)
     sums = "sums" if parameters is not None else "none"
-    held = _held(sizes, groups, 2) if need_dx else None
+    held = _held(sizes, groups, 2, signs) if need_dx else None
     if held is not None:
-        chosen = picks(_BACKWARD, f"dy x dx table weight {sums}")
-        only = Launch(group_norm_gradients_kernel, held, chosen, held.constants, sizes.aligned)
+        chosen = picks(_BACKWARD, f"dy x dx table weight {sums} bias z signs dz")
+        constants = (*held.constants, name, parameter)
+        only = Launch(group_norm_gradients_kernel, held, chosen, constants, sizes.aligned)
         return _Gradients(only, parameters, None, True, sizes.seed)
     transform = None
     if need_dx:
+        first, *after = ("dz", *NOTHING[:2]) if residual else ("dy", name, parameter)
         transform = sizes.mapping(
-            gradient_transform_kernel, 2, _BACKWARD, "dy x dx table gradients weight", sizes.norm
-        )
+            gradient_transform_kernel, 2, _BACKWARD, f"{first} x dx table gradients weight bias", sizes.norm,
+            *after,
+        )  # fmt: skip
     gradients = "gradients" if need_dx else "none"
-    takes = f"dy x none partials arrivals table {gradients} none none weight {sums}"
-    step = sizes.reducing(gradient_sums_kernel, 2, _BACKWARD, takes, sizes.norm)
+    takes = f"dy x none partials arrivals table {gradients} none none weight {sums} bias z signs dz"
+    step = sizes.reducing(gradient_sums_kernel, 2, _BACKWARD, takes, sizes.norm, name, parameter)
     return _Gradients(step.first, parameters, transform, False, sizes.seed, step.partials, step.counters)
 
 
 def backward(
     x: Tensor, dy: Tensor, table: Tensor, weight: Tensor | None, groups: int,
     need_dx: bool, weight_dtype: torch.dtype | None, bias_dtype: torch.dtype | None, own: bool = False,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
-    """-> (dx, dweight, dbias), None where not wanted (a dtype of None: that parameter's gradient is not)."""
+    bias: Tensor | None = None, after: Fused = NOTHING,
+) -> Gradients:  # fmt: skip
+    """-> (dx, dweight, dbias, dz), None where not wanted (a dtype of None: that parameter's gradient is not),
+    or, dz, where it is dy. bias: needed where there is an activation."""
     index, stream, elsewhere = where(x)
     if elsewhere:
         with torch.cuda.device(x.device):
-            return backward(x, dy, table, weight, groups, need_dx, weight_dtype, bias_dtype, own)
+            return backward(
+                x, dy, table, weight, groups, need_dx, weight_dtype, bias_dtype, own, bias, after
+            )  # fmt: skip
     # saved tensors come back from their hooks in any shape of memory
     x, table = dense(x), table.contiguous()
     dy = dense_like(dy, x)
@@ -134,12 +156,17 @@ def backward(
     if weight_dtype is not None or bias_dtype is not None:  # both come from one launch
         dweight = table.new_empty(c, dtype=weight_dtype or table.dtype)
         dbias = table.new_empty(c, dtype=bias_dtype or table.dtype)
-    given = (x, dy, dx, weight, table, dweight, dbias)
+    z, signs = after.kept(x)
+    residual = z is not None or signs is not None
+    dz = torch.empty_like(x) if residual else None
+    given = (x, dy, dx, weight, table, dweight, dbias, bias, z, signs, dz)
     addresses = [None if t is None else t.data_ptr() for t in given]
-    dtypes = (dy.dtype, None if weight is None else weight.dtype, weight_dtype, bias_dtype)
+    dtypes = (dy.dtype, *(None if t is None else t.dtype for t in (weight, bias)), weight_dtype, bias_dtype)
     wanted = (need_dx, dweight is not None)
-    vectors = x.data_ptr() | dy.data_ptr() | table.data_ptr()
-    step = step_for(_backward, x, index, vectors, groups, *wanted, dtypes)
+    vectors = x.data_ptr() | dy.data_ptr() | table.data_ptr() | (address(z) or 0)
+    step = step_for(
+        _backward, x, index, vectors, groups, *wanted, after[0], after[1], residual, signs is not None, dtypes
+    )  # fmt: skip
     sums = None if step.parameters is None else table.new_empty((n, 2, c))
     partials = counters = gradients = None
     if not step.held:
@@ -156,4 +183,4 @@ def backward(
         step.parameters(stream, tensors, addresses)
     if step.transform is not None:
         step.transform(stream, tensors, addresses)
-    return dx, dweight if weight_dtype else None, dbias if bias_dtype else None
+    return dx, dweight if weight_dtype else None, dbias if bias_dtype else None, dz

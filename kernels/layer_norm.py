@@ -15,15 +15,17 @@ import torch
 
 from . import row_plan
 from .column_sums import column_sums_kernel
+from .fused import NOTHING, Fused, Gradients, address
 from .launch import Launch
 from .layouts import accumulator, dense_like
 from .plan import VECTOR_BYTES
+from .row_activation import row_activation_kernel
 from .row_gradients import column_gradients_kernel, row_gradients_kernel, wide_gradients_kernel
 from .row_norm import long_row_norm_kernel, row_norm_kernel
 from .steps import multiprocessors, picks, step_for, where
 
-_FORWARD = "x y table weight bias none"
-_BACKWARD = "x dy dx dweight dbias table weight shares partials none"
+_FORWARD = "x y table weight bias z none"
+_BACKWARD = "x dy dx dweight dbias table weight bias z dz shares partials none"
 
 
 @dataclass(frozen=True)
@@ -50,38 +52,47 @@ class RowSizes:
         return row_plan.Rows(rows, width, *self._of_memory)
 
 
-def _forward(sizes: RowSizes, dims: int, keep: bool, parameters_aligned: bool, *dtypes: Any) -> RowStep:
+def _forward(
+    sizes: RowSizes, dims: int, keep: bool, parameters_aligned: bool, name: str, parameter: float, *rest: Any
+) -> RowStep:
     size = sizes.rows(dims)
     kind, sweep = row_plan.forward(size)
-    takes = picks(_FORWARD, f"x y {'table' if keep else 'none'} weight bias")
+    takes = picks(_FORWARD, f"x y {'table' if keep else 'none'} weight bias z")
     kernel = row_norm_kernel if kind == "held" else long_row_norm_kernel
-    launch = Launch(kernel, sweep, takes, sweep.constants, sizes.aligned and parameters_aligned)
+    constants = (*sweep.constants, name, parameter)
+    launch = Launch(kernel, sweep, takes, constants, sizes.aligned and parameters_aligned)
     return RowStep((launch,), sizes.seed, size.rows)
 
 
 def _backward(
     sizes: RowSizes, dims: int, need_dx: bool, weight: bool, bias: bool, parameters_aligned: bool,
-    *dtypes: Any,
+    name: str, parameter: float, *rest: Any,
 ) -> RowStep:  # fmt: skip
     """weight, bias: whether their gradients are wanted."""
     size, halves = sizes.rows(dims), weight + bias
     bound = sizes.aligned and parameters_aligned
     rows = row_plan.gradients(size) if need_dx else None
-    shares = 0
+    shares, launches, dy = 0, [], "dy"
+    if name != "none":
+        dy, sweep = "dz", row_plan.activation(size)
+        takes = picks(_BACKWARD, "dy x z dz table weight bias")
+        constants = (*sweep.constants, name, parameter)
+        launches.append(Launch(row_activation_kernel, sweep, takes, constants, bound))
     if rows is not None:
-        takes = picks(_BACKWARD, f"dy x dx table weight {'partials' if halves else 'none'}")
-        launches = [Launch(row_gradients_kernel, rows, takes, (*rows.constants, weight, bias), bound)]
+        takes = picks(_BACKWARD, f"{dy} x dx table weight {'partials' if halves else 'none'}")
+        launches.append(Launch(row_gradients_kernel, rows, takes, (*rows.constants, weight, bias), bound))
         partials = rows.partials
     else:
         sweep = row_plan.column_gradients(size)
         shared, summed = "shares" if need_dx else "none", "partials" if halves else "none"
-        takes = picks(_BACKWARD, f"dy x table {'weight' if need_dx else 'none'} {shared} {summed}")
-        launches = [Launch(column_gradients_kernel, sweep, takes, (*sweep.constants, weight, bias), bound)]
+        takes = picks(_BACKWARD, f"{dy} x table {'weight' if need_dx else 'none'} {shared} {summed}")
+        constants = (*sweep.constants, weight, bias)
+        launches.append(Launch(column_gradients_kernel, sweep, takes, constants, bound))
         partials = sweep.partials
         if need_dx:
             shares = sweep.blocks * 2 * size.rows
             wide = row_plan.wide_gradients(size)
-            takes = picks(_BACKWARD, "dy x dx table weight shares")
+            takes = picks(_BACKWARD, f"{dy} x dx table weight shares")
             launches.append(Launch(wide_gradients_kernel, wide, takes, wide.constants, bound))
     if halves:
         sums = row_plan.column_sums(partials, size.width, halves)
@@ -92,56 +103,70 @@ def _backward(
 
 def forward(
     x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None,
-    dims: int, eps: float, keep: bool = True,
-) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    """-> (y, table [2, rows] of mean and rstd if `keep`, for a backward, else an empty one). One launch."""
+    dims: int, eps: float, keep: bool = True, after: Fused = NOTHING,
+) -> tuple[torch.Tensor, torch.Tensor, None]:  # fmt: skip
+    """-> (y, table [2, rows] of mean and rstd if `keep`, for a backward, else an empty one, no signs). One
+    launch."""
     index, stream, elsewhere = where(x)
     if elsewhere:
         with torch.cuda.device(x.device):
-            return forward(x, weight, bias, dims, eps, keep)
+            return forward(x, weight, bias, dims, eps, keep, after)
     # on the path of every call, so without what costs tenths of microseconds
     x_at = x.data_ptr()
     weight_at, weight_dtype = (None, None) if weight is None else (weight.data_ptr(), weight.dtype)
     bias_at, bias_dtype = (None, None) if bias is None else (bias.data_ptr(), bias.dtype)
     aligned = ((weight_at or 0) | (bias_at or 0)) % VECTOR_BYTES == 0
+    z = None if after.z is None else dense_like(after.z, x)
+    z_at = address(z)
     step = step_for(
-        _forward, x, index, x_at, dims, keep, aligned, weight_dtype, bias_dtype, sizes=RowSizes
+        _forward, x, index, x_at | (z_at or 0), dims, keep, aligned, after[0], after[1], z is None,
+        weight_dtype, bias_dtype, sizes=RowSizes,
     )  # fmt: skip
     y = torch.empty_like(x)
     table = step.seed.new_empty_strided((2, step.rows), (step.rows, 1)) if keep else step.seed
-    tensors = (x, y, table, weight, bias, None)
-    addresses = (x_at, y.data_ptr(), table.data_ptr() if keep else None, weight_at, bias_at, None)
+    tensors = (x, y, table, weight, bias, z, None)
+    addresses = (x_at, y.data_ptr(), table.data_ptr() if keep else None, weight_at, bias_at, z_at, None)
     step.launches[0](stream, tensors, addresses, eps)
-    return y, table
+    return y, table, None
 
 
 def backward(
     x: torch.Tensor, dy: torch.Tensor, weight: torch.Tensor | None, table: torch.Tensor, dims: int,
     need_dx: bool, weight_dtype: torch.dtype | None, bias_dtype: torch.dtype | None,
-) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:  # fmt: skip
-    """-> (dx, dweight, dbias), None where not wanted (a dtype of None: that parameter's gradient is not).
+    bias: torch.Tensor | None = None, after: Fused = NOTHING,
+) -> Gradients:  # fmt: skip
+    """-> (dx, dweight, dbias, dz), None where not wanted (a dtype of None: that parameter's gradient is not),
+    or, dz, where it is dy. bias: needed where there is an activation.
 
-    One launch for dx, one more where a parameter wants its gradient, and one more for rows too wide for the
-    registers. dy and x are read once, by dx of such wide rows twice."""
+    One launch for dx, one more where a parameter wants its gradient, one more for rows too wide for the
+    registers, and one for an activation. dy and x are read once, by dx of such wide rows twice, and once more
+    through an activation."""
     index, stream, elsewhere = where(x)
     if elsewhere:
         with torch.cuda.device(x.device):
-            return backward(x, dy, weight, table, dims, need_dx, weight_dtype, bias_dtype)
+            return backward(
+                x, dy, weight, table, dims, need_dx, weight_dtype, bias_dtype, bias, after
+            )  # fmt: skip
     # saved tensors come back from their hooks in any shape of memory
     x, table = x.contiguous(), table.contiguous()
-    weight = weight.contiguous() if weight is not None and need_dx else None
+    through = after is not NOTHING
+    weight = weight.contiguous() if weight is not None and (need_dx or through) else None
+    bias = bias.contiguous() if bias is not None and through else None
+    z = None if after.z is None else dense_like(after.z, x)
+    dz = torch.empty_like(x) if through else None
     dy = dense_like(dy, x)
     shape = x.shape[-dims:]
     dx = torch.empty_like(x) if need_dx else None
     dweight = None if weight_dtype is None else table.new_empty(shape, dtype=weight_dtype)
     dbias = None if bias_dtype is None else table.new_empty(shape, dtype=bias_dtype)
-    given = (x, dy, dx, dweight, dbias, table, weight)
+    given = (x, dy, dx, dweight, dbias, table, weight, bias, z, dz)
     addresses = [None if t is None else t.data_ptr() for t in given]
-    vectors = x.data_ptr() | dy.data_ptr() | table.data_ptr()
+    vectors = x.data_ptr() | dy.data_ptr() | table.data_ptr() | (address(z) or 0)
+    aligned = ((addresses[6] or 0) | (addresses[7] or 0)) % VECTOR_BYTES == 0
     step = step_for(
-        _backward, x, index, vectors, dims, need_dx, dweight is not None, dbias is not None,
-        (addresses[6] or 0) % VECTOR_BYTES == 0, dy.dtype, weight_dtype, bias_dtype,
-        None if weight is None else weight.dtype, sizes=RowSizes,
+        _backward, x, index, vectors, dims, need_dx, dweight is not None, dbias is not None, aligned,
+        after[0], after[1], z is None, dy.dtype, weight_dtype, bias_dtype,
+        *(None if t is None else t.dtype for t in (weight, bias)), sizes=RowSizes,
     )  # fmt: skip
     shares = step.seed.new_empty(step.shares) if step.shares else None
     partials = step.seed.new_empty(step.partials) if step.partials else None
@@ -149,4 +174,4 @@ def backward(
     tensors, addresses = (*given, shares, partials, None), [*addresses, None]
     for launch in step.launches:
         launch(stream, tensors, addresses)
-    return dx, dweight, dbias
+    return dx, dweight, dbias, dz

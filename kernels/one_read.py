@@ -9,6 +9,7 @@ sizes are no powers of two is masked: it costs registers, not traffic."""
 import triton
 import triton.language as tl
 
+from .activations import activate, before_activation, pack, unpack
 from .coefficients import load_or, reciprocal_std, slopes
 from .tiles import as_scalar
 
@@ -45,6 +46,29 @@ def sum_by_channel(values, CHANNELS: tl.constexpr, SPAN: tl.constexpr):
 
 
 @triton.jit
+def byte_of(offs):
+    """Where the signs of each vector of 8 elements are: [rows, 1]."""
+    tl.static_assert(offs.shape[1] == 8)
+    return tl.min(offs, 1)[:, None] // 8
+
+
+@triton.jit
+def held_gradient(
+    g, x, mean, a, b, z_ptr, signs_ptr, base, offs, mask,
+    NAME: tl.constexpr, PARAMETER: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """dy of a tile -> the gradient of what the activation was applied to."""
+    if signs_ptr is not None:
+        signs = tl.load(signs_ptr + base // 8 + byte_of(offs), mask=mask, other=0)
+        g = tl.where(unpack(signs), g, 0.0).to(ACC)
+    elif z_ptr is not None:
+        g = before_activation(g, x, mean, a, b, z_ptr + base, offs, mask, NAME, PARAMETER, ACC)
+    else:
+        g = before_activation(g, x, mean, a, b, None, offs, mask, NAME, PARAMETER, ACC)
+    return g
+
+
+@triton.jit
 def by_row(values, ROWS: tl.constexpr):
     """What is known of each cell or channel, for each row of a tile: [ROWS, 1]."""
     SHARE: tl.constexpr = ROWS // values.shape[0]
@@ -53,13 +77,14 @@ def by_row(values, ROWS: tl.constexpr):
 
 @triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=PARAMETERS)
 def group_norm_kernel(
-    x_ptr, y_ptr, table_ptr, weight_ptr, bias_ptr,
+    x_ptr, y_ptr, table_ptr, weight_ptr, bias_ptr, z_ptr, signs_ptr,
     eps: tl.float64,
     cells, group, inner_v, in_sample,
     VEC: tl.constexpr, GROUPS: tl.constexpr, CHANNELS: tl.constexpr, SPAN: tl.constexpr, PIECES: tl.constexpr,
-    TILES: tl.constexpr,
+    TILES: tl.constexpr, NAME: tl.constexpr, PARAMETER: tl.constexpr,
 ):  # fmt: skip
-    """table: [2, cells] mean and rstd. in_sample: cells a sample."""
+    """table: [2, cells] mean and rstd. in_sample: cells a sample. z, signs (with VEC 8 only), NAME and
+    PARAMETER: as in transform.py."""
     ACC: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
     ROWS: tl.constexpr = GROUPS * CHANNELS * SPAN
     first = tl.program_id(0) * GROUPS
@@ -97,6 +122,11 @@ def group_norm_kernel(
         a = by_row(load_or(weight_ptr, offs_c, there, 1.0, ACC), ROWS) * by_row(rstd, ROWS)
         b = by_row(load_or(bias_ptr, offs_c, there, 0.0, ACC), ROWS)
         y = a * (held[k].to(ACC) - by_row(mean, ROWS)) + b
+        if z_ptr is not None:
+            y += tl.load(z_ptr + base + offs, mask=mask, other=0.0, eviction_policy="evict_first").to(ACC)
+        if signs_ptr is not None:
+            tl.store(signs_ptr + base // 8 + byte_of(offs), pack(y > 0), mask=mask)
+        y = activate(y, NAME, PARAMETER)
         tl.store(
             y_ptr + base + offs, y.to(y_ptr.dtype.element_ty), mask=mask, eviction_policy="evict_first"
         )  # fmt: skip
@@ -104,13 +134,14 @@ def group_norm_kernel(
 
 @triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=PARAMETERS)
 def group_norm_gradients_kernel(
-    dy_ptr, x_ptr, dx_ptr, table_ptr, weight_ptr, sums_ptr,
+    dy_ptr, x_ptr, dx_ptr, table_ptr, weight_ptr, sums_ptr, bias_ptr, z_ptr, signs_ptr, dz_ptr,
     cells, group, inner_v, in_sample,
     VEC: tl.constexpr, GROUPS: tl.constexpr, CHANNELS: tl.constexpr, SPAN: tl.constexpr, PIECES: tl.constexpr,
-    TILES: tl.constexpr,
+    TILES: tl.constexpr, NAME: tl.constexpr, PARAMETER: tl.constexpr,
 ):  # fmt: skip
     """sums, where given: [samples, 2, channels], what each sample adds to dgamma and dbeta. dx as in
-    coefficients.slopes."""
+    coefficients.slopes. The slope of an activation is found anew where g is used again, and then z is read
+    again: in registers there is no room for g as it is, and half precision would round it."""
     ACC: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
     ROWS: tl.constexpr = GROUPS * CHANNELS * SPAN
     first = tl.program_id(0) * GROUPS
@@ -128,9 +159,28 @@ def group_norm_gradients_kernel(
     sum_wgd = tl.zeros((GROUPS,), ACC)
     channel_g = tl.zeros((GROUPS * CHANNELS,), ACC)
     channel_gd = tl.zeros((GROUPS * CHANNELS,), ACC)
+    # relu's slope is 0 or 1: dy times it takes no more bits than dy
+    EXACT: tl.constexpr = NAME == "none" or NAME == "relu" or NAME == "relu6"
+    masked = ()
     for k in tl.static_range(TILES):
-        _, _, channel, cell = vectors(first, k, cells, group, inner_v, VEC, GROUPS, CHANNELS, SPAN, PIECES)
+        offs, mask, channel, cell = vectors(
+            first, k, cells, group, inner_v, VEC, GROUPS, CHANNELS, SPAN, PIECES
+        )  # fmt: skip
         g = gs[k].to(ACC)  # 0 where there is nothing
+        if NAME != "none":
+            offs_c = (first + cell) % in_sample * group + channel
+            a = by_row(load_or(weight_ptr, offs_c, channel < group, 1.0, ACC), ROWS) * by_row(rstd, ROWS)
+            b = by_row(load_or(bias_ptr, offs_c, channel < group, 0.0, ACC), ROWS)
+            g = held_gradient(
+                gs[k], xs[k], by_row(mean, ROWS), a, b, z_ptr, signs_ptr, base, offs, mask,
+                NAME, PARAMETER, ACC,
+            )  # fmt: skip
+            if EXACT:
+                masked = masked + (g.to(dy_ptr.dtype.element_ty),)
+        else:
+            masked = masked + (gs[k],)
+        if dz_ptr is not None:
+            tl.store(dz_ptr + base + offs, g.to(dz_ptr.dtype.element_ty), mask=mask)
         channel_g += sum_by_channel(g, GROUPS * CHANNELS, SPAN)
         channel_gd += sum_by_channel(g * (xs[k].to(ACC) - by_row(mean, ROWS)), GROUPS * CHANNELS, SPAN)
         if k % PIECES == PIECES - 1:
@@ -156,7 +206,15 @@ def group_norm_gradients_kernel(
         weight = load_or(weight_ptr, (first + cell) % in_sample * group + channel, channel < group, 1.0, ACC)
         distance = xs[k].to(ACC) - by_row(mean, ROWS)
         k1 = by_row(weight, ROWS) * by_row(rstd, ROWS)
-        dx = k1 * gs[k].to(ACC) + by_row(k2, ROWS) * distance + by_row(k3, ROWS)
+        if EXACT:
+            g = masked[k].to(ACC)
+        else:
+            b = load_or(bias_ptr, (first + cell) % in_sample * group + channel, channel < group, 0.0, ACC)
+            g = held_gradient(
+                gs[k], xs[k], by_row(mean, ROWS), k1, by_row(b, ROWS), z_ptr, signs_ptr, base, offs, mask,
+                NAME, PARAMETER, ACC,
+            )  # fmt: skip
+        dx = k1 * g + by_row(k2, ROWS) * distance + by_row(k3, ROWS)
         tl.store(
             dx_ptr + base + offs, dx.to(dx_ptr.dtype.element_ty), mask=mask, eviction_policy="evict_first"
         )  # fmt: skip

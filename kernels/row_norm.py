@@ -7,6 +7,7 @@ takes 16 bits a value, and are widened where they are used."""
 import triton
 import triton.language as tl
 
+from .activations import activate
 from .coefficients import load_or, reciprocal_std
 from .moments import finite_or_zero, merge_along, not_negative
 from .tiles import as_scalar
@@ -52,12 +53,13 @@ def normalized(distance, rstd, column, exists, weight_ptr, bias_ptr, ACC: tl.con
 
 @triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=TABLES)
 def row_norm_kernel(
-    x_ptr, y_ptr, table_ptr, weight_ptr, bias_ptr,
+    x_ptr, y_ptr, table_ptr, weight_ptr, bias_ptr, z_ptr,
     eps: tl.float64,
     rows, width_v,
     VEC: tl.constexpr, R: tl.constexpr, LANES: tl.constexpr, PARTS: tl.constexpr, WHOLE: tl.constexpr,
+    NAME: tl.constexpr, PARAMETER: tl.constexpr,
 ):  # fmt: skip
-    """One group a program. table: [2, rows], mean and rstd."""
+    """One group a program. table: [2, rows], mean and rstd. z, NAME, PARAMETER: as in transform.py."""
     ACC: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
     width = width_v * VEC
     count = width.to(ACC)
@@ -103,6 +105,12 @@ def row_norm_kernel(
         # [R, LANES], each warp its own: fewer would come by way of shared memory, and three barriers a load
         wide = tl.broadcast_to(column, (R, LANES))
         y = normalized(distance, rstd, wide, exists, weight_ptr, bias_ptr, ACC)
+        if z_ptr is not None:
+            y += tl.load(
+                z_ptr + base + (row * width + column), mask=inside & exists, other=0.0,
+                eviction_policy="evict_first",
+            ).to(ACC)  # fmt: skip
+        y = activate(y, NAME, PARAMETER)
         tl.store(
             y_ptr + base + (row * width + column), y.to(y_ptr.dtype.element_ty), mask=inside & exists,
             eviction_policy="evict_first",
@@ -111,10 +119,10 @@ def row_norm_kernel(
 
 @triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=TABLES)
 def long_row_norm_kernel(
-    x_ptr, y_ptr, table_ptr, weight_ptr, bias_ptr,
+    x_ptr, y_ptr, table_ptr, weight_ptr, bias_ptr, z_ptr,
     eps: tl.float64,
     rows, width_v,
-    VEC: tl.constexpr, U: tl.constexpr, LANES: tl.constexpr,
+    VEC: tl.constexpr, U: tl.constexpr, LANES: tl.constexpr, NAME: tl.constexpr, PARAMETER: tl.constexpr,
 ):  # fmt: skip
     """One row a program, read twice, U * LANES values a step. table: [2, rows], mean and rstd.
 
@@ -166,6 +174,9 @@ def long_row_norm_kernel(
         exists = column < width
         again = tl.load(x_ptr + base + column, mask=exists, other=0.0, eviction_policy="evict_first").to(ACC)
         y = normalized((again - pivot) - shift, rstd[None, :], column, exists, weight_ptr, bias_ptr, ACC)
+        if z_ptr is not None:
+            y += tl.load(z_ptr + base + column, mask=exists, other=0.0, eviction_policy="evict_first").to(ACC)
+        y = activate(y, NAME, PARAMETER)
         tl.store(
             y_ptr + base + column, y.to(y_ptr.dtype.element_ty), mask=exists, eviction_policy="evict_first"
         )

@@ -204,6 +204,21 @@ def wide_gradients(size: Rows) -> RowSweep:
 
 
 @lru_cache(maxsize=4096)
+def activation(size: Rows) -> RowSweep:
+    """The plan of dz, element by element."""
+    lanes = min(WIDE_WARPS * size.line, power_of_two(size.width))
+    group = min(max(1, WIDE_WARPS * size.line // lanes), power_of_two(size.rows))
+    groups = ceil_div(size.rows, group)
+    splits = max(1, min(ceil_div(size.width, lanes), ceil_div(WIDE_AN_SM * size.sms, groups)))
+    size.check(groups * splits, group, lanes)
+    warps = _warps(lanes, group, size.itemsize, WIDE_WARPS)
+    sizes = (size.rows, size.width // size.vec, splits)
+    return RowSweep(
+        groups * splits, sizes, (size.vec, group, lanes), warps, FORWARD_REGISTERS, loads=2, vec=size.vec
+    )  # fmt: skip
+
+
+@lru_cache(maxsize=4096)
 def column_sums(rows: int, columns: int, halves: int) -> RowSweep:
     """The plan of the merge of [rows, halves, columns] over rows."""
     at_once = min(SUM_ROWS, power_of_two(rows))

@@ -1,8 +1,10 @@
-"""Forward, second launch (in eval the only one): y = a * (x - p) + b. Reads x once, writes y once."""
+"""Forward, second launch (in eval the only one): y = act(a * (x - p) + b + z). Reads x, and z where there is
+one, once; writes y once."""
 
 import triton
 import triton.language as tl
 
+from .activations import activate, byte_tile, pack
 from .coefficients import from_cells, from_running_statistics, store_table
 from .statistics import PARAMETERS, SIZES
 from .tiles import PLANES, RUNS, by_lane, lanes_and_channels, place, start_of, tile
@@ -21,14 +23,16 @@ def load_coefficient(table_ptr, row: tl.constexpr, offs_c, mask_c, channels):
 @triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=PARAMETERS)
 def transform_kernel(
     x_ptr, y_ptr, table_ptr,
-    weight_ptr, bias_ptr, running_mean_ptr, running_var_ptr, batches_ptr,
+    weight_ptr, bias_ptr, running_mean_ptr, running_var_ptr, batches_ptr, z_ptr, signs_ptr,
     eps: tl.float64,
     rows, pitch_v, width_v, inner, channels, tiles, pieces, total_v, blocks, splits, group, cells,
     MODE: tl.constexpr, VEC: tl.constexpr, ROWS_A_TILE: tl.constexpr, LANES: tl.constexpr,
     STEP: tl.constexpr, SOURCE: tl.constexpr, CENTRED: tl.constexpr,
+    NAME: tl.constexpr, PARAMETER: tl.constexpr,
 ):  # fmt: skip
     """SOURCE: where the coefficients come from, see below. not CENTRED: y = a * x, which is the whole
-    backward of eval when no parameter needs a gradient."""
+    backward of eval when no parameter needs a gradient. NAME, PARAMETER: of the activation, see
+    activations.py. signs: a bit for each element of x, 1 where relu lets it through."""
     ACC: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
     block, split, sample = place(tl.program_id(0), blocks, splits)
     offs_c, mask_c = lanes_and_channels(block, pitch_v, width_v, inner, channels, MODE, VEC, LANES, STEP)
@@ -64,4 +68,12 @@ def transform_kernel(
         base += start
         x = tl.load(x_ptr + base + offs, mask=mask, other=0.0, eviction_policy="evict_first").to(ACC)
         y = a * (x - p) + b if CENTRED else a * x
+        if z_ptr is not None:
+            y += tl.load(z_ptr + base + offs, mask=mask, other=0.0, eviction_policy="evict_first").to(ACC)
+        if signs_ptr is not None:
+            byte_base, byte_offs, byte_mask = byte_tile(
+                block, index, rows, pitch_v, width_v, pieces, total_v, MODE, VEC, ROWS_A_TILE, LANES
+            )  # fmt: skip
+            tl.store(signs_ptr + start // 8 + byte_base + byte_offs, pack(y > 0), mask=byte_mask)
+        y = activate(y, NAME, PARAMETER)
         tl.store(y_ptr + base + offs, y.to(y_ptr.dtype.element_ty), mask=mask, eviction_policy="evict_first")

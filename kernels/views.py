@@ -9,6 +9,18 @@ from math import gcd
 VECTOR_BYTES = 16
 
 
+def packs(c: int, s: int, itemsize: int, channels_last: bool) -> bool:
+    """Whether all that plan.py makes of an address is a multiple of 8 elements, whatever programs it chooses:
+    then each byte of signs (activations.py) belongs to one tile. In planes of s positions, blocks begin on
+    multiples of 16 bytes only, and only where they hold several channels."""
+    if channels_last:
+        return c % 8 == 0
+    if s % 8 == 0:
+        return True
+    smallest = 4 * 32 * VECTOR_BYTES // itemsize  # lanes of the smallest program
+    return itemsize == 2 and c * s % 8 == 0 and s * (8 // gcd(s, 8)) <= smallest
+
+
 def ceil_div(a: int, b: int) -> int:
     return -(-a // b)
 

@@ -8,48 +8,70 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..activation import Activation
 from ..dispatch import KERNELS
 from ..kernels import group_norm as kernels
+from ..kernels.fused import Fused
 from ..ops import groupnorm as ops
 from ..reference import groupnorm as reference
 from . import shared
 
-Options = tuple[int, int, float]  # dispatch.path's answer, number of groups, eps
+Options = tuple[
+    int, Activation | None, int, float
+]  # dispatch.path's answer, activation, number of groups, eps
 
 
 class GroupNorm(torch.autograd.Function):
     """Saves x, gamma, and mean and rstd of each group of each sample."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, options: Options) -> Tensor:
-        y, table = run(x, weight, bias, options, True)
-        ctx.save_for_backward(x, weight, table)
-        ctx.fixed = (options[1:], None if bias is None else bias.dtype)
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None,
+        options: Options,
+    ) -> Tensor:  # fmt: skip
+        y, table, signs = run(x, weight, bias, residual, options, True)
+        shared.save(ctx, x, weight, bias, residual, table, signs, options[1], options[2:])
         return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        return (*shared.gradients(ctx, grads[0], _direct, _operator, _plain), None)
+        return (*shared.gradients(ctx, grads[0], _direct, _operator, _plain, _normalized), None)
 
 
-def _direct(x: Tensor, dy: Tensor, table: Tensor, weight: Tensor | None, fixed: Any, *wanted: Any) -> Any:
-    return kernels.backward(x, dy, table, weight, fixed[0], *wanted)
+def _direct(
+    x: Tensor, dy: Tensor, table: Tensor, weight: Tensor | None, fixed: Any, need_dx: bool,
+    weight_dtype: Any, bias_dtype: Any, bias: Tensor | None, after: Fused,
+) -> Any:  # fmt: skip
+    wanted = (need_dx, weight_dtype, bias_dtype)
+    return kernels.backward(x, dy, table, weight, fixed[0], *wanted, False, bias, after)
 
 
-def _operator(x: Tensor, dy: Tensor, table: Tensor, weight: Tensor | None, fixed: Any, *wanted: Any) -> Any:
-    return ops.backward(x, dy, table, weight, fixed[0], *wanted)
+def _operator(
+    x: Tensor, dy: Tensor, table: Tensor, weight: Tensor | None, fixed: Any, need_dx: bool,
+    weight_dtype: Any, bias_dtype: Any, bias: Tensor | None, after: Fused,
+) -> Any:  # fmt: skip
+    wanted = (need_dx, weight_dtype, bias_dtype)
+    return ops.backward(x, dy, table, weight, fixed[0], *wanted, bias, *after[:3])
 
 
 def _plain(dy: Tensor, x: Tensor, weight: Tensor | None, table: Tensor, fixed: Any) -> Any:
     return reference.group_norm_backward(dy, x, weight, *fixed)
 
 
+def _normalized(x: Tensor, weight: Tensor | None, bias: Tensor | None, table: Tensor, fixed: Any) -> Tensor:
+    return reference.group_norm(x, weight, bias, *fixed)
+
+
 def run(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, options: Options, keep: bool
-) -> tuple[Tensor, Tensor]:
-    """The forward, without autograd: (y, table of mean and rstd, which comes by the way)."""
-    way, groups, eps = options
-    return (kernels.forward if way == KERNELS else ops.forward)(x, groups, weight, bias, eps)
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, options: Options,
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
+    """The forward, without autograd: (y, table of mean and rstd, which comes by the way, signs)."""
+    way, activation, groups, eps = options
+    after = shared.followed(activation, residual, keep)
+    if way == KERNELS:
+        return kernels.forward(x, groups, weight, bias, eps, False, after)
+    return shared.checked(ops.forward(x, groups, weight, bias, eps, *after))
 
 
 normalize = partial(shared.normalize, GroupNorm, shared.without_functorch(GroupNorm), run)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..activation import Activation
 from ..dispatch import KERNEL_DTYPES, KERNELS, PLAIN, known, transforming
 
 _FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
@@ -27,6 +28,28 @@ def vectors_fit(way: int, x: Tensor, *vectors: Tensor | None) -> bool:
         ):
             return False
     return True
+
+
+def check_residual(x: Tensor, residual: Tensor) -> None:
+    """Raises TypeError or ValueError for a residual that is not as input is."""
+    if not isinstance(residual, Tensor):
+        raise TypeError(f"residual must be a Tensor or None, but got {type(residual).__name__}")
+    for what in ("shape", "dtype", "device"):
+        wanted, found = getattr(x, what), getattr(residual, what)
+        if wanted != found:
+            raise ValueError(f"residual must have input's {what}, {wanted}, but got {found}")
+
+
+def residual_fits(way: int, residual: Tensor | None) -> bool:
+    """Whether the kernels can take it, once it has passed check_residual."""
+    return residual is None or type(residual) in PLAIN or (way != KERNELS and known(residual))
+
+
+def followed_by(y: Tensor, activation: Activation | None, residual: Tensor | None) -> Tensor:
+    """act(y + residual) in plain torch."""
+    if residual is not None:
+        y = y + residual
+    return y if activation is None else activation.apply(y)
 
 
 def needs_float(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> bool:

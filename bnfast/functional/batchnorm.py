@@ -10,10 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
+from ..activation import Activation, ActivationLike
 from ..dispatch import KERNELS, TORCH, TRITON, path, refuse_dtensor
 from ..reference import batchnorm as reference
 from ..reference.batchrenorm import Limits, batch_renorm
-from .arguments import vectors_fit
+from .arguments import check_residual, followed_by, residual_fits, vectors_fit
 
 # more than one value a channel, or torch's ValueError
 verify_batch_size: Callable[[torch.Size], None] = getattr(F, "_verify_batch_size")  # noqa: B009
@@ -34,6 +35,9 @@ def batch_norm(
     training: bool = False,
     momentum: float = 0.1,
     eps: float = 1e-5,
+    *,
+    activation: ActivationLike = None,
+    residual: Tensor | None = None,
 ) -> Tensor:
     """Batch normalization, as torch.nn.functional.batch_norm (Ioffe and Szegedy 2015, arXiv 1502.03167).
 
@@ -43,17 +47,26 @@ def batch_norm(
     input). With `training` the running statistics, where given, are updated in place: new = (1 - momentum)
     * old + momentum * batch statistic, with the unbiased variance.
 
+    Then, in the same kernels, act(normalized + residual): activation, None, a name (bnfast.activation.NAMES)
+    or a name and its parameter, as in ("leaky_relu", 0.2); residual, of input's shape, dtype and device, in
+    any strides.
+
     Returns a tensor of input's shape and dtype. Raises what torch.nn.functional.batch_norm raises
     (ValueError for one value a channel in training and for eps <= 0 there, RuntimeError for sizes and
-    devices that do not match), before anything is updated."""
-    if has_torch_function_variadic(input, running_mean, running_var, weight, bias):
+    devices that do not match), and ValueError for an activation or a residual that is not as said, before
+    anything is updated."""
+    if has_torch_function_variadic(input, running_mean, running_var, weight, bias, residual):
         return handle_torch_function(
-            batch_norm, (input, running_mean, running_var, weight, bias), input, running_mean, running_var,
-            weight=weight, bias=bias, training=training, momentum=momentum, eps=eps,
+            batch_norm, (input, running_mean, running_var, weight, bias, residual), input, running_mean,
+            running_var, weight=weight, bias=bias, training=training, momentum=momentum, eps=eps,
+            activation=activation, residual=residual,
         )  # fmt: skip
     if momentum is None or not isinstance(input, Tensor):  # torch's TypeError
         return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
-    return counting_batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps, None)
+    return counting_batch_norm(
+        input, running_mean, running_var, weight, bias, training, momentum, eps, None, None,
+        Activation.of(activation), residual,
+    )  # fmt: skip
 
 
 def counting_batch_norm(
@@ -67,29 +80,36 @@ def counting_batch_norm(
     eps: float,
     batches: Tensor | None,
     renorm: tuple[Limits, bool] | None = None,
+    activation: Activation | None = None,
+    residual: Tensor | None = None,
 ) -> Tensor:
     """batch_norm that also counts the batch, on the device: batches, an int64 scalar tensor, or None.
     momentum None is the cumulative average, with the factor 1 / (batches + 1)."""
+    if residual is not None:
+        check_residual(input, residual)
     if type(training) is not bool or type(momentum) not in _FLOAT_OR_NONE or type(eps) is not float:
         training, momentum, eps = _as_torch_takes_them(training, momentum, eps)
     way = path(input)
     if eps <= 0.0 and (training or eps < 0.0):  # torch has raised these since 2.13
         needed = "positive during training" if training else "non-negative"
         raise ValueError(f"batch_norm eps must be {needed}, but got {eps}")
-    if way == TORCH or not _fits(way, input, running_mean, running_var, weight, bias, training, batches):
-        return _torch_batch_norm(
-            input, running_mean, running_var, weight, bias, training, momentum, eps, batches, renorm
-        )
-    if training and input.size(0) == 1:
-        verify_batch_size(input.size())
-    buffers = (running_mean, running_var, batches)
-    options = (way, training, momentum is None, 0.0 if momentum is None else momentum, eps, renorm, buffers)
-    y = autograd.normalize(dense(input), weight, bias, options)
-    if y is not None:
-        return y
-    return _torch_batch_norm(
+    if (
+        way != TORCH
+        and _fits(way, input, running_mean, running_var, weight, bias, training, batches)
+        and (residual is None or residual_fits(way, residual))
+    ):
+        if training and input.size(0) == 1:
+            verify_batch_size(input.size())
+        factor = 0.0 if momentum is None else momentum
+        buffers = (running_mean, running_var, batches)
+        options = (way, activation, training, momentum is None, factor, eps, renorm, buffers)
+        y = autograd.normalize(dense(input), weight, bias, residual, options)
+        if y is not None:
+            return y
+    y = _torch_batch_norm(
         input, running_mean, running_var, weight, bias, training, momentum, eps, batches, renorm
     )
+    return followed_by(y, activation, residual)
 
 
 def _as_torch_takes_them(training: Any, momentum: Any, eps: Any) -> tuple[bool, float | None, float]:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
+from ..activation import Activation, ActivationLike
 from ..reference.batchrenorm import Limits
 from .batchnorm import counting_batch_norm
 
@@ -21,6 +22,9 @@ def batch_renorm(
     eps: float = 1e-5,
     r_max: float = 3.0,
     d_max: float = 5.0,
+    *,
+    activation: ActivationLike = None,
+    residual: Tensor | None = None,
 ) -> Tensor:
     """Batch Renormalization (Ioffe 2017, arXiv 1702.03275, algorithm 1).
 
@@ -30,22 +34,24 @@ def batch_renorm(
     from the running statistics before this batch and carry no gradient; r_max=1, d_max=0 is batch_norm.
     Then the running statistics move in place: running_mean by `momentum` towards the batch's mean, and
     running_var so that its sigma, sqrt(running_var + eps), moves by `momentum` towards the batch's. In eval
-    it is batch_norm.
+    it is batch_norm. activation, residual: as batch_norm's.
 
     Returns a tensor of input's shape, dtype and memory format. Raises as batch_norm does, and ValueError for
     missing running statistics, r_max < 1 and d_max < 0, before anything is updated; RuntimeError in the
     recomputation of activation checkpointing (see BatchRenorm2d)."""
-    if has_torch_function_variadic(input, running_mean, running_var, weight, bias):
+    if has_torch_function_variadic(input, running_mean, running_var, weight, bias, residual):
         return handle_torch_function(
-            batch_renorm, (input, running_mean, running_var, weight, bias), input, running_mean, running_var,
-            weight=weight, bias=bias, training=training, momentum=momentum, eps=eps, r_max=r_max, d_max=d_max,
+            batch_renorm, (input, running_mean, running_var, weight, bias, residual), input, running_mean,
+            running_var, weight=weight, bias=bias, training=training, momentum=momentum, eps=eps, r_max=r_max,
+            d_max=d_max, activation=activation, residual=residual,
         )  # fmt: skip
     if momentum is None:
         raise TypeError("batch_renorm(): argument 'momentum' must be float, not NoneType")
     limits = (r_max, d_max, 0.0, 0.0, 0.0)
     return scheduled_batch_renorm(
-        input, running_mean, running_var, weight, bias, training, momentum, eps, limits, True, None
-    )
+        input, running_mean, running_var, weight, bias, training, momentum, eps, limits, True, None,
+        Activation.of(activation), residual,
+    )  # fmt: skip
 
 
 def scheduled_batch_renorm(
@@ -60,14 +66,17 @@ def scheduled_batch_renorm(
     limits: Limits,
     guarded: bool,
     batches: Tensor | None,
+    activation: Activation | None = None,
+    residual: Tensor | None = None,
 ) -> Tensor:
     """batch_renorm with limits that grow with the number of batches so far, read on the device. momentum None
     collects statistics: r = 1, d = 0, cumulative average. guarded: channels of a batch that are not finite
     leave their running statistics alone."""
     if not training:
         return counting_batch_norm(
-            input, running_mean, running_var, weight, bias, False, momentum or 0.0, eps, None
-        )
+            input, running_mean, running_var, weight, bias, False, momentum or 0.0, eps, None, None,
+            activation, residual,
+        )  # fmt: skip
     if running_mean is None or running_var is None:
         raise ValueError("batch_renorm needs running_mean and running_var: it corrects towards them")
     if not limits[0] >= 1:
@@ -81,5 +90,6 @@ def scheduled_batch_renorm(
             "Leave this layer out of the checkpointed part, or use BatchNorm there."
         )
     return counting_batch_norm(
-        input, running_mean, running_var, weight, bias, True, momentum, eps, batches, (limits, guarded)
-    )
+        input, running_mean, running_var, weight, bias, True, momentum, eps, batches, (limits, guarded),
+        activation, residual,
+    )  # fmt: skip

@@ -9,8 +9,17 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
+from ..activation import Activation, ActivationLike
 from ..dispatch import TORCH, TRITON, path, refuse_dtensor
-from .arguments import as_float, in_order_of, needs_float, vectors_fit
+from .arguments import (
+    as_float,
+    check_residual,
+    followed_by,
+    in_order_of,
+    needs_float,
+    residual_fits,
+    vectors_fit,
+)
 
 if TRITON:
     from ..autograd import groupnorm as autograd
@@ -23,27 +32,34 @@ def group_norm(
     weight: Tensor | None = None,
     bias: Tensor | None = None,
     eps: float = 1e-5,
+    *,
+    activation: ActivationLike = None,
+    residual: Tensor | None = None,
 ) -> Tensor:
     """Group normalization, as torch.nn.functional.group_norm (Wu and He 2018, arXiv 1803.08494).
 
     input: [N, C, *], fp16, bf16, fp32 or fp64, any strides; contiguous, channels_last and channels_last_3d
     inputs give outputs of the same memory format, others contiguous ones. num_groups: a divisor of C.
     weight, bias: [C] or None, of dtypes of their own. Mean and variance of each group of a sample are
-    computed in fp32 (fp64 for fp64 input).
+    computed in fp32 (fp64 for fp64 input). activation, residual: as batch_norm's.
 
     Returns a tensor of input's shape and dtype. Under autocast too: on GPUs torch's own returns fp32 for fp16
     and bf16 input there, and takes twice the memory. Raises what torch.nn.functional.group_norm raises
     (ValueError for a batch of one value a group, RuntimeError for sizes and devices that do not match)."""
-    if has_torch_function_variadic(input, weight, bias):
+    if has_torch_function_variadic(input, weight, bias, residual):
         return handle_torch_function(
-            group_norm, (input, weight, bias), input, num_groups, weight=weight, bias=bias, eps=eps
-        )
+            group_norm, (input, weight, bias, residual), input, num_groups, weight=weight, bias=bias, eps=eps,
+            activation=activation, residual=residual,
+        )  # fmt: skip
     if not isinstance(input, Tensor):  # torch's error
         return F.group_norm(input, num_groups, weight, bias, eps)
     if type(eps) is not float:
         eps = _as_torch_takes_it(eps)
+    after = Activation.of(activation)
+    if residual is not None:
+        check_residual(input, residual)
     way = path(input)
-    if (
+    if not (
         way == TORCH
         or type(num_groups) is not int
         or not 2 <= input.dim() <= 5
@@ -51,10 +67,12 @@ def group_norm(
         or input.size(1) % num_groups
         or input.numel() == num_groups  # one value a group: torch's ValueError
         or not vectors_fit(way, input, weight, bias)
+        or not residual_fits(way, residual)
     ):
-        return _torch_group_norm(input, num_groups, weight, bias, eps)
-    y = autograd.normalize(dense(input), weight, bias, (way, num_groups, eps))
-    return _torch_group_norm(input, num_groups, weight, bias, eps) if y is None else y
+        y = autograd.normalize(dense(input), weight, bias, residual, (way, after, num_groups, eps))
+        if y is not None:
+            return y
+    return followed_by(_torch_group_norm(input, num_groups, weight, bias, eps), after, residual)
 
 
 def _as_torch_takes_it(eps: Any) -> float:

@@ -9,10 +9,19 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
+from ..activation import Activation, ActivationLike
 from ..dispatch import KERNELS, TORCH, TRITON, path, refuse_dtensor
 from ..reference.batchnorm import wide
-from .arguments import as_float, in_order_of, needs_float, vectors_fit
-from .batchnorm import batch_norm
+from .arguments import (
+    as_float,
+    check_residual,
+    followed_by,
+    in_order_of,
+    needs_float,
+    residual_fits,
+    vectors_fit,
+)
+from .batchnorm import counting_batch_norm
 
 if TRITON:
     from ..autograd import groupnorm as autograd
@@ -28,6 +37,9 @@ def instance_norm(
     use_input_stats: bool = True,
     momentum: float = 0.1,
     eps: float = 1e-5,
+    *,
+    activation: ActivationLike = None,
+    residual: Tensor | None = None,
 ) -> Tensor:
     """Instance normalization, as torch.nn.functional.instance_norm (Ulyanov et al. 2016, arXiv 1607.08022).
 
@@ -35,37 +47,50 @@ def instance_norm(
     None, of dtypes of their own. Mean and variance of each channel of a sample are computed in fp32 (fp64 for
     fp64 input). With `use_input_stats` the running statistics, where given, are updated in place: new = (1 -
     momentum) * old + momentum * the samples' average of the statistic, with the unbiased variance. Without,
-    they are what input is normalized with.
+    they are what input is normalized with. activation, residual: as batch_norm's.
 
     Returns a tensor of input's shape and dtype, under autocast too. Contiguous, channels_last and
     channels_last_3d inputs give outputs of the same memory format, where torch's are contiguous. Raises what
     torch.nn.functional.instance_norm raises (ValueError for one value a channel and sample, RuntimeError for
     sizes and devices that do not match), before anything is updated."""
-    if has_torch_function_variadic(input, running_mean, running_var, weight, bias):
+    if has_torch_function_variadic(input, running_mean, running_var, weight, bias, residual):
         return handle_torch_function(
-            instance_norm, (input, running_mean, running_var, weight, bias), input,
+            instance_norm, (input, running_mean, running_var, weight, bias, residual), input,
             running_mean=running_mean, running_var=running_var, weight=weight, bias=bias,
-            use_input_stats=use_input_stats, momentum=momentum, eps=eps,
+            use_input_stats=use_input_stats, momentum=momentum, eps=eps, activation=activation,
+            residual=residual,
         )  # fmt: skip
     if not isinstance(input, Tensor):  # torch's error
         return F.instance_norm(input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
     if type(momentum) is not float or type(eps) is not float or type(use_input_stats) is not bool:
         momentum, eps = _as_torch_takes_them(use_input_stats, momentum, eps)
+    after = Activation.of(activation)
+    if residual is not None:
+        check_residual(input, residual)
     way = path(input)
-    if way != TORCH and _fits(way, input, running_mean, running_var, weight, bias):
+    if (
+        way != TORCH
+        and _fits(way, input, running_mean, running_var, weight, bias)
+        and residual_fits(way, residual)
+    ):
         if not use_input_stats:
             # torch's batch_norm refuses a negative eps, and its instance_norm does not
             if running_mean is not None and eps >= 0.0:
-                return batch_norm(input, running_mean, running_var, weight, bias, False, momentum, eps)
+                return counting_batch_norm(
+                    input, running_mean, running_var, weight, bias, False, momentum, eps, None, None,
+                    after, residual,
+                )  # fmt: skip
         elif input.numel() != input.size(0) * input.size(1):  # one value a channel: torch's ValueError
-            y = autograd.normalize(dense(input), weight, bias, (way, input.size(1), eps))
+            options = (way, after, input.size(1), eps)
+            y = autograd.normalize(dense(input), weight, bias, residual, options)
             if y is not None:
                 if running_mean is not None and running_var is not None:
                     _track(input.detach(), running_mean, running_var, momentum)
                 return y
-    return _torch_instance_norm(
+    y = _torch_instance_norm(
         input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps
     )  # fmt: skip
+    return followed_by(y, after, residual)
 
 
 def _as_torch_takes_them(use_input_stats: Any, momentum: Any, eps: Any) -> tuple[float, float]:

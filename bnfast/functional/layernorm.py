@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
+from ..activation import Activation, ActivationLike
 from ..dispatch import KERNEL_DTYPES, KERNELS, PLAIN, TORCH, TRITON, path, refuse_dtensor
-from .arguments import as_float, needs_float
+from .arguments import as_float, check_residual, followed_by, needs_float, residual_fits
 
 if TRITON:
     from ..autograd import layernorm as autograd
@@ -23,26 +24,36 @@ def layer_norm(
     weight: Tensor | None = None,
     bias: Tensor | None = None,
     eps: float = 1e-5,
+    *,
+    activation: ActivationLike = None,
+    residual: Tensor | None = None,
 ) -> Tensor:
     """Layer normalization, as torch.nn.functional.layer_norm (Ba, Kiros and Hinton 2016, arXiv 1607.06450).
 
     input: [*, *normalized_shape], fp16, bf16, fp32 or fp64, any strides. weight, bias: normalized_shape or
     None, of dtypes of their own. Mean and variance of each row are computed in fp32 (fp64 for fp64 input).
+    activation, residual: as batch_norm's.
 
     Returns a contiguous tensor of input's shape and dtype. Under autocast too: torch's own returns fp32 for
     fp16 and bf16 input there, and takes twice the memory. Raises what torch.nn.functional.layer_norm raises
     (RuntimeError for shapes that do not match and for an empty normalized_shape)."""
-    if has_torch_function_variadic(input, weight, bias):
+    if has_torch_function_variadic(input, weight, bias, residual):
         return handle_torch_function(
-            layer_norm, (input, weight, bias), input, normalized_shape, weight=weight, bias=bias, eps=eps
-        )
+            layer_norm, (input, weight, bias, residual), input, normalized_shape, weight=weight, bias=bias,
+            eps=eps, activation=activation, residual=residual,
+        )  # fmt: skip
     if type(eps) is not float:
         eps = _as_torch_takes_it(eps)
+    after = Activation.of(activation)
+    if residual is not None:
+        check_residual(input, residual)
     way = path(input)
-    if way == TORCH or not _fits(way, input, normalized_shape, weight, bias):
-        return _torch_layer_norm(input, normalized_shape, weight, bias, eps)
-    y = autograd.normalize(input.contiguous(), weight, bias, (way, len(normalized_shape), eps))
-    return _torch_layer_norm(input, normalized_shape, weight, bias, eps) if y is None else y
+    if way != TORCH and _fits(way, input, normalized_shape, weight, bias) and residual_fits(way, residual):
+        options = (way, after, len(normalized_shape), eps)
+        y = autograd.normalize(input.contiguous(), weight, bias, residual, options)
+        if y is not None:
+            return y
+    return followed_by(_torch_layer_norm(input, normalized_shape, weight, bias, eps), after, residual)
 
 
 def _as_torch_takes_it(eps: Any) -> float:

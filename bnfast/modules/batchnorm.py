@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.fx import Proxy
 
+from ..activation import Activation, ActivationLike
 from ..functional.batchnorm import counting_batch_norm
 from .drop_in import DropIn, OptionalBias
 
@@ -28,14 +28,13 @@ class _Kernels(DropIn, OptionalBias, nn.modules.batchnorm._BatchNorm):
         dtype: torch.dtype | None = None,
         *,
         bias: bool = True,
+        activation: ActivationLike = None,
     ) -> None:
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype)
         self._without_bias(unless=bias)
+        self.activation = Activation.of(activation)
 
-    def forward(self, input: Tensor) -> Tensor:
-        """input: [N, C, *] -> the same shape, dtype and memory format. See bnfast.functional.batch_norm."""
-        if isinstance(input, Proxy):
-            return self._leaf(input)
+    def normalize(self, input: Tensor, activation: Activation | None, residual: Tensor | None) -> Tensor:
         self._check_input_dim(input)
         tracked = self.training and self.track_running_stats
         use_buffers = tracked or not self.training
@@ -53,6 +52,9 @@ class _Kernels(DropIn, OptionalBias, nn.modules.batchnorm._BatchNorm):
             momentum,
             self.eps,
             batches,
+            None,
+            activation,
+            residual,
         )
 
 

@@ -6,8 +6,8 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
-from torch.fx import Proxy
 
+from ..activation import Activation, ActivationLike
 from ..functional.batchrenorm import scheduled_batch_renorm
 from .drop_in import DropIn, OptionalBias
 
@@ -53,6 +53,7 @@ class _BatchRenorm(DropIn, OptionalBias, nn.modules.batchnorm._BatchNorm):
         d_max_steps: int = 25000,
         skip_nonfinite: bool = True,
         track_running_stats: bool = True,
+        activation: ActivationLike = None,
     ) -> None:
         if momentum is None:
             raise ValueError(
@@ -71,6 +72,7 @@ class _BatchRenorm(DropIn, OptionalBias, nn.modules.batchnorm._BatchNorm):
             )
         super().__init__(num_features, eps, momentum, affine, True, device=device, dtype=dtype)
         self._without_bias(unless=bias)
+        self.activation = Activation.of(activation)
         self.r_max, self.d_max, self.warmup_steps = r_max, d_max, warmup_steps
         self.r_max_steps, self.d_max_steps, self.skip_nonfinite = r_max_steps, d_max_steps, skip_nonfinite
 
@@ -79,10 +81,7 @@ class _BatchRenorm(DropIn, OptionalBias, nn.modules.batchnorm._BatchNorm):
         assert self.num_batches_tracked is not None
         self.num_batches_tracked.zero_()
 
-    def forward(self, input: Tensor) -> Tensor:
-        """input: [N, C, *] -> the same shape, dtype and memory format. See bnfast.functional.batch_renorm."""
-        if isinstance(input, Proxy):
-            return self._leaf(input)
+    def normalize(self, input: Tensor, activation: Activation | None, residual: Tensor | None) -> Tensor:
         self._check_input_dim(input)
         limits = (
             float(self.r_max),
@@ -94,6 +93,7 @@ class _BatchRenorm(DropIn, OptionalBias, nn.modules.batchnorm._BatchNorm):
         return scheduled_batch_renorm(
             input, self.running_mean, self.running_var, self.weight, self.bias, self.training, self.momentum,
             self.eps, limits, self.skip_nonfinite, self.num_batches_tracked if self.training else None,
+            activation, residual,
         )  # fmt: skip
 
     def extra_repr(self) -> str:

@@ -1,25 +1,44 @@
-"""What a layer needs to pass for torch.nn's where graphs are recorded: torch.fx and torch.jit.script."""
+"""What all layers add to torch.nn's: an activation and a residual, and what it takes to pass for torch.nn's
+where graphs are recorded, by torch.fx and torch.jit.script."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.fx import Proxy
 from torch.fx.proxy import TraceError
 
+from ..activation import Activation
+
 
 class DropIn(nn.Module):
-    """Mixed into a subclass of one of torch.nn's layers, before it. The forward begins with
+    """Mixed into a subclass of one of torch.nn's layers, before it, which defines `normalize`."""
 
-    if isinstance(input, Proxy):
-        return self._leaf(input)
-    """
+    activation: Activation | None = None
 
-    def _leaf(self, input: Proxy) -> Any:
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        """act(norm(input) + residual), of input's shape, dtype and memory format. residual: of input's shape,
+        dtype and device. The function of the same name in bnfast.functional says more."""
+        if isinstance(input, Proxy):
+            return self._leaf(*((input,) if residual is None else (input, residual)))
+        return self.normalize(input, self.activation, residual)
+
+    def normalize(self, input: Tensor, activation: Activation | None, residual: Tensor | None) -> Tensor:
+        """The forward with another activation than the layer's own."""
+        raise NotImplementedError
+
+    def extra_repr(self) -> str:
+        if self.activation is None:
+            return super().extra_repr()
+        name, parameter = self.activation
+        shown = self.activation if parameter else name
+        return f"{super().extra_repr()}, activation={shown if isinstance(shown, str) else tuple(shown)}"
+
+    def _leaf(self, *inputs: Any) -> Any:
         """Records a call of this layer, as torch.fx does for torch.nn's. From within the call, though: what
         runs around this forward would be recorded once more, beside the call that runs it."""
-        tracer: Any = input.tracer
+        tracer: Any = inputs[0].tracer
         around = "hooks" if self._forward_hooks or self._forward_pre_hooks else None
         if not _ours(next(c for c in type(self).__mro__ if "forward" in vars(c))):
             around = "a forward of its own"
@@ -28,13 +47,18 @@ class DropIn(nn.Module):
                 f"{type(self).__name__} cannot be traced {f'with {around}' if around else 'by itself'}: "
                 "pass a Tracer whose is_leaf_module returns True for it"
             )
-        return tracer.create_proxy("call_module", tracer.path_of_module(self), (input,), {})
+        return tracer.create_proxy("call_module", tracer.path_of_module(self), inputs, {})
 
     def __prepare_scriptable__(self) -> nn.Module:
         """torch.jit.script compiles Python, which the kernels' host code is more of than it takes: it gets
         torch.nn's layer, with the same parameters and buffers. A subclass has to see for itself."""
         if not _ours(type(self)):
             return self
+        if self.activation is not None:
+            raise RuntimeError(
+                f"torch.jit.script has torch.nn's layer for {type(self).__name__}, which has no activation: "
+                "apply it in a module of its own, or use torch.export"
+            )
         plain = next(c for c in type(self).__mro__ if c.__module__.startswith("torch.nn.modules."))
         module: nn.Module = object.__new__(plain)
         module.__dict__ = dict(self.__dict__)

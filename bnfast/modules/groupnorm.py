@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.fx import Proxy
 
+from ..activation import Activation, ActivationLike
 from ..functional.groupnorm import group_norm
 from .drop_in import DropIn, OptionalBias
 
@@ -26,12 +26,13 @@ class GroupNorm(DropIn, OptionalBias, nn.GroupNorm):
         dtype: torch.dtype | None = None,
         *,
         bias: bool = True,
+        activation: ActivationLike = None,
     ) -> None:
         super().__init__(num_groups, num_channels, eps, affine, device, dtype)
         self._without_bias(unless=bias)
+        self.activation = Activation.of(activation)
 
-    def forward(self, input: Tensor) -> Tensor:
-        """input: [N, C, *] -> the same shape, dtype and memory format. See bnfast.functional.group_norm."""
-        if isinstance(input, Proxy):
-            return self._leaf(input)
-        return group_norm(input, self.num_groups, self.weight, self.bias, self.eps)
+    def normalize(self, input: Tensor, activation: Activation | None, residual: Tensor | None) -> Tensor:
+        return group_norm(
+            input, self.num_groups, self.weight, self.bias, self.eps, activation=activation, residual=residual
+        )

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.fx import Proxy
 
+from ..activation import Activation, ActivationLike
+from ..functional.arguments import check_residual
 from ..functional.instancenorm import instance_norm
 from .drop_in import DropIn, OptionalBias
 
 
 class _Kernels(DropIn, OptionalBias, nn.modules.instancenorm._InstanceNorm):
-    """What the three share. Checks of the input, and the dimension that an unbatched one lacks, are
-    inherited."""
+    """What the three share."""
 
     def __init__(
         self,
@@ -27,19 +28,33 @@ class _Kernels(DropIn, OptionalBias, nn.modules.instancenorm._InstanceNorm):
         dtype: torch.dtype | None = None,
         *,
         bias: bool = True,
+        activation: ActivationLike = None,
     ) -> None:
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)  # type: ignore[arg-type]
         self._without_bias(unless=bias)
+        self.activation = Activation.of(activation)
 
-    def forward(self, input: Tensor) -> Tensor:
-        """input: [N, C, *] or [C, *] -> the same shape, dtype and memory format. See
-        bnfast.functional.instance_norm."""
-        if isinstance(input, Proxy):
-            return self._leaf(input)
-        return super().forward(input)
-
-    def _apply_instance_norm(self, input: Tensor) -> Tensor:
-        return instance_norm(
+    def normalize(self, input: Tensor, activation: Activation | None, residual: Tensor | None) -> Tensor:
+        self._check_input_dim(input)
+        unbatched = self._get_no_batch_dim()
+        dim = input.dim() - unbatched
+        if input.size(dim) != self.num_features:  # as torch
+            differs = f"input's size at dim={dim}"
+            if self.affine:
+                raise ValueError(
+                    f"expected {differs} to match num_features ({self.num_features}), but got: "
+                    f"{input.size(dim)}."
+                )
+            warnings.warn(
+                f"{differs} does not match num_features. You can silence this warning by not passing in "
+                "num_features, which is not used because affine=False",
+                stacklevel=3,
+            )
+        if residual is not None:
+            check_residual(input, residual)
+        if input.dim() == unbatched:
+            input, residual = input.unsqueeze(0), None if residual is None else residual.unsqueeze(0)
+        y = instance_norm(
             input,
             self.running_mean,
             self.running_var,
@@ -48,7 +63,10 @@ class _Kernels(DropIn, OptionalBias, nn.modules.instancenorm._InstanceNorm):
             self.training or not self.track_running_stats,
             0.0 if self.momentum is None else self.momentum,  # as torch: None updates nothing
             self.eps,
+            activation=activation,
+            residual=residual,
         )
+        return y if dim else y.squeeze(0)
 
 
 class InstanceNorm1d(_Kernels, nn.InstanceNorm1d):

@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.fx import Proxy
 
+from ..activation import Activation, ActivationLike
 from ..functional.layernorm import layer_norm
 from .drop_in import DropIn
 
@@ -23,11 +23,14 @@ class LayerNorm(DropIn, nn.LayerNorm):
         bias: bool = True,
         device: Any = None,
         dtype: torch.dtype | None = None,
+        *,
+        activation: ActivationLike = None,
     ) -> None:
         super().__init__(normalized_shape, eps, elementwise_affine, bias, device, dtype)
+        self.activation = Activation.of(activation)
 
-    def forward(self, input: Tensor) -> Tensor:
-        """input: [*, *normalized_shape] -> the same shape and dtype. See bnfast.functional.layer_norm."""
-        if isinstance(input, Proxy):
-            return self._leaf(input)
-        return layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps)
+    def normalize(self, input: Tensor, activation: Activation | None, residual: Tensor | None) -> Tensor:
+        return layer_norm(
+            input, self.normalized_shape, self.weight, self.bias, self.eps, activation=activation,
+            residual=residual,
+        )  # fmt: skip

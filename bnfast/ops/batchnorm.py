@@ -4,8 +4,8 @@ torch.ops.bnfast.batch_norm_*.
 Their workspaces are their own: torch.compile's CUDA graphs (reduce-overhead) keep all that is allocated in
 their warm-up in a pool, which a cached workspace must not live in.
 
-No autograd here (autograd.py has it): a Function around bare operators costs half of what registered
-autograd costs."""
+No autograd here (autograd/ has it): a Function around bare operators costs half of what registered autograd
+costs."""
 
 from __future__ import annotations
 
@@ -13,63 +13,48 @@ import torch
 
 from ..kernels import batch_norm as kernels
 from ..kernels import layouts
-
-_library = torch.library.Library("bnfast", "DEF")
-_library.define(
-    "batch_norm_train(Tensor x, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean, "
-    "Tensor(b!)? running_var, Tensor(c!)? batches, bool cumulative, float momentum, float eps)"
-    " -> (Tensor, Tensor)"
-)
-_library.define(
-    "batch_renorm_train(Tensor x, Tensor? weight, Tensor? bias, Tensor(a!) running_mean, "
-    "Tensor(b!) running_var, Tensor(c!)? batches, bool cumulative, float momentum, float eps, "
-    "float[] limits, bool guarded) -> (Tensor, Tensor)"
-)
-_library.define(
-    "batch_norm_eval(Tensor x, Tensor? weight, Tensor? bias, Tensor running_mean, Tensor running_var, "
-    "float eps, bool keep) -> (Tensor, Tensor)"
-)
-_library.define(
-    "batch_norm_backward(Tensor x, Tensor dy, Tensor table, bool training, bool need_dx, "
-    "ScalarType? weight_dtype, ScalarType? bias_dtype) -> (Tensor, Tensor, Tensor)"
-)
-train = torch.ops.bnfast.batch_norm_train.default
-train_renorm = torch.ops.bnfast.batch_renorm_train.default
-evaluate = torch.ops.bnfast.batch_norm_eval.default
-backward = torch.ops.bnfast.batch_norm_backward.default
+from .followed import BACKWARD, FORWARD, define, fused, gradients_like, present, signs_like, with_signs
 
 
-def _train(x, weight, bias, running_mean, running_var, batches, cumulative, momentum, eps):  # type: ignore[no-untyped-def]
-    return kernels.forward(
-        layouts.dense(x),
-        weight,
-        bias,
-        running_mean,
-        running_var,
-        batches,
-        cumulative,
-        momentum,
-        eps,
-        own=True,
-    )
-
-
-def _train_renorm(  # type: ignore[no-untyped-def]
-    x, weight, bias, running_mean, running_var, batches, cumulative, momentum, eps, limits, guarded
+def _train(  # type: ignore[no-untyped-def]
+    x, weight, bias, running_mean, running_var, batches, cumulative, momentum, eps, activation="none",
+    parameter=0.0, residual=None, signs=False, renorm=None,
 ):  # fmt: skip
-    return kernels.forward(
-        layouts.dense(x), weight, bias, running_mean, running_var, batches, cumulative, momentum, eps,
-        own=True, renorm=(tuple(limits), guarded),
+    after = fused(activation, parameter, residual, signs)
+    return with_signs(
+        kernels.forward(
+            layouts.dense(x), weight, bias, running_mean, running_var, batches, cumulative, momentum, eps,
+            True, renorm, after,
+        )
     )  # fmt: skip
 
 
-def _eval(x, weight, bias, running_mean, running_var, eps, keep):  # type: ignore[no-untyped-def]
-    return kernels.inference(layouts.dense(x), weight, bias, running_mean, running_var, eps, keep)
+def _train_renorm(  # type: ignore[no-untyped-def]
+    x, weight, bias, running_mean, running_var, batches, cumulative, momentum, eps, limits, guarded, *after,
+):  # fmt: skip
+    return _train(
+        x, weight, bias, running_mean, running_var, batches, cumulative, momentum, eps, *after,
+        renorm=(tuple(limits), guarded),
+    )  # type: ignore[misc]  # fmt: skip
 
 
-def _backward(x, dy, table, training, need_dx, weight_dtype, bias_dtype):  # type: ignore[no-untyped-def]
-    gradients = kernels.backward(x, dy, table, training, need_dx, weight_dtype, bias_dtype, own=True)
-    return tuple(x.new_empty(0) if g is None else g for g in gradients)
+def _eval(  # type: ignore[no-untyped-def]
+    x, weight, bias, running_mean, running_var, eps, keep, activation="none",
+    parameter=0.0, residual=None, signs=False,
+):  # fmt: skip
+    after = fused(activation, parameter, residual, signs)
+    return with_signs(
+        kernels.inference(layouts.dense(x), weight, bias, running_mean, running_var, eps, keep, after)
+    )
+
+
+def _backward(  # type: ignore[no-untyped-def]
+    x, dy, table, training, need_dx, weight_dtype, bias_dtype, activation="none", parameter=0.0, kept=None
+):
+    after = fused(activation, parameter, kept)
+    return present(
+        x, kernels.backward(x, dy, table, training, need_dx, weight_dtype, bias_dtype, True, after)
+    )  # fmt: skip
 
 
 def _table_like(x: torch.Tensor, rows: int) -> torch.Tensor:
@@ -77,32 +62,58 @@ def _table_like(x: torch.Tensor, rows: int) -> torch.Tensor:
     return x.new_empty(size, dtype=layouts.accumulator(x))
 
 
-def _train_fake(x, weight, bias, running_mean, running_var, batches, cumulative, momentum, eps):  # type: ignore[no-untyped-def]
-    return layouts.out_like(x), _table_like(x, 4)
+def _train_fake(  # type: ignore[no-untyped-def]
+    x, weight, bias, running_mean, running_var, batches, cumulative, momentum, eps, activation="none",
+    parameter=0.0, residual=None, signs=False,
+):  # fmt: skip
+    return layouts.out_like(x), _table_like(x, 4), signs_like(x, residual, signs)
 
 
-def _train_renorm_fake(x, *_):  # type: ignore[no-untyped-def]
-    return layouts.out_like(x), _table_like(x, 6)
+def _train_renorm_fake(  # type: ignore[no-untyped-def]
+    x, weight, bias, running_mean, running_var, batches, cumulative, momentum, eps, limits, guarded,
+    activation="none",
+    parameter=0.0, residual=None, signs=False,
+):  # fmt: skip
+    return layouts.out_like(x), _table_like(x, 6), signs_like(x, residual, signs)
 
 
-def _eval_fake(x, weight, bias, running_mean, running_var, eps, keep):  # type: ignore[no-untyped-def]
-    return layouts.out_like(x), _table_like(x, 4 if keep else 0)
+def _eval_fake(  # type: ignore[no-untyped-def]
+    x, weight, bias, running_mean, running_var, eps, keep, activation="none",
+    parameter=0.0, residual=None, signs=False,
+):  # fmt: skip
+    return layouts.out_like(x), _table_like(x, 4 if keep else 0), signs_like(x, residual, signs)
 
 
-def _backward_fake(x, dy, table, training, need_dx, weight_dtype, bias_dtype):  # type: ignore[no-untyped-def]
-    return (
-        layouts.out_like(x) if need_dx else x.new_empty(0),
-        x.new_empty(0) if weight_dtype is None else x.new_empty(x.shape[1], dtype=weight_dtype),
-        x.new_empty(0) if bias_dtype is None else x.new_empty(x.shape[1], dtype=bias_dtype),
-    )
-
-
-for _name, _real, _fake in (
-    ("batch_norm_train", _train, _train_fake),
-    ("batch_renorm_train", _train_renorm, _train_renorm_fake),
-    ("batch_norm_eval", _eval, _eval_fake),
-    ("batch_norm_backward", _backward, _backward_fake),
+def _backward_fake(  # type: ignore[no-untyped-def]
+    x, dy, table, training, need_dx, weight_dtype, bias_dtype, activation="none", parameter=0.0, kept=None
 ):
-    for _key in ("CPU", "CUDA"):
-        _library.impl(_name, _real, _key)
-    torch.library.register_fake(f"bnfast::{_name}", _fake, lib=_library)
+    like = layouts.out_like(x)
+    return gradients_like(like, x.shape[1], need_dx, weight_dtype, bias_dtype, kept is not None)
+
+
+_STATE = "Tensor x, Tensor? weight, Tensor? bias, "
+train = define(
+    f"batch_norm_train({_STATE}Tensor(a!)? running_mean, Tensor(b!)? running_var, Tensor(c!)? batches, "
+    f"bool cumulative, float momentum, float eps, {FORWARD}) -> (Tensor, Tensor, Tensor)",
+    _train,
+    _train_fake,
+)
+train_renorm = define(
+    f"batch_renorm_train({_STATE}Tensor(a!) running_mean, Tensor(b!) running_var, Tensor(c!)? batches, "
+    "bool cumulative, float momentum, float eps, float[] limits, bool guarded, "
+    f"{FORWARD}) -> (Tensor, Tensor, Tensor)",
+    _train_renorm,
+    _train_renorm_fake,
+)
+evaluate = define(
+    f"batch_norm_eval({_STATE}Tensor running_mean, Tensor running_var, float eps, bool keep, "
+    f"{FORWARD}) -> (Tensor, Tensor, Tensor)",
+    _eval,
+    _eval_fake,
+)
+backward = define(
+    "batch_norm_backward(Tensor x, Tensor dy, Tensor table, bool training, bool need_dx, "
+    f"ScalarType? weight_dtype, ScalarType? bias_dtype, {BACKWARD}) -> (Tensor, Tensor, Tensor, Tensor)",
+    _backward,
+    _backward_fake,
+)

@@ -7,54 +7,58 @@ import torch
 
 from ..kernels import layer_norm as kernels
 from ..kernels import layouts
-
-_library = torch.library.Library("bnfast", "FRAGMENT")
-_library.define(
-    "layer_norm(Tensor x, Tensor? weight, Tensor? bias, int dims, float eps, bool keep) -> (Tensor, Tensor)"
-)
-_library.define(
-    "layer_norm_backward(Tensor x, Tensor dy, Tensor? weight, Tensor table, int dims, bool need_dx, "
-    "ScalarType? weight_dtype, ScalarType? bias_dtype) -> (Tensor, Tensor, Tensor)"
-)
-forward = torch.ops.bnfast.layer_norm.default
-backward = torch.ops.bnfast.layer_norm_backward.default
+from .followed import BACKWARD, FORWARD, define, fused, gradients_like, present, with_signs
 
 
-def _forward(x, weight, bias, dims, eps, keep):  # type: ignore[no-untyped-def]
-    y, table = kernels.forward(x.contiguous(), weight, bias, dims, eps, keep)
-    return y, table if keep else x.new_empty(0, dtype=table.dtype)  # not one tensor for all calls
+def _forward(  # type: ignore[no-untyped-def]
+    x, weight, bias, dims, eps, keep, activation="none", parameter=0.0, residual=None, signs=False
+):
+    after = fused(activation, parameter, residual)
+    y, table, none = kernels.forward(x.contiguous(), weight, bias, dims, eps, keep, after)
+    # not one tensor for all calls
+    return with_signs((y, table if keep else x.new_empty(0, dtype=table.dtype), none))
 
 
-def _backward(x, dy, weight, table, dims, need_dx, weight_dtype, bias_dtype):  # type: ignore[no-untyped-def]
-    gradients = kernels.backward(x, dy, weight, table, dims, need_dx, weight_dtype, bias_dtype)
-    return tuple(x.new_empty(0) if g is None else g for g in gradients)
+def _backward(  # type: ignore[no-untyped-def]
+    x, dy, weight, table, dims, need_dx, weight_dtype, bias_dtype, bias=None, activation="none",
+    parameter=0.0, kept=None,
+):  # fmt: skip
+    after, wanted = fused(activation, parameter, kept), (need_dx, weight_dtype, bias_dtype)
+    return present(x, kernels.backward(x, dy, weight, table, dims, *wanted, bias, after))
 
 
 def _contiguous_like(x: torch.Tensor) -> torch.Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-def _forward_fake(x, weight, bias, dims, eps, keep):  # type: ignore[no-untyped-def]
+def _forward_fake(  # type: ignore[no-untyped-def]
+    x, weight, bias, dims, eps, keep, activation="none", parameter=0.0, residual=None, signs=False
+):
     rows = 1
     for size in x.shape[:-dims]:
         rows = rows * size
     table = x.new_empty((2, rows) if keep else (0,), dtype=layouts.accumulator(x))
-    return _contiguous_like(x), table
+    return with_signs((_contiguous_like(x), table, None))
 
 
-def _backward_fake(x, dy, weight, table, dims, need_dx, weight_dtype, bias_dtype):  # type: ignore[no-untyped-def]
-    shape = x.shape[-dims:]
-    return (
-        _contiguous_like(x) if need_dx else x.new_empty(0),
-        x.new_empty(0) if weight_dtype is None else x.new_empty(shape, dtype=weight_dtype),
-        x.new_empty(0) if bias_dtype is None else x.new_empty(shape, dtype=bias_dtype),
-    )
+def _backward_fake(  # type: ignore[no-untyped-def]
+    x, dy, weight, table, dims, need_dx, weight_dtype, bias_dtype, bias=None, activation="none",
+    parameter=0.0, kept=None,
+):  # fmt: skip
+    like, through = _contiguous_like(x), activation != "none"
+    return gradients_like(like, x.shape[-dims:], need_dx, weight_dtype, bias_dtype, through)
 
 
-for _name, _real, _fake in (
-    ("layer_norm", _forward, _forward_fake),
-    ("layer_norm_backward", _backward, _backward_fake),
-):
-    for _key in ("CPU", "CUDA"):
-        _library.impl(_name, _real, _key)
-    torch.library.register_fake(f"bnfast::{_name}", _fake, lib=_library)
+forward = define(
+    "layer_norm(Tensor x, Tensor? weight, Tensor? bias, int dims, float eps, bool keep, "
+    f"{FORWARD}) -> (Tensor, Tensor, Tensor)",
+    _forward,
+    _forward_fake,
+)
+backward = define(
+    "layer_norm_backward(Tensor x, Tensor dy, Tensor? weight, Tensor table, int dims, bool need_dx, "
+    "ScalarType? weight_dtype, ScalarType? bias_dtype, Tensor? bias=None, "
+    f"{BACKWARD}) -> (Tensor, Tensor, Tensor, Tensor)",
+    _backward,
+    _backward_fake,
+)

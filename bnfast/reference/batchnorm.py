@@ -23,20 +23,41 @@ def by_channel(v: Tensor, x: Tensor) -> Tensor:
     return v.view(1, -1, *[1] * (x.dim() - 2))
 
 
-def batch_norm(x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-    """y = gamma * (x - mean) * rstd + beta (Ioffe and Szegedy 2015, algorithm 1), in x's dtype."""
-    y = (wide(x) - by_channel(mean, x)) * by_channel(rstd, x)
-    if weight is not None:
-        y = y * by_channel(wide(weight), x)
-    if bias is not None:
-        y = y + by_channel(wide(bias), x)
-    return y.to(x.dtype)
-
-
 def moments(x: Tensor) -> tuple[Tensor, Tensor]:
     """(mean, biased variance) of each channel."""
     variance, mean = torch.var_mean(wide(x), reduced_dims(x), correction=0)
     return mean, variance
+
+
+def normalized(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    fixed: tuple[Tensor, Tensor] | None,
+    correction: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
+    """y = gamma * xhat + beta (Ioffe and Szegedy 2015, algorithm 1), wide. fixed, correction: as below."""
+    xhat, _ = _standardized(x, eps, fixed)
+    if correction is not None:
+        xhat = xhat * by_channel(correction[0], x) + by_channel(correction[1], x)
+    return affine(xhat, weight, bias)
+
+
+def affine(y: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    if weight is not None:
+        y = y * by_channel(wide(weight), y)
+    return y if bias is None else y + by_channel(wide(bias), y)
+
+
+def _standardized(x: Tensor, eps: float, fixed: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
+    """(xhat, rstd)."""
+    if fixed is None:
+        mean, variance = moments(x)
+        rstd = torch.rsqrt(variance + eps)
+    else:
+        mean, rstd = fixed
+    return (wide(x) - by_channel(mean, x)) * by_channel(rstd, x), rstd
 
 
 def batch_norm_backward(
@@ -53,12 +74,7 @@ def batch_norm_backward(
     Renormalization's r and d, which carry no gradient.
     """
     g, dims = wide(dy), reduced_dims(x)
-    if fixed is None:
-        mean, variance = moments(x)
-        rstd = torch.rsqrt(variance + eps)
-    else:
-        mean, rstd = fixed
-    xhat = (wide(x) - by_channel(mean, x)) * by_channel(rstd, x)
+    xhat, rstd = _standardized(x, eps, fixed)
     dbias, dweight = g.sum(dims), (g * xhat).sum(dims)
     dx = g
     if fixed is None:

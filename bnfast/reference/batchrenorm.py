@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .batchnorm import by_channel, moments, wide
+from .batchnorm import affine, by_channel, moments, wide
 
 Limits = tuple[float, float, float, float, float]  # r_max, d_max, warmup, r_steps, d_steps
 
@@ -50,10 +50,7 @@ def batch_renorm(
             d = ((mean.detach() - old_mean) / old_sigma).clamp(-d_limit, d_limit)
             factor = torch.full_like(seen, momentum)
     y = (wide(x) - by_channel(mean, x)) * by_channel(r / sigma, x) + by_channel(d, x)
-    if weight is not None:
-        y = y * by_channel(wide(weight), x)
-    if bias is not None:
-        y = y + by_channel(wide(bias), x)
+    y = affine(y, weight, bias)
     with torch.no_grad():
         new_sigma = old_sigma + factor * (sigma.detach() - old_sigma)
         new_mean = (1 - factor) * old_mean + factor * mean.detach()

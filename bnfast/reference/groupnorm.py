@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .batchnorm import by_channel, reduced_dims, wide
+from .batchnorm import affine, by_channel, reduced_dims, wide
 
 
 def in_groups(t: Tensor, groups: int) -> Tensor:
@@ -26,15 +26,10 @@ def normalized(x: Tensor, groups: int, eps: float) -> tuple[Tensor, Tensor]:
     return (cells - mean) * rstd, rstd
 
 
-def group_norm(x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
-    """y = gamma * xhat + beta, in x's dtype and memory format."""
+def group_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, groups: int, eps: float) -> Tensor:
+    """y = gamma * xhat + beta, wide, in x's memory format."""
     xhat, _ = normalized(x, groups, eps)
-    y = xhat.reshape(x.shape)
-    if weight is not None:
-        y = y * by_channel(wide(weight), x)
-    if bias is not None:
-        y = y + by_channel(wide(bias), x)
-    return y.to(x.dtype)
+    return affine(xhat.reshape(x.shape), weight, bias)
 
 
 def group_norm_backward(

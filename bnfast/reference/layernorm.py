@@ -21,13 +21,11 @@ def normalized(x: Tensor, dims: int, eps: float) -> tuple[Tensor, Tensor]:
 
 
 def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, dims: int, eps: float) -> Tensor:
-    """y = gamma * xhat + beta, in x's dtype."""
+    """y = gamma * xhat + beta, wide."""
     y, _ = normalized(x, dims, eps)
     if weight is not None:
         y = y * wide(weight)
-    if bias is not None:
-        y = y + wide(bias)
-    return y.to(x.dtype)
+    return y if bias is None else y + wide(bias)
 
 
 def layer_norm_backward(

@@ -1,0 +1,160 @@
+"""Activations, each with its derivative: elementwise functions of v = a * (x - p) + b + z, in v's own type.
+
+NAME is a compile-time string (bnfast.activation.NAMES), PARAMETER a compile-time number (leaky_relu's slope,
+elu's alpha). At their corners, and at NaN, they do as torch does."""
+
+import triton
+import triton.language as tl
+
+from .tiles import tile
+
+
+@triton.jit
+def tanh(v):
+    """Near 0 a rational function (Cephes), which keeps the digits that 1 - 2 / (exp(2 v) + 1) loses there."""
+    s = v * v
+    above = (-0.964399179425052238628 * s - 99.2877231001918586564) * s - 1614.68768441708447952
+    below = ((s + 112.811678491632931402) * s + 2235.48839060100448583) * s + 4844.06305325125486048
+    near = v + v * s * (above / below)
+    far = 1.0 - 2.0 / (tl.exp(2.0 * tl.abs(v)) + 1.0)
+    return tl.where(tl.abs(v) < 0.625, near, tl.where(v < 0, -far, far))
+
+
+@triton.jit
+def sigmoid(v):
+    return 1.0 / (1.0 + tl.exp(-v))
+
+
+@triton.jit
+def exp_minus_1(v):
+    """For v <= 0."""
+    t = tanh(0.5 * v)
+    return 2.0 * t / (1.0 - t)
+
+
+@triton.jit
+def tanh_of_softplus(v):
+    """tanh(log(1 + exp(v))) without a logarithm; above 20 it is 1 in every type."""
+    e = tl.exp(tl.where(v < 20.0, v, 20.0))
+    n = e * (e + 2.0)
+    return n / (n + 2.0)
+
+
+@triton.jit
+def normal_cdf(v):
+    return 0.5 * (1.0 + tl.erf(v * 0.7071067811865476))  # sqrt(1 / 2)
+
+
+@triton.jit
+def gelu_inner(v):
+    """Of the approximation in Hendrycks and Gimpel 2016, arXiv 1606.08415: sqrt(2 / pi) comes first."""
+    return 0.7978845608028654 * (v + 0.044715 * v * v * v)
+
+
+@triton.jit
+def activate(v, NAME: tl.constexpr, PARAMETER: tl.constexpr):
+    if NAME == "none":
+        y = v
+    elif NAME == "relu":
+        y = tl.where(v <= 0, 0.0, v)
+    elif NAME == "relu6":
+        y = tl.where(v <= 0, 0.0, tl.where(v >= 6.0, 6.0, v))
+    elif NAME == "leaky_relu":
+        y = tl.where(v > 0, v, PARAMETER * v)
+    elif NAME == "elu":
+        y = tl.where(v > 0, v, PARAMETER * exp_minus_1(v))
+    elif NAME == "silu":
+        y = v * sigmoid(v)
+    elif NAME == "gelu":
+        y = v * normal_cdf(v)
+    elif NAME == "gelu_tanh":
+        y = 0.5 * v * (1.0 + tanh(gelu_inner(v)))
+    elif NAME == "hardswish":
+        y = v * (tl.where(v <= -3.0, 0.0, tl.where(v >= 3.0, 6.0, v + 3.0)) / 6.0)
+    elif NAME == "hardsigmoid":
+        y = tl.where(v <= -3.0, 0.0, tl.where(v >= 3.0, 6.0, v + 3.0)) / 6.0
+    elif NAME == "mish":
+        y = v * tanh_of_softplus(v)
+    elif NAME == "sigmoid":
+        y = sigmoid(v)
+    else:
+        tl.static_assert(NAME == "tanh")
+        y = tanh(v)
+    return y
+
+
+@triton.jit
+def slope(v, NAME: tl.constexpr, PARAMETER: tl.constexpr):
+    """The derivative of `activate` at v."""
+    if NAME == "relu":
+        d = tl.where(v <= 0, 0.0, tl.full(v.shape, 1.0, v.dtype))
+    elif NAME == "relu6":
+        d = tl.where((v <= 0) | (v >= 6.0), 0.0, tl.full(v.shape, 1.0, v.dtype))
+    elif NAME == "leaky_relu":
+        d = tl.where(v > 0, tl.full(v.shape, 1.0, v.dtype), PARAMETER)
+    elif NAME == "elu":
+        d = tl.where(v <= 0, PARAMETER * tl.exp(v), 1.0)
+    elif NAME == "silu":
+        s = sigmoid(v)
+        d = s * (1.0 + v * (1.0 - s))
+    elif NAME == "gelu":
+        d = normal_cdf(v) + v * 0.3989422804014327 * tl.exp(-0.5 * v * v)  # 1 / sqrt(2 pi)
+    elif NAME == "gelu_tanh":
+        t = tanh(gelu_inner(v))
+        inner = 0.7978845608028654 * (1.0 + 0.134145 * v * v)
+        d = 0.5 * (1.0 + t) + 0.5 * v * (1.0 - t * t) * inner
+    elif NAME == "hardswish":
+        d = tl.where(v <= -3.0, 0.0, tl.where(v < 3.0, v / 3.0 + 0.5, 1.0))
+    elif NAME == "hardsigmoid":
+        d = tl.where((v > -3.0) & (v < 3.0), tl.full(v.shape, 1.0, v.dtype) / 6.0, 0.0)
+    elif NAME == "mish":
+        t = tanh_of_softplus(v)
+        d = t + v * sigmoid(v) * (1.0 - t * t)
+    elif NAME == "sigmoid":
+        s = sigmoid(v)
+        d = s * (1.0 - s)
+    else:
+        tl.static_assert(NAME == "tanh")
+        t = tanh(v)
+        d = 1.0 - t * t
+    return d
+
+
+@triton.jit
+def before_activation(
+    g, x, p, a, b, z_ptr, offs, mask, NAME: tl.constexpr, PARAMETER: tl.constexpr, ACC: tl.constexpr
+):  # fmt: skip
+    """The gradient g of act(v) -> that of v = a * (x - p) + b + z, recomputed from x. z_ptr: of what offs
+    count from, or None."""
+    v = a * (x.to(ACC) - p) + b
+    if z_ptr is not None:
+        v += tl.load(z_ptr + offs, mask=mask, other=0.0, eviction_policy="evict_first").to(ACC)
+    return g.to(ACC) * slope(v, NAME, PARAMETER)
+
+
+@triton.jit
+def byte_tile(
+    block, index, rows, pitch_v, width_v, pieces, total_v,
+    MODE: tl.constexpr, VEC: tl.constexpr, ROWS_A_TILE: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    """tiles.tile of the bytes that hold a tile's signs: the same walk over memory an eighth as large. There
+    are signs only where everything that an address is made of is a multiple of 8 elements: views.packs."""
+    base, offs, mask, _ = tile(
+        block, index, rows, pitch_v * VEC // 8, width_v * VEC // 8, pieces,
+        tl.cast(total_v, tl.int64) * VEC // 8, MODE, 1, ROWS_A_TILE, LANES // 8,
+    )  # fmt: skip
+    return base, offs, mask
+
+
+@triton.jit
+def pack(positive):
+    """[R, LANES] of truth -> [R, LANES // 8] bytes, the first element in the lowest bit."""
+    bits = tl.reshape(positive.to(tl.int32), (positive.shape[0], positive.shape[1] // 8, 8))
+    return tl.sum(bits << tl.arange(0, 8)[None, None, :], 2).to(tl.uint8)
+
+
+@triton.jit
+def unpack(bytes):
+    """The reverse of `pack`."""
+    bits = (bytes.to(tl.int32)[:, :, None] >> tl.arange(0, 8)[None, None, :]) & 1
+    return tl.reshape(bits, (bytes.shape[0], bytes.shape[1] * 8)) != 0

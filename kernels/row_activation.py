@@ -1,0 +1,37 @@
+"""Backward of LayerNorm through an activation, its first launch: dz = dy * act'(v), where v = xhat * gamma +
+beta + z. The others go on with dz for dy: their registers are full as they are (see row_plan.py)."""
+
+import triton
+import triton.language as tl
+
+from .activations import slope
+from .row_gradients import load_statistics
+from .row_norm import TABLES, group_of_rows, normalized
+
+SIZES = ["rows", "width_v", "splits"]
+
+
+@triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=TABLES)
+def row_activation_kernel(
+    dy_ptr, x_ptr, z_ptr, dz_ptr, table_ptr, weight_ptr, bias_ptr,
+    rows, width_v, splits,
+    VEC: tl.constexpr, R: tl.constexpr, LANES: tl.constexpr, NAME: tl.constexpr, PARAMETER: tl.constexpr,
+):  # fmt: skip
+    """Program (group, split) takes every splits-th tile [R, LANES] of a group of R rows."""
+    ACC: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
+    width = width_v * VEC
+    first = tl.program_id(0) // splits * R
+    base, row, lane, inside = group_of_rows(first, rows, width, R, LANES)
+    mean, rstd = load_statistics(table_ptr, rows, first, row, inside)
+    for piece in tl.range(tl.program_id(0) % splits, tl.cdiv(width, LANES), splits):
+        column = piece * LANES + lane
+        exists = column < width
+        offs, mask = base + (row * width + column), inside & exists
+        g = tl.load(dy_ptr + offs, mask=mask, other=0.0, eviction_policy="evict_first").to(ACC)
+        x = tl.load(x_ptr + offs, mask=mask, other=0.0, eviction_policy="evict_last").to(ACC)
+        wide = tl.broadcast_to(column, (R, LANES))
+        v = normalized(x - mean, rstd, wide, exists, weight_ptr, bias_ptr, ACC)
+        if z_ptr is not None:
+            v += tl.load(z_ptr + offs, mask=mask, other=0.0, eviction_policy="evict_first").to(ACC)
+        g = g * slope(v, NAME, PARAMETER)
+        tl.store(dz_ptr + offs, g.to(dz_ptr.dtype.element_ty), mask=mask)
