@@ -29,10 +29,11 @@ _BACKWARD = "x dy dx dweight dbias table z signs dz partials arrivals gradients 
 
 
 def _train(
-    sizes: Sizes, cumulative: bool, renorm: bool, guarded: bool, name: str, parameter: float, *rest: Any
-) -> Step:
+    sizes: Sizes, cumulative: bool, renorm: bool, guarded: bool, name: str, parameter: float, z: bool,
+    *rest: Any,
+) -> Step:  # fmt: skip
     takes = "x y table none none none none batches z signs"
-    transform = sizes.mapping(transform_kernel, 1, _FORWARD, takes, plan.TABLE, True, name, parameter)
+    transform = sizes.mapping(transform_kernel, 1 + z, _FORWARD, takes, plan.TABLE, True, name, parameter)
     # read by the first, for the cumulative average and Batch Renorm's schedule, counted by the second
     batches = "batches" if cumulative or renorm else "none"
     takes = f"x partials arrivals table weight bias running_mean running_var {batches}"
@@ -40,10 +41,10 @@ def _train(
     return sizes.reducing(statistics_kernel, 1, _FORWARD, takes, norm, cumulative, guarded, then=transform)
 
 
-def _eval(sizes: Sizes, keep: bool, name: str, parameter: float, *rest: Any) -> Step:
+def _eval(sizes: Sizes, keep: bool, name: str, parameter: float, z: bool, *rest: Any) -> Step:
     takes = f"x y {'table' if keep else 'none'} weight bias running_mean running_var none z signs"
     flags = (plan.STATISTICS, True, name, parameter)
-    transform = sizes.mapping(transform_kernel, 1, _INFERENCE, takes, *flags)
+    transform = sizes.mapping(transform_kernel, 1 + z, _INFERENCE, takes, *flags)
     return Step(transform, transform, sizes.seed)
 
 
@@ -55,7 +56,7 @@ def _scale(sizes: Sizes, *dtypes: Any) -> Step:
 
 def _gradients(
     sizes: Sizes, training: bool, renorm: bool, need_dx: bool, name: str, parameter: float, residual: bool,
-    *rest: Any,
+    z: bool, *rest: Any,
 ) -> Step:  # fmt: skip
     swept, gradients = ("none", "gradients" if need_dx else "none") if training else ("dx", "none")
     takes = f"dy x {swept} partials arrivals table {gradients} dweight dbias none none none z signs dz"
@@ -68,7 +69,7 @@ def _gradients(
         )  # fmt: skip
     norm = plan.RENORM if renorm else plan.BATCH
     return sizes.reducing(
-        gradient_sums_kernel, 2, _BACKWARD, takes, norm, name, parameter, then=transform
+        gradient_sums_kernel, 2 + z, _BACKWARD, takes, norm, name, parameter, then=transform
     )  # fmt: skip
 
 
@@ -104,8 +105,8 @@ def forward(
         z_at, signs_at = address(z), address(signs)
         vectors |= z_at or 0
     step = step_for(
-        _train, x, index, vectors, cumulative, renorm is not None, guarded, after[0], after[1], weight_type,
-        bias_type, mean_type, var_type, batches is None, z is None, signs is None,
+        _train, x, index, vectors, cumulative, renorm is not None, guarded, after[0], after[1],
+        z is not None, signs is None, weight_type, bias_type, mean_type, var_type, batches is None,
     )  # fmt: skip
     y = torch.empty_like(x)
     channels = x.shape[1]
@@ -138,7 +139,7 @@ def inference(
     addresses = [address(t) for t in given]
     dtypes = [None if t is None else t.dtype for t in given]
     vectors = x.data_ptr() | (address(z) or 0)
-    step = step_for(_eval, x, index, vectors, keep, after[0], after[1], z is None, signs is None, *dtypes)
+    step = step_for(_eval, x, index, vectors, keep, after[0], after[1], z is not None, signs is None, *dtypes)
     y = torch.empty_like(x)
     table = step.seed.new_empty((4, x.shape[1]) if keep else 0)
     tensors = (*given, y, table, z, signs, None)
@@ -181,7 +182,7 @@ def backward(
     renorm = table.shape[0] == 6
     step = step_for(
         _gradients, x, index, vectors, training, renorm, need_dx, after[0], after[1], residual,
-        z is None, dtypes,
+        z is not None, dtypes,
     )  # fmt: skip
     gradients = table.new_empty_strided((3, channels), (channels, 1)) if training and need_dx else None
     partials, counters = workspace(index, stream, step.seed, step.partials, step.counters, own)

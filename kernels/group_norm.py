@@ -38,7 +38,9 @@ def _held(sizes: Sizes, groups: int, inputs: int, signs: bool) -> CellSweep | No
     return None if held is not None and signs and held.vec != 8 else held
 
 
-def _forward(sizes: Sizes, groups: int, name: str, parameter: float, signs: bool, *rest: Any) -> Step:
+def _forward(
+    sizes: Sizes, groups: int, name: str, parameter: float, signs: bool, z: bool, *rest: Any
+) -> Step:
     sizes.groups = groups
     held = _held(sizes, groups, 1, signs)
     if held is not None:
@@ -47,7 +49,7 @@ def _forward(sizes: Sizes, groups: int, name: str, parameter: float, signs: bool
         only = Launch(group_norm_kernel, held, chosen, constants, sizes.aligned)
         return Step(only, only, sizes.seed)
     takes = "x y table weight bias none none none z signs"
-    transform = sizes.mapping(transform_kernel, 1, _FORWARD, takes, plan.CELLS, True, name, parameter)
+    transform = sizes.mapping(transform_kernel, 1 + z, _FORWARD, takes, plan.CELLS, True, name, parameter)
     by_group = not sizes.channels_last
     takes = "x partials arrivals table none none none none none"
     norm = plan.CELL if by_group else sizes.norm
@@ -73,7 +75,7 @@ def forward(
     z_at, signs_at = address(z), address(signs)
     vectors = x.data_ptr() | (z_at or 0)
     step = step_for(
-        _forward, x, index, vectors, groups, after[0], after[1], signs is not None, z is None, *dtypes
+        _forward, x, index, vectors, groups, after[0], after[1], signs is not None, z is not None, *dtypes
     )  # fmt: skip
     y = torch.empty_like(x)
     cells = x.shape[0] * groups
@@ -106,7 +108,7 @@ class _Gradients:
 
 def _backward(
     sizes: Sizes, groups: int, need_dx: bool, need_parameters: bool, name: str, parameter: float,
-    residual: bool, signs: bool, *rest: Any,
+    residual: bool, signs: bool, z: bool, *rest: Any,
 ) -> _Gradients:  # fmt: skip
     sizes.groups = groups
     parameters = None
@@ -130,7 +132,7 @@ def _backward(
         )  # fmt: skip
     gradients = "gradients" if need_dx else "none"
     takes = f"dy x none partials arrivals table {gradients} none none weight {sums} bias z signs dz"
-    step = sizes.reducing(gradient_sums_kernel, 2, _BACKWARD, takes, sizes.norm, name, parameter)
+    step = sizes.reducing(gradient_sums_kernel, 2 + z, _BACKWARD, takes, sizes.norm, name, parameter)
     return _Gradients(step.first, parameters, transform, False, sizes.seed, step.partials, step.counters)
 
 
@@ -165,7 +167,8 @@ def backward(
     wanted = (need_dx, dweight is not None)
     vectors = x.data_ptr() | dy.data_ptr() | table.data_ptr() | (address(z) or 0)
     step = step_for(
-        _backward, x, index, vectors, groups, *wanted, after[0], after[1], residual, signs is not None, dtypes
+        _backward, x, index, vectors, groups, *wanted, after[0], after[1], residual, signs is not None,
+        z is not None, dtypes,
     )  # fmt: skip
     sums = None if step.parameters is None else table.new_empty((n, 2, c))
     partials = counters = gradients = None

@@ -56,6 +56,7 @@ REDUCE_RUNS = (Program(8, 4, 64, 4), Program(4, 8, 64, 4), Program(4, 8, 64, 0))
 REDUCE_ROW = (Program(4, 8, 64, 2), Program(4, 8, 64, 0))
 # Elementwise programs have nothing to merge: small ones start and end more smoothly.
 MAP = Program(4, 7, 72, 4)
+MAP_ACTIVATED = Program(4, 6, 80, 4)  # 8 registers for the slope of an activation, or signs [sass]
 
 
 @dataclass(frozen=True)
@@ -231,11 +232,11 @@ def reduce_sweep(
 @lru_cache(maxsize=4096)
 def map_sweep(
     n: int, c: int, s: int, itemsize: int, channels_last: bool, aligned: bool, sms: int, inputs: int,
-    samples: int = 1, group: int = 1,
+    samples: int = 1, group: int = 1, activated: bool = False,
 ) -> Sweep:  # fmt: skip
     """The plan of a kernel that maps x, `samples` times [n, c, s], element by element with coefficients by
-    channel."""
-    vector = VECTOR_BYTES // itemsize
+    channel. activated: and then applies an activation, or its slope."""
+    vector, program = VECTOR_BYTES // itemsize, MAP_ACTIVATED if activated else MAP
     lanes = MAP.warps * WARP * vector
     if channels_last:
         view = rows_view(n * s, c, itemsize)
@@ -250,8 +251,8 @@ def map_sweep(
         # a single row has no second one to load meanwhile: a wider tile, if coefficients are by vector
         wider = MAP.loads // inputs if n == 1 and s % vector == 0 and aligned else 1
         view = strips_view(n, c, s, wider * lanes)
-    vec, unroll, group_rows = _shape(view, itemsize, aligned, inputs, MAP)
-    program = _fit(MAP, vec, itemsize)
+    vec, unroll, group_rows = _shape(view, itemsize, aligned, inputs, program)
+    program = _fit(program, vec, itemsize)
     tiles = ceil_div(view.rows, unroll * group_rows)
     splits = _evened(tiles, ceil_div(sms * program.an_sm, view.blocks * samples))
     warps = _warps(view, group_rows, itemsize, MAP)

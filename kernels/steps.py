@@ -93,14 +93,16 @@ class Sizes:
         self.itemsize = x.element_size()
         self.seed = torch.empty(0, dtype=accumulator(x), device=x.device)
 
-    def _sweep(self, make: Callable[..., plan.Sweep], inputs: int, by_group: bool) -> plan.Sweep:
+    def _sweep(
+        self, make: Callable[..., plan.Sweep], inputs: int, by_group: bool, **options: bool
+    ) -> plan.Sweep:  # fmt: skip
         if not self.groups:
-            return make(self.n, self.c, self.s, *self._rest, inputs)
+            return make(self.n, self.c, self.s, *self._rest, inputs, **options)
         if by_group:
             c, s, group = self.groups, self.c // self.groups * self.s, 1
         else:
             c, s, group = self.c, self.s, self.c // self.groups
-        return make(1, c, s, *self._rest, inputs, self.n, group)
+        return make(1, c, s, *self._rest, inputs, self.n, group, **options)
 
     @property
     def norm(self) -> int:
@@ -108,8 +110,9 @@ class Sizes:
         return plan.CELL if self.groups == self.c else plan.GROUP
 
     def mapping(self, kernel: Any, inputs: int, order: str, takes: str, *flags: Any) -> Launch:
-        """A kernel that maps x element by element."""
-        sweep = self._sweep(plan.map_sweep, inputs, False)
+        """A kernel that maps x element by element. flags: its last two are the activation's name and
+        parameter."""
+        sweep = self._sweep(plan.map_sweep, inputs, False, activated=flags[-2] != "none")
         mode, lanes = plan.MODES[sweep.view.mode], sweep.view.lanes
         constants = (mode, sweep.vec, sweep.tile_rows, lanes, sweep.step, *flags)
         return Launch(kernel, sweep, picks(order, takes), constants, self.aligned)
@@ -123,7 +126,7 @@ class Sizes:
         sweep = self._sweep(plan.reduce_sweep, inputs, by_group)
         view, mode = sweep.view, plan.MODES[sweep.view.mode]
         constants: tuple[Any, ...] = (mode, sweep.vec, sweep.unroll, sweep.group_rows, view.lanes)
-        if inputs == 2:
+        if inputs > 1:
             constants += (sweep.step,)
         constants += (view.channels_a_block, sweep.fold, view.positions, sweep.merge)
         constants += (norm, *sweep.members, *flags)

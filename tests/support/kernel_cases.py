@@ -18,7 +18,35 @@ KERNELS = {
 }
 ITEMSIZES = {"fp16": 2, "bf16": 2, "fp32": 4, "fp64": 8}
 # pointers to x's type; the rest point to fp32 (fp64 for fp64), to counters, or are None
-DATA = {"x_ptr", "y_ptr", "dy_ptr", "dx_ptr"}
+DATA = {"x_ptr", "y_ptr", "dy_ptr", "dx_ptr", "z_ptr", "dz_ptr"}
+
+
+@dataclass(frozen=True)
+class After:
+    """What follows the normalization: an activation, and what a residual leaves for it: z, signs or ""."""
+
+    name: str = "none"
+    residual: str = ""
+
+    def __str__(self) -> str:
+        return self.name + f"+{self.residual}" * bool(self.residual)
+
+    def called(self, kind: str) -> str:
+        """With a residual, the second launch of the backward reads dz, which is past the activation."""
+        return "none" if kind == "gradient_transform" and self.residual else self.name
+
+    def absent(self, kind: str, within: bool) -> set[str]:
+        """Pointers that a kernel is not given. A backward keeps z or signs, a forward has z in any case."""
+        gone = set()
+        if kind == "transform":
+            gone |= {"z_ptr"} if not self.residual else set()
+            gone |= {"signs_ptr"} if self.residual != "signs" else set()
+        elif kind == "gradient_sums":
+            gone |= {f"{name}_ptr" for name in ("z", "signs") if name != self.residual}
+            gone |= {"dz_ptr"} if not self.residual else set()
+        if not within or self.name == "none":
+            gone.add("bias_ptr")
+        return gone
 
 
 @dataclass(frozen=True)
@@ -47,13 +75,20 @@ class Shape:
             return plan.RENORM if self.renorm else plan.BATCH
         return plan.CELL if self.by_group(kind) or self.groups == self.c else plan.GROUP
 
-    def sweep(self, kind: str, dtype: str) -> plan.Sweep:
-        if self.groups:
-            make = plan.reduce_sweep if kind in ("statistics", "gradient_sums") else plan.map_sweep
+    def sweep(self, kind: str, dtype: str, after: After) -> plan.Sweep:
+        if self.groups or after != After():
+            reduces = kind in ("statistics", "gradient_sums")
+            inputs = 2 if kind.startswith("gradient") else 1
+            inputs += kind == "gradient_sums" and after.residual == "z"
+            inputs += kind == "transform" and after.residual != ""
+            options = {} if reduces else {"activated": after.called(kind) != "none"}
+            make = plan.reduce_sweep if reduces else plan.map_sweep
+            memory = (ITEMSIZES[dtype], self.channels_last, True, 132, inputs)
+            if not self.groups:
+                return make(self.n, self.c, self.s, *memory, **options)
             group = self.c // self.groups
             c, s, group = (self.groups, group * self.s, 1) if self.by_group(kind) else (self.c, self.s, group)
-            inputs = 2 if kind.startswith("gradient") else 1
-            return make(1, c, s, ITEMSIZES[dtype], self.channels_last, True, 132, inputs, self.n, group)
+            return make(1, c, s, *memory, self.n, group, **options)
         plans = plan.batch_norm(self.n, self.c, self.s, ITEMSIZES[dtype], self.channels_last)
         return getattr(plans, kind)
 
@@ -74,11 +109,11 @@ class Call:
         return (self.kernel.__name__, *self.signature.items(), *self.constexprs.items(), self.sweep.warps)
 
 
-def call(kind: str, shape: Shape, dtype: str, evaluating: bool = False) -> Call:
+def call(kind: str, shape: Shape, dtype: str, evaluating: bool = False, after: After = After()) -> Call:
     """A training launch, or the eval one of that kernel (transform: the forward; gradient_sums: the
     backward sweep).
     """
-    kernel, sweep = KERNELS[kind], shape.sweep(kind, dtype)
+    kernel, sweep = KERNELS[kind], shape.sweep(kind, dtype, after)
     view, accumulator = sweep.view, "fp64" if dtype == "fp64" else "fp32"
     constexprs: dict[str, Any] = {"MODE": plan.MODES[view.mode], "VEC": sweep.vec, "LANES": view.lanes}
     if kind in ("statistics", "gradient_sums"):
@@ -110,6 +145,12 @@ def call(kind: str, shape: Shape, dtype: str, evaluating: bool = False) -> Call:
     else:
         constexprs |= {"NORM": shape.norm(kind)}
         absent = set() if within else {"weight_ptr"}
+    if kind.startswith("gradient"):
+        absent |= after.absent(kind, within)
+    elif kind == "transform":
+        absent |= after.absent(kind, within) - {"bias_ptr"}
+    if kind != "statistics":
+        constexprs |= {"NAME": after.called(kind), "PARAMETER": 0.0}
     signature: dict[str, Any] = {}
     for name in kernel.arg_names:
         if name in constexprs:
@@ -118,6 +159,8 @@ def call(kind: str, shape: Shape, dtype: str, evaluating: bool = False) -> Call:
             signature[name] = None
         elif name in DATA:
             signature[name] = f"*{dtype}"
+        elif name == "signs_ptr":
+            signature[name] = "*u8"
         elif name == "arrivals_ptr":
             signature[name] = "*i32"
         elif name == "batches_ptr":
