@@ -185,19 +185,39 @@ def batch_norm(
     return normalization(pairs, over, over, gamma, beta, eps, fixed)
 
 
+def by_group(t: Tensor, groups: int) -> Tensor:
+    """[N, C, *] -> [N, groups, C / groups, *]."""
+    return t.unflatten(1, (groups, t.shape[1] // groups))
+
+
+def group_normalization(
+    x: Tensor,
+    dy: Tensor,
+    groups: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    pairs: Pairs | None = None,
+) -> Exact:
+    """GroupNorm of x [N, C, *], and InstanceNorm, which is C groups; vectors [C]. What it returns goes with
+    tensors that `by_group` has split. pairs: the same in chunks, each of some positions of all channels."""
+    pairs = pairs or (lambda: [(x, dy)])
+    dims = next(iter(pairs()))[0].dim()
+    vectors = (None if v is None else by_channel(v.double(), dims) for v in (weight, bias))
+    gamma, beta = (None if v is None else by_group(v, groups) for v in vectors)
+    cell, channel = tuple(range(2, dims + 1)), (0, *range(3, dims + 1))
+    return normalization(
+        lambda: ((by_group(x, groups), by_group(dy, groups)) for x, dy in pairs()),
+        cell, channel, gamma, beta, eps,
+    )  # fmt: skip
+
+
 def group_norm(
     x: Tensor, dy: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> dict[str, Value]:
-    """GroupNorm of x [N, C, *], and InstanceNorm, which is C groups; vectors [C]: y, dx, dweight, dbias."""
-
-    def split(t: Tensor) -> Tensor:
-        return t.unflatten(1, (groups, t.shape[1] // groups))
-
-    dims = x.dim()
-    gamma, beta = (None if v is None else split(by_channel(v.double(), dims)) for v in (weight, bias))
-    x, dy = split(x), split(dy)
-    cell, channel = tuple(range(2, dims + 1)), (0, *range(3, dims + 1))
-    e = normalization(lambda: [(x, dy)], cell, channel, gamma, beta, eps)
+    """y, dx, dweight and dbias of group_normalization, in the shapes of x and the vectors."""
+    e = group_normalization(x, dy, groups, weight, bias, eps)
+    x, dy = by_group(x, groups), by_group(dy, groups)
     y, dx = (tuple(t.expand(x.shape).flatten(1, 2) for t in pair) for pair in (e.y(x), e.dx(x, dy)))
     return {"y": (y[0], y[1]), "dx": (dx[0], dx[1]), "dweight": e.dweight(), "dbias": e.dbias()}
 

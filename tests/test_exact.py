@@ -67,15 +67,17 @@ def test_batch_norm_is_autograds(chunks: int, training: bool) -> None:
         assert_close(found["running_var"][0], running[1])
 
 
+@pytest.mark.parametrize("chunks", [1, 3])
 @pytest.mark.parametrize("groups", [1, 2, 4])
-def test_cells_may_be_groups_of_a_sample(groups: int) -> None:
+def test_cells_may_be_groups_of_a_sample(groups: int, chunks: int) -> None:
     """GroupNorm, and InstanceNorm with as many groups as channels: mean and variance of each sample's group,
     parameters of each channel."""
-    x, dy = data(3, 4, 5), data(3, 4, 5, seed=1)
-    grouped = (3, groups, 4 // groups, 5)
-    weight, bias = (data(4, seed=seed).view(1, groups, -1, 1) for seed in (2, 3))
-    pairs = [(x.view(grouped), dy.view(grouped))]
-    true = exact.normalization(lambda: pairs, (2, 3), (0, 3), weight, bias, EPS)
+    x, dy, weight, bias = data(3, 4, 5), data(3, 4, 5, seed=1), data(4, seed=2), data(4, seed=3)
+
+    def pairs() -> list[tuple[Tensor, Tensor]]:
+        return list(zip(x.chunk(chunks, 2), dy.chunk(chunks, 2), strict=True))
+
+    true = exact.group_normalization(x, dy, groups, weight, bias, EPS, pairs)
     assert_derivatives(true, x, dy, lambda x, w, b: F.group_norm(x, groups, w, b, EPS))
 
 

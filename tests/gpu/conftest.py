@@ -8,6 +8,7 @@ import os
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from math import prod
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from tests.gpu import parity
 
 HERE = Path(__file__).parent
 WORTH_IT = 12  # cases; fewer are compiled sooner than the processes have started
+LARGEST = 1 << 25  # elements; a dozen processes could not all hold more, in the fp64 that they are drawn in
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -27,10 +29,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def cases_of(items: Sequence[pytest.Item]) -> list[parity.Case]:
-    """The distinct cases among the parameters of the tests that were selected."""
+    """The distinct cases among the parameters of the tests that were selected, but for the largest."""
     calls = (item.callspec for item in items if hasattr(item, "callspec"))
     values = (value for call in calls for value in call.params.values())
-    return list(dict.fromkeys(value for value in values if isinstance(value, parity.Case)))
+    cases = dict.fromkeys(value for value in values if isinstance(value, parity.Case))
+    return [case for case in cases if prod(case.shape) <= LARGEST]
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -1,10 +1,11 @@
 """What the GPU tests share: a case, its tensors, one step of a layer, and the judgement of what it returns
-(bnfast.exact has the rule)."""
+(bnfast.exact has the rule, truth.py the truth)."""
 
 from __future__ import annotations
 
 import contextlib
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,9 +14,10 @@ from torch import Tensor, nn
 import bnfast
 from bnfast import exact
 from bnfast.dispatch import INTERPRET
+from tests.gpu import torchs, truth
 from tests.support.buffers import bit_identical, nan_filled_allocations
 
-LAYERS = {2: "BatchNorm1d", 3: "BatchNorm1d", 4: "BatchNorm2d", 5: "BatchNorm3d"}
+SUFFIXES = {2: "1d", 3: "1d", 4: "2d", 5: "3d"}
 FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
@@ -48,11 +50,17 @@ class Case:
     storage: str = "dense"
     gradient: str = "dense"
     seed: int = 0
+    layer: str = "BatchNorm"  # or InstanceNorm, BatchRenorm, GroupNorm
+    groups: int = 0  # GroupNorm's
+    # BatchRenorm's r_max, d_max, warmup_steps, r_max_steps, d_max_steps: at batch 3 r may be 1.5 and d 0.5
+    schedule: tuple[float, float, int, int, int] = (3.0, 1.0, 2, 6, 4)
+    batches: int = 3  # that a layer with running statistics has seen
 
     def __str__(self) -> str:
         words = ["x".join(map(str, self.shape)), str(self.dtype).removeprefix("torch.")]
         words += ["nhwc"] * self.channels_last + ["train" if self.training else "eval"]
-        for key, usual in USUAL.items():
+        words += [self.layer] * (self.layer != "BatchNorm")
+        for key, usual in (USUAL | {"tracked": not self.in_sample}).items():
             value = getattr(self, key)
             if value != usual:
                 words.append(f"{key}={value}".replace("torch.", ""))
@@ -63,12 +71,32 @@ class Case:
         """Whether the batch's own statistics are used."""
         return self.training or not self.tracked
 
+    @property
+    def in_sample(self) -> int:
+        """How many sets of values have statistics of their own in a sample; 0 where a batch shares them."""
+        return {"GroupNorm": self.groups, "InstanceNorm": self.shape[1]}.get(self.layer, 0)
+
+    @property
+    def factor(self) -> float:
+        """What the running statistics move by."""
+        if self.momentum is None:
+            return 0.0 if self.layer == "InstanceNorm" else 1 / (self.batches + 1)
+        return self.momentum
+
 
 _DEFAULT = Case((1, 1))
 USUAL = {
     key: getattr(_DEFAULT, key)
-    for key in ("mean", "affine", "bias", "tracked", "parameters", "momentum", "eps", "storage", "gradient")
-}
+    for key in (
+        "mean", "affine", "bias", "tracked", "parameters", "momentum", "eps", "storage", "gradient", "groups",
+        "schedule",
+    )
+}  # fmt: skip
+
+# torch's InstanceNorm tracks nothing unless it is told to, and its GroupNorm never does.
+group_norm = partial(Case, layer="GroupNorm", tracked=False)
+instance_norm = partial(Case, layer="InstanceNorm", tracked=False)
+batch_renorm = partial(Case, layer="BatchRenorm")
 
 
 def placed(t: Tensor, how: str, channels_last: bool = False) -> Tensor:
@@ -114,9 +142,17 @@ def given(case: Case) -> Given:
     def random(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator, device=device(), dtype=torch.float64)
 
-    # Every channel has its own mean, or a kernel that mixes channels up would go unseen. No weight is near 0.
-    spread = torch.linspace(0.9, 1.1, channels, device=device(), dtype=torch.float64)
-    x = (random(*case.shape) + case.mean * exact.by_channel(spread, len(case.shape))).to(case.dtype)
+    def rising(start: float, end: float, steps: int) -> Tensor:
+        return torch.linspace(start, end, steps, device=device(), dtype=torch.float64)
+
+    # Every set of values that share statistics has its own mean, and its own deviation in each sample, or a
+    # kernel that mixes them up would go unseen. No weight is near 0.
+    sets = case.in_sample or channels
+    spread = rising(0.9, 1.1, sets).repeat_interleave(channels // sets)
+    x = random(*case.shape)
+    if case.in_sample:
+        x *= rising(0.75, 1.25, len(x)).view(-1, *[1] * (x.dim() - 1))
+    x = (x + case.mean * exact.by_channel(spread, x.dim())).to(case.dtype)
     dy = random(*case.shape).to(case.dtype)
     weight = random(channels)
     vectors = (
@@ -140,9 +176,7 @@ def given(case: Case) -> Given:
 
 def layer(case: Case, library: Any, tensors: Given) -> nn.Module:
     """bnfast's layer or torch.nn's, with these parameters, and running statistics of its own to write to."""
-    module = getattr(library, LAYERS[len(case.shape)])(
-        case.shape[1], case.eps, case.momentum, case.affine, case.tracked, device=device()
-    )
+    module = _new(case, library)
     if case.affine:
         module.weight = nn.Parameter(tensors.weight)
         module.bias = None if tensors.bias is None else nn.Parameter(tensors.bias)
@@ -150,8 +184,22 @@ def layer(case: Case, library: Any, tensors: Given) -> nn.Module:
         how = "offset" if case.storage == "offset" else "dense"
         module.running_mean = placed(tensors.running_mean.clone(), how)
         module.running_var = placed(tensors.running_var.clone(), how)
-        module.num_batches_tracked.fill_(3)
+        module.num_batches_tracked.fill_(case.batches)
     return module.train(case.training)
+
+
+def _new(case: Case, library: Any) -> nn.Module:
+    channels, eps, affine = case.shape[1], case.eps, case.affine
+    if case.layer == "GroupNorm":
+        return library.GroupNorm(case.groups, channels, eps, affine, device=device())
+    kind = getattr(library, case.layer + SUFFIXES[len(case.shape)])
+    if case.layer != "BatchRenorm":
+        return kind(channels, eps, case.momentum, affine, case.tracked, device=device())
+    names = ("r_max", "d_max", "warmup_steps", "r_max_steps", "d_max_steps")
+    schedule = dict(zip(names, case.schedule, strict=True))
+    module = kind(channels, eps, affine=affine, device=device(), **schedule)
+    module.momentum = case.momentum  # None is for later only
+    return module
 
 
 def step(module: nn.Module, x: Tensor, dy: Tensor) -> dict[str, Tensor]:
@@ -174,35 +222,14 @@ def run(case: Case, library: Any, tensors: Given) -> dict[str, Tensor]:
     return {**step(module, tensors.x, tensors.dy), **buffers(module)}
 
 
-def truth(case: Case, tensors: Given, pairs: exact.Pairs | None = None) -> exact.Exact:
-    """pairs: chunks of (x, dy), [N, C, *] each, where fp64 of the whole does not fit the memory."""
-    fixed = None if case.batch else (tensors.running_mean, tensors.running_var)
-    return exact.batch_norm(tensors.x, tensors.dy, tensors.weight, tensors.bias, case.eps, fixed, pairs)
-
-
-def running(case: Case, tensors: Given, true: exact.Exact) -> dict[str, exact.Value]:
-    """The running statistics after a step in training that started at 3 batches."""
-    momentum = 1 / 4 if case.momentum is None else case.momentum
-    return true.running(tensors.running_mean, tensors.running_var, momentum)
-
-
 def excess(case: Case, value: Tensor, expected: exact.Value) -> float:
     return exact.excess(value, expected, exact.accumulator(case.dtype))
 
 
 def expectations(case: Case, tensors: Given) -> dict[str, exact.Value]:
     """Everything that a step returns or writes, but for the batch counter."""
-    true = truth(case, tensors)
-    expected = {"y": true.y(tensors.x), "dx": true.dx(tensors.x, tensors.dy)}
-    if tensors.weight is not None:
-        expected["dweight"] = true.dweight()
-    if tensors.bias is not None:
-        expected["dbias"] = true.dbias()
-    if case.tracked:
-        kept = {name: getattr(tensors, name).double() for name in ("running_mean", "running_var")}
-        unchanged = {name: (t, t.abs()) for name, t in kept.items()}
-        expected |= running(case, tensors, true) if case.training else unchanged
-    return expected
+    true = truth.of(case, tensors)
+    return {"y": true.y(tensors.x), "dx": true.dx(tensors.x, tensors.dy), **true.vectors}
 
 
 def check(case: Case) -> None:
@@ -213,7 +240,7 @@ def check(case: Case) -> None:
         ours = run(case, bnfast, tensors)
     for name, t in tensors.tensors().items():
         assert bit_identical(t, before[name]), f"{name} was written to"
-    theirs = run(case, nn, tensors)
+    theirs = run(case, torchs, tensors)
     if case.tracked:
         assert ours.pop("num_batches_tracked").item() == theirs.pop("num_batches_tracked").item()
     expected = expectations(case, tensors)

@@ -10,9 +10,21 @@ import torch
 from torch import Tensor
 
 import bnfast
-from bnfast.kernels import gradients, launch, plan, statistics, steps, transform
+from bnfast.kernels import (
+    cell_plan,
+    column_sums,
+    gradients,
+    launch,
+    one_read,
+    plan,
+    row_plan,
+    statistics,
+    steps,
+    transform,
+)
 from tests.gpu import parity
-from tests.gpu.parity import Case
+from tests.gpu.families import layouts
+from tests.gpu.parity import Case, batch_renorm, group_norm, instance_norm
 from tests.support.buffers import bit_identical
 
 pytestmark = pytest.mark.gpu
@@ -29,7 +41,15 @@ CASES = [
     Case((64, 3, 101, 103), torch.float32, channels_last=True),
     Case((64, 24, 50), torch.float64),
     Case((64, 64, 28, 28), torch.bfloat16, training=False),
+    *layouts(
+        batch_renorm((32, 64, 56, 56), torch.bfloat16),
+        instance_norm((2, 32, 64, 64, 64), torch.float32),
+        group_norm((2, 64, 256, 256), torch.bfloat16, groups=8),
+        group_norm((16, 960, 17, 17), torch.float16, groups=32),
+        group_norm((64, 30, 28, 28), torch.float32, groups=3),
+    ),
 ]
+FEW = [*CASES[:5], *CASES[8:]]
 
 
 @pytest.fixture
@@ -57,16 +77,19 @@ def test_repetition_gives_the_same_bits(case: Case, noise: None) -> None:
         assert_same(parity.run(case, bnfast, tensors), first, f"differs at repetition {repeat}")
 
 
-@pytest.mark.parametrize("case", CASES[:5], ids=str)
+@pytest.mark.parametrize("case", FEW, ids=str)
 def test_forgetting_everything_gives_the_same_bits(case: Case) -> None:
     """Nothing that is cached between calls, plans, counters or compiled kernels, has a say in the result."""
     tensors = parity.given(case)
     first = parity.run(case, bnfast, tensors)
     steps.forget_plans()
     launch._workspaces.clear()
-    plan.reduce_sweep.cache_clear()
-    plan.map_sweep.cache_clear()
+    for planned in (plan.reduce_sweep, plan.map_sweep, cell_plan.cell_sweep, row_plan.column_sums):
+        planned.cache_clear()
     for kernel in (
+        one_read.group_norm_kernel,
+        one_read.group_norm_gradients_kernel,
+        column_sums.column_sums_kernel,
         statistics.statistics_kernel,
         transform.transform_kernel,
         gradients.gradient_sums_kernel,

@@ -1,9 +1,10 @@
-"""What the host does for a step: two launches each way, by the short path, and no waiting."""
+"""What the host does for a step: one launch, or two or three, each way, by the short path, and no waiting."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -14,17 +15,45 @@ import bnfast
 from bnfast.kernels import steps
 from bnfast.kernels.launch import Launch
 from tests.gpu import parity
-from tests.gpu.parity import Case
+from tests.gpu.parity import Case, batch_renorm, group_norm, instance_norm
 from tests.support.buffers import bit_identical
 
 pytestmark = pytest.mark.gpu
 
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 CASES = [
-    Case((16, 64, 28, 28), torch.bfloat16),
-    Case((16, 64, 28, 28), torch.float32, channels_last=True),
-    Case((16, 65, 7, 7), torch.float16, momentum=None),
-    Case((16, 64, 28, 28), torch.bfloat16, training=False),
+    Case((16, 64, 28, 28), BF16),
+    Case((16, 64, 28, 28), FP32, channels_last=True),
+    Case((16, 65, 7, 7), FP16, momentum=None),
+    Case((16, 64, 28, 28), BF16, training=False),
 ]
+RENORMED = [batch_renorm((16, 64, 28, 28), BF16, last) for last in (False, True)]
+HELD = [  # a program holds a whole group or more
+    group_norm((16, 64, 28, 28), BF16, groups=8),
+    group_norm((100, 64, 3, 3), FP32, groups=32),
+    instance_norm((16, 64, 28, 28), FP16),
+]
+SWEPT = [
+    group_norm((2, 64, 256, 256), BF16, groups=8),
+    group_norm((16, 64, 28, 28), BF16, True, groups=8),
+    instance_norm((16, 65, 7, 7), FP32, True),
+]
+
+# the kernels that a step launches, forward and backward
+TWICE = ("statistics_kernel", "transform_kernel"), ("gradient_sums_kernel", "gradient_transform_kernel")
+EVAL = ("transform_kernel",), ("gradient_sums_kernel",)
+ONCE = ("group_norm_kernel",), ("group_norm_gradients_kernel", "column_sums_kernel")
+BY_SAMPLE = TWICE[0], ("gradient_sums_kernel", "column_sums_kernel", "gradient_transform_kernel")
+LAUNCHES = [
+    *((case, *(TWICE if case.training else EVAL)) for case in CASES),
+    *((case, *TWICE) for case in RENORMED),
+    *((case, *ONCE) for case in HELD),
+    *((case, *BY_SAMPLE) for case in SWEPT),
+]
+Names = tuple[str, ...]
+every_way = pytest.mark.parametrize(
+    ("case", "forward", "backward"), [pytest.param(*one, id=str(one[0])) for one in LAUNCHES]
+)
 
 
 @pytest.fixture
@@ -36,12 +65,15 @@ def nothing_known() -> Iterator[dict]:
     steps._steps.update(known)
 
 
-def launches_of(known: Iterable[steps.Step]) -> list[Launch]:
-    return list({id(launch): launch for step in known for launch in (step.first, step.second)}.values())
+def launches_of(known: Iterable[Any]) -> list[Launch]:
+    found = (part for step in known for part in vars(step).values() if isinstance(part, Launch))
+    return list({id(launch): launch for launch in found}.values())
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_bound_launches_are_used_and_do_what_public_ones_do(case: Case, nothing_known: dict) -> None:
+@every_way
+def test_bound_launches_are_used_and_do_what_public_ones_do(
+    case: Case, forward: Names, backward: Names, nothing_known: dict
+) -> None:
     """After a first call every launch is bound to its compiled kernel. Three ways to the same bits: the first
     call, which is Triton's own; bound launches; and launches that are never bound."""
     tensors = parity.given(case)
@@ -49,7 +81,7 @@ def test_bound_launches_are_used_and_do_what_public_ones_do(case: Case, nothing_
     known = list(nothing_known.values())
     assert len(known) == 2, "one step each way"
     launches = launches_of(known)
-    assert len(launches) == (4 if case.training else 2)
+    assert len(launches) == len(forward) + len(backward)
     assert all(launch._bound for launch in launches), "this Triton's launcher is not as expected"
     bound = parity.run(case, bnfast, tensors)
     assert list(nothing_known.values()) == known, "the second call found none of the first one's steps"
@@ -62,7 +94,7 @@ def test_bound_launches_are_used_and_do_what_public_ones_do(case: Case, nothing_
         assert bit_identical(public[name], value), f"{name}, public"
 
 
-@pytest.mark.parametrize("case", CASES[:2], ids=str)
+@pytest.mark.parametrize("case", [*CASES[:2], RENORMED[0], *HELD, *SWEPT], ids=str)
 def test_unaligned_tensors_never_meet_kernels_bound_for_aligned_ones(case: Case, nothing_known: dict) -> None:
     """Same sizes, other addresses: a kernel compiled for 16-byte loads would fault or be wrong."""
     for storage in ("dense", "offset", "dense", "offset"):
@@ -85,7 +117,10 @@ def stepper(case: Case) -> Callable[[], object]:
     return again
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+TRACKING = instance_norm((16, 64, 28, 28), BF16, tracked=True)
+
+
+@pytest.mark.parametrize("case", [*CASES, *RENORMED, *HELD, *SWEPT, TRACKING], ids=str)
 def test_no_step_waits_for_the_gpu(case: Case) -> None:
     """Not for the cumulative average (momentum=None) either, for which torch reads the batch counter."""
     again = stepper(case)
@@ -114,20 +149,19 @@ def profiler_works() -> None:
         pytest.skip(f"torch.profiler reports {seen or 'nothing'} for one kernel here")
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_launches(case: Case, profiler_works: None) -> None:
-    """Training: two each way for all that the layer does, counting the batch included. Eval: one each way."""
+@every_way
+def test_launches(case: Case, forward: Names, backward: Names, profiler_works: None) -> None:
+    """BatchNorm and Batch Renormalization: two each way for all that the layer does, counting the batch
+    included; eval: one each way. GroupNorm and InstanceNorm: one forward where groups are held, else two; to
+    which the backward adds one that sums over samples."""
     tensors = parity.given(case)
     module = parity.layer(case, bnfast, tensors)
     x = tensors.x.detach().requires_grad_()
     leaves = [x, module.weight, module.bias]
     torch.autograd.grad(module(x), leaves, tensors.dy)
     outputs: list[torch.Tensor] = []
-    forward = on_device(lambda: outputs.append(module(x)))
-    backward = on_device(lambda: torch.autograd.grad(outputs[0], leaves, tensors.dy))
-    two = ["statistics_kernel", "transform_kernel"], ["gradient_sums_kernel", "gradient_transform_kernel"]
-    one = ["transform_kernel"], ["gradient_sums_kernel"]
-    assert (forward, backward) == (two if case.training else one)
+    assert on_device(lambda: outputs.append(module(x))) == list(forward)
+    assert on_device(lambda: torch.autograd.grad(outputs[0], leaves, tensors.dy)) == list(backward)
 
 
 def test_launches_without_gradients(profiler_works: None) -> None:

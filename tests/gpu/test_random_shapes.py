@@ -1,8 +1,10 @@
-"""A hundred layers and inputs drawn at random, the same ones every time, against fp64."""
+"""A hundred BatchNorms and sixty other layers, and their inputs, drawn at random, the same ones every time,
+against fp64."""
 
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from math import prod
 
 import pytest
@@ -54,6 +56,28 @@ def case(seed: int) -> Case:
     )
 
 
-@pytest.mark.parametrize("case", [case(seed) for seed in range(100)], ids=lambda c: f"{c.seed}-{c}")
+def divisor(rng: random.Random, n: int) -> int:
+    return rng.choice([d for d in range(1, n + 1) if n % d == 0])
+
+
+def other_layer(seed: int) -> Case:
+    """What BatchNorm's case of this seed becomes for another layer."""
+    rng = random.Random(seed)
+    layer = rng.choice(("GroupNorm", "GroupNorm", "InstanceNorm", "BatchRenorm"))
+    drawn = replace(case(seed), layer=layer)
+    if layer == "BatchRenorm":
+        schedule = rng.choice((drawn.schedule, (3.0, 5.0, 9, 20, 20), (50.0, 50.0, 0, 0, 0)))
+        return replace(drawn, tracked=True, schedule=schedule)
+    n, c, *space = drawn.shape
+    if layer == "GroupNorm":
+        return replace(drawn, groups=divisor(rng, c), tracked=False)
+    # InstanceNorm takes positions, and two values a channel of a sample or more
+    return replace(drawn, shape=(n, c, *space[1:], 2)) if prod(space) == 1 else drawn
+
+
+CASES = [*(case(seed) for seed in range(100)), *(other_layer(seed) for seed in range(1000, 1060))]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda c: f"{c.seed}-{c}")
 def test_random(case: Case) -> None:
     parity.check(case)

@@ -17,19 +17,31 @@ from torch import Tensor, nn
 import bnfast
 from bnfast.kernels.steps import forget_plans
 from tests.gpu import parity
-from tests.gpu.parity import Case, Given
+from tests.gpu.families import layouts
+from tests.gpu.parity import Case, Given, batch_renorm, group_norm, instance_norm
 from tests.support.buffers import bit_identical
 
 pytestmark = pytest.mark.gpu
 
 REPEATS = 25
 
-# Many programs a channel, so that what they share is in use for long. Two of a kind, with other data.
-PAIR = [Case((32, 64, 28, 28), torch.bfloat16, seed=seed) for seed in (0, 1)]
+# Many programs a channel or group, so that what they share is in use for long.
+# Two of a kind, with other data.
+PAIRS = [
+    [Case((32, 64, 28, 28), torch.bfloat16, seed=seed) for seed in (0, 1)],
+    [group_norm((8, 320, 28, 28), torch.bfloat16, True, groups=32, seed=seed) for seed in (0, 1)],
+]
+every_pair = pytest.mark.parametrize("pair", PAIRS, ids=lambda pair: str(pair[0]))
 SPLIT = [
-    *PAIR[:1],
+    PAIRS[0][0],
     Case((32, 64, 28, 28), torch.float32, channels_last=True),
     Case((64, 65, 7, 7), torch.float16, momentum=None),
+    *layouts(
+        batch_renorm((32, 64, 28, 28), torch.bfloat16),
+        group_norm((16, 64, 28, 28), torch.float32, groups=8),  # held, where it is contiguous
+        group_norm((2, 64, 256, 256), torch.bfloat16, groups=8),
+        instance_norm((2, 32, 24, 24, 24), torch.float32, tracked=True),
+    ),
 ]
 
 
@@ -70,12 +82,13 @@ def test_replays_equal_eager_steps(case: Case) -> None:
     assert_same(found, expected)
 
 
-def test_two_graphs_on_two_streams() -> None:
+@every_pair
+def test_two_graphs_on_two_streams(pair: list[Case]) -> None:
     """Each graph has counters of its own: replayed beside one another they do not mix."""
-    tensors = [parity.given(case) for case in PAIR]
-    expected = [eager(case, given, REPEATS) for case, given in zip(PAIR, tensors, strict=True)]
-    graphs = [captured(case, given) for case, given in zip(PAIR, tensors, strict=True)]
-    streams = [torch.cuda.Stream() for _ in PAIR]
+    tensors = [parity.given(case) for case in pair]
+    expected = [eager(case, given, REPEATS) for case, given in zip(pair, tensors, strict=True)]
+    graphs = [captured(case, given) for case, given in zip(pair, tensors, strict=True)]
+    streams = [torch.cuda.Stream() for _ in pair]
     torch.cuda.synchronize()
     for stream in streams:
         with torch.cuda.stream(stream):
@@ -92,9 +105,11 @@ def test_two_graphs_on_two_streams() -> None:
 FIRST_CALL = """
 import torch, bnfast
 
-x = torch.randn(32, 64, 28, 28, device="cuda", requires_grad=True)
+# a deviation of 10, so that Batch Renormalization's r is at its limit, which is another in each step
+x = torch.randn(32, 64, 28, 28, device="cuda") * 10 + 5
+x = x.contiguous(memory_format=torch.FORMAT).requires_grad_()
 dy = torch.randn_like(x)
-layers = [bnfast.BatchNorm2d(64, momentum=MOMENTUM, device="cuda") for _ in range(2)]
+layers = [bnfast.LAYER.to("cuda") for _ in range(2)]
 
 def step(layer):
     y = layer(x)
@@ -114,10 +129,20 @@ print("same")
 """
 
 
-@pytest.mark.parametrize("momentum", [0.1, None])
-def test_first_call_ever_is_captured(momentum: float | None) -> None:
+@pytest.mark.parametrize(
+    ("layer", "memory_format"),
+    [
+        ("BatchNorm2d(64)", "contiguous_format"),
+        ("BatchNorm2d(64, momentum=None)", "contiguous_format"),
+        ("BatchRenorm2d(64, warmup_steps=0, r_max_steps=9, d_max_steps=9)", "contiguous_format"),
+        ("GroupNorm(8, 64)", "contiguous_format"),
+        ("GroupNorm(8, 64)", "channels_last"),
+        ("InstanceNorm2d(64, affine=True, track_running_stats=True)", "contiguous_format"),
+    ],
+)
+def test_first_call_ever_is_captured(layer: str, memory_format: str) -> None:
     """In a process of its own the first step is recorded: kernels are compiled and loaded while it is."""
-    script = textwrap.dedent(FIRST_CALL).replace("MOMENTUM", repr(momentum))
+    script = textwrap.dedent(FIRST_CALL).replace("LAYER", layer).replace("FORMAT", memory_format)
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run(
         [sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=300
@@ -126,11 +151,12 @@ def test_first_call_ever_is_captured(momentum: float | None) -> None:
     assert done.stdout.split() == ["same"]
 
 
-def test_two_streams_at_once() -> None:
-    tensors = [parity.given(case) for case in PAIR]
-    expected = [eager(case, given, REPEATS) for case, given in zip(PAIR, tensors, strict=True)]
-    modules = [parity.layer(case, bnfast, given) for case, given in zip(PAIR, tensors, strict=True)]
-    streams = [torch.cuda.Stream() for _ in PAIR]
+@every_pair
+def test_two_streams_at_once(pair: list[Case]) -> None:
+    tensors = [parity.given(case) for case in pair]
+    expected = [eager(case, given, REPEATS) for case, given in zip(pair, tensors, strict=True)]
+    modules = [parity.layer(case, bnfast, given) for case, given in zip(pair, tensors, strict=True)]
+    streams = [torch.cuda.Stream() for _ in pair]
     results: list[list[dict[str, Tensor]]] = [[], []]
     torch.cuda.synchronize()
     for stream in streams:
@@ -146,13 +172,14 @@ def test_two_streams_at_once() -> None:
             assert_same({**result, **parity.buffers(module)}, value, f"of step {repeat}")
 
 
+@every_pair
 @pytest.mark.parametrize("streams", ["own", "default"])
-def test_two_host_threads_at_once(streams: str) -> None:
+def test_two_host_threads_at_once(streams: str, pair: list[Case]) -> None:
     """At the first call too, which both make at the same moment: plans and launches are new to both."""
-    tensors = [parity.given(case) for case in PAIR]
-    expected = [eager(case, given, REPEATS) for case, given in zip(PAIR, tensors, strict=True)]
+    tensors = [parity.given(case) for case in pair]
+    expected = [eager(case, given, REPEATS) for case, given in zip(pair, tensors, strict=True)]
     forget_plans()
-    start = threading.Barrier(len(PAIR))
+    start = threading.Barrier(len(pair))
 
     def work(case: Case, given: Given) -> dict[str, Tensor]:
         torch.cuda.set_device(parity.device())
@@ -166,8 +193,8 @@ def test_two_host_threads_at_once(streams: str) -> None:
             return {**result, **parity.buffers(module)}
 
     torch.cuda.synchronize()
-    with ThreadPoolExecutor(len(PAIR)) as pool:
-        found = list(pool.map(work, PAIR, tensors))
+    with ThreadPoolExecutor(len(pair)) as pool:
+        found = list(pool.map(work, pair, tensors))
     for result, value in zip(found, expected, strict=True):
         assert_same(result, value)
 
@@ -195,10 +222,19 @@ def steps(module: nn.Module, run: Callable[[Tensor], Tensor], given: Given) -> l
     return results
 
 
-@pytest.mark.parametrize("momentum", [0.1, None])
-def test_compile_with_graphs(momentum: float | None) -> None:
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case((32, 64, 28, 28), torch.float32),
+        Case((32, 64, 28, 28), torch.float32, momentum=None),
+        batch_renorm((32, 64, 28, 28), torch.float32),
+        *layouts(group_norm((16, 64, 28, 28), torch.float32, groups=8)),
+        instance_norm((16, 64, 28, 28), torch.float32),
+    ],
+    ids=str,
+)
+def test_compile_with_graphs(case: Case) -> None:
     """torch.compile(mode="reduce-overhead") makes CUDA graphs of a step, which then does what eager does."""
-    case = Case((32, 64, 28, 28), torch.float32, momentum=momentum)
     tensors = parity.given(case)
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()

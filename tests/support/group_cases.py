@@ -51,14 +51,16 @@ def given(
 
 
 def by_torch(x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
-    """torch's own, which takes no parameters of just any dtype, and on a CPU no bias without a weight."""
+    """torch's own. It takes no parameters of another dtype than x on a GPU, and no bias without a weight on a
+    CPU: with these it computes in fp32 (fp64 for fp64) throughout, and rounds the result."""
+    given = [t for t in (weight, bias) if t is not None]
+    if all(t.dtype == x.dtype for t in given) and (weight is not None or bias is None):
+        return F.group_norm(x, groups, weight, bias, eps)
     kind = exact.accumulator(x.dtype)
     weight, bias = (None if t is None else t.to(kind) for t in (weight, bias))
     if weight is None and bias is not None:
         weight = torch.ones_like(bias)
-    if x.dtype != kind and (weight is None) != (bias is None):
-        return F.group_norm(x.to(kind), groups, weight, bias, eps).to(x.dtype)
-    return F.group_norm(x, groups, weight, bias, eps)
+    return F.group_norm(x.to(kind), groups, weight, bias, eps).to(x.dtype)
 
 
 def run(function: Function, g: Given) -> Named:

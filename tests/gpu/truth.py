@@ -1,0 +1,127 @@
+"""All that a step of a case returns and writes, in fp64, with the scale of each element (bnfast.exact has the
+rule), layer by layer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from bnfast import exact
+
+if TYPE_CHECKING:
+    from tests.gpu.parity import Case, Given
+
+# InstanceNorm's running statistics are torch.var_mean's, a reduction that is not ours to bound as tightly.
+TORCHS_OWN = 8.0
+
+
+@dataclass(frozen=True)
+class Truth:
+    """vectors: the gradients of parameters and the running statistics, by name."""
+
+    normal: exact.Exact
+    vectors: dict[str, exact.Value]
+    groups: int = 0  # of a sample, which are `normal`'s cells; 0: its cells are channels over all samples
+    offset: Tensor | float = 0.0  # by how much y is a sum of more than `normal` knows
+
+    def y(self, x: Tensor) -> exact.Value:
+        """x: all of it, or a chunk of the pairs that the truth was made from."""
+        value, scale = self.normal.y(self.seen(x))
+        return self.as_x(value), self.as_x(scale + self.offset)
+
+    def dx(self, x: Tensor, dy: Tensor) -> exact.Value:
+        value, scale = self.normal.dx(self.seen(x), self.seen(dy))
+        return self.as_x(value), self.as_x(scale)
+
+    def seen(self, t: Tensor) -> Tensor:
+        """x, or what is shaped as it, in the shape that `normal` knows."""
+        return exact.by_group(t, self.groups) if self.groups else t
+
+    def as_x(self, t: Tensor) -> Tensor:
+        """And back."""
+        return t.flatten(1, 2) if self.groups else t
+
+
+def of(case: Case, tensors: Given, pairs: exact.Pairs | None = None) -> Truth:
+    """pairs: chunks of (x, dy), [N, C, *] each, where fp64 of the whole does not fit the memory."""
+    if case.layer == "BatchRenorm" and case.training:
+        return _renormalized(case, tensors, pairs)
+    given = (tensors.x, tensors.dy)
+    parameters = (tensors.weight, tensors.bias, case.eps)
+    groups = case.in_sample if case.batch else 0
+    if groups:
+        normal = exact.group_normalization(*given, groups, *parameters, pairs)
+    else:
+        fixed = None if case.batch else (tensors.running_mean, tensors.running_var)
+        normal = exact.batch_norm(*given, *parameters, fixed, pairs)
+    vectors = _gradients(tensors, normal.dweight(), normal.dbias())
+    if case.tracked:
+        vectors |= _running(case, tensors, normal)
+    return Truth(normal, vectors, groups)
+
+
+def _gradients(tensors: Given, dweight: exact.Value, dbias: exact.Value) -> dict[str, exact.Value]:
+    """Of the parameters that there are."""
+    found = {} if tensors.weight is None else {"dweight": dweight}
+    return found if tensors.bias is None else found | {"dbias": dbias}
+
+
+def _running(case: Case, tensors: Given, normal: exact.Exact) -> dict[str, exact.Value]:
+    """The running statistics after a step that started at `Case.batches`."""
+    mean, variance = tensors.running_mean, tensors.running_var
+    if not case.training:
+        kept = {"running_mean": mean.double(), "running_var": variance.double()}
+        return {name: (t, t.abs()) for name, t in kept.items()}
+    if case.layer != "InstanceNorm":
+        return normal.running(mean, variance, case.factor)
+    n = case.shape[0]
+    by_sample = normal.running(mean.repeat(n), variance.repeat(n), case.factor)
+    averaged = {name: [t.view(n, -1).mean(0) for t in pair] for name, pair in by_sample.items()}
+    return {name: (value, TORCHS_OWN * scale) for name, (value, scale) in averaged.items()}
+
+
+def _limits(case: Case) -> tuple[float, float]:
+    """(largest r, largest d) of a batch that `Case.batches` came before."""
+    if case.momentum is None:  # statistics are being collected
+        return 1.0, 0.0
+    r_max, d_max, warmup, r_steps, d_steps = case.schedule
+
+    def reached(steps: float) -> float:
+        return 1.0 if case.batches >= steps else max(0.0, (case.batches - warmup) / (steps - warmup))
+
+    return 1 + (r_max - 1) * reached(r_steps), d_max * reached(d_steps)
+
+
+def _renormalized(case: Case, tensors: Given, pairs: exact.Pairs | None) -> Truth:
+    """Ioffe 2017, algorithm 1: a BatchNorm with r * gamma for gamma and d * gamma + beta for beta."""
+    x, dy = tensors.x, tensors.dy
+    batch = exact.batch_norm(x, dy, None, None, case.eps, None, pairs)
+    mean, sigma = batch.mean.flatten(), (batch.variance.flatten() + case.eps).sqrt()
+    old_mean = tensors.running_mean.double()
+    old_sigma = (tensors.running_var.double() + case.eps).sqrt()
+    r_limit, d_limit = _limits(case)
+    r = (sigma / old_sigma).clamp(1 / r_limit, r_limit)
+    d = ((mean - old_mean) / old_sigma).clamp(-d_limit, d_limit)
+    gamma = torch.ones_like(r) if tensors.weight is None else tensors.weight.double()
+    beta = torch.zeros_like(r) if tensors.bias is None else tensors.bias.double()
+
+    normal = exact.batch_norm(x, dy, gamma * r, gamma * d + beta, case.eps, None, pairs)
+    # a d that is not clipped has the rounding of the batch's mean
+    size_d = d.abs() + (d.abs() < d_limit) * mean.abs() / old_sigma
+    terms = gamma.abs() * size_d + beta.abs() - (gamma * d + beta).abs()
+    (sum_gx, size_gx), (sum_g, size_g) = normal.dweight(), normal.dbias()
+    dweight = r * sum_gx + d * sum_g, r * size_gx + size_d * size_g
+    new_sigma = old_sigma + case.factor * (sigma - old_sigma)
+    new_variance = (new_sigma.square() - case.eps).clamp_min(0)
+    running = {
+        "running_mean": normal.running(old_mean, old_sigma, case.factor)["running_mean"],
+        "running_var": (
+            new_variance,
+            2 * new_sigma.square(),
+        ),  # a square's relative error is twice its root's
+    }
+    vectors = _gradients(tensors, dweight, normal.dbias()) | running
+    return Truth(normal, vectors, 0, exact.by_channel(terms, normal.mean.dim()))
