@@ -46,9 +46,10 @@ def normal_cdf(v):
 
 
 @triton.jit
-def gelu_inner(v):
-    """Of the approximation in Hendrycks and Gimpel 2016, arXiv 1606.08415: sqrt(2 / pi) comes first."""
-    return 0.7978845608028654 * (v + 0.044715 * v * v * v)
+def gelu_exponent(v):
+    """u = 2 sqrt(2 / pi) (v + 0.044715 v^3), Hendrycks and Gimpel 2016, arXiv 1606.08415, whose
+    (1 + tanh(u / 2)) / 2 is sigmoid(u)."""
+    return v * (1.5957691216057308 + 0.07135481627260025 * v * v)
 
 
 @triton.jit
@@ -68,7 +69,7 @@ def activate(v, NAME: tl.constexpr, PARAMETER: tl.constexpr):
     elif NAME == "gelu":
         y = v * normal_cdf(v)
     elif NAME == "gelu_tanh":
-        y = 0.5 * v * (1.0 + tanh(gelu_inner(v)))
+        y = v * sigmoid(gelu_exponent(v))
     elif NAME == "hardswish":
         y = v * (tl.where(v <= -3.0, 0.0, tl.where(v >= 3.0, 6.0, v + 3.0)) / 6.0)
     elif NAME == "hardsigmoid":
@@ -100,9 +101,8 @@ def slope(v, NAME: tl.constexpr, PARAMETER: tl.constexpr):
     elif NAME == "gelu":
         d = normal_cdf(v) + v * 0.3989422804014327 * tl.exp(-0.5 * v * v)  # 1 / sqrt(2 pi)
     elif NAME == "gelu_tanh":
-        t = tanh(gelu_inner(v))
-        inner = 0.7978845608028654 * (1.0 + 0.134145 * v * v)
-        d = 0.5 * (1.0 + t) + 0.5 * v * (1.0 - t * t) * inner
+        s = sigmoid(gelu_exponent(v))
+        d = s + s * (1.0 - s) * v * (1.5957691216057308 + 0.21406444881780074 * v * v)
     elif NAME == "hardswish":
         d = tl.where(v <= -3.0, 0.0, tl.where(v < 3.0, v / 3.0 + 0.5, 1.0))
     elif NAME == "hardsigmoid":

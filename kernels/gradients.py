@@ -105,7 +105,7 @@ def gradient_sums_kernel(
             a = load_coefficient(table_ptr, 1, offs_lane, mask_lane, channels)
             b = load_coefficient(table_ptr, 2, offs_lane, mask_lane, channels)
         else:
-            _, a, b = from_cells(
+            p_again, a, b = from_cells(
                 offs_lane, mask_lane, sample, channels, group, cells, table_ptr, weight_ptr, bias_ptr, ACC
             )  # fmt: skip
         a, b = by_lane(a, LANES, STEP), by_lane(b, LANES, STEP)

@@ -56,7 +56,11 @@ REDUCE_RUNS = (Program(8, 4, 64, 4), Program(4, 8, 64, 4), Program(4, 8, 64, 0))
 REDUCE_ROW = (Program(4, 8, 64, 2), Program(4, 8, 64, 0))
 # Elementwise programs have nothing to merge: small ones start and end more smoothly.
 MAP = Program(4, 7, 72, 4)
-MAP_ACTIVATED = Program(4, 6, 80, 4)  # 8 registers for the slope of an activation, or signs [sass]
+# Activations take registers: corners (and signs) a few, curves, whose terms are all under way at once, many.
+# By EFFORTS [sass].
+MAPS = (MAP, Program(4, 6, 80, 4), Program(4, 5, 96, 4))
+REDUCE_CURVED = (Program(4, 3, 168, 8), *REDUCE[2:])
+EFFORTS = {"none": 0, "relu": 1, "relu6": 1, "leaky_relu": 1, "hardswish": 1, "hardsigmoid": 1}  # others: 2
 
 
 @dataclass(frozen=True)
@@ -193,7 +197,7 @@ def _fit(program: Program, vec: int, itemsize: int) -> Program:
     """fp64, and loads of single elements, need 128 registers."""
     if itemsize < 8 and vec * itemsize == VECTOR_BYTES:
         return program
-    registers = 128
+    registers = max(128, program.registers)
     an_sm = min(program.an_sm, 65536 // (program.warps * WARP * registers))
     return Program(program.warps, an_sm, registers, program.loads)
 
@@ -206,13 +210,15 @@ def _warps(view: View, group: int, itemsize: int, program: Program) -> int:
 @lru_cache(maxsize=4096)
 def reduce_sweep(
     n: int, c: int, s: int, itemsize: int, channels_last: bool, aligned: bool, sms: int, inputs: int,
-    samples: int = 1, group: int = 1,
+    samples: int = 1, group: int = 1, activation: str = "none",
 ) -> Sweep:  # fmt: skip
-    """The plan of a kernel that reduces x, `samples` times [n, c, s], over n and s."""
+    """The plan of a kernel that reduces x, `samples` times [n, c, s], over n and s. activation: whose slope
+    it takes on the way."""
+    reduce = REDUCE if EFFORTS.get(activation, 2) < 2 else REDUCE_CURVED
     runs = not channels_last and s > 2 * REDUCE[0].warps * WARP * (VECTOR_BYTES // itemsize)
     one_row = not channels_last and not runs and n == 1
     sweep = None
-    for program in REDUCE_RUNS if runs else REDUCE_ROW if one_row else REDUCE:
+    for program in REDUCE_RUNS if runs else REDUCE_ROW if one_row else reduce:
         view = _reduce_view(n, c, s, itemsize, channels_last, program)
         vec, unroll, group_rows = _shape(view, itemsize, aligned, inputs, program)
         program = _fit(program, vec, itemsize)
@@ -232,11 +238,11 @@ def reduce_sweep(
 @lru_cache(maxsize=4096)
 def map_sweep(
     n: int, c: int, s: int, itemsize: int, channels_last: bool, aligned: bool, sms: int, inputs: int,
-    samples: int = 1, group: int = 1, activated: bool = False,
+    samples: int = 1, group: int = 1, activation: str = "none",
 ) -> Sweep:  # fmt: skip
     """The plan of a kernel that maps x, `samples` times [n, c, s], element by element with coefficients by
-    channel. activated: and then applies an activation, or its slope."""
-    vector, program = VECTOR_BYTES // itemsize, MAP_ACTIVATED if activated else MAP
+    channel. activation: which one it then applies, or the slope of."""
+    vector, program = VECTOR_BYTES // itemsize, MAPS[EFFORTS.get(activation, 2)]
     lanes = MAP.warps * WARP * vector
     if channels_last:
         view = rows_view(n * s, c, itemsize)

@@ -94,15 +94,15 @@ class Sizes:
         self.seed = torch.empty(0, dtype=accumulator(x), device=x.device)
 
     def _sweep(
-        self, make: Callable[..., plan.Sweep], inputs: int, by_group: bool, **options: bool
+        self, make: Callable[..., plan.Sweep], inputs: int, by_group: bool, activation: str = "none"
     ) -> plan.Sweep:  # fmt: skip
         if not self.groups:
-            return make(self.n, self.c, self.s, *self._rest, inputs, **options)
+            return make(self.n, self.c, self.s, *self._rest, inputs, activation=activation)
         if by_group:
             c, s, group = self.groups, self.c // self.groups * self.s, 1
         else:
             c, s, group = self.c, self.s, self.c // self.groups
-        return make(1, c, s, *self._rest, inputs, self.n, group, **options)
+        return make(1, c, s, *self._rest, inputs, self.n, group, activation)
 
     @property
     def norm(self) -> int:
@@ -112,7 +112,7 @@ class Sizes:
     def mapping(self, kernel: Any, inputs: int, order: str, takes: str, *flags: Any) -> Launch:
         """A kernel that maps x element by element. flags: its last two are the activation's name and
         parameter."""
-        sweep = self._sweep(plan.map_sweep, inputs, False, activated=flags[-2] != "none")
+        sweep = self._sweep(plan.map_sweep, inputs, False, flags[-2])
         mode, lanes = plan.MODES[sweep.view.mode], sweep.view.lanes
         constants = (mode, sweep.vec, sweep.tile_rows, lanes, sweep.step, *flags)
         return Launch(kernel, sweep, picks(order, takes), constants, self.aligned)
@@ -122,8 +122,8 @@ class Sizes:
         then: Launch | None = None, by_group: bool = False,
     ) -> Step:  # fmt: skip
         """A kernel that reduces x, and the launch that follows it. by_group: contiguous groups are runs of
-        memory, and reduced as such."""
-        sweep = self._sweep(plan.reduce_sweep, inputs, by_group)
+        memory, and reduced as such. flags: with several inputs, they end as mapping's."""
+        sweep = self._sweep(plan.reduce_sweep, inputs, by_group, flags[-2] if inputs > 1 else "none")
         view, mode = sweep.view, plan.MODES[sweep.view.mode]
         constants: tuple[Any, ...] = (mode, sweep.vec, sweep.unroll, sweep.group_rows, view.lanes)
         if inputs > 1:

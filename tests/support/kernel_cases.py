@@ -81,14 +81,14 @@ class Shape:
             inputs = 2 if kind.startswith("gradient") else 1
             inputs += kind == "gradient_sums" and after.residual == "z"
             inputs += kind == "transform" and after.residual != ""
-            options = {} if reduces else {"activated": after.called(kind) != "none"}
+            name = "none" if kind == "statistics" else after.called(kind)
             make = plan.reduce_sweep if reduces else plan.map_sweep
             memory = (ITEMSIZES[dtype], self.channels_last, True, 132, inputs)
             if not self.groups:
-                return make(self.n, self.c, self.s, *memory, **options)
+                return make(self.n, self.c, self.s, *memory, activation=name)
             group = self.c // self.groups
             c, s, group = (self.groups, group * self.s, 1) if self.by_group(kind) else (self.c, self.s, group)
-            return make(1, c, s, *memory, self.n, group, **options)
+            return make(1, c, s, *memory, self.n, group, name)
         plans = plan.batch_norm(self.n, self.c, self.s, ITEMSIZES[dtype], self.channels_last)
         return getattr(plans, kind)
 
