@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from . import plan, row_plan
-from .cell_plan import CellSweep, cell_sweep
+from .cell_plan import CellSweep
 from .column_sums import column_sums_kernel
 from .gradients import gradient_sums_kernel, gradient_transform_kernel
+from .group_plan import held
 from .launch import Launch, workspace
 from .layouts import dense, dense_like
 from .one_read import group_norm_gradients_kernel, group_norm_kernel
@@ -29,18 +30,16 @@ _BACKWARD = "x dy dx weight table dweight dbias sums partials arrivals gradients
 
 
 def _held(sizes: Sizes, groups: int, inputs: int) -> CellSweep | None:
-    if sizes.channels_last and sizes.s > 1:
-        return None
-    group = sizes.c // groups
-    return cell_sweep(sizes.n, groups, group, sizes.s, sizes.itemsize, sizes.aligned, inputs)
+    rest = (sizes.itemsize, sizes.channels_last, sizes.aligned, inputs)
+    return held(sizes.n, sizes.c, sizes.s, groups, *rest)
 
 
 def _forward(sizes: Sizes, groups: int, *dtypes: Any) -> Step:
     sizes.groups = groups
-    held = _held(sizes, groups, 1)
-    if held is not None:
+    cells = _held(sizes, groups, 1)
+    if cells is not None:
         chosen = picks(_FORWARD, "x y table weight bias")
-        only = Launch(group_norm_kernel, held, chosen, held.constants, sizes.aligned)
+        only = Launch(group_norm_kernel, cells, chosen, cells.constants, sizes.aligned)
         return Step(only, only, sizes.seed)
     transform = sizes.mapping(
         transform_kernel, 1, _FORWARD, "x y table weight bias none none none", plan.CELLS, True
@@ -100,10 +99,10 @@ def _backward(sizes: Sizes, groups: int, need_dx: bool, need_parameters: bool, *
         chosen = picks(_BACKWARD, "sums dweight dbias")
         parameters = Launch(column_sums_kernel, columns, chosen, columns.constants, sizes.aligned)
     sums = "sums" if parameters is not None else "none"
-    held = _held(sizes, groups, 2) if need_dx else None
-    if held is not None:
+    cells = _held(sizes, groups, 2) if need_dx else None
+    if cells is not None:
         chosen = picks(_BACKWARD, f"dy x dx table weight {sums}")
-        only = Launch(group_norm_gradients_kernel, held, chosen, held.constants, sizes.aligned)
+        only = Launch(group_norm_gradients_kernel, cells, chosen, cells.constants, sizes.aligned)
         return _Gradients(only, parameters, None, True, sizes.seed)
     transform = None
     if need_dx:

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from bnfast.kernels import batch_norm as kernels
-from bnfast.kernels import steps
+from bnfast.kernels import plan, steps
+from bnfast.kernels.layouts import is_channels_last
 from tests.support.trace import Trace, trace
 
 SHAPES = [(8, c, size, size) for c in (24, 64, 96) for size in (7, 14, 28)] + [
@@ -65,7 +66,7 @@ def test_batch_renorm_is_no_dearer(layout: str) -> None:
 
 def training_step(shape: tuple[int, ...], layout: str, renorm: Any) -> None:
     """Forward: x twice, y once, two launches. Backward: dy and x twice, dx once, two launches. Whole
-    sectors throughout.
+    sectors throughout. The plan counts the same, and what programs hand over.
     """
     x, dy = tensors(shape, layout, torch.float16, 2)
     channels = shape[1]
@@ -73,13 +74,17 @@ def training_step(shape: tuple[int, ...], layout: str, renorm: Any) -> None:
     batches = torch.tensor(0)
     with trace(x=x, batches=batches) as t:
         y, table = kernels.forward(x, weight, bias, mean, variance, batches, False, 0.1, 1e-5, renorm=renorm)
-    clean(t, 2)
+    sizes = (shape[0], channels, torch.Size(shape[2:]).numel(), x.element_size(), is_channels_last(x))
+    planned = plan.batch_norm(*sizes, sms=2)
+    clean(t, planned.forward_launches)
+    assert t.moved("x", "y", "partials") == planned.forward_bytes
     assert (t["x"].reads, t["x"].writes, t.of(y).writes, t.of(y).reads) == (2.0, 0.0, 1.0, 0.0)
     assert t.of(y).unique_written == t.of(y).size
     assert batches.item() == 1
     with trace(x=x, dy=dy) as b:
         dx, dweight, dbias = kernels.backward(x, dy, table, True, True, torch.float32, torch.float32)
-    clean(b, 2)
+    clean(b, planned.backward_launches)
+    assert b.moved("x", "dy", "dx", "partials") == planned.backward_bytes
     assert dx is not None
     assert (b["x"].reads, b["dy"].reads, b.of(dx).writes) == (2.0, 2.0, 1.0)
     assert b.of(dx).unique_written == b.of(dx).size
@@ -155,8 +160,6 @@ def test_unaligned_storage(cut: int, layout: str) -> None:
 @pytest.mark.parametrize("shape", [(64, 1, 1, 1), (1, 1, 64, 64), (1, 8, 40, 40)], ids=str)
 def test_a_channel_is_split_over_programs(shape: tuple[int, ...]) -> None:
     """Also where there is one channel or one sample: C programs would idle the GPU."""
-    from bnfast.kernels import plan
-
     n, c, s = shape[0], shape[1], shape[2] * shape[3]
     large = 64 if s > 1 else 2048
     for last in (True, False):

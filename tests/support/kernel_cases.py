@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from bnfast.kernels import gradients, plan, statistics, transform
+from bnfast.kernels.group_plan import swept
 
 KINDS = ("statistics", "transform", "gradient_sums", "gradient_transform")
 KERNELS = {
@@ -50,10 +51,9 @@ class Shape:
     def sweep(self, kind: str, dtype: str) -> plan.Sweep:
         if self.groups:
             make = plan.reduce_sweep if kind in ("statistics", "gradient_sums") else plan.map_sweep
-            group = self.c // self.groups
-            c, s, group = (self.groups, group * self.s, 1) if self.by_group(kind) else (self.c, self.s, group)
+            size = (self.n, self.c, self.s, self.groups, self.by_group(kind))
             inputs = 2 if kind.startswith("gradient") else 1
-            return make(1, c, s, ITEMSIZES[dtype], self.channels_last, True, 132, inputs, self.n, group)
+            return swept(make, *size, ITEMSIZES[dtype], self.channels_last, True, 132, inputs)
         plans = plan.batch_norm(self.n, self.c, self.s, ITEMSIZES[dtype], self.channels_last)
         return getattr(plans, kind)
 
