@@ -40,13 +40,14 @@ FEW_STEPS = Limits(1e-5, 1e-5, 1e-4, 1e-4, 1e-4, None)
 
 @dataclass(frozen=True)
 class Agreement:
-    """The differences between two runs; those of the first step's gradients are relative, in norm."""
+    """The differences between two runs; those of the first step's gradients are relative, in norm. buffers:
+    None where the networks have none."""
 
     beginning: float
     losses: float
     gradients: float
     parameters: float
-    buffers: float
+    buffers: float | None
     accuracy: float
 
     def beyond(self, limits: Limits) -> list[str]:
@@ -54,7 +55,7 @@ class Agreement:
         found = []
         for name in Limits.__dataclass_fields__:
             value, limit = getattr(self, name), getattr(limits, name)
-            if limit is not None and not value <= limit:
+            if limit is not None and value is not None and not value <= limit:
                 found.append(f"{name} differ by {value:.1e}, more than {limit:.0e}")
         return found
 
@@ -85,6 +86,6 @@ def compare(first: Run, second: Run) -> Agreement:
         losses=float(apart.max()),
         gradients=relative(first.gradients, second.gradients),
         parameters=largest(first.parameters, second.parameters),
-        buffers=largest(first.buffers, second.buffers),
+        buffers=largest(first.buffers, second.buffers) if first.buffers or second.buffers else None,
         accuracy=abs(first.accuracy - second.accuracy),
     )

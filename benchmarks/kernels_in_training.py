@@ -20,9 +20,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from benchmarks import agreement, digits, report
+from benchmarks import LAYERS, agreement, digits, normalizers, report
 
 TIME_LIMIT = 240  # seconds
 
@@ -65,31 +65,40 @@ def counted_launches() -> Iterator[list[int]]:
         GridExecutor.__call__ = original
 
 
-def first_steps(steps: int, batch: int, width: int) -> Outcome:
-    """Both runs, in this process, which must have been started with TRITON_INTERPRET=1."""
-    import bnfast
-    from bnfast.kernels import plan
+def launches_of(pair: normalizers.Pair, images: Tensor, width: int, steps: int) -> int:
+    """What the kernels' plan says of so many training steps on batches of this shape, and one in eval."""
+    shapes: list[torch.Size] = []
 
+    def noting(channels: int) -> nn.Module:
+        norm = pair.theirs(channels)
+        norm.register_forward_pre_hook(lambda module, inputs: shapes.append(inputs[0].shape))
+        return norm
+
+    digits.Network(noting, width)(images)
+    planned = [pair.launches(shape) for shape in shapes]
+    return sum(steps * (each.forward + each.backward) + each.inference for each in planned)
+
+
+def first_steps(layer: str, steps: int, batch: int, width: int) -> Outcome:
+    """Both runs, in this process, which must have been started with TRITON_INTERPRET=1."""
+    pair = normalizers.pair(layer, steps)
     recipe = digits.Recipe(epochs=1, batch=batch, width=width, steps=steps)
     data = digits.load(recipe.seed, torch.device("cpu"))
     few = {"test_images": data.test_images[:batch], "test_labels": data.test_labels[:batch]}
     data = dataclasses.replace(data, **few)
-    theirs = digits.train(nn.BatchNorm2d, data, recipe, lambda loss: None)
+    theirs = digits.train(pair.theirs, data, recipe, lambda loss: None)
     with counted_launches() as launches, report.progress(steps, "steps in the interpreter") as bar:
-        ours = digits.train(bnfast.BatchNorm2d, data, recipe, lambda loss: bar.update(1))
-    layers = sum(isinstance(m, nn.BatchNorm2d) for m in digits.Network(nn.BatchNorm2d, width).modules())
-    planned = plan.batch_norm(batch, width, 64, 4, False)
-    a_step = planned.forward_launches + planned.backward_launches
-    expected = layers * (steps * a_step + 1)  # and one launch a layer for the test images, in eval
+        ours = digits.train(pair.ours, data, recipe, lambda loss: bar.update(1))
+    expected = launches_of(pair, data.test_images, width, steps)
     apart = agreement.compare(theirs, ours)
     return Outcome(steps, batch, theirs.losses, ours.losses, apart, launches[0], expected)
 
 
-def check(steps: int = 3, batch: int = 8, width: int = 8) -> Outcome:
+def check(layer: str, steps: int = 3, batch: int = 8, width: int = 8) -> Outcome:
     """`first_steps` in a process with Triton's interpreter on."""
     with TemporaryDirectory() as folder:
         out = Path(folder, "outcome.json")
-        command = [sys.executable, "-m", "benchmarks.kernels_in_training", str(out)]
+        command = [sys.executable, "-m", "benchmarks.kernels_in_training", str(out), f"--layer={layer}"]
         command += [f"--steps={steps}", f"--batch={batch}", f"--width={width}"]
         subprocess.run(
             command, check=True, timeout=TIME_LIMIT, env={**os.environ, "TRITON_INTERPRET": "1"},
@@ -100,12 +109,13 @@ def check(steps: int = 3, batch: int = 8, width: int = 8) -> Outcome:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Started by benchmarks.first_look, in Triton's interpreter.")
+    parser = argparse.ArgumentParser(description="Started by benchmarks.training, in Triton's interpreter.")
     parser.add_argument("out", type=Path)
+    parser.add_argument("--layer", choices=LAYERS, required=True)
     for name in ("steps", "batch", "width"):
         parser.add_argument(f"--{name}", type=int, required=True)
     asked = parser.parse_args()
-    outcome = first_steps(asked.steps, asked.batch, asked.width)
+    outcome = first_steps(asked.layer, asked.steps, asked.batch, asked.width)
     asked.out.write_text(json.dumps(dataclasses.asdict(outcome)), encoding="utf-8")
 
 

@@ -14,11 +14,16 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from benchmarks.suites import Network, Shape
+
 COLD_BYTES = 256 * 2**20  # between two uses of a buffer: four times the L2 of an H200
 ROUNDS = 20
 HEAD_START = 10_000_000  # GPU cycles, about 5 ms: longer than the host takes to queue a rotation
 
+FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
+
 Stopwatch = Callable[[Callable[[], None]], float]  # runs what it is given, returns microseconds
+Maker = Callable[[], nn.Module]
 
 
 @dataclass(frozen=True)
@@ -94,24 +99,51 @@ def layer(
     )
 
 
-def backend(norm: nn.BatchNorm2d, x: Tensor) -> str:
+def backend(norm: nn.Module, x: Tensor) -> str:
     """Who computes torch's own layer: "Cudnn", "Miopen" or "Native" (ATen)."""
-    arguments = (norm.weight, norm.bias, norm.running_mean, norm.running_var, True, norm.eps)
-    return str(torch._C._select_batch_norm_backend(x, *arguments)).rpartition(".")[2]
+    if isinstance(norm, nn.modules.batchnorm._BatchNorm):
+        vectors = [norm.weight, norm.bias, norm.running_mean, norm.running_var]
+    elif isinstance(norm, nn.modules.instancenorm._InstanceNorm):
+        # torch runs it as a batch norm of one sample, with a channel for each sample's channel; whether it
+        # has running statistics does not matter in training, and here they cannot be left out
+        vectors = [v.repeat(len(x)) for v in (norm.weight, norm.bias, norm.bias, norm.weight)]
+        x = x.new_empty((1, len(x) * x.shape[1], *x.shape[2:]))
+    else:
+        return "Native"
+    return str(torch._C._select_batch_norm_backend(x, *vectors, True, norm.eps)).rpartition(".")[2]
 
 
-def compare(shape: tuple[int, int, int, int], dtype: torch.dtype, channels_last: bool) -> tuple[Times, Times]:
-    """bnfast's and torch's time for one shape on the GPU: same tensors, same fp32 parameters."""
+def makers(network: Network, shape: Shape, dtype: torch.dtype, device: torch.device) -> tuple[Maker, Maker]:
+    """What makes bnfast's layer and torch's, for x of this type: with fp32 parameters, but for GroupNorm, as
+    torch's takes none but of x's own type on a GPU."""
     import bnfast
 
-    layout = torch.channels_last if channels_last else torch.contiguous_format
+    if network.norm == "GroupNorm":
+        name, own = "GroupNorm", dtype
+        arguments: tuple[int, ...] = (network.groups_of(shape), shape.channels)
+    else:
+        name, own = f"{network.norm}{len(shape.size)}d", torch.float32
+        arguments = (shape.channels,)
+    ours, theirs = (
+        partial(getattr(library, name), *arguments, affine=True, device=device, dtype=own)
+        for library in (bnfast, nn)
+    )
+    return ours, theirs
+
+
+def compare(
+    ours: Maker, theirs: Maker, shape: tuple[int, ...], dtype: torch.dtype, channels_last: bool,
+    device: torch.device, stopwatch: Stopwatch = gpu_stopwatch,
+) -> tuple[Times, Times]:  # fmt: skip
+    """The times of two layers for one x: same tensors, parameters as they are made."""
+    layout = FORMATS[len(shape)] if channels_last else torch.contiguous_format
     count = rotation(torch.Size(shape).numel() * dtype.itemsize)
 
     def randoms() -> list[Tensor]:
-        new = [torch.randn(shape, device="cuda", dtype=dtype) for _ in range(count)]
+        new = [torch.randn(shape, device=device, dtype=dtype) for _ in range(count)]
         return [x.contiguous(memory_format=layout) for x in new]
 
     inputs, gradients = [x.requires_grad_() for x in randoms()], randoms()
-    ours, theirs = bnfast.BatchNorm2d(shape[1], device="cuda"), nn.BatchNorm2d(shape[1], device="cuda")
-    found = Times(*layer(ours, inputs, gradients), "bnfast")
-    return found, Times(*layer(theirs, inputs, gradients), backend(theirs, inputs[0]))
+    found = Times(*layer(ours(), inputs, gradients, stopwatch), "bnfast")
+    torchs = theirs()
+    return found, Times(*layer(torchs, inputs, gradients, stopwatch), backend(torchs, inputs[0]))

@@ -5,16 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from benchmarks import resnet50
+from benchmarks import tables
 
 
-def losses(path: Path, curves: Mapping[str, tuple[Sequence[float], Sequence[float]]]) -> None:
-    """Both loss curves of the first entry (torch.nn's, bnfast's), and below the difference in every entry."""
+def losses(
+    path: Path, curves: Mapping[str, tuple[Sequence[float], Sequence[float]]], labels: tuple[str, str]
+) -> None:
+    """Both loss curves of the first entry (theirs, bnfast's), and below the difference in every entry."""
     plt = _pyplot()
     figure, (above, below) = plt.subplots(2, 1, figsize=(8, 6), sharex=True, height_ratios=(2, 1))
     name, (theirs, ours) = next(iter(curves.items()))
-    above.plot(theirs, color="tab:orange", linewidth=5, alpha=0.4, label=f"torch.nn.BatchNorm2d, {name}")
-    above.plot(ours, color="tab:blue", linewidth=1, label=f"bnfast.BatchNorm2d, {name}")
+    above.plot(theirs, color="tab:orange", linewidth=5, alpha=0.4, label=f"{labels[0]}, {name}")
+    above.plot(ours, color="tab:blue", linewidth=1, label=f"{labels[1]}, {name}")
     above.set(ylabel="training loss", title="Digits: the same network, trained twice")
     above.legend()
     for name, (theirs, ours) in curves.items():
@@ -26,13 +28,13 @@ def losses(path: Path, curves: Mapping[str, tuple[Sequence[float], Sequence[floa
     _save(figure, path)
 
 
-def resnet(path: Path, rows: Sequence[resnet50.Row], title: str) -> None:
+def layers(path: Path, rows: Sequence[tables.Row], title: str) -> None:
     """Forward and backward of each shape, a bar for each thing known: the floor, and what was measured."""
     plt = _pyplot()
-    figure, axes = plt.subplots(1, 2, figsize=(11, 5), sharex=True, sharey=True)
-    labels = [f"{row.shape}  ({row.count})" for row in rows]
+    figure, axes = plt.subplots(1, 2, figsize=(11, 2 + len(rows) / 4), sharex=True, sharey=True)
+    labels = [f"{row.label}  ({row.count})" for row in rows]
     for axis, direction in zip(axes, ("forward", "backward"), strict=True):
-        bars = {resnet50.FLOOR_LABEL: [resnet50.floor(getattr(row, f"{direction}_bytes")) for row in rows]}
+        bars = {tables.FLOOR_LABEL: [tables.floor(getattr(row, f"{direction}_bytes")) for row in rows]}
         if all(row.bnfast and row.torch for row in rows):
             bars["bnfast, measured"] = [getattr(row.bnfast, direction) for row in rows]
             bars["torch, measured"] = [getattr(row.torch, direction) for row in rows]
@@ -44,7 +46,7 @@ def resnet(path: Path, rows: Sequence[resnet50.Row], title: str) -> None:
     axes[0].invert_yaxis()
     figure.suptitle(f"{title}; in brackets: how many layers of that shape")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="lower center", ncols=3)
-    _save(figure, path, bottom=0.06)
+    _save(figure, path, bottom=0.3 / (2 + len(rows) / 4))
 
 
 def _pyplot():  # type: ignore[no-untyped-def]  # a module, and only where matplotlib is installed

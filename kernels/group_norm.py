@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from . import plan, row_plan
-from .cell_plan import CellSweep, cell_sweep
+from .cell_plan import CellSweep
 from .column_sums import column_sums_kernel
 from .fused import NOTHING, Fused, Gradients, address
 from .gradients import gradient_sums_kernel, gradient_transform_kernel
+from .group_plan import held
 from .launch import Launch, workspace
 from .layouts import dense, dense_like
 from .one_read import group_norm_gradients_kernel, group_norm_kernel
@@ -31,22 +32,20 @@ _BACKWARD = "x dy dx weight table dweight dbias bias z signs dz sums partials ar
 
 def _held(sizes: Sizes, groups: int, inputs: int, signs: bool) -> CellSweep | None:
     """signs: whether there are signs to write or read, a byte for each vector."""
-    if sizes.channels_last and sizes.s > 1:
-        return None
-    group = sizes.c // groups
-    held = cell_sweep(sizes.n, groups, group, sizes.s, sizes.itemsize, sizes.aligned, inputs)
-    return None if held is not None and signs and held.vec != 8 else held
+    rest = (sizes.itemsize, sizes.channels_last, sizes.aligned, inputs)
+    cells = held(sizes.n, sizes.c, sizes.s, groups, *rest)
+    return None if cells is not None and signs and cells.vec != 8 else cells
 
 
 def _forward(
     sizes: Sizes, groups: int, name: str, parameter: float, signs: bool, z: bool, *rest: Any
 ) -> Step:
     sizes.groups = groups
-    held = _held(sizes, groups, 1, signs)
-    if held is not None:
+    cells = _held(sizes, groups, 1, signs)
+    if cells is not None:
         chosen = picks(_FORWARD, "x y table weight bias z signs")
-        constants = (*held.constants, name, parameter)
-        only = Launch(group_norm_kernel, held, chosen, constants, sizes.aligned)
+        constants = (*cells.constants, name, parameter)
+        only = Launch(group_norm_kernel, cells, chosen, constants, sizes.aligned)
         return Step(only, only, sizes.seed)
     takes = "x y table weight bias none none none z signs"
     transform = sizes.mapping(transform_kernel, 1 + z, _FORWARD, takes, plan.CELLS, True, name, parameter)
@@ -117,11 +116,11 @@ def _backward(
         chosen = picks(_BACKWARD, "sums dweight dbias")
         parameters = Launch(column_sums_kernel, columns, chosen, columns.constants, sizes.aligned)
     sums = "sums" if parameters is not None else "none"
-    held = _held(sizes, groups, 2, signs) if need_dx else None
-    if held is not None:
+    cells = _held(sizes, groups, 2, signs) if need_dx else None
+    if cells is not None:
         chosen = picks(_BACKWARD, f"dy x dx table weight {sums} bias z signs dz")
-        constants = (*held.constants, name, parameter)
-        only = Launch(group_norm_gradients_kernel, held, chosen, constants, sizes.aligned)
+        constants = (*cells.constants, name, parameter)
+        only = Launch(group_norm_gradients_kernel, cells, chosen, constants, sizes.aligned)
         return _Gradients(only, parameters, None, True, sizes.seed)
     transform = None
     if need_dx:

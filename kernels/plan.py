@@ -138,10 +138,17 @@ class Sweep:
             raise TooLarge(f"this tensor is too large for 32-bit tile offsets, grid or tables: {v}")
         return sizes
 
+    @property
+    def values(self) -> int:
+        """What a program of a reduction finds of a channel: pivot, shift and M2; of x and dy two sums."""
+        return 3 if self.inputs == 1 else 2
+
     @cached_property
     def partials(self) -> int:
-        """Elements of the workspace that programs of a reduction hand to the last one."""
-        return self.samples * self.splits * (3 * self.view.channels + self.view.blocks)
+        """Elements of the workspace that programs of a reduction hand to the last one: with pivots go counts,
+        of each block."""
+        counts = self.view.blocks if self.inputs == 1 else 0
+        return self.samples * self.splits * (self.values * self.view.channels + counts)
 
     @cached_property
     def bytes_a_program(self) -> float:

@@ -230,6 +230,12 @@ def column_sums(rows: int, columns: int, halves: int) -> RowSweep:
     return RowSweep(halves * blocks, (rows, columns, blocks), (at_once, lanes), warps, SUM_REGISTERS)
 
 
+def launches(size: Rows) -> tuple[int, int]:
+    """Of a training step, forward and backward, where all gradients are wanted: the last one of the backward
+    is column_sums."""
+    return 1, 3 if gradients(size) is None else 2
+
+
 def _evened(groups: int, most: int) -> int:
     """At most `most` programs, and as few as give the same number of rounds."""
     return ceil_div(groups, ceil_div(groups, max(1, min(groups, most))))

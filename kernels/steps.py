@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from . import plan
+from .group_plan import swept
 from .launch import INTERPRET, Launch, current_stream
 from .layouts import accumulator, is_channels_last
 
@@ -98,11 +99,7 @@ class Sizes:
     ) -> plan.Sweep:  # fmt: skip
         if not self.groups:
             return make(self.n, self.c, self.s, *self._rest, inputs, activation=activation)
-        if by_group:
-            c, s, group = self.groups, self.c // self.groups * self.s, 1
-        else:
-            c, s, group = self.c, self.s, self.c // self.groups
-        return make(1, c, s, *self._rest, inputs, self.n, group, activation)
+        return swept(make, self.n, self.c, self.s, self.groups, by_group, *self._rest, inputs, activation)
 
     @property
     def norm(self) -> int:

@@ -1,12 +1,10 @@
-"""The benchmarks themselves: what they count, how they judge, time and print."""
+"""The benchmarks themselves: how they train, judge, time and print. See test_suites.py for the networks."""
 
 from __future__ import annotations
 
 import copy
-import csv
 import dataclasses
 import re
-from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -15,8 +13,8 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import agreement, digits, kernels_in_training, measure, plots, report, resnet50
-from benchmarks.resnet50 import Shape
+import bnfast
+from benchmarks import LAYERS, agreement, digits, kernels_in_training, measure, normalizers, plots, report
 
 SMALL = digits.Recipe(epochs=1, batch=8, width=4, steps=3)
 
@@ -28,71 +26,6 @@ def images() -> digits.Digits:
 
 def silent(loss: float) -> None:
     pass
-
-
-# ResNet-50
-
-
-def test_resnet50_has_the_known_layers() -> None:
-    found = Counter(resnet50.layers())
-    assert sum(found.values()) == 53
-    assert len(found) == 12
-    assert found[Shape(64, 112)] == 1
-    assert found[Shape(256, 56)] == 4  # three blocks and one way round
-    assert found[Shape(256, 14)] == 11
-    assert found[Shape(2048, 7)] == 4
-    assert sum(shape.bytes(256, 2) for shape in found.elements()) == 5_690_359_808
-
-
-def test_counted_bytes_are_the_sweeps_and_little_more() -> None:
-    for row in resnet50.rows(256, 2, channels_last=True):
-        assert 3 * row.x_bytes <= row.forward_bytes <= 3.06 * row.x_bytes
-        assert 5 * row.x_bytes <= row.backward_bytes <= 5.1 * row.x_bytes
-        assert (row.forward_launches, row.backward_launches) == (2, 2)
-
-
-def test_floor() -> None:
-    assert resnet50.floor(4_300_000) == pytest.approx(1.0)
-
-
-def measured_rows() -> list[resnet50.Row]:
-    slow, fast = measure.Times(1234.5, 23456.7, "Native"), measure.Times(1000.0, 2000.0, "bnfast")
-    return [dataclasses.replace(row, bnfast=fast, torch=slow) for row in resnet50.rows(256, 2, True)]
-
-
-@pytest.mark.parametrize("gpu", [True, False])
-def test_tables_fit_a_terminal(gpu: bool) -> None:
-    rows = measured_rows() if gpu else resnet50.rows(256, 2, channels_last=True)
-    absent = "-" if gpu else report.NEEDS_GPU
-    text = report.table(
-        resnet50.HEADERS, [*(resnet50.cells(row, absent) for row in rows), resnet50.total(rows, absent)]
-    )
-    assert max(map(len, text.splitlines())) <= report.WIDTH
-    assert len(text.splitlines()) == 2 + 12 + 1
-    assert text.count(report.NEEDS_GPU) == (0 if gpu else 26)
-    speeds = report.table(resnet50.SPEED_HEADERS, [resnet50.speed(row) for row in rows])
-    assert max(map(len, speeds.splitlines())) <= report.WIDTH
-
-
-def test_total_of_measured_times() -> None:
-    last = resnet50.total(measured_rows(), "-")
-    assert last[-2:] == ["53000/106000", "65428/1243205"]
-    unmeasured = [*measured_rows()[1:], resnet50.rows(256, 2, True)[0]]
-    assert resnet50.total(unmeasured, "-")[-2:] == ["-", "-"]
-
-
-def test_csv_of_resnet50(tmp_path: Path) -> None:
-    rows = [*resnet50.rows(256, 2, True), measured_rows()[0]]
-    lines = [resnet50.csv_row(row, 256, "bf16", "channels_last", report.NEEDS_GPU) for row in rows]
-    report.write_csv(tmp_path / "t.csv", resnet50.CSV_HEADERS, lines)
-    with (tmp_path / "t.csv").open(newline="", encoding="utf-8") as file:
-        read = list(csv.DictReader(file))
-    assert len(read) == 13
-    assert {line["bnfast_forward_us"] for line in read[:12]} == {report.NEEDS_GPU}
-    assert (read[0]["channels"], read[0]["layers"], read[0]["x_bytes"]) == ("64", "1", "411041792")
-    assert (read[12]["bnfast_forward_us"], read[12]["torch_backend"]) == ("1000.0", "Native")
-    rate = int(read[12]["forward_bytes"]) / 1000 / 1e3  # bytes, microseconds
-    assert float(read[12]["bnfast_forward_GBps"]) == pytest.approx(rate, rel=1e-3)
 
 
 # report
@@ -109,11 +42,10 @@ def test_each_run_has_a_folder_of_its_own(tmp_path: Path) -> None:
     assert all(re.fullmatch(r"\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d(_\d+)?", folder.name) for folder in folders)
 
 
-def test_pictures_are_drawn(tmp_path: Path) -> None:
-    plots.losses(tmp_path / "a.png", {"fp32": ([2.0, 1.0], [2.0, 1.1]), "fp64": ([2.0, 1.0], [2.0, 1.0])})
-    plots.resnet(tmp_path / "b.png", measured_rows(), "title")
-    for name in ("a.png", "b.png"):
-        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+def test_losses_are_drawn(tmp_path: Path) -> None:
+    curves = {"fp32": ([2.0, 1.0], [2.0, 1.1]), "fp64": ([2.0, 1.0], [2.0, 1.0])}
+    plots.losses(tmp_path / "a.png", curves, ("theirs", "ours"))
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
 
 
 # training and its judgement
@@ -189,10 +121,57 @@ def test_kernels_that_were_not_launched_are_a_fault() -> None:
     assert "0 kernels" in dataclasses.replace(outcome, launches=0).faults()[0]
 
 
-def test_the_kernels_train_in_a_process_of_their_own() -> None:
-    found = kernels_in_training.check(steps=1, batch=2, width=4)
+@pytest.mark.parametrize("layer", LAYERS)
+def test_the_kernels_train_in_a_process_of_their_own(layer: str) -> None:
+    """Nine layers. Held cells, and rows, take one launch forward and two backward; channels two and two."""
+    found = kernels_in_training.check(layer, steps=1, batch=2, width=4)
     assert found.faults() == []
-    assert found.launches == 9 * 5  # layers, each two forward, two backward and one in eval
+    assert found.launches == 9 * (5 if layer.startswith("Batch") else 4)
+
+
+# the layers to train with
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_pairs_are_of_torch_and_of_bnfast(layer: str) -> None:
+    pair = normalizers.pair(layer, 12)
+    theirs, ours = ({type(m).__module__ for m in make(8).modules()} for make in (pair.theirs, pair.ours))
+    assert any(module.startswith("bnfast.") for module in ours)
+    assert not any(module.startswith("bnfast") for module in theirs)
+    assert pair.theirs(8).state_dict().keys() == pair.ours(8).state_dict().keys()
+
+
+def test_another_layer_is_refused() -> None:
+    with pytest.raises(ValueError, match="no layer 'BatchNorm3d'.*LayerNorm"):
+        normalizers.pair("BatchNorm3d", 12)
+
+
+@pytest.mark.parametrize("path", ["torch"], indirect=True)
+def test_batch_renorm_is_algorithm_1_and_its_limits_act(images: digits.Digits, path: str) -> None:
+    recipe = dataclasses.replace(SMALL, steps=8, dtype=torch.float64)
+    pair = normalizers.pair("BatchRenorm", 8)
+    plain, ours, batch = (
+        digits.train(norm, images, recipe, silent) for norm in (pair.theirs, pair.ours, nn.BatchNorm2d)
+    )
+    assert agreement.compare(plain, ours).beyond(agreement.FULL[torch.float64]) == []
+    assert plain.losses[:2] == pytest.approx(batch.losses[:2], abs=1e-12)  # r = 1 and d = 0
+    unlimited = dataclasses.replace(normalizers.schedule(8), r_max=100.0, d_max=100.0)
+    other = digits.train(lambda c: bnfast.BatchRenorm2d(c, **vars(unlimited)), images, recipe, silent)
+    for run in (batch, other):
+        assert abs(run.losses[-1] - plain.losses[-1]) > 1e-3
+
+
+def test_layer_norm_is_over_channels() -> None:
+    y = normalizers.pair("LayerNorm", 1).theirs(32)(torch.randn(2, 32, 3, 5) + 1)
+    assert y.shape == (2, 32, 3, 5)
+    torch.testing.assert_close(y.mean(1), torch.zeros(2, 3, 5), atol=1e-5, rtol=0)
+
+
+def test_networks_without_buffers_can_be_compared(images: digits.Digits) -> None:
+    one, other = (digits.train(norm, images, SMALL, silent) for norm in (nn.Identity, nn.Identity))
+    apart = agreement.compare(one, other)
+    assert apart.buffers is None
+    assert apart.beyond(agreement.Limits(0, 0, 0, 0, 0, 0)) == []
 
 
 # measuring
@@ -257,5 +236,6 @@ def test_a_rotation_is_cold_when_it_comes_round() -> None:
     assert measure.rotation(10**9) == 2
 
 
-def test_backend_names_who_computes() -> None:
-    assert measure.backend(nn.BatchNorm2d(4), torch.randn(2, 4, 3, 3)) == "Native"
+@pytest.mark.parametrize("norm", [nn.BatchNorm2d(4), nn.InstanceNorm2d(4, affine=True), nn.GroupNorm(2, 4)])
+def test_backend_names_who_computes(norm: nn.Module) -> None:
+    assert measure.backend(norm, torch.randn(2, 4, 3, 3)) == "Native"

@@ -140,7 +140,7 @@ def test_writes_its_outputs_and_nothing_else(shape: tuple[int, int]) -> None:
     x, dy, weight, bias = (h.tensor for h in held)
     copies = [h.tensor.clone() for h in held]
     with nan_filled_allocations():
-        y, table = kernels.forward(x, weight, bias, 1, 1e-5)
+        y, table, _ = kernels.forward(x, weight, bias, 1, 1e-5)
         gradients = kernels.backward(x, dy, weight, table, 1, True, FP32, FP32)
     assert all(bit_identical(h.tensor, c) for h, c in zip(held, copies, strict=True))
     assert all(h.intact() for h in held)
@@ -161,8 +161,8 @@ def test_same_bits_in_any_order(shape: tuple[int, int]) -> None:
     g = given(shape, BF16)
 
     def step() -> list[Tensor]:
-        y, table = kernels.forward(g.x, g.weight, g.bias, 1, 1e-5)
-        dx, dweight, dbias = kernels.backward(g.x, g.dy, g.weight, table, 1, True, FP32, FP32)
+        y, table, _ = kernels.forward(g.x, g.weight, g.bias, 1, 1e-5)
+        dx, dweight, dbias, _ = kernels.backward(g.x, g.dy, g.weight, table, 1, True, FP32, FP32)
         assert dx is not None
         assert dweight is not None
         assert dbias is not None
@@ -193,13 +193,13 @@ def test_traffic(rows: int, width: int, dtype: torch.dtype, forward: float, back
     g = given((rows, width), dtype)
     x, dy = g.x, g.dy
     with trace(x=x) as t:
-        y, table = kernels.forward(x, g.weight, g.bias, 1, 1e-5)
+        y, table, _ = kernels.forward(x, g.weight, g.bias, 1, 1e-5)
     clean(t, 1)
     assert (t["x"].reads, t["x"].writes, t.of(y).writes, t.of(y).reads) == (forward, 0.0, 1.0, 0.0)
     assert t.of(y).unique_written == t.of(y).size
     assert t.of(table).unique_written == t.of(table).size
     with trace(x=x, dy=dy) as b:
-        dx, dweight, dbias = kernels.backward(x, dy, g.weight, table, 1, True, FP32, FP32)
+        dx, dweight, dbias, _ = kernels.backward(x, dy, g.weight, table, 1, True, FP32, FP32)
     assert dx is not None
     assert dweight is not None
     assert dbias is not None
@@ -217,9 +217,9 @@ def test_traffic(rows: int, width: int, dtype: torch.dtype, forward: float, back
 def test_only_what_is_wanted(rows: int, width: int) -> None:
     """Without a table where no backward follows; one sweep without dx; dbeta alone never reads x."""
     g = given((rows, width), FP32)
-    y, table = kernels.forward(g.x, g.weight, g.bias, 1, 1e-5)
+    y, table, _ = kernels.forward(g.x, g.weight, g.bias, 1, 1e-5)
     with trace(x=g.x) as t:
-        again, none = kernels.forward(g.x, g.weight, g.bias, 1, 1e-5, False)
+        again, none, _ = kernels.forward(g.x, g.weight, g.bias, 1, 1e-5, False)
     clean(t, 1)
     assert none.numel() == 0
     assert bit_identical(again, y)
@@ -250,10 +250,10 @@ def test_unaligned_storage(cut: int) -> None:
     x, dy = moved(g.x), moved(g.dy)
     weight, bias = moved(g.weight), moved(g.bias)  # type: ignore[arg-type]
     with trace(x=x, weight=weight) as t:
-        y, table = kernels.forward(x, weight, bias, 1, 1e-5)
+        y, table, _ = kernels.forward(x, weight, bias, 1, 1e-5)
     clean(t, 1)
     assert (t["x"].reads, t.of(y).writes) == (1.0, 1.0)
-    dx, dweight, dbias = kernels.backward(x, dy, weight, table, 1, True, FP32, FP32)
+    dx, dweight, dbias, _ = kernels.backward(x, dy, weight, table, 1, True, FP32, FP32)
     check(g, {"y": y, "dx": dx, "dweight": dweight, "dbias": dbias})  # type: ignore[dict-item]
 
 

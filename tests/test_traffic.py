@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from bnfast.kernels import batch_norm as kernels
-from bnfast.kernels import steps
+from bnfast.kernels import plan, steps
+from bnfast.kernels.layouts import is_channels_last
 from tests.support.trace import Trace, trace
 
 SHAPES = [(8, c, size, size) for c in (24, 64, 96) for size in (7, 14, 28)] + [
@@ -65,21 +66,27 @@ def test_batch_renorm_is_no_dearer(layout: str) -> None:
 
 def training_step(shape: tuple[int, ...], layout: str, renorm: Any) -> None:
     """Forward: x twice, y once, two launches. Backward: dy and x twice, dx once, two launches. Whole
-    sectors throughout.
+    sectors throughout. The plan counts the same, and what programs hand over.
     """
     x, dy = tensors(shape, layout, torch.float16, 2)
     channels = shape[1]
     weight, bias, mean, variance = (torch.rand(channels) for _ in range(4))
     batches = torch.tensor(0)
     with trace(x=x, batches=batches) as t:
-        y, table = kernels.forward(x, weight, bias, mean, variance, batches, False, 0.1, 1e-5, renorm=renorm)
-    clean(t, 2)
+        y, table, _ = kernels.forward(
+            x, weight, bias, mean, variance, batches, False, 0.1, 1e-5, renorm=renorm
+        )
+    sizes = (shape[0], channels, torch.Size(shape[2:]).numel(), x.element_size(), is_channels_last(x))
+    planned = plan.batch_norm(*sizes, sms=2)
+    clean(t, planned.forward_launches)
+    assert t.moved("x", "y", "partials") == planned.forward_bytes
     assert (t["x"].reads, t["x"].writes, t.of(y).writes, t.of(y).reads) == (2.0, 0.0, 1.0, 0.0)
     assert t.of(y).unique_written == t.of(y).size
     assert batches.item() == 1
     with trace(x=x, dy=dy) as b:
-        dx, dweight, dbias = kernels.backward(x, dy, table, True, True, torch.float32, torch.float32)
-    clean(b, 2)
+        dx, dweight, dbias, _ = kernels.backward(x, dy, table, True, True, torch.float32, torch.float32)
+    clean(b, planned.backward_launches)
+    assert b.moved("x", "dy", "dx", "partials") == planned.backward_bytes
     assert dx is not None
     assert (b["x"].reads, b["dy"].reads, b.of(dx).writes) == (2.0, 2.0, 1.0)
     assert b.of(dx).unique_written == b.of(dx).size
@@ -102,17 +109,17 @@ def test_eval(shape: tuple[int, ...], layout: str) -> None:
     x, dy = tensors(shape, layout, torch.float16, 2)
     mean, variance = torch.rand(shape[1]), torch.rand(shape[1])
     with trace(x=x) as t:
-        y, table = kernels.inference(x, None, None, mean, variance, 1e-5, True)
+        y, table, _ = kernels.inference(x, None, None, mean, variance, 1e-5, True)
     clean(t, 1)
     assert (t["x"].reads, t.of(y).writes) == (1.0, 1.0)
     assert t.of(table).unique_written == t.of(table).size
     with trace(x=x, dy=dy) as b:
-        dx, _, _ = kernels.backward(x, dy, table, False, True, torch.float32, torch.float32)
+        dx, *_ = kernels.backward(x, dy, table, False, True, torch.float32, torch.float32)
     clean(b, 1)
     assert dx is not None
     assert (b["x"].reads, b["dy"].reads, b.of(dx).writes) == (1.0, 1.0, 1.0)
     with trace(x=x, dy=dy) as s:
-        dx, _, _ = kernels.backward(x, dy, table, False, True, None, None)
+        dx, *_ = kernels.backward(x, dy, table, False, True, None, None)
     clean(s, 1)
     assert dx is not None
     assert (s["x"].reads, s["dy"].reads, s.of(dx).writes) == (0.0, 1.0, 1.0)
@@ -122,15 +129,15 @@ def test_eval(shape: tuple[int, ...], layout: str) -> None:
 def test_only_what_is_wanted(layout: str) -> None:
     """Parameter gradients alone: one launch, dy and x once."""
     x, dy = tensors((8, 24, 7, 7), layout, torch.float16, 2)
-    _, table = kernels.forward(x, None, None, None, None, None, False, 0.1, 1e-5)
+    _, table, _ = kernels.forward(x, None, None, None, None, None, False, 0.1, 1e-5)
     with trace(x=x, dy=dy) as t:
-        dx, dweight, dbias = kernels.backward(x, dy, table, True, False, torch.float32, None)
+        dx, dweight, dbias, _ = kernels.backward(x, dy, table, True, False, torch.float32, None)
     clean(t, 1)
     assert dx is None
     assert dbias is None
     assert (t["x"].reads, t["dy"].reads) == (1.0, 1.0)
     with trace(x=x, dy=dy) as t:
-        _, dweight, dbias = kernels.backward(x, dy, table, True, True, None, None)
+        _, dweight, dbias, _ = kernels.backward(x, dy, table, True, True, None, None)
     clean(t, 2)
     assert dweight is None
     assert dbias is None
@@ -145,18 +152,16 @@ def test_unaligned_storage(cut: int, layout: str) -> None:
     storage = torch.zeros(whole.numel() + cut, dtype=torch.float16)
     x = torch.as_strided(storage, shape, whole.stride(), cut).copy_(whole)
     with trace(x=x) as t:
-        y, _ = kernels.forward(x, None, None, None, None, None, False, 0.1, 1e-5)
+        y, *_ = kernels.forward(x, None, None, None, None, None, False, 0.1, 1e-5)
     clean(t, 2)
     assert (t["x"].reads, t.of(y).writes) == (2.0, 1.0)
-    expected, _ = kernels.forward(whole, None, None, None, None, None, False, 0.1, 1e-5)
+    expected, *_ = kernels.forward(whole, None, None, None, None, None, False, 0.1, 1e-5)
     torch.testing.assert_close(y, expected, rtol=2e-3, atol=2e-3)
 
 
 @pytest.mark.parametrize("shape", [(64, 1, 1, 1), (1, 1, 64, 64), (1, 8, 40, 40)], ids=str)
 def test_a_channel_is_split_over_programs(shape: tuple[int, ...]) -> None:
     """Also where there is one channel or one sample: C programs would idle the GPU."""
-    from bnfast.kernels import plan
-
     n, c, s = shape[0], shape[1], shape[2] * shape[3]
     large = 64 if s > 1 else 2048
     for last in (True, False):

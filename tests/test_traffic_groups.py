@@ -11,6 +11,7 @@ from torch import Tensor
 from bnfast.functional import instance_norm
 from bnfast.kernels import group_norm as kernels
 from bnfast.kernels import steps
+from bnfast.kernels.group_plan import GroupNormPlan, group_norm
 from tests.support.group_cases import EPS, Given, given
 from tests.support.trace import Trace, trace
 
@@ -38,19 +39,37 @@ def written_once(t: Trace, *results: Tensor | None) -> None:
         assert t.of(result).unique_written == t.of(result).size
 
 
+DATA, TABLES = ("x", "y", "dy", "dx", "partials", "sums"), ("table", "gradients")
+
+
+def moved(t: Trace) -> int:
+    """Bytes as a plan counts them: all of data and of what programs hand over; of tables, which many programs
+    read, each value once out and once in."""
+    tables = [t[f"{name}_ptr"] for name in TABLES if f"{name}_ptr" in t.traffic]
+    return t.moved(*DATA) + sum(table.unique_read + table.unique_written for table in tables)
+
+
+def planned(g: Given) -> GroupNormPlan:
+    n, c, *size = g.x.shape
+    s = torch.Size(size).numel()
+    return group_norm(n, c, s, g.groups, g.x.element_size(), not g.x.is_contiguous(), sms=2)
+
+
 def forward(g: Given, reads: float, launches: int) -> tuple[Trace, Tensor]:
     with trace(x=g.x) as t:
-        y, table = kernels.forward(g.x, g.groups, g.weight, g.bias, EPS)
+        y, table, _ = kernels.forward(g.x, g.groups, g.weight, g.bias, EPS)
     clean(t, launches)
     assert (t["x"].reads, t["x"].writes, t.of(y).writes, t.of(y).reads) == (reads, 0.0, 1.0, 0.0)
     written_once(t, y, table)
     assert y.stride() == g.x.stride()
+    plan = planned(g)
+    assert (t.launches, moved(t)) == (plan.forward_launches, plan.forward_bytes)
     return t, table
 
 
 def backward(g: Given, table: Tensor, reads: float, launches: int) -> Trace:
     with trace(x=g.x, dy=g.dy) as b:
-        dx, dweight, dbias = kernels.backward(g.x, g.dy, table, g.weight, g.groups, True, FP32, FP32)
+        dx, dweight, dbias, _ = kernels.backward(g.x, g.dy, table, g.weight, g.groups, True, FP32, FP32)
     assert dx is not None
     clean(b, launches)
     assert b["x"].reads <= reads
@@ -58,6 +77,8 @@ def backward(g: Given, table: Tensor, reads: float, launches: int) -> Trace:
     assert (b["x"].writes, b.of(dx).writes, b.of(dx).reads) == (0.0, 1.0, 0.0)
     written_once(b, dx, dweight, dbias)
     assert dx.stride() == g.x.stride()
+    plan = planned(g)
+    assert (b.launches, moved(b)) == (plan.backward_launches, plan.backward_bytes)
     return b
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from bnfast.kernels import gradients, plan, statistics, transform
+from bnfast.kernels.group_plan import swept
 
 KINDS = ("statistics", "transform", "gradient_sums", "gradient_transform")
 KERNELS = {
@@ -86,9 +87,7 @@ class Shape:
             memory = (ITEMSIZES[dtype], self.channels_last, True, 132, inputs)
             if not self.groups:
                 return make(self.n, self.c, self.s, *memory, activation=name)
-            group = self.c // self.groups
-            c, s, group = (self.groups, group * self.s, 1) if self.by_group(kind) else (self.c, self.s, group)
-            return make(1, c, s, *memory, self.n, group, name)
+            return swept(make, self.n, self.c, self.s, self.groups, self.by_group(kind), *memory, name)
         plans = plan.batch_norm(self.n, self.c, self.s, ITEMSIZES[dtype], self.channels_last)
         return getattr(plans, kind)
 

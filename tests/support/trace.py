@@ -131,6 +131,11 @@ class Trace:
             raise KeyError("no traced kernel was given this tensor")
         return traffic
 
+    def moved(self, *names: str) -> int:
+        """Bytes read and written of the tensors that go by these names, as given here or in the kernels."""
+        known = {*names, *(f"{name}_ptr" for name in names)} & self.traffic.keys()
+        return sum(self[name].read.distinct + self[name].write.distinct for name in known)
+
     def adopt(self, name: str, tensor: torch.Tensor) -> Traffic:
         """Watch the bytes of a tensor. A second name for the same bytes is an alias."""
         span = 1 + sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))

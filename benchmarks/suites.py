@@ -1,0 +1,184 @@
+"""The networks whose normalization layers are measured: which layers they have, and in what they are usually
+run. Plain data, derived from each network's structure; needs nothing but Python.
+
+A shape is the input of a layer. All of a network's layers are of one kind, and its batch is its own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+
+LAYOUTS = ("contiguous", "channels_last")
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The input of a layer, but for the batch. size: height and width, after depth in 3-D."""
+
+    channels: int
+    size: tuple[int, ...]
+
+    def __str__(self) -> str:
+        return f"{self.channels} x {'x'.join(map(str, self.size))}"
+
+    @property
+    def positions(self) -> int:
+        return prod(self.size)
+
+    def bytes(self, batch: int, itemsize: int) -> int:
+        """T: the size of the input."""
+        return batch * self.channels * self.positions * itemsize
+
+
+@dataclass(frozen=True)
+class Network:
+    """norm: "BatchNorm", "GroupNorm" or "InstanceNorm". groups: of GroupNorm. layout: what it usually runs
+    in, as one of LAYOUTS. file: its name in file names."""
+
+    name: str
+    file: str
+    source: str
+    norm: str
+    batch: int
+    layout: str
+    layers: tuple[Shape, ...]
+    groups: int = 0
+
+    def groups_of(self, shape: Shape) -> int:
+        """The groups of one layer; a GroupNorm of fewer channels than groups has one. BatchNorm: 0."""
+        if self.norm == "InstanceNorm":
+            return shape.channels
+        return 1 if 0 < shape.channels < self.groups else self.groups
+
+    def title(self, layout: str) -> str:
+        kind = f"{self.norm} layers" + f" of {self.groups} groups" * (self.groups > 0)
+        return f"{self.name}'s {len(self.layers)} {kind}: batch {self.batch}, 16-bit, {layout}"
+
+
+def square(channels: int, side: int) -> Shape:
+    return Shape(channels, (side, side))
+
+
+def cube(channels: int, side: int) -> Shape:
+    return Shape(channels, (side, side, side))
+
+
+def resnet(blocks: Sequence[int], image: int) -> tuple[Shape, ...]:
+    """In order; stages but the first begin by halving the image."""
+    side = image // 2
+    found = [square(64, side)]
+    side //= 2  # max pooling
+    for stage, count in enumerate(blocks):
+        width = 64 * 2**stage
+        for block in range(count):
+            found.append(square(width, side))
+            if stage > 0 and block == 0:
+                side //= 2
+            found += [square(width, side), square(4 * width, side)]
+            if block == 0:
+                found.append(square(4 * width, side))  # the way round, where the shape changes
+    return tuple(found)
+
+
+def residual(inputs: int, outputs: int, side: int, attention: bool = False) -> list[Shape]:
+    """A residual block, which normalizes before each of its two convolutions, and what attends after it."""
+    return [square(inputs, side), square(outputs, side)] + [square(outputs, side)] * attention
+
+
+def diffusion_unet(widths: Sequence[int], attending: Sequence[int], latent: int) -> tuple[Shape, ...]:
+    """Two residual blocks a level on the way down, three on the way up, where each takes over the result of
+    one on the way down. attending: the levels whose blocks are followed by a transformer."""
+    side, channels, kept, found = latent, widths[0], [widths[0]], []
+    for level, width in enumerate(widths):
+        for _ in range(2):
+            found += residual(channels, width, side, level in attending)
+            channels = width
+            kept.append(channels)
+        if level < len(widths) - 1:
+            side //= 2
+            kept.append(channels)  # of the convolution that halves the image
+    found += residual(channels, channels, side, True) + residual(channels, channels, side)
+    for level, width in reversed(list(enumerate(widths))):
+        for _ in range(3):
+            found += residual(channels + kept.pop(), width, side, level in attending)
+            channels = width
+        if level > 0:
+            side *= 2
+    return (*found, square(channels, side))
+
+
+def diffusion_decoder(widths: Sequence[int], latent: int) -> tuple[Shape, ...]:
+    """Two residual blocks around attention, then three a level, each level of twice the side."""
+    side, channels = latent, widths[0]
+    found = residual(channels, channels, side, True) + residual(channels, channels, side)
+    for level, width in enumerate(widths):
+        side *= 2 if level else 1
+        for _ in range(3):
+            found += residual(channels, width, side)
+            channels = width
+    return (*found, square(channels, side))
+
+
+def volumes_after(widths: Sequence[int], side: int) -> tuple[Shape, ...]:
+    """A 3-D U-Net of two convolutions a level, each normalized after: down, and up again."""
+    down = [cube(width, side >> level) for level, width in enumerate(widths) for _ in range(2)]
+    return (*down, *reversed(down[:-2]))
+
+
+def volumes_before(widths: Sequence[int], side: int) -> tuple[Shape, ...]:
+    """A 3-D U-Net of two convolutions a level, each normalized before. Down, the first one of a level has
+    half as many outputs as the level, but no fewer than inputs; up, its inputs are joined by those of the way
+    down."""
+    found, channels = [], 1
+    for level, width in enumerate(widths):
+        found += [cube(channels, side >> level), cube(max(channels, width // 2), side >> level)]
+        channels = width
+    for level, width in reversed(list(enumerate(widths[:-1]))):
+        found += [cube(channels + width, side >> level), cube(width, side >> level)]
+        channels = width
+    return tuple(found)
+
+
+RESNET50 = Network(
+    "ResNet-50", "resnet50", "He et al. 2015, arXiv 1512.03385, table 1; images of 224x224",
+    "BatchNorm", 256, "channels_last", resnet((3, 4, 6, 3), 224),
+)  # fmt: skip
+SD15_UNET = Network(
+    "SD 1.5 UNet", "sd15-unet",
+    "Stable Diffusion 1.5, Rombach et al. 2022, arXiv 2112.10752; latents of 64x64, widths as in its "
+    "published configuration",
+    "GroupNorm", 16, "contiguous", diffusion_unet((320, 640, 1280, 1280), (0, 1, 2), 64), 32,
+)  # fmt: skip
+SDXL_UNET = Network(
+    "SDXL UNet", "sdxl-unet",
+    "Podell et al. 2023, arXiv 2307.01952; latents of 128x128, widths as in its published configuration",
+    "GroupNorm", 2, "contiguous", diffusion_unet((320, 640, 1280), (1, 2), 128), 32,
+)  # fmt: skip
+SD15_VAE = Network(
+    "SD 1.5 VAE decoder", "sd15-vae",
+    "the decoder of Stable Diffusion 1.5, arXiv 2112.10752; images of 512x512",
+    "GroupNorm", 1, "contiguous", diffusion_decoder((512, 512, 256, 128), 64), 32,
+)  # fmt: skip
+SDXL_VAE = Network(
+    "SDXL VAE decoder", "sdxl-vae", "the decoder of SDXL, arXiv 2307.01952; images of 1024x1024",
+    "GroupNorm", 1, "contiguous", diffusion_decoder((512, 512, 256, 128), 128), 32,
+)  # fmt: skip
+NNUNET = Network(
+    "nnU-Net 3-D", "nnunet3d",
+    "Isensee et al. 2021, arXiv 1904.08128: the 3-D network of full resolution, patches of 128x128x128",
+    "InstanceNorm", 2, "contiguous", volumes_after((32, 64, 128, 256, 320, 320), 128),
+)  # fmt: skip
+UNET3D = Network(
+    "3-D U-Net", "unet3d",
+    "Cicek et al. 2016, arXiv 1606.06650, with GroupNorm as in the pytorch-3dunet package (its order "
+    "'gcr', 32 feature maps); volumes of 128x128x128",
+    "GroupNorm", 1, "contiguous", volumes_before((32, 64, 128, 256), 128), 8,
+)  # fmt: skip
+
+SUITES: dict[str, tuple[Network, ...]] = {
+    "resnet50": (RESNET50,),
+    "sd-unet": (SD15_UNET, SDXL_UNET),
+    "sd-vae": (SD15_VAE, SDXL_VAE),
+    "unet3d": (NNUNET, UNET3D),
+}

@@ -1,0 +1,108 @@
+"""Sizes -> what a GroupNorm launches, and what a training step of it moves. InstanceNorm is as many groups as
+channels. Pure Python, as plan.py.
+
+n, c, s, itemsize, channels_last, aligned and sms are those of plan.batch_norm."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from .cell_plan import CellSweep, cell_sweep
+from .plan import Sweep, map_sweep, reduce_sweep
+
+
+def held(
+    n: int, c: int, s: int, groups: int, itemsize: int, channels_last: bool, aligned: bool, inputs: int
+) -> CellSweep | None:
+    """The plan of one launch, for cells that a program can hold of each of `inputs` tensors. None: they are
+    swept twice, as all are where they are no runs of memory."""
+    if channels_last and s > 1:
+        return None
+    return cell_sweep(n, groups, c // groups, s, itemsize, aligned, inputs)
+
+
+def swept(
+    make: Callable[..., Sweep], n: int, c: int, s: int, groups: int, by_group: bool,
+    itemsize: int, channels_last: bool, aligned: bool, sms: int, inputs: int, activation: str = "none",
+) -> Sweep:  # fmt: skip
+    """The plan of one sweep, by plan.reduce_sweep or plan.map_sweep. by_group: contiguous groups are runs of
+    memory, and seen as channels."""
+    c, s, group = (groups, c // groups * s, 1) if by_group else (c, s, c // groups)
+    return make(1, c, s, itemsize, channels_last, aligned, sms, inputs, n, group, activation)
+
+
+@dataclass(frozen=True)
+class GroupNormPlan:
+    """What a training step over x [n, c, s] launches and moves, where all gradients are wanted. forward and
+    backward are one launch that holds cells, or two sweeps; the backward has one launch more, which adds up
+    what each sample gives for weight and bias."""
+
+    n: int
+    c: int
+    s: int
+    groups: int
+    itemsize: int
+    forward: CellSweep | tuple[Sweep, Sweep]
+    backward: CellSweep | tuple[Sweep, Sweep]
+
+    @property
+    def forward_launches(self) -> int:
+        return 1 if isinstance(self.forward, CellSweep) else 2
+
+    @property
+    def backward_launches(self) -> int:
+        return 2 if isinstance(self.backward, CellSweep) else 3
+
+    @property
+    def x_bytes(self) -> int:
+        """T: the bytes of x."""
+        return self.n * self.c * self.s * self.itemsize
+
+    @property
+    def forward_bytes(self) -> int:
+        """x once, or twice with what sweeps hand over; y once; the table of all cells, written, and read by
+        the second sweep. Weight and bias are not counted, nor what several programs read of the table."""
+        if isinstance(self.forward, CellSweep):
+            return 2 * self.x_bytes + self._table_bytes
+        return 3 * self.x_bytes + 2 * self._handed_bytes(self.forward[0]) + 2 * self._table_bytes
+
+    @property
+    def backward_bytes(self) -> int:
+        """dy and x once, or twice with what sweeps hand over; dx once; the forward's table, and of sweeps
+        another one out and back; what each sample gives for weight and bias, out and back."""
+        given = 2 * 2 * self.n * self.c * self._wide
+        if isinstance(self.backward, CellSweep):
+            return 3 * self.x_bytes + self._table_bytes + given
+        return 5 * self.x_bytes + 2 * self._handed_bytes(self.backward[0]) + 3 * self._table_bytes + given
+
+    @property
+    def _wide(self) -> int:
+        """Bytes of a number that statistics are kept in."""
+        return max(4, self.itemsize)
+
+    @property
+    def _table_bytes(self) -> int:
+        """Two numbers a cell."""
+        return 2 * self.n * self.groups * self._wide
+
+    def _handed_bytes(self, sweep: Sweep) -> int:
+        """What programs leave for the last one; and that one's, of channels, for the merge of a group."""
+        merged = sweep.samples * sweep.values * sweep.view.channels if sweep.group > 1 else 0
+        return (sweep.partials + merged) * self._wide
+
+
+def group_norm(
+    n: int, c: int, s: int, groups: int, itemsize: int, channels_last: bool,
+    sms: int = 132, aligned: bool = True,
+) -> GroupNormPlan:  # fmt: skip
+    channels_last = channels_last or s == 1
+    size, rest = (n, c, s, groups), (itemsize, channels_last, aligned)
+
+    def way(inputs: int, by_group: bool) -> CellSweep | tuple[Sweep, Sweep]:
+        return held(*size, *rest, inputs) or (
+            swept(reduce_sweep, *size, by_group, *rest, sms, inputs),
+            swept(map_sweep, *size, False, *rest, sms, inputs),
+        )
+
+    return GroupNormPlan(*size, itemsize, way(1, not channels_last), way(2, False))
