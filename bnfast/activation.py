@@ -39,8 +39,8 @@ class Activation(NamedTuple):
         ("leaky_relu", 0.2). Raises ValueError for anything else."""
         if value is None:
             return None
-        name, *rest = (value,) if isinstance(value, str) else value if isinstance(value, tuple) else ("",)
-        if name not in _PLAIN:
+        name, *rest = value if isinstance(value, tuple) and value else (value,)
+        if not isinstance(name, str) or name not in _PLAIN:
             raise ValueError(
                 f"activation must be None, one of {', '.join(NAMES)}, or (name, parameter), but got {value!r}"
             )

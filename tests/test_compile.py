@@ -171,7 +171,7 @@ WANTED = {
 @pytest.mark.parametrize("name", ["all", "channels_last, bf16", "x alone, transposed", "2-D"])
 def test_opcheck_backward(name: str, wanted: tuple[Any, ...], training: bool) -> None:
     x, weight, bias, *_ = arguments(*CASES[name])
-    y, table = OPERATORS.batch_norm_train(x, weight, bias, None, None, None, False, 0.1, 1e-5)
+    y, table, _ = OPERATORS.batch_norm_train(x, weight, bias, None, None, None, False, 0.1, 1e-5)
     dy = data(*y.shape, seed=5).to(y.dtype)  # contiguous, whatever y is
     torch.library.opcheck(OPERATORS.batch_norm_backward, (x, dy, table, training, *wanted))
 

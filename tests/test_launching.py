@@ -96,7 +96,7 @@ def test_operators_never_use_the_cached_workspace(kind: str, asked: list[bool]) 
     if kind == "operators":
         mean, variance, batches = torch.zeros(8), torch.ones(8), torch.tensor(0)
         arguments = (None, None, mean, variance, batches, False, 0.1, 1e-5)
-        _, table = OPERATORS.batch_norm_train(x, *arguments)
+        _, table, _ = OPERATORS.batch_norm_train(x, *arguments)
         OPERATORS.batch_norm_eval(x, None, None, mean, variance, 1e-5, False)
         for training in (True, False):
             OPERATORS.batch_norm_backward(x, dy, table, training, True, torch.float32, torch.float32)

@@ -15,7 +15,7 @@ from ..activation import Activation
 class DropIn(nn.Module):
     """Mixed into a subclass of one of torch.nn's layers, before it, which defines `normalize`."""
 
-    activation: Activation | None = None
+    activation = None  # type: Activation | None  # an annotation would be read by torch.jit.script
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         """act(norm(input) + residual), of input's shape, dtype and memory format. residual: of input's shape,

@@ -1,0 +1,103 @@
+"""Layers that go on to add a residual and apply an activation: inputs, what a function makes of them, and its
+judgement beside torch, which does the same one after another."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bnfast import exact, functional
+from bnfast.activation import Activation
+
+FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+Named = dict[str, Tensor]
+
+
+def _statistics(x: Tensor) -> tuple[Tensor, Tensor]:
+    kind, c = exact.accumulator(x.dtype), x.shape[1]
+    mean = torch.linspace(-0.5, 0.5, c, dtype=kind)
+    return mean, torch.linspace(0.5, 1.5, c, dtype=kind)
+
+
+# name: (function, its arguments between x and the parameters, and after them, from x)
+LAYERS: dict[str, tuple[str, Callable[[Tensor], tuple[Any, ...]], tuple[Any, ...]]] = {
+    "train": ("batch_norm", lambda x: (None, None), (True,)),
+    "eval": ("batch_norm", _statistics, (False,)),
+    "group": ("group_norm", lambda x: (max(1, x.shape[1] // 8),), ()),
+    "instance": ("instance_norm", lambda x: (None, None), ()),
+    "layer": ("layer_norm", lambda x: (x.shape[-1:],), ()),
+}
+
+
+def given(
+    shape: tuple[int, ...], dtype: torch.dtype, layer: str, layout: str = "contiguous", residual: bool = True,
+    seed: int = 0,
+) -> Named:  # fmt: skip
+    """x, dy, weight, bias and, if asked for, z."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def random(*size: int) -> Tensor:
+        return torch.randn(size, generator=generator, dtype=torch.float64)
+
+    wide = exact.accumulator(dtype)
+    memory_format = FORMATS[layout] if len(shape) == 4 else torch.contiguous_format
+    vector = shape[-1] if layer == "layer" else shape[1]
+    made = {"x": random(*shape) + 0.5, "dy": random(*shape), "z": random(*shape)}
+    made = {name: t.to(dtype).contiguous(memory_format=memory_format) for name, t in made.items()}
+    if not residual:
+        del made["z"]
+    return {**made, "weight": random(vector).to(wide), "bias": random(vector).to(wide)}
+
+
+def ours(layer: str, activation: Any) -> Callable[..., Tensor]:
+    name, before, after = LAYERS[layer]
+
+    def call(x: Tensor, weight: Tensor, bias: Tensor, z: Tensor | None = None) -> Tensor:
+        function = getattr(functional, name)
+        return function(x, *before(x), weight, bias, *after, activation=activation, residual=z)
+
+    return call
+
+
+def theirs(layer: str, activation: Any) -> Callable[..., Tensor]:
+    """The same by torch, one after another, each result in x's type."""
+    name, before, after = LAYERS[layer]
+
+    def call(x: Tensor, weight: Tensor, bias: Tensor, z: Tensor | None = None) -> Tensor:
+        wide = exact.accumulator(x.dtype)
+        # in fp32, as torch on a CPU takes no mixed types everywhere; the result is rounded as its own is
+        y = getattr(F, name)(x.to(wide), *before(x), weight, bias, *after).to(x.dtype)
+        y = y if z is None else y + z
+        act = Activation.of(activation)
+        return y if act is None else act.apply(y)
+
+    return call
+
+
+def run(function: Callable[..., Tensor], g: Named) -> Named:
+    """y and all gradients."""
+    leaves = {n: t.detach().clone().requires_grad_() for n, t in g.items() if n != "dy"}
+    y = function(**leaves)
+    gradients = torch.autograd.grad(y, list(leaves.values()), g["dy"])
+    return {"y": y.detach(), **{f"d{n}": t for n, t in zip(leaves, gradients, strict=True)}}
+
+
+def check(layer: str, activation: Any, g: Named, found: Named) -> None:
+    """Errors at most twice torch's own at the same types, plus a few units: of the worst element, and as root
+    mean square. Memory as x's, but for LayerNorm, which is contiguous as torch's."""
+    true = run(theirs(layer, activation), {n: t.double() for n, t in g.items()})
+    others = run(theirs(layer, activation), g)
+    assert found.keys() == true.keys()
+    for name, value in found.items():
+        assert value.dtype == others[name].dtype, name
+        error, other = (t[name].double() - true[name] for t in (found, others))
+        unit, size = torch.finfo(value.dtype).eps, true[name]
+        for measure in (lambda t: t.abs().max().item(), lambda t: t.square().mean().sqrt().item()):
+            assert measure(error) <= 2 * measure(other) + 4 * unit * measure(size), name
+    for name in ("y", "dx") + (("dz",) if "z" in g else ()):
+        if LAYERS[layer][0] in ("batch_norm", "group_norm"):
+            assert found[name].stride() == g["x"].stride(), name

@@ -1,0 +1,190 @@
+"""The activations themselves, at their corners and far away; what `activation=` takes and refuses."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import bnfast
+from bnfast.activation import NAMES, PARAMETERS, Activation
+from bnfast.functional import batch_norm
+from bnfast.reference import activations as reference
+
+ALL = (*NAMES, ("leaky_relu", 0.2), ("elu", 0.5))
+INF, NAN = float("inf"), float("nan")
+# around every corner, where terms cancel, where exp overflows, and what is no number
+VALUES = (
+    0.0,
+    1e-30,
+    1e-6,
+    1e-3,
+    0.1,
+    0.6,
+    0.625,
+    0.65,
+    1.0,
+    2.5,
+    3.0,
+    3.5,
+    5.9,
+    6.0,
+    6.5,
+    19.0,
+    21.0,
+    80.0,
+    200.0,
+)
+every_path = pytest.mark.parametrize("path", ["kernels", "torch"], indirect=True)
+
+
+def values(dtype: torch.dtype) -> Tensor:
+    v = torch.tensor(VALUES, dtype=dtype)
+    return torch.cat((v, -v)).requires_grad_()
+
+
+def through_kernels(v: Tensor, activation: Any) -> Tensor:
+    """The activation of v, by way of a normalization that changes nothing."""
+    zero, one = torch.zeros(1, dtype=v.dtype), torch.ones(1, dtype=v.dtype)
+    return batch_norm(v[None, None], zero, one, None, None, False, 0.0, 0.0, activation=activation)[0, 0]
+
+
+@every_path
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("activation", ALL, ids=str)
+def test_value_and_slope(activation: Any, dtype: torch.dtype, path: str) -> None:
+    """Within a few units of the value, or of v where terms of v's size cancel, as torch's own formulas."""
+    v = values(dtype)
+    y = through_kernels(v, activation)
+    (slope,) = torch.autograd.grad(y.sum(), v)
+    true = v.detach().double().requires_grad_()
+    act = Activation.of(activation)
+    assert act is not None
+    expected = act.apply(true)
+    (expected_slope,) = torch.autograd.grad(expected.sum(), true)
+    if act.name == "hardsigmoid" and path == "kernels":  # torch's is the fp32 number next to 1/6, in fp64 too
+        expected_slope = expected_slope.sign() / 6
+    unit = torch.finfo(dtype).eps
+    near = (act.name.startswith(("gelu", "silu", "mish")), act.name)
+    sizes = expected.abs() + (true.abs().clamp(max=10) * near[0] if true.numel() else 0)
+    assert ((y.double() - expected).abs() <= 8 * unit * sizes + 1e-37).all()
+    away = (
+        true.abs() != 3
+        if act.name in ("hardswish", "hardsigmoid")
+        else torch.ones_like(true, dtype=torch.bool)
+    )
+    apart = (slope.double() - expected_slope).abs()[away]
+    assert (apart <= 16 * unit * (1 + expected_slope.abs()[away])).all()
+
+
+@every_path
+@pytest.mark.parametrize("activation", NAMES)
+def test_what_is_no_number_stays_none(activation: str, path: str) -> None:
+    v = torch.tensor([NAN, 1.0, -1.0], requires_grad=True)
+    y = through_kernels(v, activation)
+    assert y.isnan().tolist() == [True, False, False]
+    (slope,) = torch.autograd.grad(y.sum(), v)
+    assert slope[1:].isfinite().all()
+
+
+@pytest.mark.parametrize("activation", ["relu", "relu6", "leaky_relu", "hardsigmoid", "sigmoid", "tanh"])
+def test_infinity(activation: str) -> None:
+    v = torch.tensor([INF, -INF])
+    act = Activation.of(activation)
+    assert act is not None
+    torch.testing.assert_close(through_kernels(v, activation), act.apply(v))
+
+
+@pytest.mark.parametrize("activation", ALL, ids=str)
+def test_slope_in_plain_torch(activation: Any) -> None:
+    """What double backward differentiates."""
+    act = Activation.of(activation)
+    assert act is not None
+    v = values(torch.float64)
+    (expected,) = torch.autograd.grad(act.apply(v).sum(), v)
+    if act.name == "hardsigmoid":
+        expected = expected.sign() / 6
+    keep = v.detach().abs() != 3
+    torch.testing.assert_close(reference.slope(v, act).detach()[keep], expected[keep], rtol=1e-12, atol=1e-12)
+    smooth = torch.tensor([-4.3, -2.1, -0.7, 0.3, 1.9, 4.2, 7.1], dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda t: reference.slope(t, act), smooth)
+
+
+def test_what_an_activation_may_be() -> None:
+    assert Activation.of(None) is None
+    assert Activation.of("relu") == Activation("relu", 0.0) == ("relu", 0.0)
+    assert Activation.of(Activation("silu")) == ("silu", 0.0)
+    assert {name: Activation.of(name) for name in PARAMETERS} == {
+        name: (name, value) for name, value in PARAMETERS.items()
+    }
+    assert Activation.of(("leaky_relu", 1)) == ("leaky_relu", 1.0)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    ["swish", "", 3, len, ("relu", 0.1), ("leaky_relu", "a"), ("leaky_relu", 0.1, 0.2), (), ["relu"],
+     ("leaky_relu", True)],
+    ids=str,
+)  # fmt: skip
+def test_what_it_may_not_be(wrong: Any) -> None:
+    mean, variance = torch.zeros(3), torch.ones(3)
+    with pytest.raises(ValueError, match="activation"):
+        batch_norm(torch.randn(2, 3, 4), mean, variance, training=True, activation=wrong)
+    assert mean.eq(0).all(), "the batch was counted"
+    for layer in (bnfast.BatchNorm2d, bnfast.BatchRenorm2d, bnfast.InstanceNorm2d, bnfast.LayerNorm):
+        with pytest.raises(ValueError, match="activation"):
+            layer(3, activation=wrong)
+    with pytest.raises(ValueError, match="activation"):
+        bnfast.GroupNorm(1, 3, activation=wrong)
+
+
+WRONG_RESIDUALS = {
+    "shape": (lambda x: x[:1], ValueError, "shape"),
+    "broadcast": (lambda x: x[:, :1], ValueError, "shape"),
+    "dtype": (lambda x: x.double(), ValueError, "dtype"),
+    "device": (lambda x: x.to("meta"), ValueError, "device"),
+    "number": (lambda x: 1.0, TypeError, "Tensor or None"),
+}
+LAYERS = {
+    "batch": lambda: bnfast.BatchNorm2d(4),
+    "renorm": lambda: bnfast.BatchRenorm2d(4),
+    "group": lambda: bnfast.GroupNorm(2, 4),
+    "instance": lambda: bnfast.InstanceNorm2d(4, track_running_stats=True),
+    "layer": lambda: bnfast.LayerNorm(5),
+}
+
+
+@every_path
+@pytest.mark.parametrize("layer", LAYERS.values(), ids=LAYERS.keys())
+@pytest.mark.parametrize(("wrong", "error", "named"), WRONG_RESIDUALS.values(), ids=WRONG_RESIDUALS.keys())
+def test_a_residual_is_as_input_is(
+    wrong: Any, error: type[Exception], named: str, layer: Any, path: str
+) -> None:
+    module, x = layer(), torch.randn(2, 4, 3, 5)
+    before = copy.deepcopy(module.state_dict())
+    with pytest.raises(error, match=f"residual.*{named}"):
+        module(x, residual=wrong(x))
+    torch.testing.assert_close(module.state_dict(), before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("layer", LAYERS.values(), ids=LAYERS.keys())
+def test_layers_show_and_keep_their_activation(layer: Any) -> None:
+    plain, module = layer(), layer()
+    assert plain.activation is None
+    assert "activation" not in repr(plain)
+    module.activation = Activation.of(("leaky_relu", 0.2))
+    for other in (module, copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+        assert "activation=('leaky_relu', 0.2)" in repr(other)
+        assert other.state_dict().keys() == plain.state_dict().keys()
+        x, z = torch.randn(2, 2, 4, 3, 5)
+        torch.testing.assert_close(
+            copy.deepcopy(other)(x, residual=z), torch.nn.functional.leaky_relu(plain(x) + z, 0.2)
+        )
+    module.activation = Activation.of("silu")
+    assert "activation=silu" in repr(module)
+    with pytest.raises(RuntimeError, match="activation|BatchRenorm"):
+        torch.jit.script(module)
