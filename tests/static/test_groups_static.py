@@ -65,16 +65,19 @@ def test_held_cells(sweep: cell_plan.CellSweep, inputs: int, dtype: str) -> None
     """All that a program holds is loaded before any of it is used, in whole vectors where sizes allow it."""
     kernel = one_read.group_norm_kernel if inputs == 1 else one_read.group_norm_gradients_kernel
     names = ("VEC", "GROUPS", "CHANNELS", "SPAN", "PIECES", "TILES")
-    constexprs = dict(zip(names, sweep.constants, strict=True))
-    signature = {}
+    constexprs = {**dict(zip(names, sweep.constants, strict=True)), "NAME": "none", "PARAMETER": 0.0}
+    absent = {"z_ptr", "signs_ptr", "dz_ptr"} | ({"bias_ptr"} if inputs == 2 else set())
+    signature: dict[str, str | None] = {}
     for name in kernel.arg_names:
-        if name in ("x_ptr", "y_ptr", "dy_ptr", "dx_ptr"):
+        if name in absent:
+            signature[name] = None
+        elif name in ("x_ptr", "y_ptr", "dy_ptr", "dx_ptr"):
             signature[name] = f"*{dtype}"
         elif name.endswith("_ptr"):
             signature[name] = "*fp32"
         elif name not in constexprs:
             signature[name] = "fp64" if name == "eps" else "i32"
-    aligned = tuple(n for n in signature if n.endswith("_ptr") and n not in one_read.PARAMETERS)
+    aligned = tuple(n for n in signature if n.endswith("_ptr") and n not in (*one_read.PARAMETERS, *absent))
     report = compile_kernel(
         kernel, signature, constexprs, aligned=aligned, num_warps=sweep.warps, maxnreg=sweep.registers
     )

@@ -7,11 +7,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from bnfast.kernels import column_sums, row_gradients, row_norm, row_plan
+from bnfast.kernels import column_sums, row_activation, row_gradients, row_norm, row_plan
 
 KINDS = ("forward", "gradients", "column_gradients", "wide_gradients", "column_sums")
 ITEMSIZES = {"fp16": 2, "bf16": 2, "fp32": 4, "fp64": 8}
-DATA = {"x_ptr", "y_ptr", "dy_ptr", "dx_ptr"}
+DATA = {"x_ptr", "y_ptr", "dy_ptr", "dx_ptr", "z_ptr", "dz_ptr"}
 SMS = 132
 
 
@@ -37,17 +37,23 @@ def sized(rows: int, width: int, dtype: str) -> row_plan.Rows:
 
 
 def call(
-    kind: str, rows: int, width: int, dtype: str, parameters: str | None = None, wanted: str = "wb"
-) -> Call | None:
+    kind: str, rows: int, width: int, dtype: str, parameters: str | None = None, wanted: str = "wb",
+    activation: str = "none", z: bool = False,
+) -> Call | None:  # fmt: skip
     """A launch of that kind for [rows, width], or None where the plan has none. parameters: the type of gamma
-    and beta, by default the accumulator's. wanted: whose gradients, of gamma ("w") and beta ("b")."""
+    and beta, by default the accumulator's. wanted: whose gradients, of gamma ("w") and beta ("b"). activation,
+    z: what follows, in the forward and in the launch of a backward that is for it."""
     size, accumulator = sized(rows, width, dtype), "fp64" if dtype == "fp64" else "fp32"
-    absent: set[str] = set()
+    absent: set[str] = set() if z else {"z_ptr"}
     flags: tuple[Any, ...] = ("w" in wanted, "b" in wanted)
     sweep: row_plan.RowSweep | None
     if kind == "forward":
         form, sweep = row_plan.forward(size)
-        kernel, flags = row_norm.row_norm_kernel if form == "held" else row_norm.long_row_norm_kernel, ()
+        kernel = row_norm.row_norm_kernel if form == "held" else row_norm.long_row_norm_kernel
+        flags = (activation, 0.0)
+    elif kind == "activation":
+        kernel, sweep = row_activation.row_activation_kernel, row_plan.activation(size)
+        flags = (activation, 0.0)
     elif kind == "gradients":
         kernel, sweep = row_gradients.row_gradients_kernel, row_plan.gradients(size)
         absent = set() if wanted else {"partials_ptr"}
