@@ -41,7 +41,7 @@ def call(
     activation: str = "none", z: bool = False,
 ) -> Call | None:  # fmt: skip
     """A launch of that kind for [rows, width], or None where the plan has none. parameters: the type of gamma
-    and beta, by default the accumulator's. wanted: whose gradients, of gamma ("w") and beta ("b"). activation,
+    and beta, by default the accumulator's. wanted: whose gradients, gamma ("w"), beta ("b"). activation,
     z: what follows, in the forward and in the launch of a backward that is for it."""
     size, accumulator = sized(rows, width, dtype), "fp64" if dtype == "fp64" else "fp32"
     absent: set[str] = set() if z else {"z_ptr"}
