@@ -116,9 +116,11 @@ def _backward(
         chosen = picks(_BACKWARD, "sums dweight dbias")
         parameters = Launch(column_sums_kernel, columns, chosen, columns.constants, sizes.aligned)
     sums = "sums" if parameters is not None else "none"
-    cells = _held(sizes, groups, 2, signs) if need_dx else None
+    # held in full precision, dy times any other slope takes more registers than there are [sass]
+    kept = name == "none" or (name in ("relu", "relu6") and not z)
+    cells = _held(sizes, groups, 2, signs) if need_dx and kept else None
     if cells is not None:
-        chosen = picks(_BACKWARD, f"dy x dx table weight {sums} bias z signs dz")
+        chosen = picks(_BACKWARD, f"dy x dx table weight {sums} bias signs dz")
         constants = (*cells.constants, name, parameter)
         only = Launch(group_norm_gradients_kernel, cells, chosen, constants, sizes.aligned)
         return _Gradients(only, parameters, None, True, sizes.seed)

@@ -54,15 +54,13 @@ def byte_of(offs):
 
 @triton.jit
 def held_gradient(
-    g, x, mean, a, b, z_ptr, signs_ptr, base, offs, mask,
+    g, x, mean, a, b, signs_ptr, base, offs, mask,
     NAME: tl.constexpr, PARAMETER: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """dy of a tile -> the gradient of what the activation was applied to."""
     if signs_ptr is not None:
         signs = tl.load(signs_ptr + base // 8 + byte_of(offs), mask=mask, other=0)
         g = tl.where(unpack(signs), g, 0.0).to(ACC)
-    elif z_ptr is not None:
-        g = before_activation(g, x, mean, a, b, z_ptr + base, offs, mask, NAME, PARAMETER, ACC)
     else:
         g = before_activation(g, x, mean, a, b, None, offs, mask, NAME, PARAMETER, ACC)
     return g
@@ -134,14 +132,14 @@ def group_norm_kernel(
 
 @triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=PARAMETERS)
 def group_norm_gradients_kernel(
-    dy_ptr, x_ptr, dx_ptr, table_ptr, weight_ptr, sums_ptr, bias_ptr, z_ptr, signs_ptr, dz_ptr,
+    dy_ptr, x_ptr, dx_ptr, table_ptr, weight_ptr, sums_ptr, bias_ptr, signs_ptr, dz_ptr,
     cells, group, inner_v, in_sample,
     VEC: tl.constexpr, GROUPS: tl.constexpr, CHANNELS: tl.constexpr, SPAN: tl.constexpr, PIECES: tl.constexpr,
     TILES: tl.constexpr, NAME: tl.constexpr, PARAMETER: tl.constexpr,
 ):  # fmt: skip
     """sums, where given: [samples, 2, channels], what each sample adds to dgamma and dbeta. dx as in
-    coefficients.slopes. The slope of an activation is found anew where g is used again, and then z is read
-    again: in registers there is no room for g as it is, and half precision would round it."""
+    coefficients.slopes. Of activations only those whose slope is 0 or 1: dy times it takes no more bits than
+    dy, and there is no room for more (others are swept: see group_norm.py)."""
     ACC: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
     ROWS: tl.constexpr = GROUPS * CHANNELS * SPAN
     first = tl.program_id(0) * GROUPS
@@ -159,8 +157,7 @@ def group_norm_gradients_kernel(
     sum_wgd = tl.zeros((GROUPS,), ACC)
     channel_g = tl.zeros((GROUPS * CHANNELS,), ACC)
     channel_gd = tl.zeros((GROUPS * CHANNELS,), ACC)
-    # relu's slope is 0 or 1: dy times it takes no more bits than dy
-    EXACT: tl.constexpr = NAME == "none" or NAME == "relu" or NAME == "relu6"
+    tl.static_assert(NAME == "none" or NAME == "relu" or NAME == "relu6")
     masked = ()
     for k in tl.static_range(TILES):
         offs, mask, channel, cell = vectors(
@@ -172,11 +169,10 @@ def group_norm_gradients_kernel(
             a = by_row(load_or(weight_ptr, offs_c, channel < group, 1.0, ACC), ROWS) * by_row(rstd, ROWS)
             b = by_row(load_or(bias_ptr, offs_c, channel < group, 0.0, ACC), ROWS)
             g = held_gradient(
-                gs[k], xs[k], by_row(mean, ROWS), a, b, z_ptr, signs_ptr, base, offs, mask,
+                gs[k], xs[k], by_row(mean, ROWS), a, b, signs_ptr, base, offs, mask,
                 NAME, PARAMETER, ACC,
             )  # fmt: skip
-            if EXACT:
-                masked = masked + (g.to(dy_ptr.dtype.element_ty),)
+            masked = masked + (g.to(dy_ptr.dtype.element_ty),)
         else:
             masked = masked + (gs[k],)
         if dz_ptr is not None:
@@ -206,15 +202,7 @@ def group_norm_gradients_kernel(
         weight = load_or(weight_ptr, (first + cell) % in_sample * group + channel, channel < group, 1.0, ACC)
         distance = xs[k].to(ACC) - by_row(mean, ROWS)
         k1 = by_row(weight, ROWS) * by_row(rstd, ROWS)
-        if EXACT:
-            g = masked[k].to(ACC)
-        else:
-            b = load_or(bias_ptr, (first + cell) % in_sample * group + channel, channel < group, 0.0, ACC)
-            g = held_gradient(
-                gs[k], xs[k], by_row(mean, ROWS), k1, by_row(b, ROWS), z_ptr, signs_ptr, base, offs, mask,
-                NAME, PARAMETER, ACC,
-            )  # fmt: skip
-        dx = k1 * g + by_row(k2, ROWS) * distance + by_row(k3, ROWS)
+        dx = k1 * masked[k].to(ACC) + by_row(k2, ROWS) * distance + by_row(k3, ROWS)
         tl.store(
             dx_ptr + base + offs, dx.to(dx_ptr.dtype.element_ty), mask=mask, eviction_policy="evict_first"
         )  # fmt: skip

@@ -60,6 +60,7 @@ MAP = Program(4, 7, 72, 4)
 # By EFFORTS [sass].
 MAPS = (MAP, Program(4, 6, 80, 4), Program(4, 5, 96, 4))
 REDUCE_CURVED = (Program(4, 3, 168, 8), *REDUCE[2:])
+REDUCE_RUNS_ACTIVATED = (Program(8, 3, 80, 4), Program(4, 6, 80, 4), Program(4, 6, 80, 0))
 EFFORTS = {"none": 0, "relu": 1, "relu6": 1, "leaky_relu": 1, "hardswish": 1, "hardsigmoid": 1}  # others: 2
 
 
@@ -221,11 +222,13 @@ def reduce_sweep(
 ) -> Sweep:  # fmt: skip
     """The plan of a kernel that reduces x, `samples` times [n, c, s], over n and s. activation: whose slope
     it takes on the way."""
-    reduce = REDUCE if EFFORTS.get(activation, 2) < 2 else REDUCE_CURVED
+    effort = EFFORTS.get(activation, 2)
+    by_runs = REDUCE_RUNS_ACTIVATED if effort else REDUCE_RUNS
+    otherwise = REDUCE if effort < 2 else REDUCE_CURVED
     runs = not channels_last and s > 2 * REDUCE[0].warps * WARP * (VECTOR_BYTES // itemsize)
     one_row = not channels_last and not runs and n == 1
     sweep = None
-    for program in REDUCE_RUNS if runs else REDUCE_ROW if one_row else reduce:
+    for program in by_runs if runs else REDUCE_ROW if one_row else otherwise:
         view = _reduce_view(n, c, s, itemsize, channels_last, program)
         vec, unroll, group_rows = _shape(view, itemsize, aligned, inputs, program)
         program = _fit(program, vec, itemsize)
