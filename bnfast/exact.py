@@ -102,8 +102,23 @@ class Exact:
         }
 
 
-def _sum(t: Tensor, dims: tuple[int, ...]) -> Tensor:
-    return t.sum(dims, keepdim=True) if dims else t  # a sum over no dimensions would be one over all of them
+def _sum(t: Tensor, dims: tuple[int, ...], fully: bool) -> Tensor:
+    """fully: rounded once, where what is judged is a sum in fp64 too."""
+    if not dims:
+        return t  # a sum over no dimensions would be one over all of them
+    if not fully:
+        return t.sum(dims, keepdim=True)
+    shape = [1 if d in dims else n for d, n in enumerate(t.shape)]
+    t = t.movedim(dims, tuple(range(len(dims)))).flatten(0, len(dims) - 1)
+    lost = torch.zeros_like(t)
+    while len(t) > 1:  # in pairs, with what each addition rounds off (Knuth's two-sum)
+        half, odd = len(t) // 2, t[2 * (len(t) // 2) :]
+        a, b = t[:half], t[half : 2 * half]
+        s = a + b
+        part = s - a
+        error = (a - (s - part)) + (b - part) + lost[:half] + lost[half : 2 * half]
+        t, lost = torch.cat((s, odd)), torch.cat((error, lost[2 * half :]))
+    return (t + lost).view(shape)
 
 
 def _spread(mean: Tensor, variance: Tensor, rstd: Tensor, batch: bool) -> Tensor:
@@ -125,11 +140,12 @@ def normalization(
     mean and variance, where they are not the batch's. Every chunk holds a part of each cell: sums over
     chunks serve tensors that do not fit the memory in fp64."""
     both = tuple(d for d in cell if d in channel)
+    fully = next(iter(pairs()))[0].dtype == torch.float64
 
     def total(terms: Callable[[Tensor, Tensor], tuple[Tensor, ...]], dims: tuple[int, ...]) -> list[Tensor]:
         sums: list[Tensor] = []
         for x, dy in pairs():
-            found = [_sum(t, dims) for t in terms(x.double() - offset, dy.double())]
+            found = [_sum(t, dims, fully) for t in terms(x.double() - offset, dy.double())]
             sums = [a + b for a, b in zip(sums, found, strict=True)] if sums else found
         return sums
 
@@ -153,10 +169,10 @@ def normalization(
     g, gx, squares_g, squares_gx = total(gradient_terms, both)
     count = elements / mean.numel()
     mean_h, mean_hx, squares_h = (
-        t.sum(cell, keepdim=True) / count for t in (weight * g, weight * gx, weight.square() * squares_g)
+        _sum(t, cell, fully) / count for t in (weight * g, weight * gx, weight.square() * squares_g)
     )
     drift = g.abs() * _spread(mean + offset, variance, rstd, fixed is None)
-    by_parameter = (_sum(t, channel) for t in (g, gx, squares_g, squares_gx, drift))
+    by_parameter = (_sum(t, channel, fully) for t in (g, gx, squares_g, squares_gx, drift))
     sum_g, sum_gx, sum_squares_g, sum_squares_gx, drift = by_parameter
     return Exact(
         mean, variance, rstd, weight, bias, mean_h, mean_hx, squares_h.sqrt(),

@@ -5,127 +5,80 @@ from __future__ import annotations
 import contextlib
 import itertools
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import replace
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
+
+import bnfast
 
 from . import exact
+from .checks import one_step
+from .checks.cases import Case, batch_renorm, given, group_norm, instance_norm, layer_norm
+from .checks.truth import judge
 from .dispatch import INTERPRET
-from .functional import batch_norm
 
-EPS = 1e-5
-MOMENTUM = 0.1
-_FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-_SMALL = ((8, 24, 7, 7), (4, 3, 14, 14), (2, 5, 70, 70), (33, 65, 1, 1), (1, 96, 6, 6))
-_RESNET = ((32, 64, 112, 112), (32, 256, 56, 56), (32, 512, 28, 28), (32, 1024, 14, 14), (32, 2048, 7, 7))
-
-
-@dataclass(frozen=True)
-class Case:
-    shape: tuple[int, ...]
-    layout: str
-    dtype: torch.dtype
-    training: bool
-    mean: float
-
-    def __str__(self) -> str:
-        size = "x".join(map(str, self.shape))
-        mode = "train" if self.training else "eval"
-        dtype = str(self.dtype).removeprefix("torch.")
-        return f"{size:13} {self.layout:13} {dtype:8} {mode:5} {self.mean:5g}"
+DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64"}
+FAR = 1e4  # a mean, in standard deviations
+# for Triton's interpreter: small, and each awkward in a way of its own
+_SMALL = (
+    Case((8, 24, 7, 7)),
+    Case((8, 24, 7, 7), training=False),
+    batch_renorm((8, 24, 7, 7)),
+    group_norm((3, 30, 7, 7), groups=3),
+    instance_norm((4, 6, 9, 9)),
+    layer_norm((33, 100)),
+    Case((4, 3, 14, 14)),
+    Case((2, 5, 70, 70)),
+    batch_renorm((4, 3, 14, 14), training=False),
+    group_norm((2, 4, 70, 70), groups=2),
+    instance_norm((4, 6, 14, 14), tracked=True),
+    layer_norm((5, 1001)),
+    Case((33, 65, 1, 1)),
+    batch_renorm((33, 65, 1, 1)),
+    group_norm((5, 64, 1, 1), groups=16),
+    layer_norm((3, 9000)),
+)
+# ResNet-50's, an image model's, a language model's
+_LARGE = (
+    *map(
+        Case, ((32, 64, 112, 112), (32, 256, 56, 56), (32, 512, 28, 28), (32, 1024, 14, 14), (32, 2048, 7, 7))
+    ),
+    batch_renorm((32, 256, 56, 56)),
+    group_norm((2, 320, 64, 64), groups=32),
+    group_norm((1, 128, 512, 512), groups=32),
+    instance_norm((2, 32, 64, 64, 64)),
+    layer_norm((8192, 4096)),
+)
 
 
 def cases(device: torch.device) -> list[Case]:
-    """Small and awkward shapes first, then, on a GPU, ResNet-50's."""
-    shapes = _SMALL if device.type == "cpu" else _SMALL + _RESNET
-    grid = itertools.product(shapes, _FORMATS, _DTYPES, (True, False))
-    plain = [Case(shape, layout, dtype, training, 0.5) for shape, layout, dtype, training in grid]
-    return plain + [Case((8, 24, 7, 7), layout, torch.float32, True, 1e4) for layout in _FORMATS]
-
-
-@dataclass(frozen=True)
-class Given:
-    """The tensors that a case starts from."""
-
-    x: Tensor
-    dy: Tensor
-    weight: Tensor
-    bias: Tensor
-    running_mean: Tensor
-    running_var: Tensor
-
-
-def given(case: Case, device: torch.device) -> Given:
-    generator = torch.Generator().manual_seed(7)
-    channels, parameters = case.shape[1], exact.accumulator(case.dtype)
-
-    def random(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator, dtype=torch.float64)
-
-    def placed(t: Tensor) -> Tensor:
-        return t.to(case.dtype).to(device).contiguous(memory_format=_FORMATS[case.layout])
-
-    x, dy = placed(random(*case.shape) + case.mean), placed(random(*case.shape))
-    vectors = (
-        random(channels),
-        random(channels),
-        random(channels) + case.mean,
-        random(channels).square() + 0.5,
-    )
-    return Given(x, dy, *(v.to(parameters).to(device) for v in vectors))
-
-
-def results(case: Case, tensors: Given, function: Callable[..., Tensor] = batch_norm) -> dict[str, Tensor]:
-    """Output, gradients and running statistics of one step, computed by `function`."""
-    leaves = [t.detach().clone().requires_grad_() for t in (tensors.x, tensors.weight, tensors.bias)]
-    x, weight, bias = leaves
-    mean, variance = tensors.running_mean.clone(), tensors.running_var.clone()
-    y = function(x, mean, variance, weight, bias, case.training, MOMENTUM, EPS)
-    dx, dweight, dbias = torch.autograd.grad(y, leaves, tensors.dy)
-    named = {"y": y.detach(), "dx": dx, "dweight": dweight, "dbias": dbias}
-    return {**named, "running_mean": mean, "running_var": variance}
-
-
-def expectations(case: Case, tensors: Given) -> dict[str, exact.Value]:
-    mean, variance = tensors.running_mean, tensors.running_var
-    fixed = None if case.training else (mean, variance)
-    truth = exact.batch_norm(tensors.x, tensors.dy, tensors.weight, tensors.bias, EPS, fixed)
-    running = {"running_mean": mean, "running_var": variance}
-    return {
-        "y": truth.y(tensors.x),
-        "dx": truth.dx(tensors.x, tensors.dy),
-        "dweight": truth.dweight(),
-        "dbias": truth.dbias(),
-        **(
-            truth.running(mean, variance, MOMENTUM)
-            if case.training
-            else {name: (t.double(), t.double().abs()) for name, t in running.items()}
-        ),
-    }
-
-
-def judge(case: Case, tensors: Given, ours: dict[str, Tensor]) -> dict[str, exact.Verdict]:
-    """What results() gave, beside torch's for the same tensors."""
-    theirs = results(case, tensors, F.batch_norm)
-    accumulating = exact.accumulator(case.dtype)
-    return {
-        name: exact.judge(ours[name], theirs[name], expected, accumulating)
-        for name, expected in expectations(case, tensors).items()
-    }
+    """Every layer in every dtype and layout: small and awkward shapes first, then, on a GPU, those of
+    networks. Means far from zero come last."""
+    shapes = _SMALL if device.type == "cpu" else _SMALL + _LARGE
+    grid = [
+        replace(case, dtype=dtype, channels_last=last)
+        for case, dtype in itertools.product(shapes, DTYPES)
+        for last in ((False, True) if len(case.shape) > 2 else (False,))
+    ]
+    far = [replace(case, mean=FAR) for case in grid if case.dtype == torch.float32 and case.training]
+    return grid + far[: len(far) if device.type == "cuda" else 8]
 
 
 def check(case: Case, device: torch.device) -> dict[str, exact.Verdict]:
     tensors = given(case, device)
-    return judge(case, tensors, results(case, tensors))
+    return judge(case, tensors, one_step.run(case, bnfast, tensors))
+
+
+def _described(case: Case) -> str:
+    size = "x".join(map(str, case.shape))
+    layout = "" if len(case.shape) == 2 else "nhwc" if case.channels_last else "nchw"
+    mode = ("far" if case.mean == FAR else "train") if case.training else "eval"
+    return f"{case.layer:12} {size:13} {layout:6} {DTYPES[case.dtype]:5} {mode:5}"
 
 
 def _row(outcome: str, case: Case, name: str, verdict: exact.Verdict) -> str:
-    numbers = f"{verdict.share:7.2f} {verdict.rms:8.1e} {verdict.torch:8.1e}"
-    return f"{outcome:4} {case}  {name:12} {numbers}"
+    share = min(verdict.share, 9.99)  # the columns have no more room
+    return f"{outcome:4} {_described(case)} {name:12} {share:4.2f} {verdict.rms:.0e} {verdict.torch:.0e}"
 
 
 def run(seconds: float) -> int:
@@ -134,9 +87,10 @@ def run(seconds: float) -> int:
     print(f"Checking the kernels on {where}, against fp64: of each case the result closest to its limit.\n")
     print("share  the worst element's error over what it may be: its rounding, and a few units of the type")
     print("       that it is computed in")
+    print("mode   far: a training step on values whose mean is 1e4 times their deviation")
     print("rms    root mean square error of the worst channel, and torch's own\n")
-    inputs = f"{'shape':13} {'layout':13} {'dtype':8} mode   mean"
-    print(f"{'':5}{inputs}  {'result':12}   share      rms  torch's")
+    inputs = f"{'layer':12} {'shape':13} layout dtype mode "
+    print(f"{'':5}{inputs} {'result':12}share   rms torch")
     started, failed, todo = time.monotonic(), 0, cases(device)
     done = 0
     rounding: contextlib.AbstractContextManager[None] = contextlib.nullcontext()

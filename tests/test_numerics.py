@@ -7,9 +7,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from bnfast.checks.cases import Case
 from bnfast.kernels import batch_norm as kernels
 from bnfast.kernels import steps
-from bnfast.selfcheck import Case, check
+from bnfast.selfcheck import check
 from tests.support.buffers import bit_identical, guarded, nan_filled_allocations
 from tests.support.cooperative import shuffled
 
@@ -44,7 +45,7 @@ def passes(case: Case) -> None:
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
 def test_shapes(shape: tuple[int, ...], training: bool, layout: str) -> None:
     with nan_filled_allocations():
-        passes(Case(shape, layout, torch.float32, training, 0.5))
+        passes(Case(shape, training=training, channels_last=layout == "channels_last"))
 
 
 @BOTH
@@ -53,7 +54,7 @@ def test_shapes(shape: tuple[int, ...], training: bool, layout: str) -> None:
 @pytest.mark.parametrize("shape", [(8, 24, 7, 7), (5, 13, 3, 4), (2, 3, 70, 66)], ids=str)
 def test_dtypes(shape: tuple[int, ...], training: bool, dtype: torch.dtype, layout: str) -> None:
     with nan_filled_allocations():
-        passes(Case(shape, layout, dtype, training, 0.5))
+        passes(Case(shape, dtype, training=training, channels_last=layout == "channels_last"))
 
 
 def hostile(name: str, shape: tuple[int, ...]) -> torch.Tensor:

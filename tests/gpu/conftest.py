@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from bnfast.checks.cases import Case
 from tests.gpu import parity
 
 HERE = Path(__file__).parent
@@ -28,11 +29,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.skip(reason=reason))
 
 
-def cases_of(items: Sequence[pytest.Item]) -> list[parity.Case]:
+def cases_of(items: Sequence[pytest.Item]) -> list[Case]:
     """The distinct cases among the parameters of the tests that were selected, but for the largest."""
     calls = (item.callspec for item in items if hasattr(item, "callspec"))
     values = (value for call in calls for value in call.params.values())
-    cases = dict.fromkeys(value for value in values if isinstance(value, parity.Case))
+    cases = dict.fromkeys(value for value in values if isinstance(value, Case))
     return [case for case in cases if prod(case.shape) <= LARGEST]
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.gpu.parity import Case
+from bnfast.checks.cases import Case
 
 FP16, BF16, FP32, FP64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
 DTYPES = (FP16, BF16, FP32, FP64)

@@ -10,6 +10,8 @@ import pytest
 import torch
 
 import bnfast
+from bnfast.checks import one_step, truth
+from bnfast.checks.cases import Case, batch_renorm
 from tests.gpu import parity
 from tests.gpu.families import (
     BF16,
@@ -22,7 +24,6 @@ from tests.gpu.families import (
     parameters,
     strides,
 )
-from tests.gpu.parity import Case, batch_renorm
 from tests.gpu.test_streams import captured
 from tests.support.buffers import bit_identical
 
@@ -97,7 +98,7 @@ def test_the_schedule_goes_on_within_a_graph(case: Case) -> None:
     for batch in range(case.batches, 8):  # the last limit is reached with 6
         graph.replay()
         assert found["num_batches_tracked"].item() == batch + 1
-        expected = parity.expectations(dataclasses.replace(case, batches=batch), tensors)
+        expected = truth.expectations(dataclasses.replace(case, batches=batch), tensors)
         for name, value in expected.items():
             assert parity.excess(case, found[name], value) <= 1, f"{name} of batch {batch}"
         seen.append(found["y"].clone())
@@ -110,7 +111,7 @@ def test_a_batch_that_overflowed_leaves_no_trace(case: Case, value: float) -> No
     """As under loss scaling, which throws the step away. Other channels never notice."""
     clean, dirty = parity.given(case), parity.given(case)
     dirty.x[-1, 7, -1, -1] = value
-    expected, found = parity.run(case, bnfast, clean), parity.run(case, bnfast, dirty)
+    expected, found = one_step.run(case, bnfast, clean), one_step.run(case, bnfast, dirty)
     others = torch.arange(case.shape[1], device=parity.device()) != 7
     for name in ("y", "dx", "dweight", "running_mean", "running_var"):
         axis = 1 if expected[name].dim() > 1 else 0

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 import bnfast
+from bnfast.checks import one_step
+from bnfast.checks.cases import Case, batch_renorm, group_norm, instance_norm
 from bnfast.kernels import (
     cell_plan,
     column_sums,
@@ -24,7 +26,6 @@ from bnfast.kernels import (
 )
 from tests.gpu import parity
 from tests.gpu.families import layouts
-from tests.gpu.parity import Case, batch_renorm, group_norm, instance_norm
 from tests.support.buffers import bit_identical
 
 pytestmark = pytest.mark.gpu
@@ -72,16 +73,16 @@ def assert_same(results: dict[str, Tensor], first: dict[str, Tensor], when: str)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_repetition_gives_the_same_bits(case: Case, noise: None) -> None:
     tensors = parity.given(case)
-    first = parity.run(case, bnfast, tensors)
+    first = one_step.run(case, bnfast, tensors)
     for repeat in range(REPEATS):
-        assert_same(parity.run(case, bnfast, tensors), first, f"differs at repetition {repeat}")
+        assert_same(one_step.run(case, bnfast, tensors), first, f"differs at repetition {repeat}")
 
 
 @pytest.mark.parametrize("case", FEW, ids=str)
 def test_forgetting_everything_gives_the_same_bits(case: Case) -> None:
     """Nothing that is cached between calls, plans, counters or compiled kernels, has a say in the result."""
     tensors = parity.given(case)
-    first = parity.run(case, bnfast, tensors)
+    first = one_step.run(case, bnfast, tensors)
     steps.forget_plans()
     launch._workspaces.clear()
     for planned in (plan.reduce_sweep, plan.map_sweep, cell_plan.cell_sweep, row_plan.column_sums):
@@ -97,4 +98,4 @@ def test_forgetting_everything_gives_the_same_bits(case: Case) -> None:
     ):
         kernel.device_caches.clear()
     for _ in range(2):  # the first compiles and binds, the second runs what was bound
-        assert_same(parity.run(case, bnfast, tensors), first, "differs after the caches were cleared")
+        assert_same(one_step.run(case, bnfast, tensors), first, "differs after the caches were cleared")

@@ -12,10 +12,11 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 import bnfast
+from bnfast.checks import one_step
+from bnfast.checks.cases import Case, batch_renorm, group_norm, instance_norm
 from bnfast.kernels import steps
 from bnfast.kernels.launch import Launch
 from tests.gpu import parity
-from tests.gpu.parity import Case, batch_renorm, group_norm, instance_norm
 from tests.support.buffers import bit_identical
 
 pytestmark = pytest.mark.gpu
@@ -77,17 +78,17 @@ def test_bound_launches_are_used_and_do_what_public_ones_do(
     """After a first call every launch is bound to its compiled kernel. Three ways to the same bits: the first
     call, which is Triton's own; bound launches; and launches that are never bound."""
     tensors = parity.given(case)
-    first = parity.run(case, bnfast, tensors)
+    first = one_step.run(case, bnfast, tensors)
     known = list(nothing_known.values())
     assert len(known) == 2, "one step each way"
     launches = launches_of(known)
     assert len(launches) == len(forward) + len(backward)
     assert all(launch._bound for launch in launches), "this Triton's launcher is not as expected"
-    bound = parity.run(case, bnfast, tensors)
+    bound = one_step.run(case, bnfast, tensors)
     assert list(nothing_known.values()) == known, "the second call found none of the first one's steps"
     for launch in launches:
         launch._bound, launch._bind_once = None, False
-    public = parity.run(case, bnfast, tensors)
+    public = one_step.run(case, bnfast, tensors)
     assert not any(launch._bound for launch in launches)
     for name, value in first.items():
         assert bit_identical(bound[name], value), f"{name}, bound"
@@ -107,10 +108,10 @@ def test_unaligned_tensors_never_meet_kernels_bound_for_aligned_ones(case: Case,
 def stepper(case: Case) -> Callable[[], object]:
     """A step to repeat, that has run once and so has all it needs."""
     tensors = parity.given(case)
-    module = parity.layer(case, bnfast, tensors)
+    module = one_step.layer(case, bnfast, tensors)
 
     def again() -> object:
-        return parity.step(module, tensors.x, tensors.dy)
+        return one_step.step(module, tensors.x, tensors.dy)
 
     again()
     torch.cuda.synchronize()
@@ -155,7 +156,7 @@ def test_launches(case: Case, forward: Names, backward: Names, profiler_works: N
     included; eval: one each way. GroupNorm and InstanceNorm: one forward where groups are held, else two; to
     which the backward adds one that sums over samples."""
     tensors = parity.given(case)
-    module = parity.layer(case, bnfast, tensors)
+    module = one_step.layer(case, bnfast, tensors)
     x = tensors.x.detach().requires_grad_()
     leaves = [x, module.weight, module.bias]
     torch.autograd.grad(module(x), leaves, tensors.dy)
@@ -167,7 +168,7 @@ def test_launches(case: Case, forward: Names, backward: Names, profiler_works: N
 def test_launches_without_gradients(profiler_works: None) -> None:
     case = dataclasses.replace(CASES[0], training=False)
     tensors = parity.given(case)
-    module = parity.layer(case, bnfast, tensors)
+    module = one_step.layer(case, bnfast, tensors)
     with torch.no_grad():
         module(tensors.x)
         assert on_device(lambda: module(tensors.x)) == ["transform_kernel"]

@@ -7,6 +7,7 @@ from math import prod
 
 import pytest
 
+from bnfast.checks.cases import Case, instance_norm
 from tests.gpu import parity
 from tests.gpu.families import (
     BF16,
@@ -19,7 +20,6 @@ from tests.gpu.families import (
     parameters,
     strides,
 )
-from tests.gpu.parity import Case, instance_norm
 from tests.gpu.test_large import GB, need_memory
 
 pytestmark = pytest.mark.gpu

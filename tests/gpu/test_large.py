@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 import bnfast
-from tests.gpu import parity, truth
-from tests.gpu.parity import Case, Given, batch_renorm, group_norm, instance_norm
+from bnfast.checks import one_step, truth
+from bnfast.checks.cases import Case, Given, batch_renorm, group_norm, instance_norm
+from tests.gpu import parity
 
 pytestmark = pytest.mark.gpu
 
@@ -98,7 +99,7 @@ def test_more_elements_than_32_bits_count(case: Case) -> None:
     need_memory((4 * elements * BYTES + 12 * CHUNK * 8 + known * 8) / GB + 4)
     tensors = given(case)
     true = truth.of(case, tensors, lambda: chunks(case, tensors.x, tensors.dy))
-    ours = parity.run(case, bnfast, tensors)
+    ours = one_step.run(case, bnfast, tensors)
 
     for x, dy, y, dx in chunks(case, tensors.x, tensors.dy, ours["y"], ours["dx"]):
         assert parity.excess(case, y, true.y(x)) <= 1

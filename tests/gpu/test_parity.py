@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 import bnfast
-from tests.gpu import families, parity, truth
+from bnfast.checks import one_step, truth
+from bnfast.checks.cases import Case, batch_renorm, group_norm, instance_norm
+from tests.gpu import families, parity
 from tests.gpu.families import BF16, DTYPES, FP16, FP32, FP64
-from tests.gpu.parity import Case, batch_renorm, group_norm, instance_norm
 from tests.support.buffers import bit_identical, nan_filled_allocations
 
 pytestmark = pytest.mark.gpu
@@ -142,8 +143,8 @@ def test_as_good_as_two_passes_at_a_large_mean(case: Case, trap: str) -> None:
     dx = normal.rstd * (h - means[0] - xhat * means[1])
     two_passes = {"y": exact.as_x(xhat * normal.weight + normal.bias), "dx": exact.as_x(dx)}
     two_passes["dweight"] = (g * xhat).sum(channel).flatten()
-    ours = parity.run(case, bnfast, tensors)
-    expected = parity.expectations(case, tensors)
+    ours = one_step.run(case, bnfast, tensors)
+    expected = truth.expectations(case, tensors)
 
     def error(value: Tensor, name: str) -> float:
         true, _ = expected[name]
@@ -163,7 +164,7 @@ def test_one_bad_value_spoils_one_channel(shape: tuple[int, ...], channels_last:
     clean, dirty = parity.given(case), parity.given(case)
     channel = shape[1] // 2
     dirty.x[(shape[0] - 1, channel, *[-1] * (len(shape) - 2))] = value
-    expected, found = parity.run(case, bnfast, clean), parity.run(case, bnfast, dirty)
+    expected, found = one_step.run(case, bnfast, clean), one_step.run(case, bnfast, dirty)
     others = torch.arange(shape[1], device=parity.device()) != channel
     for name in ("y", "dx", "dweight", "running_mean", "running_var"):
         axis = 1 if expected[name].dim() > 1 else 0
@@ -190,8 +191,8 @@ WANTED = list(itertools.product((True, False), repeat=3))[1:-1]  # neither all n
 def test_gradients_that_are_not_wanted(case: Case, wanted: tuple[bool, bool, bool]) -> None:
     """Leaving gradients out takes other kernels, which compute the rest as well as ever."""
     tensors = parity.given(case)
-    expected = parity.expectations(case, tensors)
-    module = parity.layer(case, bnfast, tensors)
+    expected = truth.expectations(case, tensors)
+    module = one_step.layer(case, bnfast, tensors)
     leaves = {"dx": tensors.x.detach(), "dweight": module.weight, "dbias": module.bias}
     for leaf, want in zip(leaves.values(), wanted, strict=True):
         leaf.requires_grad_(want)

@@ -10,8 +10,8 @@ from math import prod
 import pytest
 import torch
 
+from bnfast.checks.cases import Case
 from tests.gpu import parity
-from tests.gpu.parity import Case
 
 pytestmark = pytest.mark.gpu
 

@@ -15,10 +15,11 @@ import torch
 from torch import Tensor, nn
 
 import bnfast
+from bnfast.checks import one_step
+from bnfast.checks.cases import Case, Given, batch_renorm, group_norm, instance_norm
 from bnfast.kernels.steps import forget_plans
 from tests.gpu import parity
 from tests.gpu.families import layouts
-from tests.gpu.parity import Case, Given, batch_renorm, group_norm, instance_norm
 from tests.support.buffers import bit_identical
 
 pytestmark = pytest.mark.gpu
@@ -47,11 +48,11 @@ SPLIT = [
 
 def eager(case: Case, tensors: Given, steps: int) -> dict[str, Tensor]:
     """What `steps` steps on the default stream return and leave in the buffers."""
-    module = parity.layer(case, bnfast, tensors)
+    module = one_step.layer(case, bnfast, tensors)
     for _ in range(steps):
-        result = parity.step(module, tensors.x, tensors.dy)
+        result = one_step.step(module, tensors.x, tensors.dy)
     torch.cuda.synchronize()
-    return {**result, **parity.buffers(module)}
+    return {**result, **one_step.buffers(module)}
 
 
 def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor], where: str = "") -> None:
@@ -62,12 +63,12 @@ def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor], where: st
 
 def captured(case: Case, tensors: Given) -> tuple[torch.cuda.CUDAGraph, dict[str, Tensor]]:
     """(graph of a step, what it writes to). Other layers have run the same kernels before."""
-    module = parity.layer(case, bnfast, tensors)
+    module = one_step.layer(case, bnfast, tensors)
     graph = torch.cuda.CUDAGraph()
     torch.cuda.synchronize()
     with torch.cuda.graph(graph):
-        result = parity.step(module, tensors.x, tensors.dy)
-    return graph, {**result, **parity.buffers(module)}
+        result = one_step.step(module, tensors.x, tensors.dy)
+    return graph, {**result, **one_step.buffers(module)}
 
 
 @pytest.mark.parametrize("case", SPLIT, ids=str)
@@ -155,7 +156,7 @@ def test_first_call_ever_is_captured(layer: str, memory_format: str) -> None:
 def test_two_streams_at_once(pair: list[Case]) -> None:
     tensors = [parity.given(case) for case in pair]
     expected = [eager(case, given, REPEATS) for case, given in zip(pair, tensors, strict=True)]
-    modules = [parity.layer(case, bnfast, given) for case, given in zip(pair, tensors, strict=True)]
+    modules = [one_step.layer(case, bnfast, given) for case, given in zip(pair, tensors, strict=True)]
     streams = [torch.cuda.Stream() for _ in pair]
     results: list[list[dict[str, Tensor]]] = [[], []]
     torch.cuda.synchronize()
@@ -165,11 +166,11 @@ def test_two_streams_at_once(pair: list[Case]) -> None:
     for _ in range(REPEATS):
         for stream, module, given, into in zip(streams, modules, tensors, results, strict=True):
             with torch.cuda.stream(stream):
-                into.append(parity.step(module, given.x, given.dy))
+                into.append(one_step.step(module, given.x, given.dy))
     torch.cuda.synchronize()
     for module, into, value in zip(modules, results, expected, strict=True):
         for repeat, result in enumerate(into):
-            assert_same({**result, **parity.buffers(module)}, value, f"of step {repeat}")
+            assert_same({**result, **one_step.buffers(module)}, value, f"of step {repeat}")
 
 
 @every_pair
@@ -185,12 +186,12 @@ def test_two_host_threads_at_once(streams: str, pair: list[Case]) -> None:
         torch.cuda.set_device(parity.device())
         stream = torch.cuda.Stream() if streams == "own" else torch.cuda.default_stream()
         with torch.cuda.stream(stream):
-            module = parity.layer(case, bnfast, given)
+            module = one_step.layer(case, bnfast, given)
             start.wait()
             for _ in range(REPEATS):
-                result = parity.step(module, given.x, given.dy)
+                result = one_step.step(module, given.x, given.dy)
             stream.synchronize()
-            return {**result, **parity.buffers(module)}
+            return {**result, **one_step.buffers(module)}
 
     torch.cuda.synchronize()
     with ThreadPoolExecutor(len(pair)) as pool:
@@ -217,7 +218,7 @@ def steps(module: nn.Module, run: Callable[[Tensor], Tensor], given: Given) -> l
         y = run(x)
         gradients = torch.autograd.grad(y, [x, module.weight, module.bias], given.dy)
         names = ("y", "dx", "dweight", "dbias")
-        kept = dict(zip(names, (y.detach(), *gradients), strict=True)) | parity.buffers(module)
+        kept = dict(zip(names, (y.detach(), *gradients), strict=True)) | one_step.buffers(module)
         results.append({name: t.clone() for name, t in kept.items()})  # a replay overwrites them
     return results
 
@@ -238,7 +239,7 @@ def test_compile_with_graphs(case: Case) -> None:
     tensors = parity.given(case)
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    one, other = (parity.layer(case, bnfast, tensors) for _ in range(2))
+    one, other = (one_step.layer(case, bnfast, tensors) for _ in range(2))
     compiled = torch.compile(one, mode="reduce-overhead", fullgraph=True)
     found = steps(one, compiled, tensors)
     expected = steps(other, other, tensors)

@@ -6,10 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from bnfast import exact
+from bnfast.checks import peers
 from bnfast.kernels import group_norm as kernels
 
 EPS = 1e-5
@@ -50,19 +50,6 @@ def given(
     return Given(x, dy, groups, weight if "w" in affine else None, bias if "b" in affine else None)
 
 
-def by_torch(x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
-    """torch's own. It takes no parameters of another dtype than x on a GPU, and no bias without a weight on a
-    CPU: with these it computes in fp32 (fp64 for fp64) throughout, and rounds the result."""
-    given = [t for t in (weight, bias) if t is not None]
-    if all(t.dtype == x.dtype for t in given) and (weight is not None or bias is None):
-        return F.group_norm(x, groups, weight, bias, eps)
-    kind = exact.accumulator(x.dtype)
-    weight, bias = (None if t is None else t.to(kind) for t in (weight, bias))
-    if weight is None and bias is not None:
-        weight = torch.ones_like(bias)
-    return F.group_norm(x.to(kind), groups, weight, bias, eps).to(x.dtype)
-
-
 def run(function: Function, g: Given) -> Named:
     """y and all gradients there are."""
     leaves = {"dx": g.x, "dweight": g.weight, "dbias": g.bias}
@@ -75,7 +62,7 @@ def run(function: Function, g: Given) -> Named:
 def check(g: Given, ours: Named) -> None:
     """Asserts that all results are good enough, and lie in memory as x does."""
     expected = exact.group_norm(g.x, g.dy, g.groups, g.weight, g.bias, EPS)
-    theirs = run(by_torch, g)
+    theirs = run(peers.group_norm, g)
     assert ours.keys() == theirs.keys()
     bad = {}
     for name, value in ours.items():

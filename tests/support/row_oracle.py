@@ -6,10 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from bnfast import exact
+from bnfast.checks import peers
 
 EPS = 1e-5
 Named = dict[str, Tensor]
@@ -63,19 +63,9 @@ def run(function: Callable[..., Tensor], g: Given) -> Named:
 def check(g: Given, ours: Named) -> None:
     """Asserts that all results are good enough."""
     expected = exact.layer_norm(g.x, g.dy, g.dims, g.weight, g.bias, EPS)
-    theirs = run(_torch, g)
+    theirs = run(peers.layer_norm, g)
     assert ours.keys() == theirs.keys()
     accumulator = exact.accumulator(g.x.dtype)
     for name, value in ours.items():
         verdict = exact.judge(value, theirs[name], expected[name], accumulator)
         assert verdict.ok, f"{name}: {verdict}"
-
-
-def _torch(
-    x: Tensor, shape: tuple[int, ...], weight: Tensor | None, bias: Tensor | None, eps: float
-) -> Tensor:  # fmt: skip
-    """torch's own, where the dtypes differ in fp32, with a result in x's."""
-    if all(t is None or t.dtype == x.dtype for t in (weight, bias)):
-        return F.layer_norm(x, shape, weight, bias, eps)
-    weight, bias = (None if t is None else t.float() for t in (weight, bias))
-    return F.layer_norm(x.float(), shape, weight, bias, eps).to(x.dtype)

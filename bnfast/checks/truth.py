@@ -1,18 +1,18 @@
 """All that a step of a case returns and writes, in fp64, with the scale of each element (bnfast.exact has the
-rule), layer by layer."""
+rule), layer by layer, and the judgement by it."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from bnfast import exact
 
-if TYPE_CHECKING:
-    from tests.gpu.parity import Case, Given
+from . import peers
+from .cases import Case, Given
+from .one_step import run
 
 # InstanceNorm's running statistics are torch.var_mean's, a reduction that is not ours to bound as tightly.
 TORCHS_OWN = 8.0
@@ -46,21 +46,46 @@ class Truth:
 
 
 def of(case: Case, tensors: Given, pairs: exact.Pairs | None = None) -> Truth:
-    """pairs: chunks of (x, dy), [N, C, *] each, where fp64 of the whole does not fit the memory."""
+    """Of every layer but LayerNorm. pairs: chunks of (x, dy), [N, C, *] each, where fp64 of the whole does
+    not fit the memory."""
     if case.layer == "BatchRenorm" and case.training:
         return _renormalized(case, tensors, pairs)
-    given = (tensors.x, tensors.dy)
-    parameters = (tensors.weight, tensors.bias, case.eps)
+    x, dy, weight, bias = tensors.x, tensors.dy, tensors.weight, tensors.bias
     groups = case.in_sample if case.batch else 0
     if groups:
-        normal = exact.group_normalization(*given, groups, *parameters, pairs)
+        normal = exact.group_normalization(x, dy, groups, weight, bias, case.eps, pairs)
     else:
         fixed = None if case.batch else (tensors.running_mean, tensors.running_var)
-        normal = exact.batch_norm(*given, *parameters, fixed, pairs)
+        normal = exact.batch_norm(x, dy, weight, bias, case.eps, fixed, pairs)
     vectors = _gradients(tensors, normal.dweight(), normal.dbias())
     if case.tracked:
         vectors |= _running(case, tensors, normal)
     return Truth(normal, vectors, groups)
+
+
+def expectations(case: Case, tensors: Given) -> dict[str, exact.Value]:
+    """Everything that a step returns or writes, but for the batch counter."""
+    if case.layer == "LayerNorm":
+        x, dy, weight, bias = tensors.x, tensors.dy, tensors.weight, tensors.bias
+        found = exact.layer_norm(x, dy, 1, weight, bias, case.eps)
+        vectors = _gradients(tensors, found["dweight"], found["dbias"])
+        return {"y": found["y"], "dx": found["dx"], **vectors}
+    true = of(case, tensors)
+    return {"y": true.y(tensors.x), "dx": true.dx(tensors.x, tensors.dy), **true.vectors}
+
+
+def judge(case: Case, tensors: Given, ours: dict[str, Tensor]) -> dict[str, exact.Verdict]:
+    """What `one_step.run` gave for these tensors, beside what torch gives. Raises AssertionError where a
+    result is missing or too many, has another shape or dtype than torch's, or the batch counter differs."""
+    theirs, expected = run(case, peers, tensors), expectations(case, tensors)
+    for name in sorted(ours.keys() | theirs.keys()):
+        mine, other = (None if t is None else (t.shape, t.dtype) for t in (ours.get(name), theirs.get(name)))
+        if mine != other:
+            raise AssertionError(f"{case}: {name} is {mine}, and torch's is {other}")
+    if case.tracked and not torch.equal(ours["num_batches_tracked"], theirs["num_batches_tracked"]):
+        raise AssertionError(f"{case}: num_batches_tracked is not torch's")
+    wide = exact.accumulator(case.dtype)
+    return {name: exact.judge(ours[name], theirs[name], true, wide) for name, true in expected.items()}
 
 
 def _gradients(tensors: Given, dweight: exact.Value, dbias: exact.Value) -> dict[str, exact.Value]:

@@ -1,0 +1,62 @@
+"""One step of a case's layer: forward, backward, and what it wrote to."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .cases import Case, Given, placed
+
+SUFFIXES = {2: "1d", 3: "1d", 4: "2d", 5: "3d"}
+
+
+def layer(case: Case, library: Any, tensors: Given) -> Any:
+    """bnfast's layer or torch.nn's, with these parameters, and running statistics of its own to write to."""
+    module = _new(case, library, tensors.x.device)
+    if tensors.weight is not None:
+        module.weight = nn.Parameter(tensors.weight)
+        module.bias = None if tensors.bias is None else nn.Parameter(tensors.bias)
+    if case.tracked:
+        how = "offset" if case.storage == "offset" else "dense"
+        module.running_mean = placed(tensors.running_mean.clone(), how)
+        module.running_var = placed(tensors.running_var.clone(), how)
+        module.num_batches_tracked.fill_(case.batches)
+    return module.train(case.training)
+
+
+def _new(case: Case, library: Any, device: torch.device) -> Any:
+    channels, eps, affine = case.channels, case.eps, case.affine
+    if case.layer == "GroupNorm":
+        return library.GroupNorm(case.groups, channels, eps, affine, device=device)
+    if case.layer == "LayerNorm":
+        return library.LayerNorm(channels, eps, affine, device=device)
+    kind = getattr(library, case.layer + SUFFIXES[len(case.shape)])
+    if case.layer != "BatchRenorm":
+        return kind(channels, eps, case.momentum, affine, case.tracked, device=device)
+    names = ("r_max", "d_max", "warmup_steps", "r_max_steps", "d_max_steps")
+    schedule = dict(zip(names, case.schedule, strict=True))
+    module: Any = kind(channels, eps, affine=affine, device=device, **schedule)
+    module.momentum = case.momentum  # None is for later only
+    return module
+
+
+def step(module: Any, x: Tensor, dy: Tensor) -> dict[str, Tensor]:
+    """Forward and backward: the output and all gradients. Running statistics are left in the module."""
+    x = x.detach().requires_grad_()
+    y = module(x)
+    wanted = {"dx": x, "dweight": module.weight, "dbias": module.bias}
+    wanted = {name: t for name, t in wanted.items() if t is not None}
+    gradients = torch.autograd.grad(y, list(wanted.values()), dy)
+    return {"y": y.detach(), **dict(zip(wanted, gradients, strict=True))}
+
+
+def buffers(module: nn.Module) -> dict[str, Tensor]:
+    return {name: t for name, t in module.named_buffers() if t is not None}
+
+
+def run(case: Case, library: Any, tensors: Given) -> dict[str, Tensor]:
+    """All that one step returns and writes."""
+    module = layer(case, library, tensors)
+    return {**step(module, tensors.x, tensors.dy), **buffers(module)}
