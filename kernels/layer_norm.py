@@ -116,10 +116,13 @@ def forward(
     weight_at, weight_dtype = (None, None) if weight is None else (weight.data_ptr(), weight.dtype)
     bias_at, bias_dtype = (None, None) if bias is None else (bias.data_ptr(), bias.dtype)
     aligned = ((weight_at or 0) | (bias_at or 0)) % VECTOR_BYTES == 0
-    z = None if after.z is None else dense_like(after.z, x)
-    z_at = address(z)
+    name, parameter, z, _ = after
+    z_at = None
+    if z is not None:
+        z = dense_like(z, x)
+        z_at = z.data_ptr()
     step = step_for(
-        _forward, x, index, x_at | (z_at or 0), dims, keep, aligned, after[0], after[1], z is None,
+        _forward, x, index, x_at | (z_at or 0), dims, keep, aligned, name, parameter, z is None,
         weight_dtype, bias_dtype, sizes=RowSizes,
     )  # fmt: skip
     y = torch.empty_like(x)

@@ -81,11 +81,13 @@ def save(
     ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, table: Tensor,
     signs: Tensor | None, activation: Activation | None, fixed: Any,
 ) -> None:  # fmt: skip
-    order = None if signs is None else x.stride()
-    ctx.fixed = (fixed, None if bias is None else bias.dtype, activation, residual is not None, order)
+    bias_dtype = None if bias is None else bias.dtype
     if activation is None:
-        ctx.save_for_backward(x, weight, table, None, None)
+        ctx.fixed = (fixed, bias_dtype, None, residual is not None, None)
+        ctx.save_for_backward(x, weight, table)
     else:
+        order = None if signs is None else x.stride()
+        ctx.fixed = (fixed, bias_dtype, activation, residual is not None, order)
         ctx.save_for_backward(x, weight, table, bias, residual if signs is None else signs)
 
 
@@ -100,7 +102,8 @@ def gradients(
     create_graph=True, for a vmap over the backward, and where dy is too much for the kernels (huge, and
     without whole vectors). normalized: (x, weight, bias, table, what is fixed), likewise, what the
     activation was applied to but for the residual."""
-    x, weight, table, bias, kept = ctx.saved_tensors
+    x, weight, table, *rest = ctx.saved_tensors
+    bias, kept = rest or (None, None)
     fixed, bias_dtype, activation, residual, order = ctx.fixed
     if order is not None and x.stride() != order:  # after hooks of saved tensors: signs are in x's old order
         x = x.new_empty_strided(x.shape, order).copy_(x)

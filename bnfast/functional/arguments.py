@@ -40,9 +40,9 @@ def check_residual(x: Tensor, residual: Tensor) -> None:
             raise ValueError(f"residual must have input's {what}, {wanted}, but got {found}")
 
 
-def residual_fits(way: int, residual: Tensor | None) -> bool:
+def residual_fits(way: int, residual: Tensor) -> bool:
     """Whether the kernels can take it, once it has passed check_residual."""
-    return residual is None or type(residual) in PLAIN or (way != KERNELS and known(residual))
+    return type(residual) in PLAIN or (way != KERNELS and known(residual))
 
 
 def followed_by(y: Tensor, activation: Activation | None, residual: Tensor | None) -> Tensor:

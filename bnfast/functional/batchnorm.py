@@ -65,7 +65,7 @@ def batch_norm(
         return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
     return counting_batch_norm(
         input, running_mean, running_var, weight, bias, training, momentum, eps, None, None,
-        Activation.of(activation), residual,
+        None if activation is None else Activation.of(activation), residual,
     )  # fmt: skip
 
 

@@ -50,7 +50,7 @@ def batch_renorm(
     limits = (r_max, d_max, 0.0, 0.0, 0.0)
     return scheduled_batch_renorm(
         input, running_mean, running_var, weight, bias, training, momentum, eps, limits, True, None,
-        Activation.of(activation), residual,
+        None if activation is None else Activation.of(activation), residual,
     )  # fmt: skip
 
 

@@ -55,7 +55,7 @@ def group_norm(
         return F.group_norm(input, num_groups, weight, bias, eps)
     if type(eps) is not float:
         eps = _as_torch_takes_it(eps)
-    after = Activation.of(activation)
+    after = None if activation is None else Activation.of(activation)
     if residual is not None:
         check_residual(input, residual)
     way = path(input)
@@ -67,7 +67,7 @@ def group_norm(
         or input.size(1) % num_groups
         or input.numel() == num_groups  # one value a group: torch's ValueError
         or not vectors_fit(way, input, weight, bias)
-        or not residual_fits(way, residual)
+        or (residual is not None and not residual_fits(way, residual))
     ):
         y = autograd.normalize(dense(input), weight, bias, residual, (way, after, num_groups, eps))
         if y is not None:

@@ -64,14 +64,14 @@ def instance_norm(
         return F.instance_norm(input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
     if type(momentum) is not float or type(eps) is not float or type(use_input_stats) is not bool:
         momentum, eps = _as_torch_takes_them(use_input_stats, momentum, eps)
-    after = Activation.of(activation)
+    after = None if activation is None else Activation.of(activation)
     if residual is not None:
         check_residual(input, residual)
     way = path(input)
     if (
         way != TORCH
         and _fits(way, input, running_mean, running_var, weight, bias)
-        and residual_fits(way, residual)
+        and (residual is None or residual_fits(way, residual))
     ):
         if not use_input_stats:
             # torch's batch_norm refuses a negative eps, and its instance_norm does not

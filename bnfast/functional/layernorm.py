@@ -44,11 +44,15 @@ def layer_norm(
         )  # fmt: skip
     if type(eps) is not float:
         eps = _as_torch_takes_it(eps)
-    after = Activation.of(activation)
+    after = None if activation is None else Activation.of(activation)
     if residual is not None:
         check_residual(input, residual)
     way = path(input)
-    if way != TORCH and _fits(way, input, normalized_shape, weight, bias) and residual_fits(way, residual):
+    if (
+        way != TORCH
+        and _fits(way, input, normalized_shape, weight, bias)
+        and (residual is None or residual_fits(way, residual))
+    ):
         options = (way, after, len(normalized_shape), eps)
         y = autograd.normalize(input.contiguous(), weight, bias, residual, options)
         if y is not None:
