@@ -55,7 +55,7 @@ class LayerNorm(nn.LayerNorm):
 class _BatchRenorm(bnfast.BatchRenorm2d):
     """The formulas of the reference, in x's dtype and autograd's hands."""
 
-    def forward(self, input: Tensor) -> Tensor:
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         mean, variance = self.running_mean, self.running_var
         if not self.training or mean is None or variance is None:
             return F.batch_norm(input, mean, variance, self.weight, self.bias, eps=self.eps)

@@ -19,8 +19,8 @@ Named = dict[str, Tensor]
 
 def _statistics(x: Tensor) -> tuple[Tensor, Tensor]:
     kind, c = exact.accumulator(x.dtype), x.shape[1]
-    mean = torch.linspace(-0.5, 0.5, c, dtype=kind)
-    return mean, torch.linspace(0.5, 1.5, c, dtype=kind)
+    mean = torch.linspace(-0.5, 0.5, c, dtype=kind, device=x.device)
+    return mean, torch.linspace(0.5, 1.5, c, dtype=kind, device=x.device)
 
 
 # name: (function, its arguments between x and the parameters, and after them, from x)
@@ -35,13 +35,13 @@ LAYERS: dict[str, tuple[str, Callable[[Tensor], tuple[Any, ...]], tuple[Any, ...
 
 def given(
     shape: tuple[int, ...], dtype: torch.dtype, layer: str, layout: str = "contiguous", residual: bool = True,
-    seed: int = 0,
+    seed: int = 0, device: str = "cpu",
 ) -> Named:  # fmt: skip
     """x, dy, weight, bias and, if asked for, z."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(device).manual_seed(seed)
 
     def random(*size: int) -> Tensor:
-        return torch.randn(size, generator=generator, dtype=torch.float64)
+        return torch.randn(size, generator=generator, dtype=torch.float64, device=device)
 
     wide = exact.accumulator(dtype)
     memory_format = FORMATS[layout] if len(shape) == 4 else torch.contiguous_format
