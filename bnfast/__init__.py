@@ -5,6 +5,7 @@
     bnfast.LayerNorm            drop-in for torch.nn.LayerNorm
     bnfast.GroupNorm            drop-in for torch.nn.GroupNorm
     bnfast.InstanceNorm2d       drop-in for torch.nn.InstanceNorm2d (and 1d, 3d)
+    bnfast.fuse                 a model's activations and residual adds inside its layers' calls
     bnfast.functional           the same as functions, with torch.nn.functional's signatures
 
 CUDA tensors run the Triton kernels. Everything else runs plain torch, with the same results: `python -m
@@ -12,8 +13,20 @@ bnfast info` says which and why."""
 
 from . import functional, modules
 from .activation import Activation
+from .convert import convert, revert
+from .fuse import fuse, fusion_report, unfuse
 from .modules import *  # noqa: F403
 
 __version__ = "0.1.0"
 
-__all__ = [*modules.__all__, "Activation", "functional", "__version__"]
+__all__ = [
+    *modules.__all__,
+    "Activation",
+    "convert",
+    "functional",
+    "fuse",
+    "fusion_report",
+    "revert",
+    "unfuse",
+    "__version__",
+]

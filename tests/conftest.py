@@ -39,3 +39,19 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     call = Launch.__call__
     monkeypatch.setattr(Launch, "__call__", lambda self, *args: (seen.append(self), call(self, *args))[1])
     return seen
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str | None, bool]]:
+    """Grows by (activation, with a residual) with each call of a BatchNorm2d."""
+    import bnfast
+
+    seen: list[tuple[str | None, bool]] = []
+    normalize = bnfast.BatchNorm2d.normalize
+
+    def noted(self: Any, input: Any, activation: Any, residual: Any) -> Any:
+        seen.append((activation and activation.name, residual is not None))
+        return normalize(self, input, activation, residual)
+
+    monkeypatch.setattr(bnfast.BatchNorm2d, "normalize", noted)
+    return seen

@@ -1,0 +1,157 @@
+"""A fused block's class: a subclass of the block's own, with another forward."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable
+from typing import Any
+from weakref import WeakValueDictionary
+
+import torch
+from torch import Tensor, nn
+
+from .call_site import Site, why_unfused
+from .guards import Guard, Inlined, original_class
+from .tracing import Traced
+
+_classes: WeakValueDictionary[tuple[object, ...], type] = WeakValueDictionary()
+# Those who pickle or copy in a way of their own might find a class that they do not know.
+_COPYING = ("__reduce__", "__reduce_ex__", "__getstate__", "__deepcopy__", "__copy__")
+
+
+class FusedBlock(nn.Module):
+    """Mixed into a block's class, before it. Instances hold nothing new: state_dict, copies and replicas are
+    those of the block. The class holds what is known of its forward."""
+
+    _bnfast_original: Any
+    _bnfast_guards: tuple[Guard | Inlined, ...]
+    _bnfast_sites: tuple[Site, ...]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _blank, (self._bnfast_original,), dict(self.__dict__)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        new = self.__class__.__new__(self.__class__)
+        memo[id(self)] = new
+        new.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return new
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        """torch.jit.script reads the source of forward: the original's."""
+        plain: nn.Module = object.__new__(self._bnfast_original)
+        plain.__dict__ = dict(self.__dict__)
+        prepare: Callable[[], nn.Module] = getattr(plain, "__prepare_scriptable__", lambda: plain)
+        return prepare()
+
+
+def why_not_subclassed(block: nn.Module) -> str | None:
+    """Why another class could not stand in for a block's, or None."""
+    cls = original_class(type(block))
+    if any(getattr(cls, name, None) is not getattr(nn.Module, name, None) for name in _COPYING):
+        return f"{cls.__name__} is copied or pickled in a way of its own"
+    return f"the forward of this {cls.__name__} is its own" if "forward" in block.__dict__ else None
+
+
+def install(block: nn.Module, traced: Traced, sites: tuple[Site, ...]) -> None:
+    """Gives a block the class whose forward is the rewritten graph's. Blocks with the same share it."""
+    graph, parameters, guards = traced
+    code = graph.python_code("self")
+    original: Any = type(block)
+    key = original, original.forward, code.src, parameters, repr(guards), guards, sites
+    if key not in _classes:
+        scope = dict(code.globals)
+        exec(code.src, scope)
+        members = {
+            "__module__": original.__module__,
+            "__qualname__": original.__qualname__,
+            "__doc__": original.__doc__,
+            "forward": _forward(original, scope["forward"], len(parameters), guards),
+            "_bnfast_original": original,
+            "_bnfast_guards": guards,
+            "_bnfast_sites": sites,
+        }
+        made = type(original)(original.__name__, (FusedBlock, original), members)
+        _classes[key] = made
+    else:
+        made = _classes[key]
+    block.__class__ = made
+
+
+def _forward(
+    original: Any, fused: Callable[..., Any], count: int, guards: tuple[Guard | Inlined, ...]
+) -> Callable[..., Any]:
+    traced = original.forward
+
+    @functools.wraps(traced)  # torch.fx reads the names of the parameters through it
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        expected = len(args) == count and not kwargs and all(isinstance(a, Tensor) for a in args)
+        if (
+            expected
+            and original.forward is traced
+            and not torch.jit.is_tracing()
+            and guards_hold(self, guards)
+        ):
+            return fused(self, *args)
+        return original.forward(self, *args, **kwargs)
+
+    return forward
+
+
+def guards_hold(block: nn.Module, guards: tuple[Guard | Inlined, ...]) -> bool:
+    for guard in guards:  # noqa: SIM110 - this runs with every call, and all() takes longer
+        if not guard.holds(block):
+            return False
+    return True
+
+
+def restore(block: nn.Module) -> bool:
+    """Gives a fused block its original class back, unless somebody has put another in the place of ours."""
+    if "_bnfast_original" in vars(type(block)):
+        object.__setattr__(block, "__class__", original_class(type(block)))
+    return not isinstance(block, FusedBlock)
+
+
+def live_sites(block: FusedBlock) -> tuple[list[Site], dict[str, str]]:
+    """The sites of a block that a call of it fuses, and why it passes the others by, by layer."""
+    changed = [
+        ".".join((*g.path, getattr(g, "name", "children")))
+        for g in block._bnfast_guards
+        if not g.holds(block)
+    ]
+    cls: Any = type(block)
+    if "forward" in block.__dict__ or cls._bnfast_original.forward is not cls.forward.__wrapped__:
+        changed.insert(0, "forward")
+    if changed:
+        return [], dict.fromkeys(
+            (site.norm for site in block._bnfast_sites), f"its block's {changed[0]} has changed"
+        )
+    live, reasons = [], {}
+    for site in block._bnfast_sites:
+        norm, *modules = (block.get_submodule(name) for name in (site.norm, *site.modules))
+        reason = why_unfused(site, norm, tuple(modules))
+        if reason is None:
+            live.append(site)
+        else:
+            reasons[site.norm] = reason
+    return live, reasons
+
+
+def _blank(original: type) -> nn.Module:
+    """What pickle fills with a fused block's state: it becomes fused again once it has that."""
+    waiting = type(original.__name__, (_Waiting, original), {"_bnfast_original": original})
+    blank: nn.Module = object.__new__(waiting)
+    return blank
+
+
+class _Waiting(nn.Module):
+    """Mixed into a block's class while pickle or copy makes one."""
+
+    _bnfast_original: Any
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        from .survey import fuse_block
+
+        object.__setattr__(self, "__class__", self._bnfast_original)
+        self.__setstate__(state)
+        fuse_block(self)

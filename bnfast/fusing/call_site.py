@@ -1,0 +1,117 @@
+"""What the rewritten forward of a block calls in place of a layer and what follows it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Graph, Node
+
+from ..activation import Activation
+from . import activations
+from .layers import hooked, hooked_everywhere, why_not_ours
+from .patterns import Match
+
+
+class Step(NamedTuple):
+    """One operation of the original forward after the layer, on its last result."""
+
+    op: str  # call_module, call_function or call_method
+    target: Any
+    args: tuple[Any, ...]
+    kwargs: tuple[tuple[str, Any], ...]
+
+
+class Site(NamedTuple):
+    """norm, modules: where they are in the block. modules: of the steps that call one, in order, the last one
+    being the activation if `activates`."""
+
+    norm: str
+    modules: tuple[str, ...]
+    steps: tuple[Step, ...]
+    activation: Activation
+    residual: bool
+    activates: bool
+
+
+# In a step's arguments: the result of the step before, and the residual.
+LAST, RESIDUAL = "<last>", "<residual>"
+
+
+def site_of(match: Match) -> Site:
+    steps, previous = [], match.norm
+    for node in match.steps:
+        # Each step is on the chain, so these two are all the nodes that it takes.
+        names = {previous: LAST, match.residual: RESIDUAL}
+        args = tuple(names[a] if isinstance(a, Node) else a for a in node.args)
+        target = None if node.op == "call_module" else node.target
+        steps.append(Step(node.op, target, args, tuple(node.kwargs.items())))
+        previous = node
+    called = tuple(str(node.target) for node in match.steps if node.op == "call_module")
+    last = match.steps[-1].op == "call_module"
+    return Site(str(match.norm.target), called, tuple(steps), match.activation, match.add is not None, last)
+
+
+def rewrite(graph: Graph, match: Match, site: Site) -> None:
+    """One call in place of a match's nodes: where the layer's call stood, or, with a residual, the add."""
+    with graph.inserting_before(match.add or match.norm):
+        modules = [graph.get_attr(name) for name in (site.norm, *site.modules)]
+        tensors = (match.norm.args[0], match.residual)
+        call = graph.call_function(caller(site), (modules[0], *tensors, *modules[1:]))
+    last = match.steps[-1]
+    last.replace_all_uses_with(call)
+    for node in reversed((match.norm, *match.steps)):
+        graph.erase_node(node)
+
+
+def caller(site: Site) -> Callable[..., Tensor]:
+    def fused_call(norm: Any, input: Tensor, residual: Tensor | None, *modules: nn.Module) -> Tensor:
+        if why_unfused(site, norm, modules) is None and _alike(input, residual):
+            output: Tensor = norm.normalize(input, site.activation, residual)
+            return output
+        return _one_by_one(site, norm(input), residual, modules)
+
+    return fused_call
+
+
+def why_unfused(site: Site, norm: nn.Module, modules: tuple[nn.Module, ...]) -> str | None:
+    """What has happened to the modules of a site since it was fused, that its call must not pass over."""
+    reason = "there are hooks on all modules" if hooked_everywhere() else why_not_ours(norm)
+    if reason is not None:
+        return reason
+    for i, module in enumerate(modules):
+        if hooked(module):
+            return "there are hooks on what follows it"
+        if site.activates and i == len(modules) - 1:
+            if activations.of_module(module) != site.activation:
+                return "its activation was changed"
+        elif type(module) is not nn.Identity:
+            return "an Identity after it was replaced"
+    return None
+
+
+def _alike(input: Tensor, residual: Tensor | None) -> bool:
+    """Whether the layer takes this residual: an add would broadcast, or change the dtype."""
+    return residual is None or (
+        isinstance(residual, Tensor)
+        and residual.shape == input.shape
+        and residual.dtype == input.dtype
+        and residual.device == input.device
+    )
+
+
+def _one_by_one(
+    site: Site, output: Tensor, residual: Tensor | None, modules: tuple[nn.Module, ...]
+) -> Tensor:
+    """The original operations, in-place ones in place."""
+    left = list(modules)
+    for step in site.steps:
+        if step.op == "call_module":
+            output = left.pop(0)(output)
+            continue
+        args = [output if a is LAST else residual if a is RESIDUAL else a for a in step.args]
+        function = step.target if step.op == "call_function" else getattr(torch.Tensor, step.target)
+        output = function(*args, **dict(step.kwargs))
+    return output

@@ -1,0 +1,157 @@
+"""Finds, in a block's graph, the layers that an activation follows."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from torch.fx import Graph, Node
+
+from ..activation import Activation
+from ..modules.drop_in import DropIn
+from . import activations
+from .layers import NORMS, hooked, why_not_ours
+from .tracing import add_in_place
+
+_ADDS = (operator.add, add_in_place, torch.add, "add", "add_")
+_ADDS_IN_PLACE = (add_in_place, "add_")
+
+
+class Match(NamedTuple):
+    """A layer's call and what follows it: Identities, at most one add, and the activation, in `steps`."""
+
+    norm: Node
+    steps: tuple[Node, ...]
+    add: Node | None
+    residual: Node | None
+    activation: Activation
+
+
+def find(graph: Graph, modules: dict[str, nn.Module]) -> tuple[list[Match], dict[Node, str]]:
+    """All that can be fused, and why each of the other layers' calls cannot. Where both operands of an add
+    are layers' calls, it goes to the one nearer to the block, for the other is a shortcut as a rule."""
+    matches: dict[Node, Match] = {}
+    reasons: dict[Node, str] = {}
+    norms = [n for n in graph.nodes if n.op == "call_module" and isinstance(modules[str(n.target)], NORMS)]
+    taken: dict[Node, str] = {}  # by add
+    for node in sorted(norms, key=lambda n: str(n.target).count(".")):
+        found = _follow(node, modules)
+        if isinstance(found, Match) and found.add in taken:
+            found = f"it is the residual of {taken[found.add]}"
+        if isinstance(found, str):
+            reasons[node] = found
+            continue
+        matches[node] = found
+        if found.add is not None:
+            taken[found.add] = str(node.target)
+    return [matches[node] for node in norms if node in matches], reasons
+
+
+def _follow(norm: Node, modules: dict[str, nn.Module]) -> Match | str:
+    reason = why_not_ours(modules[str(norm.target)])
+    if reason is None and (len(norm.args) != 1 or norm.kwargs or not isinstance(norm.args[0], Node)):
+        reason = "it is called with more than an input"
+    if reason is not None:
+        return reason
+    steps: list[Node] = []
+    add = residual = None
+    current = norm
+    while True:
+        if len(current.users) != 1:
+            return "its output has another use" if current.users else "its output is not used"
+        current, previous = next(iter(current.users)), current
+        if current.op == "call_module" and hooked(modules[str(current.target)]):
+            return f"there are hooks on {current.target}"
+        if current.args and current.args[0] is previous:
+            activation = activations.of_node(current, modules)
+            if activation is not None:
+                break
+        if current.op == "call_module" and type(modules[str(current.target)]) is nn.Identity:
+            steps.append(current)
+            continue
+        if add is not None or current.target not in _ADDS:
+            return _followed_by(current, modules)
+        add, residual = current, _other_operand(current, previous)
+        if residual is None:
+            return (
+                f"what is added to it is no other tensor of the block, or is scaled ({current.format_node()})"
+            )
+        reason = _why_later_is_wrong(norm, add, residual, steps, modules)
+        if reason is not None:
+            return reason
+        steps.append(current)
+    return Match(norm, (*steps, current), add, residual, activation)
+
+
+def _followed_by(node: Node, modules: dict[str, nn.Module]) -> str:
+    if node.op == "output":
+        return "its output is the block's"
+    if node.op == "call_module":
+        return f"{type(modules[str(node.target)]).__name__} ({node.target}) follows it, and no activation"
+    return f"{getattr(node.target, '__name__', node.target)} follows it, and no activation"
+
+
+def _other_operand(add: Node, ours: Node) -> Node | None:
+    if len(add.args) != 2 or add.kwargs.get("alpha", 1) != 1 or add.kwargs.keys() - {"alpha"}:
+        return None
+    left, right = add.args
+    other = right if left is ours else left
+    return other if isinstance(other, Node) and other is not ours else None
+
+
+def _why_later_is_wrong(
+    norm: Node, add: Node, residual: Node, steps: list[Node], modules: dict[str, nn.Module]
+) -> str | None:
+    """With a residual, the layer's call moves to where the add stands. Nothing that it passes may write to
+    its input or see that it has not run yet; and the residual is not written to any more."""
+    layer = modules[str(norm.target)]
+    for node in _between(norm, add):
+        called = modules[str(node.target)] if node.op == "call_module" else None
+        if called is not None and any(m is layer for m in called.modules()):
+            return f"it runs again, as {node.target}, before the add"
+        if node not in steps and _may_write(node, called):
+            return f"{node.name}, before the add, may write in place"
+    if add.target in _ADDS_IN_PLACE and add.args[0] is residual:
+        fresh = residual.op == "call_module" and _returns_new(modules[str(residual.target)])
+        if not fresh or len(residual.users) != 1:
+            return "it is added in place to a tensor that is in use elsewhere"
+    return None
+
+
+def _between(first: Node, last: Node) -> Iterator[Node]:
+    node = first.next
+    while node is not last:
+        yield node
+        node = node.next
+
+
+def _may_write(node: Node, called: nn.Module | None) -> bool:
+    if called is not None:
+        return any(getattr(m, "inplace", False) or not _known(m) for m in called.modules())
+    if node.op in ("placeholder", "get_attr"):
+        return False
+    if any(value is True for value in node.args) or node.kwargs.get("inplace") or "out" in node.kwargs:
+        return True
+    if isinstance(node.target, str):
+        return node.target.endswith("_")
+    # Functions of others may do anything.
+    name = getattr(node.target, "__name__", "")
+    torchs = (getattr(node.target, "__module__", None) or "torch").startswith("torch")
+    return node.target not in _READS and (not torchs or name.endswith("_"))
+
+
+_READS = (getattr, operator.add, operator.sub, operator.mul, operator.truediv, operator.getitem)
+
+
+def _known(module: nn.Module) -> bool:
+    """Ours and torch.nn's forwards write to nothing but buffers of theirs, unless they say inplace."""
+    return isinstance(module, DropIn) or type(module).forward.__module__.startswith("torch.nn.")
+
+
+def _returns_new(module: nn.Module) -> bool:
+    if isinstance(module, nn.Sequential) and len(module):
+        return _returns_new(module[-1])
+    return isinstance(module, (DropIn, nn.modules.conv._ConvNd, nn.Linear))
