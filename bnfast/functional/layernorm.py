@@ -36,6 +36,8 @@ def layer_norm(
         return handle_torch_function(
             layer_norm, (input, weight, bias), input, normalized_shape, weight=weight, bias=bias, eps=eps
         )
+    if not isinstance(input, Tensor):
+        return F.layer_norm(input, normalized_shape, weight, bias, eps)  # torch's TypeError
     if type(eps) is not float:
         eps = _as_torch_takes_it(eps)
     way = path(input)
