@@ -253,6 +253,41 @@ def test_bad_arguments() -> None:
     assert (var == 1).all()
 
 
+@every_path
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.complex64, torch.float8_e5m2], ids=str)
+def test_input_that_is_no_batch_of_numbers(path: str, dtype: torch.dtype) -> None:
+    module = bnfast.BatchRenorm2d(3)
+    before = copy.deepcopy(module.state_dict())
+    with pytest.raises(TypeError, match=str(dtype)):
+        module(torch.ones(4, 3, 2, 2).to(dtype))
+    assert all(bit_identical(t, before[name]) for name, t in module.state_dict().items())
+
+
+@every_path
+@pytest.mark.parametrize("size", [1, 2, 4])
+@pytest.mark.parametrize("name", ["running_mean", "running_var", "weight", "bias"])
+def test_vectors_of_another_size(path: str, name: str, size: int) -> None:
+    x, good = torch.randn(4, 3, 2, 2), torch.ones(3)
+    vectors = dict.fromkeys(("running_mean", "running_var", "weight", "bias"), good) | {
+        name: torch.ones(size)
+    }
+    with pytest.raises(RuntimeError, match=rf"{name} should be of shape \[3\], but got \[{size}\]"):
+        batch_renorm(x, **vectors, training=True)
+    assert (good == 1).all()
+    assert (vectors[name] == 1).all()
+
+
+def test_quantization_and_tracing_see_a_plain_module() -> None:
+    module = bnfast.BatchRenorm2d(3).eval()
+    assert not hasattr(module, "qconfig")
+    module.qconfig = "some"
+    assert copy.deepcopy(module).qconfig == "some"
+    del module.qconfig
+    assert not hasattr(module, "qconfig")
+    x = torch.randn(2, 3, 4, 4)
+    torch.testing.assert_close(torch.jit.trace(module, x)(x), module(x))
+
+
 def test_converters_and_scripting_say_what_to_do() -> None:
     model = nn.Sequential(bnfast.BatchRenorm2d(3))
     with pytest.raises(RuntimeError, match="renormalizes"):

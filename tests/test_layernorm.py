@@ -4,11 +4,13 @@ function and the layer is in test_layernorm_layer.py."""
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+import bnfast
 from bnfast.functional import layer_norm
 from bnfast.kernels import layer_norm as kernels
 from bnfast.kernels import row_plan, steps
@@ -267,3 +269,9 @@ def test_too_large_for_32_bits() -> None:
             row_plan.forward(size)
     assert row_plan.forward(row_plan.Rows(2**24, 4096, 2, True, 132))[0] == "held"
     assert row_plan.gradients(row_plan.Rows(2**24, 4096, 2, True, 132)) is not None
+
+
+@pytest.mark.parametrize("input", [None, [1.0, 2.0]], ids=str)
+def test_input_that_is_no_tensor(input: Any) -> None:
+    with pytest.raises(TypeError, match="must be Tensor"):
+        bnfast.LayerNorm(2)(input)

@@ -152,6 +152,18 @@ def _fits(
     )
 
 
+def _verify_renormalized(x: Tensor, **vectors: Tensor | None) -> None:
+    """What torch.nn.functional.batch_norm finds out of itself, before plain formulas would broadcast it."""
+    if not (x.is_floating_point() and x.dtype.itemsize > 1):
+        raise TypeError(f"batch_renorm takes floating point input of 16 bits or more, but got {x.dtype}")
+    if x.dim() < 2:
+        raise ValueError(f"batch_renorm takes input of 2 or more dimensions, but got {x.dim()}")
+    verify_batch_size(x.size())
+    for name, t in vectors.items():
+        if t is not None and t.shape != x.shape[1:2]:
+            raise RuntimeError(f"{name} should be of shape [{x.shape[1]}], but got {list(t.shape)}")
+
+
 def _torch_batch_norm(
     x: Tensor,
     running_mean: Tensor | None,
@@ -181,7 +193,7 @@ def _torch_batch_norm(
                 f"({name}, beside the input)"
             )
     if renorm is not None and running_mean is not None and running_var is not None:
-        verify_batch_size(x.size())
+        _verify_renormalized(x, running_mean=running_mean, running_var=running_var, weight=weight, bias=bias)
         return batch_renorm(x, running_mean, running_var, weight, bias, momentum, eps, *renorm, batches)
     watched = torch.compiler.is_compiling() or torch.jit.is_tracing()
     if training and not watched and isinstance(bias, Tensor) and bias.dtype != x.dtype == torch.float32:

@@ -42,6 +42,8 @@ def layer_norm(
             layer_norm, (input, weight, bias, residual), input, normalized_shape, weight=weight, bias=bias,
             eps=eps, activation=activation, residual=residual,
         )  # fmt: skip
+    if not isinstance(input, Tensor):
+        return F.layer_norm(input, normalized_shape, weight, bias, eps)  # torch's TypeError
     if type(eps) is not float:
         eps = _as_torch_takes_it(eps)
     after = None if activation is None else Activation.of(activation)
