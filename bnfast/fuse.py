@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import NamedTuple
 
 from torch import nn
 
 from .activation import Activation
 from .convert import convert
-from .fusing.blocks import FusedBlock, live_sites, restore
+from .fusing.blocks import FusedBlock, live_sites, unfuse
 from .fusing.layers import NORMS
 from .fusing.survey import fuse_block, plan
 
@@ -65,17 +64,6 @@ def fuse(model: nn.Module) -> nn.Module:
     claimed: set[nn.Module] = set()
     for module in list(model.modules()):
         fuse_block(module, claimed)
-    return model
-
-
-def unfuse(model: nn.Module) -> nn.Module:
-    """Gives every block its original class back, in place, and returns the model. Warns of blocks whose class
-    somebody has replaced since they were fused: these stay."""
-    for name, module in model.named_modules():
-        if not restore(module):
-            warnings.warn(
-                f"{name or 'the model'} stays fused: its class has become {type(module)} since", stacklevel=2
-            )
     return model
 
 

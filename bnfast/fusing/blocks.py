@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import warnings
 from collections.abc import Callable
 from typing import Any
 from weakref import WeakValueDictionary
@@ -110,6 +111,17 @@ def restore(block: nn.Module) -> bool:
     if "_bnfast_original" in vars(type(block)):
         object.__setattr__(block, "__class__", original_class(type(block)))
     return not isinstance(block, FusedBlock)
+
+
+def unfuse(model: nn.Module) -> nn.Module:
+    """Gives every block its original class back, in place, and returns the model. Warns of blocks whose class
+    somebody has replaced since they were fused: these stay."""
+    for name, module in model.named_modules():
+        if not restore(module):
+            warnings.warn(
+                f"{name or 'the model'} stays fused: its class has become {type(module)} since", stacklevel=2
+            )
+    return model
 
 
 def live_sites(block: FusedBlock) -> tuple[list[Site], dict[str, str]]:

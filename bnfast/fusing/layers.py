@@ -7,11 +7,8 @@ from torch.nn.modules import module as torch_module
 
 from ..modules.drop_in import DropIn
 
-NORMS = (
-    nn.modules.batchnorm._NormBase,
-    nn.GroupNorm,
-    nn.LayerNorm,
-)  # and subclasses: what a report speaks of
+# and subclasses: what a report speaks of
+NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, DropIn)
 
 
 def hooked(module: nn.Module) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 import torch
@@ -104,28 +103,11 @@ class _BatchRenorm(DropIn, OptionalBias, nn.modules.batchnorm._BatchNorm):
             f"d_max_steps={self.d_max_steps}"
         )
 
-    @property
-    def qconfig(self) -> Any:
-        """Quantization's, if it has set one. convert_sync_batchnorm looks for it too, right after it has
-        built a bare SyncBatchNorm in this layer's place: there, and nowhere else, it raises.
-        """
-        if "qconfig" in self.__dict__:
-            return self.__dict__["qconfig"]
-        if sys._getframe(1).f_code.co_name == "convert_sync_batchnorm":
-            raise RuntimeError(
-                f"{type(self).__name__} renormalizes, which torch.nn.SyncBatchNorm does not: convert the "
-                "model's other layers one by one, or replace this one by a BatchNorm with the same "
-                "state_dict first"
-            )
-        raise AttributeError(f"'{type(self).__name__}' object has no attribute 'qconfig'")
-
-    @qconfig.setter
-    def qconfig(self, value: Any) -> None:
-        self.__dict__["qconfig"] = value
-
-    @qconfig.deleter
-    def qconfig(self) -> None:
-        self.__dict__.pop("qconfig")
+    def _lost_in_sync_batchnorm(self) -> str | None:
+        return (
+            "renormalizes, which torch.nn.SyncBatchNorm does not: convert the model's other layers one by "
+            "one, or replace this one by a BatchNorm with the same state_dict first"
+        )
 
     def __prepare_scriptable__(self) -> nn.Module:
         raise RuntimeError(
