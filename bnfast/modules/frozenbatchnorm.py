@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -16,15 +16,15 @@ from .drop_in import DropIn
 class TorchFrozenBatchNorm2d(nn.Module):
     """The layer in plain torch: what bnfast.revert and torch.jit.script have for FrozenBatchNorm2d."""
 
-    # detectron2's layer shares the keys, and takes a state_dict of a version below 3 for one whose
-    # running_var holds eps already.
+    # detectron2's layer shares the keys, and takes eps out of the running_var of a lower version.
     _version = 3
 
-    eps: float
-    weight: Tensor
-    bias: Tensor
-    running_mean: Tensor
-    running_var: Tensor
+    if TYPE_CHECKING:  # torch.jit.script would read these
+        eps: float
+        weight: Tensor
+        bias: Tensor
+        running_mean: Tensor
+        running_var: Tensor
 
     def __init__(
         self, num_features: int, eps: float = 1e-5, device: Any = None, dtype: torch.dtype | None = None
