@@ -50,6 +50,9 @@ _ELSEWHERE: dict[str, type[DropIn]] = {
 _TIMM_ACTIVATIONS = {"Sigmoid": "sigmoid", "Tanh": "tanh", "GELU": "gelu", "GELUTanh": "gelu_tanh"}
 
 
+_PARTS = ("act", "drop")  # modules that timm's layers call after torch.nn's own forward
+
+
 class _Origin(NamedTuple):
     """What a layer was that is not torch.nn's, and the modules that it called: timm's act and drop."""
 
@@ -85,7 +88,7 @@ def convert(model: nn.Module) -> nn.Module:
             continue
         before = type(module)
         if before not in _TORCH and before not in _PLAIN:
-            parts = {part: module._modules.pop(part) for part in ("act", "drop") if part in module._modules}
+            parts = {part: module._modules.pop(part) for part in [*module._modules] if part in _PARTS}
             attributes: Any = module
             attributes._converted_from = _Origin(before, parts)
             attributes.activation = _activation(parts.get("act"))

@@ -320,7 +320,7 @@ def test_layers_of_other_libraries(elsewhere: dict[str, Any], name: str, target:
         if t.is_floating_point():
             t.copy_(torch.rand_like(t) + 0.5)
     model = nn.Sequential(nn.Conv2d(3, 8, 3).double(), layer)
-    children = dict(layer.named_children())
+    children = list(layer.named_children())
     expected = record(copy.deepcopy(model), batch())
     keys = list(model.state_dict())
     bnfast.convert(model)
@@ -331,7 +331,7 @@ def test_layers_of_other_libraries(elsewhere: dict[str, Any], name: str, target:
     assert_same_training(record(copy.deepcopy(model), batch()), expected)
     bnfast.revert(model)
     assert type(layer) is elsewhere[name]
-    assert dict(layer.named_children()) == children
+    assert list(layer.named_children()) == children
     assert_same_training(record(model, batch()), expected, 0.0)
 
 

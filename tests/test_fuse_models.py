@@ -42,8 +42,11 @@ CASES = {
     "efficientnet_b0": Case(lambda tv: tv.models.efficientnet_b0(), IMAGE, 33, 0, 49),
     "regnet_y_400mf": Case(lambda tv: tv.models.regnet_y_400mf(), IMAGE, 49, 16, 53),
     "timm resnet50": Case(lambda timm: timm.create_model("resnet50"), IMAGE, 49, 16, 53, "timm"),
-    # timm's own GroupNorm and BatchNormAct2d are no torch.nn layers, so there is nothing to convert
-    "timm resnet50_gn": Case(lambda timm: timm.create_model("resnet50_gn"), IMAGE, 0, 0, 53, "timm"),
+    "timm resnet50_gn": Case(lambda timm: timm.create_model("resnet50_gn"), IMAGE, 49, 16, 53, "timm"),
+    # BatchNormAct2d, whose activation is the converted layer's own
+    "timm resnetv2_50": Case(
+        lambda timm: timm.create_model("resnetv2_50", norm_layer="batchnorm2d"), IMAGE, 0, 0, 49, "timm"
+    ),
 }  # fmt: skip
 
 

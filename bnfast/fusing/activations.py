@@ -48,6 +48,12 @@ def of_module(module: object) -> Activation | None:
     return _gelu(m.approximate) if kind is nn.GELU else None
 
 
+def still(module: object, activation: Activation) -> bool:
+    """Whether calling the module is this activation."""
+    name = _NAMED.get(type(module))
+    return of_module(module) == activation if name is None else name == activation.name
+
+
 class _Form:
     """How a function is called: what it takes after its input, with the defaults, and what that makes."""
 
