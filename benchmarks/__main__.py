@@ -37,6 +37,12 @@ def suites(options: argparse.Namespace, lacking: list[str]) -> int:
     return job.run(options, lacking)
 
 
+def memory(options: argparse.Namespace, lacking: list[str]) -> int:
+    from benchmarks import memory as job
+
+    return job.run(options, lacking)
+
+
 def parser() -> argparse.ArgumentParser:
     """A job is a subcommand with options of its own, and the function to hand them to."""
     about = "What bnfast does on this machine."
@@ -61,6 +67,9 @@ def parser() -> argparse.ArgumentParser:
     option("--suite", choices=[*SUITES, "all"], required=True, metavar="SUITE", help=names)
     kinds = f"of the tensors: {', '.join(LAYOUTS)} or both (default: what each network usually runs in)"
     option("--layout", choices=[*LAYOUTS, "both"], metavar="LAYOUT", help=kinds)
+    everywhere(option)
+
+    option = add("memory", memory, "count what ResNet-50 keeps for its backward")
     everywhere(option)
 
     option = add("digits", digits, "train a network with a layer of torch.nn and with bnfast's")

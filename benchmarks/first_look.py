@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from benchmarks import LAYERS, report, suite_run, tables, training
+from benchmarks import LAYERS, memory, report, suite_run, tables, training
 from benchmarks.session import Session, begin
 from benchmarks.suites import RESNET50, SUITES
 
@@ -39,4 +39,5 @@ def run(options: argparse.Namespace, lacking: list[str]) -> int:
     training.kernels(session, layer)
     resnet(session)
     networks(session)
+    memory.show(session, "5. Memory")
     return session.close()

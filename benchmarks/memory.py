@@ -1,0 +1,140 @@
+"""The job `memory`: what a network keeps from its forward for its backward, as it stands and with bnfast.
+
+The tensors are torch's fake ones: autograd and bnfast's operators say what they keep, of which shape and
+dtype, and nothing is computed. So ResNet-50's usual batch is counted on any machine."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+from types import FrameType
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import bnfast
+from benchmarks import report
+from benchmarks.resnet import resnet50
+from benchmarks.session import Session, begin
+from bnfast import dispatch
+
+BATCH, SIZE = 256, 224
+ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
+    "relu": lambda: nn.ReLU(inplace=True),
+    "silu": lambda: nn.SiLU(inplace=True),
+}
+VARIANTS: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "torch.nn": lambda model: model,
+    "converted": bnfast.convert,
+    "fused": bnfast.fuse,
+}
+ABOUT = (
+    f"Bytes that autograd keeps from the forward for the backward, in MB: ResNet-50, batch {BATCH}, bf16, "
+    "channels_last, with ReLU and with SiLU in its place, both in place. A tensor counts once, where it is "
+    "kept first; parameters do not. Of BatchNorm and ReLU both libraries keep the layer's input and the next "
+    "one's; bnfast adds one bit an element where a residual is added. An activation whose slope is not seen "
+    "from its output makes torch.nn keep the normalized tensor as well."
+)
+
+
+class Ledger:
+    """Bytes kept, by the module in whose forward. A tensor belongs to the first that keeps it."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.bytes: dict[str, int] = dict.fromkeys((name for name, _ in model.named_modules()), 0)
+        self._names = {module: name for name, module in model.named_modules()}
+        self._seen = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}
+        self._kept: list[Tensor] = []  # an address is nobody else's only as long as its tensor lives
+
+    def pack(self, t: Tensor) -> Tensor:
+        """For saved_tensors_hooks."""
+        storage = t.untyped_storage()
+        if storage._cdata not in self._seen:
+            self._seen.add(storage._cdata)
+            self._kept.append(t)
+            self.bytes[self._caller(sys._getframe(1))] += storage.nbytes()
+        return t
+
+    def _caller(self, frame: FrameType | None) -> str:
+        """The name of the innermost module among the callers."""
+        while frame is not None:
+            module: Any = frame.f_locals.get("self")
+            if isinstance(module, nn.Module) and module in self._names:
+                return self._names[module]
+            frame = frame.f_back
+        return ""
+
+
+def kept(model: nn.Module, x: Tensor) -> dict[str, int]:
+    """Bytes that a training forward keeps, by the name of the module that does."""
+    ledger = Ledger(model)
+    with torch.autograd.graph.saved_tensors_hooks(ledger.pack, lambda t: t):
+        model.train()(x)
+    return ledger.bytes
+
+
+@contextlib.contextmanager
+def bf16_by_default() -> Iterator[None]:
+    """Modules of fake tensors cannot change their dtype later."""
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(default)
+
+
+def count(activation: str, variant: str) -> dict[str, int]:
+    """Of ResNet-50, as if the kernels ran."""
+    # Fake tensors run nothing; this is what lets those of a CPU go the way of a GPU's.
+    with mock.patch.object(dispatch, "INTERPRET", True), FakeTensorMode():
+        with bf16_by_default():
+            model = VARIANTS[variant](resnet50(ACTIVATIONS[activation]))
+        x = torch.empty(BATCH, 3, SIZE, SIZE, dtype=torch.bfloat16)
+        return kept(model, x.to(memory_format=torch.channels_last))
+
+
+def by_block(bytes_: dict[str, int]) -> dict[str, int]:
+    """stem, layer1.0 ... layer4.2, head."""
+    sums: dict[str, int] = {}
+    for name, n in bytes_.items():
+        parts = name.split(".")
+        block = ".".join(parts[: 2 if parts[0].startswith("layer") else 1]) or "the model"
+        sums[block] = sums.get(block, 0) + n
+    return {block: n for block, n in sums.items() if n}
+
+
+def show(session: Session, title: str) -> None:
+    """The table by blocks, and a CSV file by modules."""
+    report.section(title, ABOUT)
+    if session.cannot("memory", "triton"):
+        return
+    columns = [(a, v) for a in ACTIVATIONS for v in VARIANTS]
+    with report.progress(len(columns), "counting what is kept") as bar:
+        found = []
+        for column in columns:
+            found.append(count(*column))
+            bar.update(1)
+    lines = [[name, *(str(f.get(name, 0)) for f in found)] for name in found[0]]
+    report.write_csv(session.folder / "memory.csv", ["module", *(f"{a} {v}" for a, v in columns)], lines)
+    blocks = [by_block(f) for f in found]
+    totals = [sum(f.values()) for f in found]
+    rows = [[name, *(f"{b.get(name, 0) / 1e6:.1f}" for b in blocks)] for name in blocks[0]]
+    rows.append(["total", *(f"{t / 1e6:.1f}" for t in totals)])
+    print()
+    print(report.table(["MB", *(f"{a}: {v}" for a, v in columns)], rows))
+    ratios = ", ".join(
+        f"{activation} {totals[3 * i + 2] / totals[3 * i]:.3f}" for i, activation in enumerate(ACTIVATIONS)
+    )
+    session.note("memory", "DONE", f"kept for the backward, fused over torch.nn: {ratios}")
+
+
+def run(options: argparse.Namespace, lacking: list[str]) -> int:
+    session = begin(options, lacking, "bnfast: what is kept for the backward")
+    show(session, "ResNet-50")
+    return session.close()
