@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import subprocess
@@ -19,6 +20,8 @@ COMMANDS = sorted(set(re.findall(r"python3? -m ([\w.]+(?: \w+)?)", README)))
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     """As a reader would, in a Python of its own: this one may have Triton's interpreter on."""
     variables = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    if importlib.util.find_spec("torchvision") is None:
+        variables["PYTHONPATH"] = str(ROOT / "tests" / "support" / "stand_ins")
     command = [sys.executable, *arguments]
     return subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, timeout=300)
 
