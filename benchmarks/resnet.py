@@ -35,19 +35,21 @@ class Bottleneck(nn.Module):
         return self.act(y)
 
 
-def resnet50(activation: Activation = lambda: nn.ReLU(inplace=True), classes: int = 1000) -> nn.Sequential:
-    """Children: stem, layer1 to layer4, head. Input: [N, 3, H, W]."""
+def resnet50(
+    activation: Activation = lambda: nn.ReLU(inplace=True), classes: int = 1000, width: int = 64
+) -> nn.Sequential:
+    """Children: stem, layer1 to layer4, head. Input: [N, 3, H, W]. width: channels of the stem."""
     parts: OrderedDict[str, nn.Module] = OrderedDict()
     parts["stem"] = nn.Sequential(
-        nn.Conv2d(3, 64, 7, 2, padding=3, bias=False), nn.BatchNorm2d(64), activation(),
+        nn.Conv2d(3, width, 7, 2, padding=3, bias=False), nn.BatchNorm2d(width), activation(),
         nn.MaxPool2d(3, 2, padding=1),
     )  # fmt: skip
-    channels = 64
+    channels = width
     for i, blocks in enumerate((3, 4, 6, 3)):
-        width, layer = 64 << i, nn.Sequential()
+        inner, layer = width << i, nn.Sequential()
         for j in range(blocks):
-            layer.append(Bottleneck(channels, width, 2 if i > 0 and j == 0 else 1, activation))
-            channels = 4 * width
+            layer.append(Bottleneck(channels, inner, 2 if i > 0 and j == 0 else 1, activation))
+            channels = 4 * inner
         parts[f"layer{i + 1}"] = layer
     parts["head"] = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, classes))
     return nn.Sequential(parts)
