@@ -42,7 +42,7 @@ class Fused(NamedTuple):
         """Backward: z in x's order or the signs, whichever the forward kept."""
         if self.z is None:
             return None, None
-        return (None, self.z) if self.z.dtype == torch.uint8 else (dense_like(self.z, x), None)
+        return (None, self.z.contiguous()) if self.z.dtype == torch.uint8 else (dense_like(self.z, x), None)
 
 
 NOTHING = Fused()

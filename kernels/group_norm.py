@@ -152,6 +152,8 @@ def backward(
             )  # fmt: skip
     # saved tensors come back from their hooks in any shape of memory
     x, table = dense(x), table.contiguous()
+    weight = None if weight is None else weight.contiguous()
+    bias = None if bias is None else bias.contiguous()
     dy = dense_like(dy, x)
     n, c = x.shape[:2]
     dx = torch.empty_like(x) if need_dx else None

@@ -14,7 +14,7 @@ def limit(start, end, batches, warmup, steps):
     counted before this one."""
     share = (batches - warmup) / tl.where(steps > warmup, steps - warmup, 1.0)
     share = tl.where(batches < warmup, 0.0, tl.where(batches >= steps, 1.0, share))
-    return start + (end - start) * share
+    return tl.where(share > 0.0, start + (end - start) * share, start)  # which may end at infinity
 
 
 @triton.jit

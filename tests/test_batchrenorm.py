@@ -326,3 +326,111 @@ def test_operator(momentum: float | None) -> None:
         [3.0, 5.0, 0.0, 9.0, 9.0], True,
     )  # fmt: skip
     torch.library.opcheck(torch.ops.bnfast.batch_renorm_train.default, arguments)
+
+
+@every_path
+@pytest.mark.parametrize("inside", [True, False], ids=["compiled inside", "compiled around"])
+def test_recomputation_is_refused_in_compiled_code_too(inside: bool, path: str) -> None:
+    """Where what the call is part of shows only when it runs."""
+    torch._dynamo.reset()
+    module = bnfast.BatchRenorm2d(3, warmup_steps=0, r_max_steps=1, d_max_steps=1)
+    x = torch.randn(4, 3, 2, 2, requires_grad=True)
+    if inside:
+        compiled = torch.compile(module, backend="aot_eager")
+        y = checkpoint(compiled, x, use_reentrant=False)
+    else:
+        compiled = torch.compile(lambda x: checkpoint(module, x, use_reentrant=False), backend="aot_eager")
+        y = compiled(x)
+    state = copy.deepcopy(module.state_dict())
+    with pytest.raises(RuntimeError, match="within a backward"):
+        y.square().sum().backward()
+    for name, value in module.state_dict().items():
+        assert bit_identical(value, state[name]), name
+
+
+@every_path
+def test_collecting_statistics_shows_what_it_was_given(path: str) -> None:
+    """With a batch left out, the average would be of something else, and nobody would see it."""
+    module = bnfast.BatchRenorm2d(2)
+    module.momentum = None
+    module(torch.full((3, 2, 2, 2), float("nan")))
+    assert module.running_mean.isnan().all()
+    assert module.running_var.isnan().all()
+
+
+@every_path
+def test_limits_may_be_infinite(path: str) -> None:
+    """Not before the schedule begins, and without NaN."""
+    inf = float("inf")
+    x = torch.randn(8, 3, 4, 4) * 3 + 10
+    module = bnfast.BatchRenorm2d(3, r_max=inf, d_max=inf, warmup_steps=1, r_max_steps=3, d_max_steps=3)
+    torch.testing.assert_close(module(x), nn.BatchNorm2d(3)(x))
+    mean, variance = (t.clone().view(1, -1, 1, 1) for t in (module.running_mean, module.running_var))
+    for _ in range(2):
+        before = copy.deepcopy(module).eval()(x)
+        y = module(x)
+    torch.testing.assert_close(y, before, rtol=1e-4, atol=1e-4)
+    assert mean.isfinite().all()
+    assert variance.isfinite().all()
+
+
+@pytest.mark.parametrize("options", [{"warmup_steps": float("nan")}, {"r_max_steps": float("nan")}], ids=str)
+def test_schedules_of_nan(options: Any) -> None:
+    with pytest.raises(ValueError, match="0 <= warmup_steps"):
+        bnfast.BatchRenorm2d(3, **options)
+
+
+@every_path
+def test_a_variance_that_overflows(path: str) -> None:
+    """Of finite values with a finite mean."""
+    x = torch.tensor([1e25, -1e25, 3e24]).view(3, 1, 1, 1)
+    module = bnfast.BatchRenorm2d(1)
+    module(x)
+    assert module.running_mean.item() == 0.0
+    assert module.running_var.item() == 1.0
+
+
+@every_path
+def test_a_constant_channel_never_gets_a_negative_variance(path: str) -> None:
+    module = bnfast.BatchRenorm2d(4, momentum=1.0)
+    module(torch.linspace(-3, 5, 4).view(1, 4, 1, 1).expand(6, 4, 2, 2))
+    assert (module.running_var >= 0).all()
+
+
+@every_path
+@pytest.mark.parametrize("shape", [(0, 2, 3, 3), (4, 2, 0, 3)], ids=str)
+def test_a_batch_without_values_only_counts(shape: tuple[int, ...], path: str) -> None:
+    module = bnfast.BatchRenorm2d(2, skip_nonfinite=False)
+    before = copy.deepcopy(module.state_dict())
+    assert module(torch.empty(shape)).shape == shape
+    before["num_batches_tracked"] += 1
+    for name, value in module.state_dict().items():
+        assert bit_identical(value, before[name]), name
+
+
+@every_path
+def test_statistics_that_cannot_be_written_to(path: str) -> None:
+    with torch.inference_mode():
+        module = bnfast.BatchRenorm2d(3)
+    before = module.running_mean.clone()
+    with pytest.raises(RuntimeError, match="inference tensor"):
+        module(torch.randn(4, 3, 2, 2))
+    assert bit_identical(module.running_mean, before)
+    module = bnfast.BatchRenorm2d(3)
+    module.running_mean = torch.zeros(3, dtype=torch.int32)
+    with pytest.raises(TypeError, match="running_mean should be of floating point"):
+        module(torch.randn(4, 3, 2, 2))
+
+
+@every_path
+def test_arguments_of_the_function(path: str) -> None:
+    x, mean, var = torch.randn(4, 3, 2, 2), torch.zeros(3), torch.ones(3)
+    with pytest.raises(TypeError, match="training"):
+        batch_renorm(x, mean, var, training="yes")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="r_max must be at least 1"):
+        batch_renorm(x, mean, var, training=False, r_max=0.1)
+    assert not mean.any()
+    y = batch_renorm(x, mean, var, training=True, r_max=torch.tensor(2.0), d_max=torch.tensor(1))
+    torch.testing.assert_close(
+        y, batch_renorm(x, torch.zeros(3), torch.ones(3), training=True, r_max=2.0, d_max=1.0)
+    )

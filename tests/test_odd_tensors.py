@@ -16,6 +16,7 @@ from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import bnfast
+from bnfast import functional
 from bnfast.functional import batch_norm
 from tests.support.buffers import bit_identical
 
@@ -39,7 +40,8 @@ def vectors() -> dict[str, Tensor]:
 
 
 def strided(t: Tensor) -> Tensor:
-    return torch.stack((t, torch.full_like(t, float("nan"))), -1)[..., 0]
+    other = torch.full_like(t, float("nan")) if t.is_floating_point() else ~t
+    return torch.stack((t, other), -1)[..., 0]
 
 
 def misaligned(t: Tensor) -> Tensor:
@@ -85,6 +87,33 @@ def test_saved_tensors_come_back_in_other_memory(
     found = torch.autograd.grad(y, leaves, dy)
     assert len(unpacked) >= 3
     assert_close(found, expected, **CLOSE)
+
+
+OTHERS: dict[str, Callable[..., Tensor]] = {
+    "group": lambda x, w, b, **after: functional.group_norm(x, 2, w, b, **after),
+    "instance": lambda x, w, b, **after: functional.instance_norm(x, None, None, w, b, **after),
+    "layer": lambda x, w, b, **after: functional.layer_norm(x, x.shape[-1:], w, b, **after),
+    "batch": lambda x, w, b, **after: batch_norm(x, None, None, w, b, True, **after),
+}
+
+
+@pytest.mark.parametrize("unpack", [strided, misaligned, reversed_strides])
+@pytest.mark.parametrize("after", ["nothing", "relu", "silu"])
+@pytest.mark.parametrize("name", OTHERS)
+def test_saved_tensors_of_every_layer_come_back_in_other_memory(
+    name: str, after: str, unpack: Callable[[Tensor], Tensor]
+) -> None:
+    x, z, dy = data(2, 4, 4, 8), data(2, 4, 4, 8, seed=7), data(2, 4, 4, 8, seed=5)
+    vector = 8 if name == "layer" else 4
+    weight, bias = data(vector, seed=3), data(vector, seed=4)
+    leaves = [t.requires_grad_() for t in (x, weight, bias)]
+    options = {} if after == "nothing" else {"activation": after, "residual": z}
+    found = []
+    for hook in (lambda t: t, unpack):
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t, hook=hook: hook(t)):
+            y = OTHERS[name](x, weight, bias, **options)
+        found.append(torch.autograd.grad(y, leaves, dy))
+    assert_close(found[1], found[0], **CLOSE)
 
 
 def copies(given: dict[str, Tensor]) -> dict[str, Tensor]:

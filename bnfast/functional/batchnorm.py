@@ -162,6 +162,15 @@ def _verify_renormalized(x: Tensor, **vectors: Tensor | None) -> None:
     for name, t in vectors.items():
         if t is not None and t.shape != x.shape[1:2]:
             raise RuntimeError(f"{name} should be of shape [{x.shape[1]}], but got {list(t.shape)}")
+        if t is not None and not t.is_floating_point():
+            raise TypeError(f"{name} should be of floating point, but got {t.dtype}")
+        written = name.startswith("running") and not (
+            torch.compiler.is_compiling() or torch.is_inference_mode_enabled()
+        )
+        if t is not None and written and t.is_inference():
+            raise RuntimeError(
+                f"Inplace update to inference tensor outside InferenceMode is not allowed: {name} is one"
+            )
 
 
 def _torch_batch_norm(

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from ..activation import Activation, ActivationLike
-from ..reference.batchrenorm import Limits
+from ..reference.batchrenorm import Limits, refuse_recomputation
 from .batchnorm import counting_batch_norm
 
 
@@ -47,7 +47,7 @@ def batch_renorm(
         )  # fmt: skip
     if momentum is None:
         raise TypeError("batch_renorm(): argument 'momentum' must be float, not NoneType")
-    limits = (r_max, d_max, 0.0, 0.0, 0.0)
+    limits = (float(r_max), float(d_max), 0.0, 0.0, 0.0)
     return scheduled_batch_renorm(
         input, running_mean, running_var, weight, bias, training, momentum, eps, limits, True, None,
         None if activation is None else Activation.of(activation), residual,
@@ -71,7 +71,12 @@ def scheduled_batch_renorm(
 ) -> Tensor:
     """batch_renorm with limits that grow with the number of batches so far, read on the device. momentum None
     collects statistics: r = 1, d = 0, cumulative average. guarded: channels of a batch that are not finite
-    leave their running statistics alone."""
+    leave their running statistics alone; not so while statistics are collected, where a channel would need a
+    count of its own."""
+    if not limits[0] >= 1:
+        raise ValueError(f"batch_renorm r_max must be at least 1, but got {limits[0]}")
+    if not limits[1] >= 0:
+        raise ValueError(f"batch_renorm d_max must be at least 0, but got {limits[1]}")
     if not training:
         return counting_batch_norm(
             input, running_mean, running_var, weight, bias, False, momentum or 0.0, eps, None, None,
@@ -79,17 +84,10 @@ def scheduled_batch_renorm(
         )  # fmt: skip
     if running_mean is None or running_var is None:
         raise ValueError("batch_renorm needs running_mean and running_var: it corrects towards them")
-    if not limits[0] >= 1:
-        raise ValueError(f"batch_renorm r_max must be at least 1, but got {limits[0]}")
-    if not limits[1] >= 0:
-        raise ValueError(f"batch_renorm d_max must be at least 0, but got {limits[1]}")
-    if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
-        raise RuntimeError(
-            "Batch Renormalization ran forward within a backward, as activation checkpointing does to "
-            "recompute: the running statistics have moved since, so its r, d and gradients would be others. "
-            "Leave this layer out of the checkpointed part, or use BatchNorm there."
-        )
+    if not torch.compiler.is_compiling():
+        refuse_recomputation()
     return counting_batch_norm(
-        input, running_mean, running_var, weight, bias, True, momentum, eps, batches, (limits, guarded),
+        input, running_mean, running_var, weight, bias, training, momentum, eps, batches,
+        (limits, guarded and momentum is not None),
         activation, residual,
     )  # fmt: skip

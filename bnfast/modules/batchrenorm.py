@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -28,10 +29,13 @@ class _BatchRenorm(DropIn, OptionalBias, nn.modules.batchnorm._BatchNorm):
     come along.
 
     skip_nonfinite: a channel whose batch holds inf or NaN, as in a step that mixed precision's loss scaling
-    throws away, leaves its running statistics alone (else they, and with them r and d, are NaN for ever).
+    throws away, leaves its running statistics alone (else they, and with them r and d, are NaN for ever). It
+    is the batch that is looked at, not what is stored: fp16 statistics may overflow. A skipped batch counts:
+    it moves the schedule on.
 
     momentum may be set to None later, as torch.optim.swa_utils.update_bn does: then r = 1, d = 0, and running
-    statistics become the average over all batches since they were reset (of the mean, and of sigma).
+    statistics become the average over all batches since they were reset (of the mean, and of sigma), and
+    nothing is skipped.
 
     Raises RuntimeError in the recomputation of activation checkpointing: the running statistics have moved by
     then, and r and d with them, so that gradients would be wrong."""
@@ -65,7 +69,7 @@ class _BatchRenorm(DropIn, OptionalBias, nn.modules.batchnorm._BatchNorm):
             )
         if not r_max >= 1 or not d_max >= 0:
             raise ValueError(f"BatchRenorm needs r_max >= 1 and d_max >= 0, but got {r_max} and {d_max}")
-        if warmup_steps < 0 or r_max_steps < warmup_steps or d_max_steps < warmup_steps:
+        if not 0 <= warmup_steps <= min(r_max_steps, d_max_steps) < math.inf:
             raise ValueError(
                 "BatchRenorm needs 0 <= warmup_steps <= r_max_steps, d_max_steps, but got "
                 f"{warmup_steps}, {r_max_steps}, {d_max_steps}"
@@ -100,7 +104,7 @@ class _BatchRenorm(DropIn, OptionalBias, nn.modules.batchnorm._BatchNorm):
         return (
             f"{super().extra_repr()}, r_max={self.r_max}, d_max={self.d_max}, "
             f"warmup_steps={self.warmup_steps}, r_max_steps={self.r_max_steps}, "
-            f"d_max_steps={self.d_max_steps}"
+            f"d_max_steps={self.d_max_steps}{'' if self.skip_nonfinite else ', skip_nonfinite=False'}"
         )
 
     def _lost_in_sync_batchnorm(self) -> str | None:

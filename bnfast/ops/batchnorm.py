@@ -13,6 +13,7 @@ import torch
 
 from ..kernels import batch_norm as kernels
 from ..kernels import layouts
+from ..reference.batchrenorm import refuse_recomputation
 from .followed import BACKWARD, FORWARD, define, fused, gradients_like, present, signs_like, with_signs
 
 
@@ -32,6 +33,7 @@ def _train(  # type: ignore[no-untyped-def]
 def _train_renorm(  # type: ignore[no-untyped-def]
     x, weight, bias, running_mean, running_var, batches, cumulative, momentum, eps, limits, guarded, *after,
 ):  # fmt: skip
+    refuse_recomputation()
     return _train(
         x, weight, bias, running_mean, running_var, batches, cumulative, momentum, eps, *after,
         renorm=(tuple(limits), guarded),

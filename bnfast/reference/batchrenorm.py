@@ -5,15 +5,39 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..dispatch import is_exporting
 from .batchnorm import affine, by_channel, moments, wide
 
 Limits = tuple[float, float, float, float, float]  # r_max, d_max, warmup, r_steps, d_steps
 
 
+def refuse_recomputation() -> None:
+    """Raises RuntimeError within a backward, which is where activation checkpointing runs forwards again."""
+    if torch._C._current_graph_task_id() != -1:
+        raise RuntimeError(
+            "Batch Renormalization ran forward within a backward, as activation checkpointing does to "
+            "recompute: the running statistics have moved since, so its r, d and gradients would be others. "
+            "Leave this layer out of the checkpointed part, or use BatchNorm there."
+        )
+
+
+def _before_backward(running_mean: Tensor) -> Tensor:
+    refuse_recomputation()
+    return running_mean.clone()
+
+
+# What is compiled asks when it runs: while it is compiled there is no backward to be seen.
+_library = torch.library.Library("bnfast", "FRAGMENT")
+_library.define("batch_renorm_once(Tensor running_mean) -> Tensor")
+_library.impl("batch_renorm_once", _before_backward, "CompositeExplicitAutograd")
+torch.library.register_fake("bnfast::batch_renorm_once", torch.empty_like, lib=_library)
+
+
 def limit(start: float, end: float, batches: Tensor, warmup: float, steps: float) -> Tensor:
     """`start` for the first `warmup` batches, then a straight line to `end` at batch `steps`."""
     share = ((batches - warmup) / max(steps - warmup, 1.0)).clamp(0, 1)
-    return start + (end - start) * torch.where(batches >= max(steps, warmup), torch.ones_like(share), share)
+    share = torch.where(batches >= max(steps, warmup), torch.ones_like(share), share)
+    return torch.where(share > 0, start + (end - start) * share, start)  # which may end at infinity
 
 
 def batch_renorm(
@@ -31,12 +55,17 @@ def batch_renorm(
     """A training step, in x's dtype. Differentiable; running statistics and counter are updated in place,
     last.
 
-    momentum None: r = 1, d = 0 and the cumulative average."""
+    momentum None: r = 1, d = 0 and the cumulative average. A batch without values only counts."""
+    if torch.compiler.is_compiling() and not is_exporting():
+        with torch.no_grad():
+            old_mean = torch.ops.bnfast.batch_renorm_once(running_mean)
+    else:
+        old_mean = running_mean
     mean, variance = moments(x)
     sigma = (variance + eps).sqrt()
     with torch.no_grad():
         r_max, d_max, warmup, r_steps, d_steps = limits
-        old_mean, old_var = running_mean.to(mean.dtype), running_var.to(mean.dtype)
+        old_mean, old_var = old_mean.to(mean.dtype), running_var.to(mean.dtype)
         old_sigma = (old_var + eps).sqrt()
         seen = mean.new_zeros(()) if batches is None else batches.to(mean.dtype)
         if momentum is None:
@@ -58,8 +87,9 @@ def batch_renorm(
         if guarded:
             finite = mean.detach().isfinite() & sigma.detach().isfinite()
             new_mean, new_var = torch.where(finite, new_mean, old_mean), torch.where(finite, new_var, old_var)
-        running_mean.copy_(new_mean)
-        running_var.copy_(new_var)
+        if x.numel():
+            running_mean.copy_(new_mean)
+            running_var.copy_(new_var)
         if batches is not None:
             batches.add_(1)
     return y.to(x.dtype)
