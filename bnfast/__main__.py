@@ -13,7 +13,9 @@ import torch
 from . import __version__, dispatch
 
 # which all take the same paths
-LAYERS = "BatchNorm1d/2d/3d, BatchRenorm1d/2d/3d, GroupNorm, InstanceNorm1d/2d/3d, LayerNorm"
+LAYERS = (
+    "BatchNorm1d/2d/3d, BatchRenorm1d/2d/3d, FrozenBatchNorm2d, GroupNorm, InstanceNorm1d/2d/3d, LayerNorm"
+)
 
 
 def info() -> int:

@@ -55,8 +55,9 @@ def fuse(model: nn.Module) -> nn.Module:
     them gets a subclass of its class, under the same name. It takes the original forward wherever that may
     have come to differ: other plain attributes, other children, hooks, other arguments.
 
-    A forward is replaced by what torch.fx records of it. What it does beside tensors (printing, writing
-    to globals) is not recorded. Forwards that cannot be traced are left, and `fusion_report` lists them.
+    A forward is replaced by what torch.fx records of it. What it does beside tensors (printing, reading
+    and writing globals) is not recorded. Forwards that cannot be traced are left, and `fusion_report` lists
+    them.
 
     Returns the model (a new one only if it is itself a layer that was converted).
     """

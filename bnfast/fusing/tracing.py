@@ -141,14 +141,15 @@ class _BlockTracer(Tracer):
 
     def create_node(self, *args: Any, **kwargs: Any) -> Node:
         if _around() != self.around:
-            raise TraceError("forward changes grad mode or autocast")
+            raise TraceError("forward changes grad mode, autocast or how tensors are saved")
         return super().create_node(*args, **kwargs)
 
 
 def _around() -> tuple[object, ...]:
     """What forward may change for a part of itself, which no graph records."""
     autocast = [(torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in ("cpu", "cuda")]
-    return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), *autocast
+    saving = torch._C._autograd._top_saved_tensors_default_hooks(False)  # activation checkpointing's too
+    return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), saving, *autocast
 
 
 @contextlib.contextmanager

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 CHANNELS = 4
 
@@ -190,6 +191,14 @@ def _hooked() -> nn.Module:
 
 
 # name: (block, words of the reason)
+def _checkpointed(b: Any, y: Tensor, x: Tensor) -> Tensor:
+    return checkpoint(lambda t: F.relu(t + x), y, use_reentrant=False)
+
+
+def _checkpointed_reentrant(b: Any, y: Tensor, x: Tensor) -> Tensor:
+    return checkpoint(lambda t: F.relu(t + x), y, use_reentrant=True)
+
+
 NOT_FUSABLE: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "no activation": (lambda: Block(lambda b, y, x: y), "its output is the block's"),
     "another module": (lambda: Block(lambda b, y, x: b.pool(y), pool=nn.MaxPool2d(2)), "MaxPool2d"),
@@ -210,5 +219,7 @@ NOT_FUSABLE: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "branch on a value": (lambda: Block(lambda b, y, x: F.relu(y) if y.sum() > 0 else y), "left as it is"),
     "branch on a type": (lambda: Block(lambda b, y, x: F.relu(y) if isinstance(x, Tensor) else y), "type of"),
     "attribute set": (lambda: Block(_remembers), "sets last"),
+    "checkpointed part": (lambda: Block(_checkpointed), "how tensors are saved"),
+    "checkpointed part, reentrant": (lambda: Block(_checkpointed_reentrant), "left as it is"),
     "tensor made": (lambda: Block(lambda b, y, x: F.relu(y) * torch.ones(1)), "a tensor of its own"),
 }  # fmt: skip
