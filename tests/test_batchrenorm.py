@@ -137,7 +137,9 @@ def test_unclipped_training_equals_eval_before_the_update(path: str) -> None:
 
 @every_path
 def test_gradients_of_all_orders(path: str) -> None:
-    t = given((3, 2, 2, 3), torch.contiguous_format, torch.float64)
+    # in the interpreter every difference is a launch
+    shape = (3, 2, 2, 3) if path == "torch" else (2, 2, 2, 1)
+    t = given(shape, torch.contiguous_format, torch.float64)
 
     def function(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         mean, var = t["running_mean"].clone(), t["running_var"].clone()
