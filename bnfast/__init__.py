@@ -5,6 +5,8 @@
     bnfast.LayerNorm            drop-in for torch.nn.LayerNorm
     bnfast.GroupNorm            drop-in for torch.nn.GroupNorm
     bnfast.InstanceNorm2d       drop-in for torch.nn.InstanceNorm2d (and 1d, 3d)
+    bnfast.FrozenBatchNorm2d    drop-in for torchvision's and detectron2's
+    bnfast.convert(model)       a model's layers become these; bnfast.revert(model) undoes it
     bnfast.functional           the same as functions, with torch.nn.functional's signatures
 
 CUDA tensors run the Triton kernels. Everything else runs plain torch, with the same results: `python -m
@@ -12,8 +14,9 @@ bnfast info` says which and why."""
 
 from . import functional, modules
 from .activation import Activation
+from .convert import convert, revert
 from .modules import *  # noqa: F403
 
 __version__ = "0.1.0"
 
-__all__ = [*modules.__all__, "Activation", "functional", "__version__"]
+__all__ = [*modules.__all__, "Activation", "convert", "functional", "revert", "__version__"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -103,14 +103,10 @@ class _BatchRenorm(DropIn, OptionalBias, nn.modules.batchnorm._BatchNorm):
             f"d_max_steps={self.d_max_steps}"
         )
 
-    @property
-    def qconfig(self) -> NoReturn:
-        """What convert_sync_batchnorm looks at, after it has built a bare SyncBatchNorm in this layer's
-        place.
-        """
-        raise RuntimeError(
-            f"{type(self).__name__} renormalizes, which torch.nn.SyncBatchNorm does not: convert the model's "
-            "other layers one by one, or replace this one by a BatchNorm with the same state_dict first"
+    def _lost_in_sync_batchnorm(self) -> str:
+        return (
+            "renormalizes, which torch.nn.SyncBatchNorm does not: convert the model's other layers one by "
+            "one, or replace this one by a BatchNorm with the same state_dict first, as bnfast.revert does"
         )
 
     def __prepare_scriptable__(self) -> nn.Module:

@@ -3,11 +3,13 @@ where graphs are recorded, by torch.fx and torch.jit.script."""
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 from torch import Tensor, nn
 from torch.fx import Proxy
 from torch.fx.proxy import TraceError
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..activation import Activation
 
@@ -59,10 +61,43 @@ class DropIn(nn.Module):
                 f"torch.jit.script has torch.nn's layer for {type(self).__name__}, which has no activation: "
                 "apply it in a module of its own, or use torch.export"
             )
-        plain = next(c for c in type(self).__mro__ if c.__module__.startswith("torch.nn.modules."))
+        plain = next(c for c in type(self).__mro__ if issubclass(c, nn.Module) and not issubclass(c, DropIn))
         module: nn.Module = object.__new__(plain)
         module.__dict__ = dict(self.__dict__)
         return module
+
+    @property
+    def qconfig(self) -> Any:
+        """Quantization's, if it has set one. torch's and timm's convert_sync_batchnorm look for it too, right
+        after they have built a bare SyncBatchNorm in a layer's place: there, and nowhere else, it raises
+        where something would be lost."""
+        if sys._getframe(1).f_code.co_name == "convert_sync_batchnorm":
+            lost = self._lost_in_sync_batchnorm()
+            if lost is not None:
+                raise RuntimeError(f"{type(self).__name__} {lost}")
+        if "qconfig" not in self.__dict__:
+            raise AttributeError(f"'{type(self).__name__}' object has no attribute 'qconfig'")
+        return self.__dict__["qconfig"]
+
+    @qconfig.setter
+    def qconfig(self, value: Any) -> None:
+        self.__dict__["qconfig"] = value
+
+    @qconfig.deleter
+    def qconfig(self) -> None:
+        if "qconfig" not in self.__dict__:
+            raise AttributeError("qconfig")
+        del self.__dict__["qconfig"]
+
+    def _lost_in_sync_batchnorm(self) -> str | None:
+        """What a bare SyncBatchNorm would not do as this layer does, and a way out; None if nothing."""
+        if self.activation is None or not isinstance(self, _BatchNorm):
+            return None
+        return (
+            f"applies {self.activation.name} itself, which torch.nn.SyncBatchNorm does not: build it without "
+            "activation= and apply that in a module behind it, or, if bnfast.convert made it of one of "
+            "timm's, use bnfast.revert and then timm's converter"
+        )
 
 
 class OptionalBias:

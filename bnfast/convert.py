@@ -1,0 +1,241 @@
+"""Whole models: normalization layers become bnfast's where they stand, and what they were again.
+
+A layer keeps its object and gets another class, as lazy and parametrized layers do in torch. A new object
+would have to take the old one's place under every name in the model, in every list beside it, in what its
+hooks hold, and in the caller's own variables. This way parameters, buffers, hooks, flags and other attributes
+are not copied, so none is forgotten. It takes classes whose objects hold the same things, so a layer that
+holds anything else which bnfast's class would read is left alone, and so is every class not exactly known."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections import Counter, defaultdict
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.nn.modules.lazy import LazyModuleMixin
+from torch.nn.utils.parametrize import is_parametrized
+
+from . import modules
+from .activation import Activation
+from .fusing.activations import of_module
+from .fusing.layers import NORMS, hooked
+from .modules import plain
+from .modules.drop_in import DropIn
+from .modules.frozenbatchnorm import TorchFrozenBatchNorm2d
+
+_LOG = logging.getLogger("bnfast")
+
+# Called with the model before its layers are reverted: what is built upon converted layers, such as rewritten
+# calls of them, has its undoing added here. It imports this module; this one cannot import it.
+UNDO_FIRST: list[Callable[[nn.Module], Any]] = []
+
+_TORCH: dict[type[nn.Module], type[DropIn]] = {
+    getattr(nn, name): getattr(modules, name) for name in modules.__all__ if hasattr(nn, name)
+} | {TorchFrozenBatchNorm2d: modules.FrozenBatchNorm2d}
+_PLAIN = {getattr(plain, ours.__name__): ours for ours in _TORCH.values()}
+_DETECTRON = "detectron2.layers.batch_norm.FrozenBatchNorm2d"  # its output has the input's dtype
+# Known by name: these libraries are nobody's dependency here.
+_ELSEWHERE: dict[str, type[DropIn]] = {
+    "torchvision.ops.misc.FrozenBatchNorm2d": modules.FrozenBatchNorm2d,
+    _DETECTRON: modules.FrozenBatchNorm2d,
+    "timm.layers.norm_act.BatchNormAct2d": modules.BatchNorm2d,
+    "timm.layers.norm_act.FrozenBatchNormAct2d": modules.FrozenBatchNorm2d,
+    "timm.layers.norm_act.GroupNormAct": modules.GroupNorm,
+    "timm.layers.norm_act.GroupNorm1Act": modules.GroupNorm,
+    "timm.layers.norm_act.LayerNormAct": modules.LayerNorm,
+    "timm.layers.norm.GroupNorm": modules.GroupNorm,
+    "timm.layers.norm.GroupNorm1": modules.GroupNorm,
+    "timm.layers.norm.LayerNorm": modules.LayerNorm,
+}
+# timm's own copies of torch.nn's activations, as far as it makes them with the torch versions served here
+_TIMM_ACTIVATIONS = {"Sigmoid": "sigmoid", "Tanh": "tanh", "GELU": "gelu", "GELUTanh": "gelu_tanh"}
+_PARTS = ("act", "drop")  # modules that timm's layers call after torch.nn's own forward
+
+
+class _Origin(NamedTuple):
+    """What a layer was that is not torch.nn's, and the modules that it called: timm's act and drop."""
+
+    kind: type[nn.Module]
+    parts: dict[str, nn.Module]
+
+
+def convert(model: nn.Module) -> nn.Module:
+    """Makes bnfast's layers of a model's normalization layers, in place.
+
+    Converted are, by exact type: torch.nn's BatchNorm1d/2d/3d, GroupNorm, InstanceNorm1d/2d/3d and LayerNorm;
+    torchvision's and detectron2's FrozenBatchNorm2d; timm's BatchNormAct2d, FrozenBatchNormAct2d,
+    GroupNormAct, GroupNorm1Act and LayerNormAct, with their activation as the layer's own, and timm's
+    GroupNorm, GroupNorm1 and LayerNorm. Parameters, buffers, hooks, flags, dtype, device and state_dict keys
+    stay, so the optimizer may have been made before; FSDP and torch.jit.script come after, since they replace
+    classes themselves.
+
+    Left alone are subclasses, lazy, parametrized and pruned layers, those whose activation the kernels do not
+    know, and all kinds that bnfast has not.
+
+    Returns the model. Logs what was converted, and what was left alone and why, to the logger "bnfast" at
+    level INFO. Raises TypeError for anything but a torch.nn.Module."""
+    log = _Log("convert", model)
+    for name, module in list(model.named_modules()):
+        target = _counterpart(type(module))
+        if target is None:
+            if _is_norm(module) and not isinstance(module, DropIn):
+                log.left(name, module, _why_unknown(module))
+            continue
+        obstacle = _obstacle(module, target)
+        if obstacle:
+            log.left(name, module, obstacle)
+            continue
+        before = type(module)
+        if before not in _TORCH and before not in _PLAIN:
+            parts = {part: module._modules.pop(part) for part in [*module._modules] if part in _PARTS}
+            attributes: Any = module
+            attributes._converted_from = _Origin(before, parts)
+            attributes.activation = _activation(parts.get("act"))
+            if _called(before) == _DETECTRON:
+                attributes.keep_dtype = True
+        module.__class__ = target
+        log.changed(before, module)
+    log.write()
+    return model
+
+
+def revert(model: nn.Module) -> nn.Module:
+    """Undoes `convert`, in place: layers become torch.nn's, or what they were converted from.
+
+    A layer that carries an activation and came from nowhere else becomes one of bnfast.modules.plain:
+    torch.nn's with the activation behind it and the same state_dict keys. It still takes a residual, which
+    torch.nn's do not. Batch Renormalization becomes BatchNorm, which is equal in eval only: a warning
+    says so. Torch has no frozen BatchNorm, so one that came from nowhere else becomes bnfast's own in plain
+    torch. Subclasses of bnfast's layers are left alone.
+
+    Returns the model; logs as `convert` does. Raises TypeError for anything but a torch.nn.Module."""
+    log = _Log("revert", model)
+    for undo in UNDO_FIRST:
+        undo(model)
+    theirs = {ours: kind for kind, ours in _TORCH.items()}
+    theirs |= {getattr(modules, f"BatchRenorm{n}d"): getattr(nn, f"BatchNorm{n}d") for n in (1, 2, 3)}
+    for name, module in list(model.named_modules()):
+        before = type(module)
+        if before not in theirs:
+            if isinstance(module, DropIn) and before not in _PLAIN:
+                log.left(name, module, "a subclass of bnfast's")
+            continue
+        if before.__name__.startswith("BatchRenorm"):
+            log.unlike.append(name or "the model")
+        module.__class__ = _restored(module, theirs[before])
+        log.changed(before, module)
+    log.write()
+    return model
+
+
+def _restored(module: Any, kind: type[nn.Module]) -> type[nn.Module]:
+    """The class that one of bnfast's layers goes back to; its attributes are made to fit. kind: torch's."""
+    activation = module.__dict__.pop("activation", None)
+    origin: _Origin | None = module.__dict__.pop("_converted_from", None)
+    if origin and activation == _activation(origin.parts.get("act")):  # and has not been given another since
+        for name, part in origin.parts.items():
+            module._modules[name] = part.train(module.training)
+        module.__dict__.pop("keep_dtype", None)
+        return origin.kind
+    if activation is None:
+        return kind
+    module.activation = activation
+    applying: type[nn.Module] = getattr(plain, kind.__name__.removeprefix("Torch"))
+    return applying
+
+
+def _counterpart(kind: type) -> type[DropIn] | None:
+    """bnfast's class for exactly this one."""
+    found = _TORCH.get(kind) or _PLAIN.get(kind)
+    if found is None and getattr(sys.modules.get(kind.__module__), kind.__qualname__, None) is kind:
+        found = _ELSEWHERE.get(f"{kind.__module__}.{kind.__qualname__}")
+    return found
+
+
+def _is_norm(module: nn.Module) -> bool:
+    """Whether somebody may expect it to be converted: one of torch.nn's or of a subclass, or a module called
+    so that has parameters or buffers of its own, as containers have not."""
+    if isinstance(module, (*NORMS, nn.RMSNorm, nn.LocalResponseNorm)):
+        return True
+    name = getattr(module, "original_name", "") or type(module).__name__  # torch.jit's modules have the first
+    if "Norm" not in name or type(module).__module__.startswith("torch.nn.utils."):
+        return False
+    return any(True for own in (module.parameters, module.buffers) for _ in own(recurse=False))
+
+
+def _why_unknown(module: nn.Module) -> str:
+    if isinstance(module, LazyModuleMixin):
+        return "lazy: convert the model after its first batch"
+    if is_parametrized(module):
+        return "parametrized"
+    if isinstance(module, torch.jit.ScriptModule):
+        return "compiled by torch.jit"
+    bases = [kind for kind in type(module).__mro__ if kind in _TORCH]
+    return f"a subclass of torch.nn.{bases[0].__name__}" if bases else "bnfast has no such layer"
+
+
+def _obstacle(module: nn.Module, target: type[DropIn]) -> str | None:
+    """Why a layer of a known class would not be the same as one of bnfast's, or None."""
+    held: set[str] = set(module.__dict__).union(module._parameters, module._buffers, module._modules)
+    read = (set(dir(target)) - set(dir(type(module))) - {"qconfig"}) | {"forward"}
+    if held & read:
+        return f"it has attributes of its own: {', '.join(sorted(held & read))}"
+    if not held.difference(module.__dict__).issuperset(("weight", "bias")):
+        return "its parameters are computed, by a parametrization or by pruning"
+    act, drop = module._modules.get("act"), module._modules.get("drop")
+    if getattr(module, "_fast_norm", False):
+        return "timm's fast norm is on, which chooses dtypes of its own"
+    if drop is not None and type(drop) is not nn.Identity:
+        return f"its dropout, {type(drop).__name__}"
+    if act is not None and type(act) is not nn.Identity and _activation(act) is None:
+        return f"its activation, {type(act).__name__}, is not among bnfast's"
+    if any(part is not None and hooked(part) for part in (act, drop)):
+        return "hooks on its activation or dropout"
+    return None
+
+
+def _activation(act: nn.Module | None) -> Activation | None:
+    """What a layer of timm's applies: None too for one that bnfast does not know."""
+    known = of_module(act)
+    if known is None and type(act).__module__ == "timm.layers.activations":
+        known = Activation.of(_TIMM_ACTIVATIONS.get(type(act).__name__))
+    return known
+
+
+class _Log:
+    """What one call did to a model: a line for all changes, one for each reason to leave layers alone."""
+
+    def __init__(self, what: str, model: nn.Module) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"bnfast.{what} takes a torch.nn.Module, but got {type(model).__name__}")
+        self.what = what
+        self.unlike: list[str] = []  # names of layers that compute something else now
+        self._changes: Counter[str] = Counter()
+        self._left: defaultdict[str, list[str]] = defaultdict(list)
+
+    def changed(self, before: type, module: nn.Module) -> None:
+        self._changes[f"{_called(before)} -> {_called(type(module))}"] += 1
+
+    def left(self, name: str, module: nn.Module, reason: str) -> None:
+        self._left[f"{_called(type(module))} ({reason})"].append(name or "the model")
+
+    def write(self) -> None:
+        changes = "".join(f"; {count} {change}" for change, count in self._changes.items())
+        total = sum(len(names) for names in self._left.values())
+        _LOG.info("%s: %d layers%s; %d left alone", self.what, self._changes.total(), changes, total)
+        for reason, names in self._left.items():
+            _LOG.info("%s: left alone: %d %s: %s", self.what, len(names), reason, ", ".join(names))
+        if self.unlike:
+            _LOG.warning(
+                "%s: Batch Renormalization became BatchNorm, which is equal in eval only: %s",
+                self.what,
+                ", ".join(self.unlike),
+            )
+
+
+def _called(kind: type) -> str:
+    return f"{kind.__module__}.{kind.__qualname__}"
