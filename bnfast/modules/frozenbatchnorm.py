@@ -80,7 +80,7 @@ class FrozenBatchNorm2d(DropIn, TorchFrozenBatchNorm2d):
     residual only.
 
     The output has the wider dtype of the input's and the buffers', as torchvision's: fp32 for fp16 input and
-    fp32 buffers, as under autocast. With keep_dtype it has the input's, as detectron2's, and fewer bytes move.
+    fp32 buffers, as under autocast. With keep_dtype it has the input's, as detectron2's: fewer bytes move.
     residual: of the output's dtype or of the input's.
 
     Raises ValueError for an input that is not 4-D, and for a residual that is not as said."""
@@ -98,10 +98,9 @@ class FrozenBatchNorm2d(DropIn, TorchFrozenBatchNorm2d):
         super().__init__(num_features, eps, device, dtype, keep_dtype=keep_dtype)
         self.activation = Activation.of(activation)
 
-    _check_input_dim = nn.BatchNorm2d._check_input_dim
-
     def normalize(self, input: Tensor, activation: Activation | None, residual: Tensor | None) -> Tensor:
-        self._check_input_dim(input)
+        if input.dim() != 4:
+            raise ValueError(f"expected 4D input (got {input.dim()}D input)")
         mean, variance, weight, bias = self.running_mean, self.running_var, self.weight, self.bias
         if not self.keep_dtype:
             input, residual = self.widened(input, residual)
