@@ -20,6 +20,7 @@ class TorchFrozenBatchNorm2d(nn.Module):
     _version = 3
 
     keep_dtype = False
+    __constants__ = ("keep_dtype",)  # or torch.jit.script would not see what a class has
 
     if TYPE_CHECKING:  # torch.jit.script would read these
         eps: float

@@ -1,0 +1,287 @@
+"""bnfast.convert and bnfast.revert on layers: the same object with another class, which computes the same. In
+plain torch; `tests/test_convert_models.py` has the kernels too."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.testing import assert_close
+
+import bnfast
+from bnfast import dispatch
+from tests.support.foreign import (
+    BatchNormAct2d,
+    DetectronFrozen,
+    FrozenBatchNormAct2d,
+    GELUTanh,
+    GroupNorm1,
+    GroupNormAct,
+    LayerNormAct,
+    TorchvisionFrozen,
+    put_in_place,
+)
+from tests.support.training import assert_same_training, record
+
+CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+Make = Callable[[], nn.Module]
+
+# name: (spatial dimensions of its input, the layer)
+TORCHS: dict[str, tuple[int, Make]] = {
+    "BatchNorm1d": (1, lambda: nn.BatchNorm1d(4)),
+    "BatchNorm2d": (2, lambda: nn.BatchNorm2d(4, eps=1e-3, momentum=0.3)),
+    "BatchNorm2d, cumulative": (2, lambda: nn.BatchNorm2d(4, momentum=None)),
+    "BatchNorm2d, bare": (2, lambda: nn.BatchNorm2d(4, affine=False, track_running_stats=False)),
+    "BatchNorm3d": (3, lambda: nn.BatchNorm3d(4)),
+    "GroupNorm": (2, lambda: nn.GroupNorm(2, 4)),
+    "GroupNorm, not affine": (2, lambda: nn.GroupNorm(2, 4, affine=False)),
+    "InstanceNorm1d": (1, lambda: nn.InstanceNorm1d(4)),
+    "InstanceNorm2d, tracking": (2, lambda: nn.InstanceNorm2d(4, affine=True, track_running_stats=True)),
+    "InstanceNorm3d": (3, lambda: nn.InstanceNorm3d(4, affine=True)),
+    "LayerNorm": (2, lambda: nn.LayerNorm([5, 6])),
+    "LayerNorm, not affine": (1, lambda: nn.LayerNorm(5, elementwise_affine=False)),
+    "LayerNorm, no bias": (1, lambda: nn.LayerNorm(5, bias=False)),
+}
+OTHERS: dict[str, tuple[int, Make]] = {
+    "torchvision's FrozenBatchNorm2d": (2, lambda: TorchvisionFrozen(4)),
+    "detectron2's FrozenBatchNorm2d": (2, lambda: DetectronFrozen(4, eps=1e-3)),
+    "BatchNormAct2d": (2, lambda: BatchNormAct2d(4, nn.ReLU(inplace=True))),
+    "BatchNormAct2d, Identity": (2, lambda: BatchNormAct2d(4, nn.Identity())),
+    "BatchNormAct2d, LeakyReLU": (2, lambda: BatchNormAct2d(4, nn.LeakyReLU(0.2))),
+    "FrozenBatchNormAct2d": (2, lambda: FrozenBatchNormAct2d(4, nn.Hardswish())),
+    "GroupNormAct": (2, lambda: GroupNormAct(4, nn.SiLU())),
+    "LayerNormAct": (1, lambda: LayerNormAct(5, GELUTanh())),
+    "timm's GroupNorm1": (2, lambda: GroupNorm1(4)),
+}
+ALL = TORCHS | OTHERS
+PARTS = ("act", "drop")
+
+
+@pytest.fixture(autouse=True)
+def _others_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    put_in_place(monkeypatch)
+    monkeypatch.setattr(dispatch, "INTERPRET", False)
+
+
+def network(name: str) -> nn.Sequential:
+    """A layer behind a convolution, so that there is always something to train; all in fp64."""
+    torch.manual_seed(0)
+    dims, make = ALL[name]
+    model = nn.Sequential(CONVOLUTIONS[dims](3, 4, 1, bias=False), make()).double()
+    with torch.no_grad():
+        for tensor in (*model[1].parameters(), *model[1].buffers()):
+            if tensor.is_floating_point():
+                tensor.add_(torch.rand_like(tensor))
+    return model
+
+
+def data(name: str) -> Tensor:
+    shape = (3, 3, *(5, 6, 2)[: ALL[name][0]])
+    return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+
+def held(module: nn.Module) -> dict[str, Any]:
+    """What a layer holds, the same objects included; timm's two modules apart."""
+    mine = {name: value for name, value in vars(module).items() if not name.startswith("_")}
+    mine |= {name: [*getattr(module, name)] for name in vars(module) if name.endswith("_hooks")}
+    for part in ("_parameters", "_buffers", "_modules"):
+        mine |= {f"{part} {name}": id(t) for name, t in getattr(module, part).items() if name not in PARTS}
+    return mine
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_same_training(name: str) -> None:
+    theirs = network(name)
+    ours = bnfast.convert(copy.deepcopy(theirs))
+    assert type(ours[1]).__module__.startswith("bnfast.modules.")
+    assert_same_training(record(ours, data(name)), record(theirs, data(name)))
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_there_and_back(name: str) -> None:
+    """Same objects all the way, and in the end nothing that was not there before."""
+    model = network(name).eval()
+    layer, kind, before, keys = model[1], type(model[1]), held(model[1]), list(model.state_dict())
+    parts = list(layer.named_children())
+    assert bnfast.convert(model) is model
+    assert model[1] is layer
+    assert isinstance(layer, getattr(bnfast, type(layer).__name__))
+    converted = held(layer)
+    for ours in ("activation", "keep_dtype"):
+        converted.pop(ours, None)
+    assert converted == before
+    assert list(model.state_dict()) == keys
+    assert bnfast.revert(model) is model
+    assert type(layer) is kind
+    assert held(layer) == before
+    assert list(layer.named_children()) == parts
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_a_second_time_changes_nothing(name: str) -> None:
+    model = bnfast.convert(network(name))
+    kind, before = type(model[1]), held(model[1])
+    assert type(bnfast.convert(model)[1]) is kind
+    assert held(model[1]) == before
+    plainly = bnfast.revert(model)
+    kind, before = type(model[1]), held(model[1])
+    assert type(bnfast.revert(plainly)[1]) is kind
+    assert held(model[1]) == before
+
+
+@pytest.mark.parametrize("name", ["BatchNorm2d", "BatchNormAct2d", "torchvision's FrozenBatchNorm2d"])
+def test_copies_and_pickles_revert_too(name: str) -> None:
+    model = network(name)
+    expected = record(copy.deepcopy(model), data(name))
+    bnfast.convert(model)
+    for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert type(bnfast.revert(copied)[1]) is type(network(name)[1])
+        assert_same_training(record(copied, data(name)), expected)
+
+
+def test_a_model_that_is_a_layer() -> None:
+    layer = nn.BatchNorm2d(4)
+    assert bnfast.convert(layer) is layer
+    assert type(layer) is bnfast.BatchNorm2d
+    assert type(bnfast.revert(layer)) is nn.BatchNorm2d
+
+
+def test_shared_and_tied_layers_stay_so() -> None:
+    shared, tied = nn.BatchNorm2d(4), nn.BatchNorm2d(4)
+    tied.weight = shared.weight
+    model = nn.ModuleDict({"first": shared, "second": nn.Sequential(shared, tied)})
+    beside = [shared]  # as models keep lists of their layers
+    bnfast.convert(model)
+    assert model["first"] is model["second"][0] is beside[0]
+    assert type(beside[0]) is bnfast.BatchNorm2d
+    assert model["second"][1].weight is shared.weight
+    assert len(list(model.parameters())) == 3
+
+
+def test_the_optimizer_goes_on() -> None:
+    """Converted in the middle of a training, which goes on as it would have."""
+    ends = []
+    for converted in (False, True):
+        model = network("BatchNormAct2d")
+        optimizer = torch.optim.Adam(model.parameters(), lr=0.1)
+        for step in range(4):
+            if converted and step == 1:
+                bnfast.convert(model)
+            if converted and step == 3:
+                bnfast.revert(model)
+            optimizer.zero_grad()
+            model(data("BatchNormAct2d")).square().sum().backward()
+            optimizer.step()
+        moments = {f"moment {i}": s["exp_avg"] for i, s in optimizer.state_dict()["state"].items()}
+        ends.append(model.state_dict() | moments)
+    assert_same_training(*ends)
+
+
+def test_hooks_and_attributes_are_kept() -> None:
+    layer = nn.BatchNorm2d(4).requires_grad_(False).eval()
+    layer.mark = "mine"  # type: ignore[assignment]
+    seen: list[str] = []
+    layer.register_forward_pre_hook(lambda module, args: seen.append("before"))
+    layer.register_forward_hook(lambda module, args, y: seen.append("after"))
+    layer.register_full_backward_hook(lambda module, dx, dy: seen.append("backward"))
+    layer.register_state_dict_post_hook(lambda module, state, prefix, local: seen.append("saved"))
+    layer.register_load_state_dict_pre_hook(lambda module, *rest: seen.append("loaded"))
+    model = bnfast.convert(nn.Sequential(nn.Conv2d(2, 4, 1), layer))
+    assert layer.mark == "mine"
+    assert not layer.training
+    assert not any(p.requires_grad for p in layer.parameters())
+    model(torch.randn(2, 2, 3, 3)).sum().backward()
+    model.load_state_dict(model.state_dict())
+    assert seen == ["before", "after", "backward", "saved", "loaded"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
+def test_dtypes_flags_and_checkpoints_stay(dtype: torch.dtype) -> None:
+    """Some layers in eval, some parameters frozen."""
+    names = [name for name in ALL if ALL[name][0] == 2]
+    theirs = nn.Sequential(*(network(name)[1] for name in names)).to(dtype)
+    for layer in theirs[::2]:
+        layer.eval()
+    for parameter in list(theirs.parameters())[::3]:
+        parameter.requires_grad_(False)
+    ours = bnfast.convert(copy.deepcopy(theirs))
+    for a, b in zip(ours, theirs, strict=True):
+        assert a.training is b.training
+        assert [p.requires_grad for p in a.parameters()] == [p.requires_grad for p in b.parameters()]
+    expected = theirs.state_dict()
+    assert {k: (t.dtype, t.shape) for k, t in ours.state_dict().items()} == {
+        k: (t.dtype, t.shape) for k, t in expected.items()
+    }
+    for source, target in ((theirs, ours), (ours, theirs)):
+        with torch.no_grad():
+            for tensor in (*source.parameters(), *source.buffers()):
+                tensor.add_(1)
+        assert target.load_state_dict(source.state_dict(), strict=True) == ([], [])
+        assert_close(dict(target.state_dict()), dict(source.state_dict()), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ALL)
+def test_half_precision_models(name: str, dtype: torch.dtype) -> None:
+    """Outputs of the same dtype, near the model's in fp64; torch's own GroupNorm and such are no nearer."""
+    theirs = network(name)
+    wide, x = theirs(data(name).to(dtype).double()), data(name).to(dtype)
+    theirs = network(name).to(dtype)
+    y = theirs(x)
+    ours = bnfast.convert(network(name).to(dtype))(x)
+    assert ours.dtype == y.dtype
+    assert_close(ours.double(), wide, rtol=0.1, atol=0.1 if dtype == torch.bfloat16 else 0.02)
+
+
+def test_on_meta() -> None:
+    with torch.device("meta"):
+        model = bnfast.convert(nn.Sequential(nn.BatchNorm2d(4), nn.LayerNorm(4), nn.GroupNorm(2, 4)))
+    assert [type(m) for m in model] == [bnfast.BatchNorm2d, bnfast.LayerNorm, bnfast.GroupNorm]
+    assert all(t.is_meta for t in model.state_dict().values())
+    assert model(torch.empty(2, 4, 3, 4, device="meta")).shape == (2, 4, 3, 4)
+
+
+def test_quantizations_mark_stays() -> None:
+    layer = nn.BatchNorm2d(4)
+    layer.qconfig = "set"
+    assert bnfast.convert(layer).qconfig == "set"
+    assert type(layer) is bnfast.BatchNorm2d
+    assert bnfast.revert(layer).qconfig == "set"
+    assert type(layer) is nn.BatchNorm2d
+    del layer.qconfig
+    assert not hasattr(layer, "qconfig")
+
+
+def test_models_that_are_graphs() -> None:
+    x, expected = data("BatchNorm2d"), record(network("BatchNorm2d"), data("BatchNorm2d"))
+    graph = bnfast.convert(torch.fx.symbolic_trace(network("BatchNorm2d")))
+    assert type(graph.get_submodule("1")) is bnfast.BatchNorm2d
+    assert_same_training(record(graph, x), expected)
+    torch._dynamo.reset()
+    compiled = torch.compile(network("BatchNorm2d"), fullgraph=True, backend="aot_eager")
+    compiled(x)  # with torch.nn's layer: what was compiled is not used for ours
+    compiled.load_state_dict({f"_orig_mod.{k}": v for k, v in network("BatchNorm2d").state_dict().items()})
+    bnfast.convert(compiled)
+    renamed = {key.replace("_orig_mod.", ""): value for key, value in record(compiled, x).items()}
+    assert_same_training(renamed, expected)
+
+
+def test_a_transformer_layer() -> None:
+    """torch's fast path reads LayerNorm's attributes beside its forward."""
+    torch.manual_seed(0)
+    theirs = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, dtype=torch.float64)
+    ours = bnfast.convert(copy.deepcopy(theirs))
+    assert type(ours.norm1) is bnfast.LayerNorm
+    x = torch.randn(2, 5, 8, dtype=torch.float64)
+    assert_same_training(record(ours, x), record(theirs, x))
+
+
+@pytest.mark.parametrize("call", [bnfast.convert, bnfast.revert])
+def test_takes_modules_only(call: Callable[..., Any]) -> None:
+    with pytest.raises(TypeError, match=rf"bnfast.{call.__name__} takes a torch.nn.Module, but got list"):
+        call([nn.BatchNorm2d(4)])
