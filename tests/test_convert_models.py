@@ -20,7 +20,6 @@ from tests.support.training import assert_same_training, record
 from tests.support.zoo import installed
 
 
-
 class Bottleneck(nn.Module):
     """ResNet-50's block, with a projection."""
 
@@ -125,7 +124,6 @@ def test_small_networks(name: str, path: str, stand_ins: None) -> None:
     assert_same_training(record(ours, images(6)), expected, bound=0.0)
 
 
-
 @pytest.fixture
 def alone(tmp_path: Path) -> Iterator[None]:
     """A process group of this process."""
@@ -169,29 +167,29 @@ def _frozen_by_timm(timm: Any) -> nn.Module:
     return timm.layers.freeze_batch_norm_2d(timm.create_model("efficientnet_lite0"))  # type: ignore[no-any-return]
 
 
+def _small_convnext(timm: Any) -> nn.Module:
+    return timm.models.convnext.ConvNeXt(depths=(1, 1, 1, 1), dims=(8, 16, 32, 64))  # type: ignore[no-any-return]
+
+
 CASES: dict[str, Case] = {
     "resnet18": Case("torchvision", lambda tv: tv.models.resnet18(), {"BatchNorm2d": 20}),
-    "resnet50": Case("torchvision", lambda tv: tv.models.resnet50(), {"BatchNorm2d": 53}),
     "resnet18, frozen": Case("torchvision", _frozen, {"FrozenBatchNorm2d": 20}),
     "mobilenet_v3_small": Case("torchvision", lambda tv: tv.models.mobilenet_v3_small(), {"BatchNorm2d": 34}),
-    "convnext_tiny": Case("torchvision", lambda tv: tv.models.convnext_tiny(), {"LayerNorm": 18}, left=5),
     "VisionTransformer": Case(
-"torchvision", lambda tv: tv.models.VisionTransformer(64, 32, 2, 4, 64, 128), {"LayerNorm": 5}),
-    "timm resnet18": Case("timm", lambda timm: timm.create_model("resnet18"), {"BatchNorm2d": 20}),
-    "timm resnetv2_50": Case("timm", lambda timm: timm.create_model("resnetv2_50"), {"BatchNorm2d": 49}),
-    "timm resnetv2_50x1_bit": Case(
-        "timm", lambda timm: timm.create_model("resnetv2_50x1_bit"), {"GroupNorm": 49}
+        "torchvision", lambda tv: tv.models.VisionTransformer(64, 32, 2, 4, 64, 128), {"LayerNorm": 5}
     ),
-    "timm resnet50_gn": Case("timm", lambda timm: timm.create_model("resnet50_gn"), {"GroupNorm": 53}),
     "timm efficientnet_b0": Case(
         "timm", lambda timm: timm.create_model("efficientnet_b0"), {"BatchNorm2d": 49}
     ),
-    "timm mobilenetv3_small_100": Case(
-        "timm", lambda timm: timm.create_model("mobilenetv3_small_100"), {"BatchNorm2d": 34}
+    "timm resnetv2_50x1_bit": Case(
+        "timm", lambda timm: timm.create_model("resnetv2_50x1_bit"), {"GroupNorm": 49}, size=32
     ),
-    "timm regnety_002": Case("timm", lambda timm: timm.create_model("regnety_002"), {"BatchNorm2d": 44}),
+    "timm vit_tiny": Case(
+        "timm", lambda timm: timm.create_model("vit_tiny_patch16_224", img_size=64), {"LayerNorm": 25}
+    ),
+    "timm ConvNeXt": Case("timm", _small_convnext, {"LayerNorm": 4}, left=5),
     "timm frozen": Case("timm", _frozen_by_timm, {"FrozenBatchNorm2d": 49}),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("path", ["torch"], indirect=True)
@@ -209,6 +207,39 @@ def test_zoo(name: str, path: str) -> None:
     assert list(ours.state_dict()) == list(theirs.state_dict())
     assert_same_training(record(ours, images(case.size)), record(theirs, images(case.size)))
     assert [type(m) for m in bnfast.revert(ours).modules()] == kinds
+
+
+TIMMS = (
+    "BatchNormAct2d", "FrozenBatchNormAct2d", "GroupNormAct", "GroupNorm1Act", "LayerNormAct",
+    "GroupNorm", "GroupNorm1", "LayerNorm",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TIMMS)
+def test_each_of_timms_layers(name: str) -> None:
+    """Whose names bnfast knows by heart."""
+    timm = installed("timm")
+    place = timm.layers.norm_act if name.endswith(("Act", "2d")) else timm.layers.norm
+    layer = getattr(place, name)(32).double()
+    x = torch.randn(2, 32, 4, 32, dtype=torch.float64)
+    before, children = copy.deepcopy(layer)(x), list(layer.named_children())
+    converted = bnfast.convert(layer)
+    assert isinstance(converted, OURS)
+    assert (converted.activation is None) == (name not in TIMMS[:5])
+    torch.testing.assert_close(copy.deepcopy(converted)(x), before, rtol=1e-9, atol=1e-9)
+    assert type(bnfast.revert(layer)) is getattr(place, name)
+    assert list(layer.named_children()) == children
+    torch.testing.assert_close(layer(x), before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
+def test_torchvisions_frozen_layer_decides_the_dtype(dtype: torch.dtype) -> None:
+    layer = installed("torchvision").ops.FrozenBatchNorm2d(4)
+    x = torch.randn(2, 4, 3, 3).to(dtype)
+    for constants in (torch.float32, dtype):
+        expected = layer.to(constants)(x)
+        found = bnfast.convert(copy.deepcopy(layer))(x)
+        torch.testing.assert_close(found, expected, rtol=1e-2, atol=1e-2)  # which compares dtypes too
 
 
 def test_feature_extraction() -> None:
