@@ -63,6 +63,15 @@ def with_part(name: str, part: nn.Module) -> nn.Module:
     return layer
 
 
+def of_the_same_name() -> nn.Module:
+    """As a library's class that was defined a second time, or somewhere else."""
+
+    class BatchNormAct2d(nn.BatchNorm2d):
+        __module__, __qualname__ = "timm.layers.norm_act", "BatchNormAct2d"
+
+    return BatchNormAct2d(4)
+
+
 def with_hooked_part() -> nn.Module:
     layer = BatchNormAct2d(4, nn.ReLU())
     layer.act.register_forward_hook(lambda module, args, y: y + 1)
@@ -79,6 +88,7 @@ def with_fast_norm() -> nn.Module:
 LEFT: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "subclass": (lambda: Same(4), r"Same \(a subclass of torch.nn.BatchNorm2d\)"),
     "subclass with a forward": (lambda: Doubling(4), "a subclass of torch.nn.LayerNorm"),
+    "same name": (of_the_same_name, "a subclass of torch.nn.BatchNorm2d"),
     "lazy": (lambda: nn.LazyBatchNorm2d(), "lazy: convert the model after its first batch"),
     "parametrized": (lambda: nn.utils.parametrizations.weight_norm(nn.GroupNorm(2, 4)), "parametrized"),
     "spectral_norm": (lambda: nn.utils.spectral_norm(nn.BatchNorm2d(4)), "its parameters are computed"),

@@ -252,8 +252,8 @@ def test_feature_extraction() -> None:
 
 
 def test_timms_own_converters() -> None:
-    """Its SyncBatchNorm converter raises for converted layers, and takes reverted ones; so does its freezer,
-    which leaves the activation of a converted layer out."""
+    """Its SyncBatchNorm converter raises for converted layers, and takes reverted ones. Its freezer leaves
+    the activation of a converted layer out, its unfreezer does not find a frozen one: not so once reverted."""
     timm = installed("timm")
     model = bnfast.convert(timm.create_model("mobilenetv3_small_100"))
     with pytest.raises(RuntimeError, match="applies hardswish itself"):
@@ -266,3 +266,9 @@ def test_timms_own_converters() -> None:
     torch.testing.assert_close(
         timm.layers.freeze_batch_norm_2d(bnfast.revert(copy.deepcopy(layer)))(x), layer(x)
     )
+    frozen = bnfast.convert(timm.layers.freeze_batch_norm_2d(bnfast.revert(model)))
+    assert not any(
+        type(m) is timm.layers.BatchNormAct2d for m in timm.layers.unfreeze_batch_norm_2d(frozen).modules()
+    )
+    unfrozen = timm.layers.unfreeze_batch_norm_2d(bnfast.revert(frozen))
+    assert sum(type(m) is timm.layers.BatchNormAct2d for m in unfrozen.modules()) == 34

@@ -56,6 +56,14 @@ def test_sync_batchnorm_raises_for_what_it_would_lose(name: str) -> None:
     assert type(model[1]) is type(layer)
 
 
+def test_sync_batchnorm_has_begun_by_then() -> None:
+    """As README says: it replaces layers as it finds them, and is stopped at the first that would lose."""
+    model = nn.Sequential(nn.BatchNorm2d(4), bnfast.BatchRenorm2d(4), nn.BatchNorm2d(4))
+    with pytest.raises(RuntimeError, match="renormalizes"):
+        nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    assert [type(m) for m in model] == [nn.SyncBatchNorm, bnfast.BatchRenorm2d, nn.BatchNorm2d]
+
+
 def test_sync_batchnorm_takes_the_others() -> None:
     model = nn.Sequential(bnfast.BatchNorm2d(4), bnfast.GroupNorm(2, 4, activation="relu"))
     old = model[0]
