@@ -253,7 +253,7 @@ def test_feature_extraction() -> None:
 
 def test_timms_own_converters() -> None:
     """Its SyncBatchNorm converter raises for converted layers, and takes reverted ones. Its freezer leaves
-    the activation of a converted layer out, its unfreezer does not find a frozen one: not so once reverted."""
+    the activation of a converted layer out, its unfreezer does not find a frozen one, until reverted."""
     timm = installed("timm")
     model = bnfast.convert(timm.create_model("mobilenetv3_small_100"))
     with pytest.raises(RuntimeError, match="applies hardswish itself"):

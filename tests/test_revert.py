@@ -16,10 +16,9 @@ from torch import Tensor, nn
 import bnfast
 from bnfast.modules import plain
 from bnfast.modules.drop_in import DropIn
+from tests.support.convertible import CONVOLUTIONS
 from tests.support.foreign import BatchNormAct2d, put_in_place
 from tests.support.training import assert_same_training, record
-
-CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 
 
 @pytest.fixture(autouse=True)

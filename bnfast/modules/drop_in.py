@@ -66,6 +66,8 @@ class DropIn(nn.Module):
         module.__dict__ = dict(self.__dict__)
         return module
 
+    __jit_unused_properties__ = ("qconfig",)  # torch.jit.script would compile it
+
     @property
     def qconfig(self) -> Any:
         """Quantization's, if it has set one. torch's and timm's convert_sync_batchnorm look for it too, right
