@@ -232,6 +232,14 @@ def test_models_that_are_graphs() -> None:
     assert_same_training(renamed, expected)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("name", [name for name in ALL if "FrozenBatchNorm2d" in name or "Identity" in name])
+def test_scripted_as_plain_torch(name: str) -> None:
+    """Whatever it was converted from."""
+    model = bnfast.convert(network(name)).eval()
+    assert_close(torch.jit.script(model)(data(name)), model(data(name)))
+
+
 def test_a_transformer_layer() -> None:
     """torch's fast path reads LayerNorm's attributes beside its forward."""
     torch.manual_seed(0)

@@ -9,7 +9,6 @@ from typing import Any
 from torch import Tensor, nn
 from torch.fx import Proxy
 from torch.fx.proxy import TraceError
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..activation import Activation
 
@@ -92,8 +91,8 @@ class DropIn(nn.Module):
         del self.__dict__["qconfig"]
 
     def _lost_in_sync_batchnorm(self) -> str | None:
-        """What a bare SyncBatchNorm would not do as this layer does, and a way out; None if nothing."""
-        if self.activation is None or not isinstance(self, _BatchNorm):
+        """What a bare SyncBatchNorm would not do as this BatchNorm does, and a way out; None if nothing."""
+        if self.activation is None:
             return None
         return (
             f"applies {self.activation.name} itself, which torch.nn.SyncBatchNorm does not: build it without "
