@@ -33,10 +33,11 @@ _TORCH: dict[type[nn.Module], type[DropIn]] = {
     getattr(nn, name): getattr(modules, name) for name in modules.__all__ if hasattr(nn, name)
 } | {TorchFrozenBatchNorm2d: modules.FrozenBatchNorm2d}
 _PLAIN = {getattr(plain, ours.__name__): ours for ours in _TORCH.values()}
+_DETECTRON = "detectron2.layers.batch_norm.FrozenBatchNorm2d"  # its output has the input's dtype
 # Known by name: these libraries are nobody's dependency here.
 _ELSEWHERE: dict[str, type[DropIn]] = {
     "torchvision.ops.misc.FrozenBatchNorm2d": modules.FrozenBatchNorm2d,
-    "detectron2.layers.batch_norm.FrozenBatchNorm2d": modules.FrozenBatchNorm2d,
+    _DETECTRON: modules.FrozenBatchNorm2d,
     "timm.layers.norm_act.BatchNormAct2d": modules.BatchNorm2d,
     "timm.layers.norm_act.FrozenBatchNormAct2d": modules.FrozenBatchNorm2d,
     "timm.layers.norm_act.GroupNormAct": modules.GroupNorm,
@@ -48,8 +49,6 @@ _ELSEWHERE: dict[str, type[DropIn]] = {
 }
 # timm's own copies of torch.nn's activations, as far as it makes them with the torch versions served here
 _TIMM_ACTIVATIONS = {"Sigmoid": "sigmoid", "Tanh": "tanh", "GELU": "gelu", "GELUTanh": "gelu_tanh"}
-
-
 _PARTS = ("act", "drop")  # modules that timm's layers call after torch.nn's own forward
 
 
@@ -92,6 +91,8 @@ def convert(model: nn.Module) -> nn.Module:
             attributes: Any = module
             attributes._converted_from = _Origin(before, parts)
             attributes.activation = _activation(parts.get("act"))
+            if _called(before) == _DETECTRON:
+                attributes.keep_dtype = True
         module.__class__ = target
         log.changed(before, module)
     log.write()
@@ -133,6 +134,7 @@ def _restored(module: Any, kind: type[nn.Module]) -> type[nn.Module]:
     if origin and activation == _activation(origin.parts.get("act")):  # and has not been given another since
         for name, part in origin.parts.items():
             module._modules[name] = part.train(module.training)
+        module.__dict__.pop("keep_dtype", None)
         return origin.kind
     if activation is None:
         return kind
@@ -174,7 +176,7 @@ def _why_unknown(module: nn.Module) -> str:
 def _obstacle(module: nn.Module, target: type[DropIn]) -> str | None:
     """Why a layer of a known class would not be the same as one of bnfast's, or None."""
     held: set[str] = set(module.__dict__).union(module._parameters, module._buffers, module._modules)
-    read = (set(dir(target)) - set(dir(type(module)))) | {"forward"}
+    read = (set(dir(target)) - set(dir(type(module))) - {"qconfig"}) | {"forward"}
     if held & read:
         return f"it has attributes of its own: {', '.join(sorted(held & read))}"
     if not held.difference(module.__dict__).issuperset(("weight", "bias")):

@@ -1,107 +1,204 @@
-"""FrozenBatchNorm2d: constants in training as in eval, gradients to the input, torchvision's four keys."""
+"""FrozenBatchNorm2d: a BatchNorm2d in eval whatever its mode, with gradients to its input alone. On the
+kernels (interpreted) and on the plain-torch path."""
 
 from __future__ import annotations
 
 import copy
-import pickle
+import warnings
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.testing import assert_close
 
 import bnfast
-from tests.support.buffers import bit_identical
+from tests.support.foreign import DetectronFrozen, TorchvisionFrozen
 
-every_path = pytest.mark.parametrize("path", ["kernels", "torch"], indirect=True)
 KEYS = ["weight", "bias", "running_mean", "running_var"]
+every_path = pytest.mark.parametrize("path", ["kernels", "torch"], indirect=True)
 
 
-def layer(channels: int = 6, **options: Any) -> bnfast.FrozenBatchNorm2d:
-    made = bnfast.FrozenBatchNorm2d(channels, **options)
-    generator = torch.Generator().manual_seed(3)
-    for t in made.state_dict().values():
-        t.copy_(torch.rand(channels, generator=generator) + 0.5)
-    return made
+def trained(**arguments: Any) -> nn.BatchNorm2d:
+    torch.manual_seed(0)
+    layer = nn.BatchNorm2d(4, **arguments)
+    for parameter in layer.parameters():
+        nn.init.normal_(parameter)
+    layer(torch.randn(3, 4, 5, 5, dtype=arguments.get("dtype")) * 2 + 1)
+    return layer.eval()
 
 
-def formula(frozen: bnfast.FrozenBatchNorm2d, x: Tensor) -> Tensor:
-    weight, bias, mean, variance = (
-        t.double().view(1, -1, 1, 1) for t in (getattr(frozen, name) for name in KEYS)
-    )
-    return (x - mean) * (variance + frozen.eps).rsqrt() * weight + bias
+def frozen(source: nn.BatchNorm2d, **arguments: Any) -> bnfast.FrozenBatchNorm2d:
+    layer = bnfast.FrozenBatchNorm2d(4, source.eps, dtype=source.running_var.dtype, **arguments)
+    layer.load_state_dict(source.state_dict())
+    return layer
+
+
+def data(memory_format: torch.memory_format = torch.contiguous_format) -> Tensor:
+    x = torch.randn(3, 4, 5, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    return x.contiguous(memory_format=memory_format)
 
 
 @every_path
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
-def test_values_gradients_and_constants(
-    path: str, training: bool, memory_format: torch.memory_format
-) -> None:
-    frozen = layer().double().train(training)
-    before = copy.deepcopy(frozen.state_dict())
-    x = torch.randn(3, 6, 5, 4, dtype=torch.float64).contiguous(memory_format=memory_format)
-    z, dy = torch.randn_like(x), torch.randn_like(x)
-    for residual in (None, z):
-        leaf = x.clone().requires_grad_()
-        y = frozen.normalize(leaf, bnfast.Activation("relu"), residual)
-        twin = x.clone().requires_grad_()
-        expected = (formula(frozen, twin) + (0 if residual is None else residual)).relu()
-        torch.testing.assert_close(y, expected)
-        assert y.is_contiguous(memory_format=memory_format)
-        gradients = [torch.autograd.grad(out, at, dy)[0] for out, at in ((y, leaf), (expected, twin))]
-        torch.testing.assert_close(*gradients)
-    torch.testing.assert_close(frozen(x), formula(frozen, x))
-    assert all(bit_identical(t, before[name]) for name, t in frozen.state_dict().items())
-    assert not list(frozen.parameters())
+def test_is_batchnorm_in_eval(path: str, memory_format: torch.memory_format, training: bool) -> None:
+    theirs = trained(eps=1e-3, dtype=torch.float64)
+    ours = frozen(theirs).train(training)
+    before = copy.deepcopy(ours.state_dict())
+    x, z = data(memory_format).requires_grad_(), data(memory_format).requires_grad_()
+    y, expected = ours(x), theirs(z)
+    for output in (y, expected):
+        (output * data().exp()).sum().backward()
+    assert_close((y, x.grad), (expected, z.grad), rtol=1e-12, atol=1e-12)
+    assert y.is_contiguous(memory_format=memory_format)
+    assert_close(ours.state_dict(), before, rtol=0, atol=0)
+    assert not list(ours.parameters())
+    assert all(buffer.grad is None for buffer in ours.buffers())
 
 
+@every_path
+def test_activation_and_residual(path: str) -> None:
+    theirs = trained(dtype=torch.float64)
+    ours = frozen(theirs, activation="relu")
+    x, z = data().requires_grad_(), data().cos().requires_grad_()
+    ours(x, residual=z).sum().backward()
+    found = [x.grad, z.grad]
+    x.grad = z.grad = None
+    torch.relu(theirs(x) + z).sum().backward()
+    assert_close(found, [x.grad, z.grad], rtol=1e-12, atol=1e-12)
+    assert repr(ours) == "FrozenBatchNorm2d(4, eps=1e-05, activation=relu)"
+
+
+@pytest.mark.parametrize("kind", [TorchvisionFrozen, DetectronFrozen])
+def test_same_keys_as_theirs(kind: type[nn.Module]) -> None:
+    ours, theirs = bnfast.FrozenBatchNorm2d(4), kind(4)
+    assert list(ours.state_dict()) == list(theirs.state_dict()) == KEYS
+    ours.load_state_dict(theirs.state_dict())
+    x = data().float()
+    assert_close(ours(x), theirs(x))
+    theirs.load_state_dict(bnfast.FrozenBatchNorm2d(4).state_dict())
+
+
+def test_a_new_one_changes_almost_nothing() -> None:
+    layer, x = bnfast.FrozenBatchNorm2d(4, eps=0.0, dtype=torch.float64), data()
+    assert_close(layer(x), x, rtol=0, atol=0)
+    assert layer.running_var.dtype == torch.float64
+    assert bnfast.FrozenBatchNorm2d(4, device="meta").weight.is_meta
+    assert repr(layer) == "FrozenBatchNorm2d(4, eps=0.0)"
+
+
+def test_loads_a_batchnorm_strictly() -> None:
+    """Its counter is dropped, from the model's own state_dict at no time; other keys still count."""
+    state = nn.Sequential(trained()).state_dict()
+    model = nn.Sequential(bnfast.FrozenBatchNorm2d(4))
+    assert model.load_state_dict(state) == ([], [])
+    assert "0.num_batches_tracked" in state
+    with pytest.raises(RuntimeError, match='Missing key.*"0.bias"'):
+        model.load_state_dict({key: value for key, value in state.items() if key != "0.bias"})
+    with pytest.raises(RuntimeError, match='Unexpected key.*"0.other"'):
+        model.load_state_dict({**state, "0.other": torch.zeros(4)})
+
+
+@pytest.mark.parametrize("shape", [(4, 5, 6), (2, 4), (2, 4, 3, 3, 3)])
+def test_takes_four_dimensions(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=rf"expected 4D input \(got {len(shape)}D input\)"):
+        bnfast.FrozenBatchNorm2d(4)(torch.zeros(shape))
+
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+@every_path
+@pytest.mark.parametrize("constants", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_wider_dtype_is_the_outputs(dtype: torch.dtype, constants: torch.dtype, path: str) -> None:
+    """torchvision's arithmetic is the reference, also for what torch's batch_norm refuses to mix."""
+    theirs = TorchvisionFrozen(4).to(constants)
+    ours = bnfast.FrozenBatchNorm2d(4, dtype=constants)
+    ours.load_state_dict(theirs.state_dict())
+    x = data().to(dtype).requires_grad_()
+    y = ours(x, residual=data().to(dtype))
+    assert y.dtype == (theirs(x) + data().to(dtype)).dtype
+    y.sum().backward()
+    assert x.grad is not None
+    assert x.grad.dtype == dtype
+    expected = theirs.double()(x.double()) + data().to(dtype)
+    bound = 4 * torch.finfo(y.dtype).eps * expected.abs().max().item()
+    assert_close(y.double(), expected, rtol=0, atol=bound)
+
+
+@every_path
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_the_output_has_the_inputs_dtype(dtype: torch.dtype) -> None:
-    frozen, x = layer(), torch.randn(2, 6, 3, 3).to(dtype)
-    y = frozen(x)
-    assert y.dtype == dtype
-    torch.testing.assert_close(y.double(), formula(frozen, x.double()), rtol=1e-2, atol=1e-2)
+def test_keep_dtype_keeps_it(dtype: torch.dtype, path: str) -> None:
+    theirs = DetectronFrozen(4)
+    ours = bnfast.FrozenBatchNorm2d(4, keep_dtype=True)
+    ours.load_state_dict(theirs.state_dict())
+    x = data().to(dtype)
+    y = ours(x)
+    assert y.dtype == theirs(x).dtype == dtype
+    expected = theirs.double()(x.double())
+    assert_close(y.double(), expected, rtol=0, atol=torch.finfo(dtype).eps * expected.abs().max().item())
+    assert repr(ours) == "FrozenBatchNorm2d(4, eps=1e-05, keep_dtype=True)"
 
 
-def test_state() -> None:
-    frozen = layer()
-    assert list(frozen.state_dict()) == KEYS
-    theirs = nn.BatchNorm2d(6)
-    theirs(torch.randn(4, 6, 3, 3))
-    assert frozen.load_state_dict(theirs.state_dict(), strict=True)
-    x = torch.randn(2, 6, 3, 3)
-    torch.testing.assert_close(frozen(x), theirs.eval()(x))
-    # what detectron2's layer asks before it takes eps out of running_var
-    assert frozen.state_dict()._metadata[""]["version"] == 3
-    for again in (copy.deepcopy(frozen), pickle.loads(pickle.dumps(frozen))):
-        torch.testing.assert_close(again(x), frozen(x))
-    assert repr(layer(6, eps=1e-3, activation="silu")) == "FrozenBatchNorm2d(6, eps=0.001, activation=silu)"
+@pytest.mark.parametrize("keep_dtype", [True, False])
+@pytest.mark.parametrize("reverted", [True, False])
+def test_residuals_of_both_dtypes(keep_dtype: bool, reverted: bool) -> None:
+    """The layer in plain torch takes the same ones."""
+    layer = bnfast.FrozenBatchNorm2d(4, activation="relu", keep_dtype=keep_dtype)
+    layer = bnfast.revert(layer) if reverted else layer
+    x = data().bfloat16()
+    output = torch.bfloat16 if keep_dtype else torch.float32
+    for dtype in {torch.bfloat16, output}:
+        z = x.to(dtype)
+        y = layer(x, residual=z)
+        assert y.dtype == output
+        assert_close(y, layer(x, residual=z.to(output)), rtol=0, atol=0)
+    with pytest.raises(ValueError, match="residual must have input's dtype"):
+        layer(x, residual=x.double())
+    with pytest.raises(TypeError, match="residual must be a Tensor or None, but got float"):
+        layer(x, residual=1.0)
 
 
-def test_only_planes() -> None:
-    with pytest.raises(ValueError, match="expected 4D input"):
-        layer()(torch.randn(2, 6, 3))
+@every_path
+def test_no_images(path: str) -> None:
+    x = torch.zeros(0, 4, 3, 3, requires_grad=True)
+    y = bnfast.FrozenBatchNorm2d(4)(x)
+    y.sum().backward()
+    assert y.shape == x.shape
+    assert x.grad is not None
 
 
-def test_graphs() -> None:
-    frozen, x = layer(activation="relu"), torch.randn(2, 6, 3, 3)
+def test_state_of_the_version_that_detectron2_asks_for() -> None:
+    """Its older releases change running_var where they find a lower one."""
+    metadata: Any = bnfast.FrozenBatchNorm2d(4).state_dict()._metadata
+    assert metadata[""]["version"] == DetectronFrozen._version
+
+
+def test_compiled_traced_and_scripted() -> None:
+    ours, x = frozen(trained(dtype=torch.float64)), data()
+    expected = ours(x)
     torch._dynamo.reset()
-    compiled = torch.compile(frozen, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(x), frozen(x))
-    exported = torch.export.export(frozen, (x,)).module()
-    torch.testing.assert_close(exported(x), frozen(x))
-    plain = layer()
-    torch.testing.assert_close(torch.jit.script(plain)(x), plain(x))
-    with pytest.raises(RuntimeError, match="torch.export"):
-        torch.jit.script(frozen)
+    assert_close(torch.compile(ours, fullgraph=True, backend="aot_eager")(x), expected)
+    assert_close(torch.fx.symbolic_trace(nn.Sequential(ours))(x), expected)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        assert_close(torch.jit.trace(ours, x)(x), expected)
+        scripted = torch.jit.script(nn.Sequential(ours)).train()
+    assert_close(scripted(x), expected)
+    assert list(scripted.state_dict()) == [f"0.{key}" for key in KEYS]
 
 
-def test_is_fused_with_what_follows() -> None:
-    """The backbone of a detector."""
-    model = nn.Sequential(nn.Conv2d(3, 6, 1), layer(), nn.ReLU()).double()
-    x = torch.randn(2, 3, 4, 4, dtype=torch.float64)
-    expected = model(x)
+@pytest.mark.parametrize("keep_dtype", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64], ids=str)
+def test_is_fused_with_what_follows(dtype: torch.dtype, keep_dtype: bool) -> None:
+    """The backbone of a detector, in fp64 and with half-precision input to fp32 constants."""
+    model = nn.Sequential(nn.Identity(), bnfast.FrozenBatchNorm2d(4, keep_dtype=keep_dtype), nn.ReLU())
+    model = model.double() if dtype == torch.float64 else model
+    expected = model(data().to(dtype))
     fused = bnfast.fuse(model)
     assert len(bnfast.fusion_report(fused).fused) == 1
-    torch.testing.assert_close(fused(x), expected)
+    found = fused(data().to(dtype))
+    assert found.dtype == expected.dtype == (dtype if keep_dtype or dtype == torch.float64 else torch.float32)
+    assert_close(found, expected)

@@ -110,7 +110,7 @@ class _BatchRenorm(DropIn, OptionalBias, nn.modules.batchnorm._BatchNorm):
     def _lost_in_sync_batchnorm(self) -> str | None:
         return (
             "renormalizes, which torch.nn.SyncBatchNorm does not: convert the model's other layers one by "
-            "one, or replace this one by a BatchNorm with the same state_dict first"
+            "one, or replace this one by a BatchNorm with the same state_dict first, as bnfast.revert does"
         )
 
     def __prepare_scriptable__(self) -> nn.Module:

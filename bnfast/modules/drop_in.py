@@ -9,7 +9,6 @@ from typing import Any
 from torch import Tensor, nn
 from torch.fx import Proxy
 from torch.fx.proxy import TraceError
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..activation import Activation
 
@@ -77,9 +76,9 @@ class DropIn(nn.Module):
             lost = self._lost_in_sync_batchnorm()
             if lost is not None:
                 raise RuntimeError(f"{type(self).__name__} {lost}")
-        if "qconfig" in self.__dict__:
-            return self.__dict__["qconfig"]
-        raise AttributeError(f"'{type(self).__name__}' object has no attribute 'qconfig'")
+        if "qconfig" not in self.__dict__:
+            raise AttributeError(f"'{type(self).__name__}' object has no attribute 'qconfig'")
+        return self.__dict__["qconfig"]
 
     @qconfig.setter
     def qconfig(self, value: Any) -> None:
@@ -87,11 +86,13 @@ class DropIn(nn.Module):
 
     @qconfig.deleter
     def qconfig(self) -> None:
-        self.__dict__.pop("qconfig")
+        if "qconfig" not in self.__dict__:
+            raise AttributeError("qconfig")
+        del self.__dict__["qconfig"]
 
     def _lost_in_sync_batchnorm(self) -> str | None:
-        """What a bare SyncBatchNorm would not do as this layer does, and a way out; None if nothing."""
-        if self.activation is None or not isinstance(self, _BatchNorm):
+        """What a bare SyncBatchNorm would not do as this BatchNorm does, and a way out; None if nothing."""
+        if self.activation is None:
             return None
         return (
             f"applies {self.activation.name} itself, which torch.nn.SyncBatchNorm does not: build it without "

@@ -9,15 +9,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..activation import Activation, ActivationLike
-from ..functional.batchnorm import batch_norm
+from ..functional.batchnorm import counting_batch_norm
 from .drop_in import DropIn
 
 
 class TorchFrozenBatchNorm2d(nn.Module):
     """The layer in plain torch: what bnfast.revert and torch.jit.script have for FrozenBatchNorm2d."""
 
-    # detectron2's layer shares the keys, and takes eps out of the running_var of a lower version.
+    # As detectron2's, which shares the keys: its older releases take eps out of a lower one's running_var.
     _version = 3
+
+    keep_dtype = False
+    __constants__ = ("keep_dtype",)  # or torch.jit.script would not see what a class has
 
     if TYPE_CHECKING:  # torch.jit.script would read these
         eps: float
@@ -27,26 +30,41 @@ class TorchFrozenBatchNorm2d(nn.Module):
         running_var: Tensor
 
     def __init__(
-        self, num_features: int, eps: float = 1e-5, device: Any = None, dtype: torch.dtype | None = None
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        *,
+        keep_dtype: bool = False,
     ) -> None:
         super().__init__()
-        self.num_features, self.eps = num_features, eps
+        self.num_features, self.eps, self.keep_dtype = num_features, eps, keep_dtype
         for name in ("weight", "bias", "running_mean", "running_var"):
             start = torch.ones if name in ("weight", "running_var") else torch.zeros
             self.register_buffer(name, start(num_features, device=device, dtype=dtype))
 
     def forward(self, input: Tensor) -> Tensor:
-        self._check_input_dim(input)
-        return F.batch_norm(
-            input, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps
-        )
+        if self.keep_dtype:
+            return F.batch_norm(
+                input, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps
+            )
+        scale = self.weight * (self.running_var + self.eps).rsqrt()
+        shift = self.bias - self.running_mean * scale
+        return input * scale.view(1, -1, 1, 1) + shift.view(1, -1, 1, 1)
+
+    def widened(self, input: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Both in the output's dtype, which the residual may be of already."""
+        dtype = input.dtype
+        if not self.keep_dtype:
+            for constant in (self.weight, self.bias, self.running_mean, self.running_var):
+                dtype = torch.promote_types(dtype, constant.dtype)
+        if isinstance(residual, Tensor) and residual.dtype == input.dtype:
+            residual = residual.to(dtype)
+        return input.to(dtype), residual
 
     def extra_repr(self) -> str:
-        return f"{self.weight.numel()}, eps={self.eps}"
-
-    def _check_input_dim(self, input: Tensor) -> None:
-        if input.dim() != 4:
-            raise ValueError(f"expected 4D input (got {input.dim()}D input)")
+        return f"{self.weight.numel()}, eps={self.eps}{', keep_dtype=True' if self.keep_dtype else ''}"
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         # A BatchNorm's checkpoint: what it counted is not among what is unexpected.
@@ -62,8 +80,11 @@ class FrozenBatchNorm2d(DropIn, TorchFrozenBatchNorm2d):
     BatchNorm2d's with strict=True, num_batches_tracked being dropped. Gradients go to the input and the
     residual only.
 
-    The output has the input's dtype, as detectron2's, where torchvision's has the buffers' if that is wider.
-    Raises ValueError for an input that is not 4-D."""
+    The output has the wider dtype of the input's and the buffers', as torchvision's: fp32 for fp16 input and
+    fp32 buffers, as under autocast. With keep_dtype it has the input's, as detectron2's: fewer bytes move.
+    residual: of the output's dtype or of the input's.
+
+    Raises ValueError for an input that is not 4-D, and for a residual that is not as said."""
 
     def __init__(
         self,
@@ -72,14 +93,19 @@ class FrozenBatchNorm2d(DropIn, TorchFrozenBatchNorm2d):
         device: Any = None,
         dtype: torch.dtype | None = None,
         *,
+        keep_dtype: bool = False,
         activation: ActivationLike = None,
     ) -> None:
-        super().__init__(num_features, eps, device, dtype)
+        super().__init__(num_features, eps, device, dtype, keep_dtype=keep_dtype)
         self.activation = Activation.of(activation)
 
     def normalize(self, input: Tensor, activation: Activation | None, residual: Tensor | None) -> Tensor:
-        self._check_input_dim(input)
-        return batch_norm(
-            input, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps,
-            activation=activation, residual=residual,
-        )  # fmt: skip
+        if input.dim() != 4:
+            raise ValueError(f"expected 4D input (got {input.dim()}D input)")
+        mean, variance, weight, bias = self.running_mean, self.running_var, self.weight, self.bias
+        if not self.keep_dtype:
+            input, residual = self.widened(input, residual)
+            mean, variance, weight, bias = (t.to(input.dtype) for t in (mean, variance, weight, bias))
+        return counting_batch_norm(
+            input, mean, variance, weight, bias, False, 0.0, self.eps, None, None, activation, residual
+        )

@@ -35,6 +35,10 @@ class BatchNorm3d(_Plain, nn.BatchNorm3d):
 class FrozenBatchNorm2d(_Plain, TorchFrozenBatchNorm2d):
     """A BatchNorm2d of constants, then the activation."""
 
+    def normalize(self, input: Tensor, activation: Activation | None, residual: Tensor | None) -> Tensor:
+        input, residual = self.widened(input, residual)
+        return super().normalize(input, activation, residual)
+
 
 class GroupNorm(_Plain, nn.GroupNorm):
     """torch.nn.GroupNorm, then the activation."""

@@ -1,0 +1,174 @@
+"""Other libraries' converters on our layers: what would lose an activation or a correction raises where it
+can be made to, and what is lost where it cannot is known."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.ao.quantization import default_qconfig, propagate_qconfig_
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.testing import assert_close
+
+import bnfast
+from bnfast.modules import plain
+from tests.support.foreign import BatchNormAct2d, TorchvisionFrozen, put_in_place
+
+
+@pytest.fixture(autouse=True)
+def _others_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    put_in_place(monkeypatch)
+
+
+def data() -> Tensor:
+    return torch.randn(3, 4, 5, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+
+def network(layer: nn.Module) -> nn.Sequential:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(4, 4, 1), layer).double()
+    model(data() + 1)
+    return model.eval()
+
+
+# name: (layer, words of the error)
+SILENT_LOSSES: dict[str, tuple[nn.Module, str]] = {
+    "activation": (
+        bnfast.BatchNorm2d(4, activation="relu"),
+        "BatchNorm2d applies relu itself.*module behind",
+    ),
+    "Batch Renormalization": (bnfast.BatchRenorm2d(4), "BatchRenorm2d renormalizes.*bnfast.revert"),
+    "both": (bnfast.BatchRenorm2d(4, activation="relu"), "BatchRenorm2d renormalizes"),
+    "reverted": (bnfast.revert(bnfast.BatchNorm2d(4, activation="relu")), "BatchNorm2d applies relu itself"),
+}
+
+
+@pytest.mark.parametrize("name", SILENT_LOSSES)
+def test_sync_batchnorm_raises_for_what_it_would_lose(name: str) -> None:
+    layer, words = SILENT_LOSSES[name]
+    model = network(copy.deepcopy(layer))
+    with pytest.raises(RuntimeError, match=words):
+        nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    assert type(model[1]) is type(layer)
+
+
+def test_sync_batchnorm_has_begun_by_then() -> None:
+    """As README says: it replaces layers as it finds them, and is stopped at the first that would lose."""
+    model = nn.Sequential(nn.BatchNorm2d(4), bnfast.BatchRenorm2d(4), nn.BatchNorm2d(4))
+    with pytest.raises(RuntimeError, match="renormalizes"):
+        nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    assert [type(m) for m in model] == [nn.SyncBatchNorm, bnfast.BatchRenorm2d, nn.BatchNorm2d]
+
+
+def test_sync_batchnorm_takes_the_others() -> None:
+    model = nn.Sequential(bnfast.BatchNorm2d(4), bnfast.GroupNorm(2, 4, activation="relu"))
+    old = model[0]
+    nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    assert [type(m) for m in model] == [nn.SyncBatchNorm, bnfast.GroupNorm]
+    assert model[0].weight is old.weight
+    assert not hasattr(model[0], "qconfig")
+
+
+def test_the_way_out_for_what_came_from_timm() -> None:
+    """reverted, the layer is timm's again, which timm's converter knows."""
+    model = bnfast.convert(nn.Sequential(BatchNormAct2d(4, nn.ReLU())))
+    with pytest.raises(RuntimeError, match="bnfast.revert and then timm's converter"):
+        nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    assert type(bnfast.revert(model)[0]) is BatchNormAct2d
+
+
+def test_qconfig_is_an_attribute_like_others() -> None:
+    """Quantization sets it, asks for it and deletes it."""
+    layer = bnfast.BatchNorm2d(4)
+    assert not hasattr(layer, "qconfig")
+    with pytest.raises(AttributeError, match="'BatchNorm2d' object has no attribute 'qconfig'"):
+        layer.qconfig  # noqa: B018
+    layer.qconfig = "set"
+    assert copy.deepcopy(layer).qconfig == "set"
+    assert nn.SyncBatchNorm.convert_sync_batchnorm(layer).qconfig == "set"
+    del layer.qconfig
+    assert not hasattr(layer, "qconfig")
+    with pytest.raises(AttributeError, match="qconfig"):
+        del layer.qconfig
+    marked = bnfast.BatchNorm2d(4, activation="relu")
+    marked.qconfig = None
+    assert marked.qconfig is None
+    with pytest.raises(RuntimeError, match="applies relu itself"):  # marked or not
+        nn.SyncBatchNorm.convert_sync_batchnorm(marked)
+
+
+@pytest.mark.parametrize("name", SILENT_LOSSES)
+def test_they_can_still_be_traced_by_jit(name: str) -> None:
+    model, x = network(copy.deepcopy(SILENT_LOSSES[name][0])), data()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        traced = torch.jit.trace(model, x)
+    assert_close(traced(x), model(x))
+
+
+def test_quantization_can_set_its_attribute() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = network(bnfast.BatchNorm2d(4)).float()
+        model.qconfig = default_qconfig  # type: ignore[assignment]
+        propagate_qconfig_(model)
+    assert type(model[1].qconfig) is type(default_qconfig)
+
+
+@pytest.mark.parametrize("activation", [None, "relu"])
+@pytest.mark.parametrize("make", [bnfast.BatchNorm2d, bnfast.BatchRenorm2d])
+def test_fuse_conv_bn_eval_leaves_the_activation_out(make: Any, activation: str | None) -> None:
+    """It reads parameters and statistics; README says that the activation has to be applied behind it."""
+    model = network(make(4, activation=activation))
+    fused = torch.nn.utils.fusion.fuse_conv_bn_eval(*model)
+    behind = torch.relu if activation else nn.Identity()
+    assert_close(behind(fused(data())), model(data()), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("activation", [None, "relu"])
+def test_freezing_by_mode_and_gradients(activation: str | None) -> None:
+    """The usual freezer: whatever is a _BatchNorm goes to eval and takes no gradients. Nothing is lost."""
+    model = network(bnfast.BatchNorm2d(4, activation=activation)).train()
+    for module in model.modules():
+        if isinstance(module, _BatchNorm):
+            module.eval().requires_grad_(False)
+    before, expected = copy.deepcopy(model[1].state_dict()), copy.deepcopy(model).eval()(data())
+    y = model(data())
+    y.sum().backward()
+    assert_close(y, expected)
+    assert model[1].weight.grad is None
+    assert model[0].weight.grad is not None
+    assert_close(model[1].state_dict(), before, rtol=0, atol=0)
+
+
+def refrozen(model: nn.Sequential) -> nn.Sequential:
+    """As timm's and detectron2's freezers: a new layer of constants, from a BatchNorm2d's parameters."""
+    theirs, layer = TorchvisionFrozen(4).double(), model[1]
+    theirs.load_state_dict({k: v for k, v in layer.state_dict().items() if k != "num_batches_tracked"})
+    theirs.eps = layer.eps
+    return nn.Sequential(model[0], theirs)
+
+
+def test_freezing_by_replacement() -> None:
+    """Freezers that build a layer of their own leave the activation out, as README says; the other way round,
+    frozen layers convert, and keep it."""
+    model = network(bnfast.BatchNorm2d(4))
+    ours = bnfast.convert(refrozen(model))
+    assert type(ours[1]) is bnfast.FrozenBatchNorm2d
+    assert_close(ours.train()(data()), model(data()), rtol=1e-12, atol=1e-12)
+    with_activation = network(bnfast.BatchNorm2d(4, activation="relu"))
+    expected = with_activation(data())
+    assert_close(refrozen(with_activation)(data()).relu(), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_plain_layers_say_that_jit_cannot_script_them() -> None:
+    layer = bnfast.revert(bnfast.BatchNorm2d(4, activation="relu"))
+    assert type(layer) is plain.BatchNorm2d
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        with pytest.raises(RuntimeError, match="which has no activation"):
+            torch.jit.script(layer)
