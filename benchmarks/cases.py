@@ -1,0 +1,74 @@
+"""What is measured: one normalization layer with what follows it, in one dtype and layout."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+
+import torch
+from torch import Tensor
+
+from benchmarks.suites import Network, Shape
+
+NAMES = {torch.float32: "fp32", torch.float64: "fp64", torch.bfloat16: "bf16", torch.float16: "fp16"}
+DTYPES = {name: dtype for dtype, name in NAMES.items()}
+FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
+DIRECTIONS = ("forward", "backward")
+
+
+@dataclass(frozen=True)
+class Case:
+    """act(norm(x) + z) in training. norm: "BatchNorm", "GroupNorm" or "InstanceNorm"; groups: of GroupNorm, 0
+    for BatchNorm, channels for InstanceNorm. shape: of x, [N, C, *size]. activation: "relu" or None. residual:
+    whether there is a z. count: layers of this form in the network.
+
+    Parameters and statistics are fp32, but where torch.nn takes none but x's dtype (GroupNorm on a GPU)."""
+
+    suite: str
+    network: str
+    norm: str
+    shape: tuple[int, ...]
+    groups: int
+    dtype: torch.dtype
+    channels_last: bool
+    activation: str | None = None
+    residual: bool = False
+    count: int = 1
+
+    def __str__(self) -> str:
+        what = self.norm + " + z" * self.residual + f" + {self.activation}" * bool(self.activation)
+        return f"{what} {'x'.join(map(str, self.shape))} {NAMES[self.dtype]} {self.layout}"
+
+    @property
+    def layout(self) -> str:
+        return "channels_last" if self.channels_last else "contiguous"
+
+    @property
+    def memory_format(self) -> torch.memory_format:
+        return FORMATS[len(self.shape)] if self.channels_last else torch.contiguous_format
+
+    @property
+    def x_bytes(self) -> int:
+        """T."""
+        return prod(self.shape) * self.dtype.itemsize
+
+    @property
+    def parameter_dtype(self) -> torch.dtype:
+        return self.dtype if self.norm == "GroupNorm" else torch.float32
+
+    def tensor(self, device: torch.device, seed: int) -> Tensor:
+        """Normal random numbers (never zeros: those draw less power) of x's shape, dtype and layout."""
+        generator = torch.Generator(device).manual_seed(seed)
+        x = torch.empty(self.shape, dtype=self.dtype, device=device, memory_format=self.memory_format)
+        return x.normal_(generator=generator)
+
+
+def of_layer(
+    suite: str, network: Network, shape: Shape, dtype: torch.dtype, channels_last: bool, count: int,
+    activation: str | None = None, residual: bool = False,
+) -> Case:  # fmt: skip
+    groups = network.groups_of(shape)
+    sizes = (network.batch, shape.channels, *shape.size)
+    return Case(
+        suite, network.name, network.norm, sizes, groups, dtype, channels_last, activation, residual, count
+    )

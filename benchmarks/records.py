@@ -1,0 +1,104 @@
+"""One CSV schema for everything that is measured or predicted: a line is one figure of one thing.
+
+A column that does not apply is empty, never 0. Tables and pictures are made from these files alone."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+MEASURED, PREDICTED, CANNOT = "measured", "predicted", "cannot"
+Number = float | None
+
+
+@dataclass(frozen=True)
+class Record:
+    """kind: "layer", "copy", "step", "host", "sweep" or "probe". status: one of the three above; of CANNOT `note` says why.
+
+    variant: who was asked ("bnfast", "torch", ...); ran: who computed ("Cudnn", "Native", a kernel's name). cache:
+    "cold" or "warm" L2. mode: "eager" or "graph". direction: "forward", "backward", or "step".
+    us: the median, us_low and us_high the quartiles of `rounds` samples. floor_bytes: what the work must move;
+    GBps: those bytes in that time; copy_GBps: measured in the same run, of a copy's bytes both ways.
+    copied_MB: what the variant copied beside the work. registers: a thread; in_flight_KB: an SM."""
+
+    kind: str
+    status: str
+    variant: str = ""
+    ran: str = ""
+    suite: str = ""
+    network: str = ""
+    norm: str = ""
+    groups: int | None = None
+    shape: str = ""
+    dtype: str = ""
+    layout: str = ""
+    activation: str = ""
+    residual: int | None = None
+    count: int | None = None
+    direction: str = ""
+    cache: str = ""
+    mode: str = ""
+    us: Number = None
+    us_low: Number = None
+    us_high: Number = None
+    rounds: int | None = None
+    floor_bytes: int | None = None
+    GBps: Number = None
+    copy_GBps: Number = None
+    launches: Number = None
+    peak_MB: Number = None
+    copied_MB: Number = None
+    registers: int | None = None
+    in_flight_KB: Number = None
+    host_us: Number = None
+    clock_MHz: Number = None
+    temperature_C: Number = None
+    note: str = ""
+    gpu: str = ""
+    driver: str = ""
+    versions: str = ""
+    commit: str = ""
+    date: str = ""
+
+
+HEADERS = tuple(field.name for field in fields(Record))
+_TYPES = {field.name: str(field.type) for field in fields(Record)}
+
+
+def append(path: Path, records: Iterable[Record]) -> None:
+    """Adds lines to a file, which is made with its header if it is not there: what was measured stays."""
+    new = not path.exists()
+    with path.open("a", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        if new:
+            writer.writerow(HEADERS)
+        for record in records:
+            writer.writerow(["" if value is None else value for value in asdict(record).values()])
+
+
+def read(path: Path) -> list[Record]:
+    """The lines of a file. ValueError names what is not of this schema."""
+    with path.open(newline="", encoding="utf-8") as file:
+        reader = csv.DictReader(file)
+        if tuple(reader.fieldnames or ()) != HEADERS:
+            unlike = sorted(set(reader.fieldnames or ()) ^ set(HEADERS))
+            raise ValueError(
+                f"{path}: its columns are not those of a benchmark's CSV; they differ in {unlike}"
+            )
+        return [_record(path, number, line) for number, line in enumerate(reader, start=2)]
+
+
+def _record(path: Path, number: int, line: dict[str, str]) -> Record:
+    def value(name: str, text: str) -> str | float | int | None:
+        if _TYPES[name] == "str":
+            return text
+        if text == "":
+            return None
+        return int(text) if "int" in _TYPES[name] else float(text)
+
+    try:
+        return Record(**{name: value(name, text) for name, text in line.items()})  # type: ignore[arg-type]
+    except (TypeError, ValueError) as e:
+        raise ValueError(f"{path}, line {number}: {e}") from None
