@@ -18,9 +18,9 @@ DIRECTIONS = ("forward", "backward")
 
 @dataclass(frozen=True)
 class Case:
-    """act(norm(x) + z) in training. norm: "BatchNorm", "GroupNorm" or "InstanceNorm"; groups: of GroupNorm, 0
-    for BatchNorm, channels for InstanceNorm. shape: of x, [N, C, *size]. activation: "relu" or None. residual:
-    whether there is a z. count: layers of this form in the network.
+    """act(norm(x) + z) in training. norm: "BatchNorm", "GroupNorm" or "InstanceNorm"; groups: of GroupNorm,
+    0 for BatchNorm, channels for InstanceNorm. shape: of x, [N, C, *size]. activation: "relu" or None.
+    residual: whether there is a z. count: layers of this form in the network.
 
     Parameters and statistics are fp32, but where torch.nn takes none but x's dtype (GroupNorm on a GPU)."""
 
