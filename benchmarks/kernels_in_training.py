@@ -81,13 +81,19 @@ def launches_of(pair: normalizers.Pair, images: Tensor, width: int, steps: int) 
 
 def first_steps(layer: str, steps: int, batch: int, width: int) -> Outcome:
     """Both runs, in this process, which must have been started with TRITON_INTERPRET=1."""
+    from bnfast.interpreted import without_repetition
+
     pair = normalizers.pair(layer, steps)
     recipe = digits.Recipe(epochs=1, batch=batch, width=width, steps=steps)
     data = digits.load(recipe.seed, torch.device("cpu"))
     few = {"test_images": data.test_images[:batch], "test_labels": data.test_labels[:batch]}
     data = dataclasses.replace(data, **few)
     theirs = digits.train(pair.theirs, data, recipe, lambda loss: None)
-    with counted_launches() as launches, report.progress(steps, "steps in the interpreter") as bar:
+    with (
+        without_repetition(),
+        counted_launches() as launches,
+        report.progress(steps, "steps in the interpreter") as bar,
+    ):
         ours = digits.train(pair.ours, data, recipe, lambda loss: bar.update(1))
     expected = launches_of(pair, data.test_images, width, steps)
     apart = agreement.compare(theirs, ours)

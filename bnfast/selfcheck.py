@@ -93,12 +93,12 @@ def run(seconds: float) -> int:
     print(f"{'':5}{inputs} {'result':12}share   rms torch")
     started, failed, todo = time.monotonic(), 0, cases(device)
     done = 0
-    rounding: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+    interpreter: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
     if INTERPRET:
-        from .interpreted import bfloat16_to_nearest
+        from .interpreted import prepared
 
-        rounding = bfloat16_to_nearest()
-    with rounding:
+        interpreter = prepared()
+    with interpreter:
         for case in todo:
             if time.monotonic() - started > seconds:
                 break

@@ -1,4 +1,4 @@
-"""For all tests: bf16 in the interpreter rounds as on a GPU; fixtures that say which path a call takes."""
+"""For all tests: an interpreter that rounds bf16 as a GPU; fixtures that say which path a call takes."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import pytest
 
 
 @pytest.fixture(autouse=True)
-def _hardware_bfloat16() -> Iterator[None]:
+def _interpreter() -> Iterator[None]:
     if os.environ.get("TRITON_INTERPRET") != "1":
         yield
         return
-    from bnfast.interpreted import bfloat16_to_nearest
+    from bnfast.interpreted import prepared
 
-    with bfloat16_to_nearest():
+    with prepared():
         yield
 
 
