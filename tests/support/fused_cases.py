@@ -15,6 +15,7 @@ from bnfast.activation import Activation
 
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 Named = dict[str, Tensor]
+EPS = 1e-5
 
 
 def _statistics(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -86,10 +87,37 @@ def run(function: Callable[..., Tensor], g: Named) -> Named:
     return {"y": y.detach(), **{f"d{n}": t for n, t in zip(leaves, gradients, strict=True)}}
 
 
+def summed_once(layer: str, g: Named, dy: Tensor) -> Named:
+    """y and gradients of the layer alone in fp64, each sum rounded once: torch's own would be the error."""
+    x, weight, bias = g["x"], g["weight"], g["bias"]
+    if LAYERS[layer][0] == "batch_norm":
+        fixed = _statistics(x) if layer == "eval" else None
+        e = exact.batch_norm(x, dy, weight, bias, EPS, fixed)
+        values = {"y": e.y(x), "dx": e.dx(x, dy), "dweight": e.dweight(), "dbias": e.dbias()}
+    elif layer == "layer":
+        values = exact.layer_norm(x, dy, 1, weight, bias, EPS)
+    else:
+        groups = x.shape[1] if layer == "instance" else LAYERS[layer][1](x)[0]
+        values = exact.group_norm(x, dy, groups, weight, bias, EPS)
+    return {name: value for name, (value, _) in values.items()}
+
+
+def truth(layer: str, activation: Any, g: Named) -> Named:
+    """y and all gradients in fp64."""
+    if g["x"].dtype != torch.float64:
+        return run(theirs(layer, activation), {n: t.double() for n, t in g.items()})
+    before = (summed_once(layer, g, g["dy"])["y"] + g.get("z", 0.0)).requires_grad_()
+    act = Activation.of(activation)
+    y = before if act is None else act.apply(before)
+    (slope,) = torch.autograd.grad(y, before, g["dy"])
+    added = {"dz": slope} if "z" in g else {}
+    return {**summed_once(layer, g, slope), **added, "y": y.detach()}
+
+
 def check(layer: str, activation: Any, g: Named, found: Named) -> None:
     """Errors at most twice torch's own at the same types, plus a few units: of the worst element, and as root
     mean square. Memory as x's, but for LayerNorm, which is contiguous as torch's."""
-    true = run(theirs(layer, activation), {n: t.double() for n, t in g.items()})
+    true = truth(layer, activation, g)
     others = run(theirs(layer, activation), g)
     assert found.keys() == true.keys()
     for name, value in found.items():
