@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from .call_site import Site, why_unfused
-from .guards import Guard, Inlined, original_class
+from .guards import Condition, original_class
+from .subclassing import Unannounced, subclass
 from .tracing import Traced
 
 _classes: WeakValueDictionary[tuple[object, ...], type] = WeakValueDictionary()
@@ -21,21 +22,23 @@ _classes: WeakValueDictionary[tuple[object, ...], type] = WeakValueDictionary()
 _COPYING = ("__reduce__", "__reduce_ex__", "__getstate__", "__deepcopy__", "__copy__")
 
 
-class FusedBlock(nn.Module):
+class FusedBlock(Unannounced):
     """Mixed into a block's class, before it. Instances hold nothing new: state_dict, copies and replicas are
     those of the block. The class holds what is known of its forward."""
 
     _bnfast_original: Any
-    _bnfast_guards: tuple[Guard | Inlined, ...]
+    _bnfast_guards: tuple[Condition, ...]
     _bnfast_sites: tuple[Site, ...]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return _blank, (self._bnfast_original,), dict(self.__dict__)
+        return _blank, (self._bnfast_original,), self.__getstate__()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         new = self.__class__.__new__(self.__class__)
         memo[id(self)] = new
-        new.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        state = dict(self.__dict__)
+        state.pop("_compiled_call_impl", None)  # which would call this one
+        new.__dict__.update(copy.deepcopy(state, memo))
         return new
 
     def __prepare_scriptable__(self) -> nn.Module:
@@ -72,15 +75,15 @@ def install(block: nn.Module, traced: Traced, sites: tuple[Site, ...]) -> None:
             "_bnfast_guards": guards,
             "_bnfast_sites": sites,
         }
-        made = type(original)(original.__name__, (FusedBlock, original), members)
+        made = subclass(original, members, FusedBlock)
         _classes[key] = made
     else:
         made = _classes[key]
-    block.__class__ = made
+    object.__setattr__(block, "__class__", made)
 
 
 def _forward(
-    original: Any, fused: Callable[..., Any], count: int, guards: tuple[Guard | Inlined, ...]
+    original: Any, fused: Callable[..., Any], count: int, guards: tuple[Condition, ...]
 ) -> Callable[..., Any]:
     traced = original.forward
 
@@ -99,7 +102,7 @@ def _forward(
     return forward
 
 
-def guards_hold(block: nn.Module, guards: tuple[Guard | Inlined, ...]) -> bool:
+def guards_hold(block: nn.Module, guards: tuple[Condition, ...]) -> bool:
     for guard in guards:  # noqa: SIM110 - this runs with every call, and all() takes longer
         if not guard.holds(block):
             return False
@@ -126,11 +129,7 @@ def unfuse(model: nn.Module) -> nn.Module:
 
 def live_sites(block: FusedBlock) -> tuple[list[Site], dict[str, str]]:
     """The sites of a block that a call of it fuses, and why it passes the others by, by layer."""
-    changed = [
-        ".".join((*g.path, getattr(g, "name", "children")))
-        for g in block._bnfast_guards
-        if not g.holds(block)
-    ]
+    changed = [guard.what for guard in block._bnfast_guards if not guard.holds(block)]
     cls: Any = type(block)
     if "forward" in block.__dict__ or cls._bnfast_original.forward is not cls.forward.__wrapped__:
         changed.insert(0, "forward")
@@ -151,12 +150,12 @@ def live_sites(block: FusedBlock) -> tuple[list[Site], dict[str, str]]:
 
 def _blank(original: type) -> nn.Module:
     """What pickle fills with a fused block's state: it becomes fused again once it has that."""
-    waiting = type(original.__name__, (_Waiting, original), {"_bnfast_original": original})
+    waiting = subclass(original, {"_bnfast_original": original}, _Waiting)
     blank: nn.Module = object.__new__(waiting)
     return blank
 
 
-class _Waiting(nn.Module):
+class _Waiting(Unannounced):
     """Mixed into a block's class while pickle or copy makes one."""
 
     _bnfast_original: Any

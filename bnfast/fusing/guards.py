@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from types import BuiltinFunctionType, FunctionType
+from types import BuiltinFunctionType, FunctionType, MethodType
 from typing import Any, NamedTuple
 
 import torch
@@ -12,39 +12,51 @@ from .layers import hooked
 
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 _PLAIN = (
-    bool, int, float, complex, str, bytes, type(None), type,
+    bool, int, float, complex, str, bytes, type(None),
     torch.dtype, torch.device, torch.memory_format, FunctionType, BuiltinFunctionType,
 )  # fmt: skip
 
 
-class Unguardable(Exception):
-    """Something that forward reads may change in ways that no guard sees."""
+class Refusal(BaseException):
+    """Why a forward cannot be traced, or what it reads not be guarded. No Exception: a forward that catches
+    those would go on, and its handler would be taken for what it always does."""
+
+
+class Absent:
+    """Expected where there was no such attribute."""
 
 
 class Guard(NamedTuple):
     """One attribute, read on the block itself (path empty) or on a module in it. expected: the value, where
-    that is plain, or a copy of it made by `_frozen`; for a module its class, for a tensor Tensor."""
+    that is plain, or a copy of it made by `_frozen`; for a module its class, for a method its function, for
+    a tensor Tensor, and Absent if there was none."""
 
     path: tuple[str, ...]
     name: str
     expected: Any
     keys: tuple[str, ...] | None = None  # a container's children
 
+    @property
+    def what(self) -> str:
+        return ".".join((*self.path, self.name))
+
     def holds(self, block: nn.Module) -> bool:
         owner = follow(block, self.path) if self.path else block
         if owner is None:
             return False
         child = owner._modules.get(self.name)  # getattr comes to the same, in five times the time
-        if child is not None:
-            fits = isinstance(self.expected, type) and isinstance(child, self.expected)
-            return fits and (self.keys is None or tuple(child._modules) == self.keys)
-        value = getattr(owner, self.name, _MISSING)
+        value = getattr(owner, self.name, Absent) if child is None else child
+        if isinstance(value, nn.Module):
+            fits = isinstance(self.expected, type) and isinstance(value, self.expected)
+            return fits and (self.keys is None or tuple(value._modules) == self.keys)
         if isinstance(value, Tensor):
             return self.expected is Tensor
         if isinstance(value, dict):
             return bool(self.expected == (type(value), tuple(value.items())))
         if isinstance(value, list):
             return bool(self.expected == (type(value), tuple(value)))
+        if type(value) is MethodType:
+            value = value.__func__
         return type(value) is type(self.expected) and value == self.expected
 
     def put_back(self, block: nn.Module) -> bool:
@@ -57,11 +69,52 @@ class Guard(NamedTuple):
         return True
 
 
+class Children(NamedTuple):
+    """All children of the block or of a module in it, which forward goes through. expected: names and
+    classes."""
+
+    path: tuple[str, ...]
+    expected: tuple[tuple[str, type], ...]
+
+    @property
+    def what(self) -> str:
+        return ".".join((*self.path, "children"))
+
+    def holds(self, block: nn.Module) -> bool:
+        owner = follow(block, self.path)
+        return (
+            owner is not None
+            and len(owner._modules) == len(self.expected)
+            and all(
+                name == expected and isinstance(child, kind)
+                for (name, child), (expected, kind) in zip(owner._modules.items(), self.expected, strict=True)
+            )
+        )
+
+
+class Shared(NamedTuple):
+    """A module, parameter or buffer that has several names in a block: a graph knows it by one of them."""
+
+    names: tuple[str, ...]
+
+    @property
+    def what(self) -> str:
+        return " or ".join(self.names)
+
+    def holds(self, block: nn.Module) -> bool:
+        first, *others = (_held(block, name) for name in self.names)
+        return all(other is first for other in others)
+
+
 class Inlined(NamedTuple):
     """A Sequential whose children the traced forward calls itself; path empty: the block is one."""
 
     path: tuple[str, ...]
     keys: tuple[str, ...]
+
+    @property
+    def what(self) -> str:
+        return ".".join((*self.path, "children"))
 
     def holds(self, block: nn.Module) -> bool:
         module = follow(block, self.path)
@@ -73,7 +126,7 @@ class Inlined(NamedTuple):
         )
 
 
-_MISSING = object()
+Condition = Guard | Children | Shared | Inlined
 
 
 def follow(block: nn.Module, path: tuple[str, ...]) -> nn.Module | None:
@@ -89,13 +142,31 @@ def original_class(cls: type) -> Any:
 
 
 def guard(path: tuple[str, ...], name: str, value: Any) -> Guard:
-    """For a value as read. Raises Unguardable for what may change and stay the same object."""
+    """For a value as read. Raises Refusal for what may change and stay the same object."""
     if isinstance(value, nn.Module):
-        keys = tuple(value._modules) if isinstance(value, CONTAINERS) else None
+        keys = tuple(_children(value)) if isinstance(value, CONTAINERS) else None
         return Guard(path, name, original_class(type(value)), keys)
     if isinstance(value, Tensor):
         return Guard(path, name, Tensor)
     return Guard(path, name, _frozen(value, ".".join((*path, name))))
+
+
+def children(path: tuple[str, ...], module: nn.Module) -> Children:
+    return Children(path, tuple((name, original_class(type(m))) for name, m in _children(module).items()))
+
+
+def _children(module: nn.Module) -> dict[str, nn.Module]:
+    """Read past the module's class, which may note what is read."""
+    held: dict[str, nn.Module] = object.__getattribute__(module, "_modules")
+    return held
+
+
+def _held(block: nn.Module, name: str) -> object:
+    *path, last = name.split(".")
+    owner = follow(block, tuple(path))
+    if owner is None:
+        return None
+    return next((d[last] for d in (owner._modules, owner._parameters, owner._buffers) if last in d), None)
 
 
 def _frozen(value: Any, name: str = "") -> Any:
@@ -109,7 +180,14 @@ def _frozen(value: Any, name: str = "") -> Any:
 
 def _unchanging(value: Any, name: str) -> Any:
     if isinstance(value, tuple):
-        return tuple(_unchanging(item, name) for item in value)
-    if isinstance(value, _PLAIN):
+        for item in value:
+            _unchanging(item, name)
         return value
-    raise Unguardable(f"forward reads {name}, which is or holds a {type(value).__name__}")
+    # A class may hold settings, but one of modules is for comparing
+    if (
+        isinstance(value, _PLAIN)
+        or value is Absent
+        or (isinstance(value, type) and issubclass(value, nn.Module))
+    ):
+        return value
+    raise Refusal(f"forward reads {name}, which is or holds a {type(value).__name__}")

@@ -14,7 +14,7 @@ from ..activation import Activation
 from ..modules.drop_in import DropIn
 from . import activations
 from .layers import NORMS, hooked, why_not_ours
-from .tracing import add_in_place
+from .symbols import add_in_place
 
 _ADDS = (operator.add, add_in_place, torch.add, "add", "add_")
 _ADDS_IN_PLACE = (add_in_place, "add_")
@@ -108,10 +108,14 @@ def _why_later_is_wrong(
     """With a residual, the layer's call moves to where the add stands. Nothing that it passes may write to
     its input or see that it has not run yet; and the residual is not written to any more."""
     layer = modules[str(norm.target)]
+    counted = {id(buffer) for buffer in layer.buffers()}
+    for node in norm.graph.nodes:
+        if node.op == "get_attr" and id(_attribute(str(node.target), modules)) in counted:
+            return f"forward reads {node.target} too"
     for node in _between(norm, add):
         called = modules[str(node.target)] if node.op == "call_module" else None
-        if called is not None and any(m is layer for m in called.modules()):
-            return f"it runs again, as {node.target}, before the add"
+        if called is not None and not counted.isdisjoint(map(id, called.buffers())):
+            return f"it runs again, or its buffers are used, as {node.target}, before the add"
         if node not in steps and _may_write(node, called):
             return f"{node.name}, before the add, may write in place"
     if add.target in _ADDS_IN_PLACE and add.args[0] is residual:
@@ -119,6 +123,11 @@ def _why_later_is_wrong(
         if not fresh or len(residual.users) != 1:
             return "it is added in place to a tensor that is in use elsewhere"
     return None
+
+
+def _attribute(name: str, modules: dict[str, nn.Module]) -> object:
+    owner, _, last = name.rpartition(".")
+    return getattr(modules[owner], last)
 
 
 def _between(first: Node, last: Node) -> Iterator[Node]:

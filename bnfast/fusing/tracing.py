@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-import operator
+import keyword
 import random
 import sys
-from collections.abc import Callable, Iterator
-from types import MethodType
+from collections import defaultdict
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.fx import Graph, Node, Proxy, Tracer
 from torch.fx.proxy import TraceError
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from .guards import Guard, Inlined, Unguardable, guard, original_class
+from .guards import Condition, Inlined, Refusal, Shared, original_class
+from .observing import Seen, no_types_asked, observed
+from .symbols import Symbol
 
 
 class Untraceable(Exception):
@@ -26,7 +29,7 @@ class Untraceable(Exception):
 class Traced(NamedTuple):
     graph: Graph
     parameters: tuple[str, ...]  # the tensors that forward takes
-    guards: tuple[Guard | Inlined, ...]
+    guards: tuple[Condition, ...]
 
 
 def is_sequence(module: nn.Module) -> bool:
@@ -41,21 +44,26 @@ def trace(block: nn.Module, inlined: set[nn.Module]) -> Traced:
     that depends on a tensor's values, on what is no plain attribute, on random numbers or on grad mode.
     """
     parameters = _required_parameters(block)
-    graphs: list[Graph] = []
-    seen: dict[tuple[object, ...], Guard] = {}
-    for enabled in (True, False):
-        with torch.set_grad_enabled(enabled):
-            tracer = _BlockTracer(inlined)
-            with _observed(block, parameters, seen), _no_random_numbers():
-                graphs.append(_run(tracer, block))
+    sequences = {module for module in (block, *inlined) if is_sequence(module)}
+    seen: Seen = {}
+    try:
+        graphs = [_run(block, parameters, inlined, sequences, seen, on) for on in (False, True)]
+    except (Refusal, TraceError) as why:
+        raise Untraceable(str(why).strip().splitlines()[0]) from why
+    except Exception as why:  # a forward may fail in any way on what is no tensor
+        raise Untraceable(f"{type(why).__name__}: {str(why).strip().splitlines()[:1]}") from why
     if str(graphs[0]) != str(graphs[1]):
-        raise Untraceable("forward depends on grad mode")
-    sequences = [
+        raise Untraceable("forward depends on grad mode or autocast")
+    used = {str(node.target) for node in graphs[0].nodes if node.op in ("call_module", "get_attr")}
+    for name in used:
+        if any(map(keyword.iskeyword, name.split("."))):
+            raise Untraceable(f"{name} is no name that torch.fx can write in Python")
+    known = [
         Inlined(tuple(name.split(".")) if name else (), tuple(module._modules))
         for name, module in block.named_modules()
-        if module in inlined or (module is block and is_sequence(block))
+        if module in sequences
     ]
-    return Traced(graphs[0], parameters, (*seen.values(), *sequences))
+    return Traced(graphs[0], parameters, (*seen.values(), *known, *_shared(block, used)))
 
 
 def _required_parameters(block: nn.Module) -> tuple[str, ...]:
@@ -70,54 +78,34 @@ def _required_parameters(block: nn.Module) -> tuple[str, ...]:
     return tuple(required)
 
 
-def _run(tracer: _BlockTracer, block: nn.Module) -> Graph:
-    try:
-        return tracer.trace(block)
-    except (Unguardable, TraceError) as why:
-        raise Untraceable(str(why).strip().splitlines()[0]) from why
-    except Exception as why:  # a forward may fail in any way on what is no tensor
-        raise Untraceable(f"{type(why).__name__}: {str(why).strip().splitlines()[:1]}") from why
+def _run(
+    block: nn.Module,
+    parameters: tuple[str, ...],
+    inlined: set[nn.Module],
+    sequences: set[nn.Module],
+    seen: Seen,
+    inference: bool,
+) -> Graph:
+    with _for_inference(inference):
+        tracer = _BlockTracer(inlined)
+        with (
+            observed(block, parameters, sequences, seen),
+            _no_random_numbers(),
+            _NoTensors(),
+            no_types_asked(),
+        ):
+            return tracer.trace(block)
 
 
-class _Tensor(Proxy):
-    """Tells apart who asks whether it is a tensor: torch may, but a forward would get the wrong answer."""
-
-    @property  # type: ignore[misc]
-    def __class__(self) -> type:
-        if not sys._getframe(1).f_globals.get("__name__", "").startswith("torch."):
-            raise TraceError("forward asks for the type of its input")
-        return _Tensor
-
-
-def _in_place(name: str) -> Callable[..., Any]:
-    """torch.fx takes `a += b` for `a = a + b`, which is another thing where a has a second name."""
-    function = getattr(operator, name)
-
-    def write(left: Any, right: Any) -> Any:
-        return function(left, right)
-
-    def record(self: _Tensor, other: Any) -> Any:
-        return self.tracer.create_proxy("call_function", write, (self, other), {})
-
-    setattr(_Tensor, f"__{name}__", record)
-    return write
-
-
-add_in_place = _in_place("iadd")
-for _name in (
-    "isub",
-    "imul",
-    "itruediv",
-    "ifloordiv",
-    "imod",
-    "ipow",
-    "iand",
-    "ior",
-    "ixor",
-    "ilshift",
-    "irshift",
-):
-    _in_place(_name)
+def _shared(block: nn.Module, used: set[str]) -> Iterator[Shared]:
+    """What a graph uses by one of several names."""
+    names: defaultdict[object, list[str]] = defaultdict(list)
+    for things in (block.named_modules, block.named_parameters, block.named_buffers):
+        for name, thing in things(remove_duplicate=False):
+            names[thing].append(name)
+    for same in names.values():
+        if len(same) > 1 and not used.isdisjoint(same):
+            yield Shared(tuple(same))
 
 
 class _BlockTracer(Tracer):
@@ -132,96 +120,80 @@ class _BlockTracer(Tracer):
         return m not in self.inlined
 
     def proxy(self, node: Node) -> Proxy:
-        return _Tensor(node, self)
+        return Symbol(node, self)
+
+    def to_bool(self, obj: Proxy) -> bool:
+        raise Refusal("forward branches on a tensor, or on something of one")
+
+    def iter(self, obj: Proxy) -> Iterator[Any]:
+        raise Refusal("forward iterates over a tensor, or over something of one")
 
     def create_arg(self, a: Any) -> Any:
-        if type(a) is not _Tensor and isinstance(a, Tensor) and a not in self.tensor_attrs:
-            raise TraceError("forward makes a tensor of its own")
+        if isinstance(a, Proxy):
+            return super().create_arg(a)
+        if isinstance(a, Tensor) and a not in self.tensor_attrs:
+            raise Refusal("forward makes a tensor of its own")
+        kind = type(a)
+        if (
+            isinstance(a, (dict, list))
+            and kind not in (dict, list)
+            and not kind.__module__.startswith("torch.")
+        ):
+            raise Refusal(
+                f"forward makes a {kind.__name__}, which torch.fx takes for a {kind.__mro__[-2].__name__}"
+            )
         return super().create_arg(a)
 
     def create_node(self, *args: Any, **kwargs: Any) -> Node:
         if _around() != self.around:
-            raise TraceError("forward changes grad mode, autocast or how tensors are saved")
+            raise Refusal("forward changes grad mode, autocast or how tensors are saved")
         return super().create_node(*args, **kwargs)
+
+
+class _NoTensors(TorchDispatchMode):
+    """While a forward runs with symbols, real tensors can only be of its own making, or what it reads; what
+    it finds in them may be another thing the next time."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        raise Refusal("forward makes a tensor of its own")
 
 
 def _around() -> tuple[object, ...]:
     """What forward may change for a part of itself, which no graph records."""
-    autocast = [(torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in ("cpu", "cuda")]
+    autocast = [(torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in DEVICES]
     saving = torch._C._autograd._top_saved_tensors_default_hooks(False)  # activation checkpointing's too
     return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), saving, *autocast
 
 
+DEVICES = ("cpu", "cuda")
+
+
+@contextlib.contextmanager
+def _for_inference(on: bool) -> Iterator[None]:
+    """Inference mode and autocast, both on or both off."""
+    before = [torch.is_autocast_enabled(kind) for kind in DEVICES]
+    try:
+        with torch.inference_mode(on), torch.set_grad_enabled(not on):
+            for kind in DEVICES:
+                torch.set_autocast_enabled(kind, on)
+            yield
+    finally:
+        for kind, enabled in zip(DEVICES, before, strict=True):
+            torch.set_autocast_enabled(kind, enabled)
+
+
 @contextlib.contextmanager
 def _no_random_numbers() -> Iterator[None]:
-    """A branch taken by chance would be taken for ever."""
-    ours, torchs = random.getstate(), torch.get_rng_state()
+    """A branch taken by chance would be taken for ever. (torch's random numbers are tensors.)"""
+    python, numpy = random.getstate(), sys.modules.get("numpy.random")
+    arrays = numpy and numpy.get_state()
     try:
         yield
     finally:
-        # as lists: the model may be one of fake tensors, whose mode takes no others
-        drawn = random.getstate() != ours or torch.get_rng_state().tolist() != torchs.tolist()
-        random.setstate(ours)
-        torch.set_rng_state(torchs)
+        drawn = random.getstate() != python
+        random.setstate(python)
+        if numpy:
+            drawn = drawn or repr(numpy.get_state()) != repr(arrays)
+            numpy.set_state(arrays)
     if drawn:
-        raise Untraceable("forward draws random numbers")
-
-
-_EMPTY = torch.empty(0)  # in place of what is a parameter or a buffer
-_OWN = set(vars(nn.Module())) - {"training"}  # torch.nn.Module's own, read with every call
-
-
-@contextlib.contextmanager
-def _observed(
-    block: nn.Module, parameters: tuple[str, ...], seen: dict[tuple[object, ...], Guard]
-) -> Iterator[None]:
-    """While it lasts, what is read on the block and on the modules in it is noted in `seen`, and the block's
-    forward takes its required parameters only."""
-    classes: list[tuple[nn.Module, type]] = []
-    try:
-        for name, module in block.named_modules():
-            cls = type(module)
-            members = _spy(cls, tuple(name.split(".")) if name else (), seen)
-            members["_bnfast_original"] = original_class(cls)  # for guards, which note the classes of modules
-            if module is block:
-                members["forward"] = _forward_of(original_class(cls), parameters)
-            try:
-                module.__class__ = type(cls.__name__, (cls,), members)
-            except TypeError as why:
-                raise Untraceable(f"{cls.__name__} ({name or 'itself'}) cannot be observed: {why}") from why
-            classes.append((module, cls))
-        yield
-    finally:
-        for module, cls in classes:
-            object.__setattr__(module, "__class__", cls)
-        written = [guard.name for guard in seen.values() if guard.put_back(block)]
-    if written:
-        raise Untraceable(f"forward writes to {written[0]}")
-
-
-def _forward_of(cls: Any, parameters: tuple[str, ...]) -> Callable[..., Any]:
-    """torch.fx asks the code of a forward for its parameters."""
-    names = ", ".join(("self", *parameters))
-    forward: Callable[..., Any] = eval(f"lambda {names}: forward({names})", {"forward": cls.forward})
-    return forward
-
-
-def _spy(cls: Any, path: tuple[str, ...], seen: dict[tuple[object, ...], Guard]) -> dict[str, Any]:
-    """Members of a subclass that notes what is read on its one instance, and lets nothing be set."""
-
-    def note(module: nn.Module, name: str, value: Any) -> Any:
-        method = type(value) is MethodType and value.__self__ in (module, type(module))
-        if name not in _OWN and not name.startswith("__") and not method and (path, name) not in seen:
-            seen[path, name] = guard(path, name, _EMPTY if type(value) is _Tensor else value)
-        return value
-
-    def __getattribute__(self: Any, name: str) -> Any:
-        return note(self, name, cls.__getattribute__(self, name))
-
-    def __getattr__(self: Any, name: str) -> Any:
-        return note(self, name, cls.__getattr__(self, name))
-
-    def __setattr__(self: Any, name: str, value: Any) -> None:
-        raise TraceError(f"forward sets {name}")
-
-    return {f.__name__: f for f in (__getattribute__, __getattr__, __setattr__)}
+        raise Refusal("forward draws random numbers")

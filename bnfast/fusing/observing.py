@@ -1,0 +1,144 @@
+"""Notes what a block's forward reads of the block and of the modules in it, while it is traced."""
+
+from __future__ import annotations
+
+import contextlib
+import dis
+import sys
+from collections.abc import Callable, Iterator
+from types import CodeType, FrameType, MethodType
+from typing import Any
+
+import torch
+from torch import nn
+from torch.fx import Proxy
+
+from .guards import Absent, Children, Guard, Refusal, children, guard, original_class
+from .subclassing import subclass
+
+Seen = dict[tuple[object, ...], Guard | Children]
+
+_EMPTY = torch.empty(0)  # in place of what is a parameter or a buffer
+# torch.nn.Module's own, read with every call
+_OWN = {*vars(nn.Module()), *(name for name in dir(nn.Module) if name.startswith("__")), "forward"} - {
+    "training"
+}
+_LISTS_CHILDREN = {"_modules", "children", "named_children"}
+# What tells of modules and tensors in ways that no guard follows
+_TELLS_ALL = set(vars(nn.Module())) - {"training", "_modules"} | {
+    "__dict__", "parameters", "named_parameters", "buffers", "named_buffers", "modules", "named_modules",
+    "state_dict", "forward",
+}  # fmt: skip
+
+
+@contextlib.contextmanager
+def observed(
+    block: nn.Module, parameters: tuple[str, ...], sequences: set[nn.Module], seen: Seen
+) -> Iterator[None]:
+    """While it lasts, what is read on the block and on the modules in it is noted in `seen`, and the block's
+    forward takes its required parameters only. sequences: Sequentials whose children are known anyway.
+
+    Raises Refusal where that cannot be done, or is not enough."""
+    classes: list[tuple[nn.Module, type]] = []
+    try:
+        for name, module in block.named_modules():
+            cls = type(module)
+            if issubclass(cls, torch.jit.ScriptModule):
+                continue  # compiled, as are its attributes
+            members = _spy(cls, tuple(name.split(".")) if name else (), module in sequences, seen)
+            members["_bnfast_original"] = original_class(cls)  # for guards, which note the classes of modules
+            if module is block:
+                members["forward"] = _forward_of(original_class(cls), parameters)
+            try:
+                object.__setattr__(module, "__class__", subclass(cls, members))
+            except Exception as why:
+                raise Refusal(f"{cls.__name__} ({name or 'itself'}) cannot be observed: {why}") from why
+            classes.append((module, cls))
+        yield
+    finally:
+        for module, cls in classes:
+            object.__setattr__(module, "__class__", cls)
+        written = [g.name for g in seen.values() if isinstance(g, Guard) and g.put_back(block)]
+    if written:
+        raise Refusal(f"forward writes to {written[0]}")
+
+
+@contextlib.contextmanager
+def no_types_asked() -> Iterator[None]:
+    """Refuses a forward some function of which asks for types, its own methods and what they call: it would
+    find subclasses, and symbols for tensors."""
+    run: set[CodeType] = set()
+
+    def note(frame: FrameType, event: str, argument: Any) -> None:
+        if event == "call" and frame.f_globals.get("__name__", "").partition(".")[0] not in _OTHERS:
+            run.add(frame.f_code)
+
+    before = sys.getprofile()
+    sys.setprofile(note)
+    try:
+        yield
+    finally:
+        sys.setprofile(before)
+    for code in run:
+        for instruction in dis.get_instructions(code):
+            if (instruction.opname, instruction.argval) in _ASKS_FOR_TYPES:
+                raise Refusal(f"{code.co_name} asks for the type of something")
+
+
+_OTHERS = {"torch", "bnfast", *sys.stdlib_module_names}
+_ASKS_FOR_TYPES = {("LOAD_GLOBAL", "type"), ("LOAD_ATTR", "__class__"), ("LOAD_METHOD", "__class__")}
+
+
+def _forward_of(cls: Any, parameters: tuple[str, ...]) -> Callable[..., Any]:
+    """torch.fx asks the code of a forward for its parameters."""
+    names = ", ".join(("self", *parameters))
+    forward: Callable[..., Any] = eval(f"lambda {names}: forward({names})", {"forward": cls.forward})
+    return forward
+
+
+def asked_by(depth: int) -> str:
+    """The module whose code is that many calls above the caller's."""
+    name: str = sys._getframe(depth + 1).f_globals.get("__name__", "")
+    return name
+
+
+def by_torch(depth: int) -> bool:
+    return asked_by(depth + 1).startswith("torch.")
+
+
+def _spy(cls: Any, path: tuple[str, ...], known: bool, seen: Seen) -> dict[str, Any]:
+    """Members of a subclass that notes what is read on its one instance, and lets nothing be set. known:
+    whether its children are."""
+
+    def note(module: nn.Module, name: str, value: Any) -> Any:
+        kept = _EMPTY if isinstance(value, Proxy) else value
+        if type(value) is MethodType and value.__self__ in (module, type(module)):
+            kept = value.__func__
+            if kept is getattr(nn.Module, name, None):
+                return value
+        if name not in _OWN and (path, name) not in seen:
+            seen[path, name] = guard(path, name, kept)
+        return value
+
+    def __getattribute__(self: Any, name: str) -> Any:
+        value = cls.__getattribute__(self, name)
+        if name in _TELLS_ALL and not by_torch(1):
+            raise Refusal(f"forward asks for {name}")
+        contained = name == "_modules" and asked_by(1) == "torch.nn.modules.container"
+        if name in _LISTS_CHILDREN and (contained or not by_torch(1)) and not known:
+            seen[path, "children"] = children(path, self)
+        return note(self, name, value)
+
+    def __getattr__(self: Any, name: str) -> Any:
+        try:
+            value = cls.__getattr__(self, name)
+        except AttributeError:
+            if not name.startswith("__"):
+                note(self, name, Absent)
+            raise
+        return note(self, name, value)
+
+    def __setattr__(self: Any, name: str, value: Any) -> None:
+        raise Refusal(f"forward sets {name}")
+
+    return {f.__name__: f for f in (__getattribute__, __getattr__, __setattr__)}

@@ -1,0 +1,83 @@
+"""What a traced forward gets in place of tensors, and of all that it makes of them."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+from torch.fx import Proxy
+from torch.fx.proxy import Attribute
+
+from .guards import Refusal
+from .observing import by_torch
+
+_NONE_OR_NOT = ("grad", "grad_fn", "_base")
+
+
+class Symbol(Proxy):
+    """Refuses what a tensor would answer, and a symbol cannot or would answer in another way. torch may ask
+    whether it is a tensor, for it knows what to do if not."""
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        if not by_torch(1):
+            raise Refusal("forward asks for the type of its input")
+        return type(self)
+
+    def __getattr__(self, name: str) -> Any:
+        if name in _NONE_OR_NOT or (self.node.op == "placeholder" and not hasattr(Tensor, name)):
+            raise Refusal(f"forward asks whether its input has {name}")
+        return _Of(self, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not by_torch(1):
+            raise Refusal(f"forward sets {name} of a tensor")
+        object.__setattr__(self, name, value)
+
+
+class _Of(Symbol, Attribute):
+    """An attribute of a symbol, or the method of that name."""
+
+
+def _refuses(name: str) -> None:
+    def refuse(self: Symbol, *args: Any) -> Any:
+        raise Refusal(f"forward needs the value of a tensor, or of something of one, for {name}")
+
+    setattr(Symbol, name, refuse)
+
+
+for _name in ("__int__", "__float__", "__index__", "__len__", "__contains__", "__setitem__", "__delitem__"):
+    _refuses(_name)
+
+
+def _in_place(name: str) -> Callable[..., Any]:
+    """torch.fx takes `a += b` for `a = a + b`, which is another thing where a has a second name."""
+    function = getattr(operator, name)
+
+    def write(left: Any, right: Any) -> Any:
+        return function(left, right)
+
+    def record(self: Symbol, other: Any) -> Any:
+        return self.tracer.create_proxy("call_function", write, (self, other), {})
+
+    setattr(Symbol, f"__{name}__", record)
+    return write
+
+
+add_in_place = _in_place("iadd")
+for _name in (
+    "isub",
+    "imul",
+    "itruediv",
+    "ifloordiv",
+    "imod",
+    "ipow",
+    "iand",
+    "ior",
+    "ixor",
+    "ilshift",
+    "irshift",
+):
+    _in_place(_name)
