@@ -106,7 +106,8 @@ def _why_later_is_wrong(
     norm: Node, add: Node, residual: Node, steps: list[Node], modules: dict[str, nn.Module]
 ) -> str | None:
     """With a residual, the layer's call moves to where the add stands. Nothing that it passes may write to
-    its input or see that it has not run yet; and the residual is not written to any more."""
+    its input or see that it has not run yet; and the residual, which the layer may save for backward, is not
+    written to any more."""
     layer = modules[str(norm.target)]
     counted = {id(buffer) for buffer in layer.buffers()}
     for node in norm.graph.nodes:
@@ -118,6 +119,10 @@ def _why_later_is_wrong(
             return f"it runs again, or its buffers are used, as {node.target}, before the add"
         if node not in steps and _may_write(node, called):
             return f"{node.name}, before the add, may write in place"
+    for node in _between(add, norm.graph.output_node()):
+        called = modules[str(node.target)] if node.op == "call_module" else None
+        if residual in node.all_input_nodes and _may_write(node, called):
+            return f"{node.name} may write to what was added to it"
     if add.target in _ADDS_IN_PLACE and add.args[0] is residual:
         fresh = residual.op == "call_module" and _returns_new(modules[str(residual.target)])
         if not fresh or len(residual.users) != 1:

@@ -7,7 +7,7 @@ import inspect
 import keyword
 import random
 import sys
-from collections import defaultdict
+from collections import OrderedDict, defaultdict
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -134,14 +134,10 @@ class _BlockTracer(Tracer):
         if isinstance(a, Tensor) and a not in self.tensor_attrs:
             raise Refusal("forward makes a tensor of its own")
         kind = type(a)
-        if (
-            isinstance(a, (dict, list))
-            and kind not in (dict, list)
-            and not kind.__module__.startswith("torch.")
-        ):
-            raise Refusal(
-                f"forward makes a {kind.__name__}, which torch.fx takes for a {kind.__mro__[-2].__name__}"
-            )
+        if kind is OrderedDict:  # torch.fx takes all of its kind for a dict, as all lists for a list
+            return self.create_node("call_function", kind, (self.create_arg(list(a.items())),), {})
+        if isinstance(a, (dict, list)) and kind not in (dict, list) and kind.__module__[:6] != "torch.":
+            raise Refusal(f"forward makes a {kind.__name__}, which torch.fx does not")
         return super().create_arg(a)
 
     def create_node(self, *args: Any, **kwargs: Any) -> Node:

@@ -165,6 +165,18 @@ def _input_written(block: Any, y: Tensor, x: Tensor) -> Tensor:
     return F.relu(y + shortcut)
 
 
+def _swapped_in_place_and_used(block: Any, y: Tensor, x: Tensor) -> Tensor:
+    first = shortcut = block.conv(x)
+    shortcut += y
+    return F.relu(shortcut) * first
+
+
+def _input_written_later(block: Any, y: Tensor, x: Tensor) -> Tensor:
+    shortcut = x * 2
+    out = F.silu(y + shortcut)
+    return out * shortcut.mul_(3)
+
+
 def _random_branch(block: Any, y: Tensor, x: Tensor) -> Tensor:
     return F.relu(y) if random.random() < 2 else y
 
@@ -213,6 +225,8 @@ NOT_FUSABLE: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "written before the add": (lambda: Block(_input_written), "may write in place"),
     "other hardtanh": (lambda: Block(lambda b, y, x: F.hardtanh(y, -1, 1)), "hardtanh"),
     "other ReLU": (lambda: conv_norm_act(type("Other", (nn.ReLU,), {})()), "Other"),
+    "added to what is used again": (lambda: Block(_swapped_in_place_and_used), "in place to a tensor"),
+    "written after the add": (lambda: Block(_input_written_later), "may write to what was added"),
     "random branch": (lambda: Block(_random_branch), "random numbers"),
     "part without grad": (lambda: Block(_no_grad), "grad mode"),
     "branch on grad mode": (lambda: Block(_grad_mode), "grad mode"),
