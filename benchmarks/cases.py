@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from math import prod
 
 import torch
 from torch import Tensor
 
-from benchmarks.suites import Network, Shape
+from benchmarks.suites import Network
 
 NAMES = {torch.float32: "fp32", torch.float64: "fp64", torch.bfloat16: "bf16", torch.float16: "fp16"}
 DTYPES = {name: dtype for dtype, name in NAMES.items()}
@@ -19,8 +20,8 @@ DIRECTIONS = ("forward", "backward")
 @dataclass(frozen=True)
 class Case:
     """act(norm(x) + z) in training. norm: "BatchNorm", "GroupNorm" or "InstanceNorm"; groups: of GroupNorm,
-    0 for BatchNorm, channels for InstanceNorm. shape: of x, [N, C, *size]. activation: "relu" or None.
-    residual: whether there is a z. count: layers of this form in the network.
+    0 for BatchNorm, channels for InstanceNorm. shape: of x, [N, C, *size]. activation: as bnfast's layers
+    name it, or None. residual: whether there is a z. count: layers of this form in the network.
 
     Parameters and statistics are fp32, but where torch.nn takes none but x's dtype (GroupNorm on a GPU)."""
 
@@ -56,19 +57,22 @@ class Case:
     def parameter_dtype(self) -> torch.dtype:
         return self.dtype if self.norm == "GroupNorm" else torch.float32
 
+    def empty(self, device: torch.device | str = "cpu") -> Tensor:
+        """Of x's shape, dtype and layout; on a CPU, no memory is used until it is written to."""
+        return torch.empty(self.shape, dtype=self.dtype, device=device, memory_format=self.memory_format)
+
     def tensor(self, device: torch.device, seed: int) -> Tensor:
         """Normal random numbers (never zeros: those draw less power) of x's shape, dtype and layout."""
         generator = torch.Generator(device).manual_seed(seed)
-        x = torch.empty(self.shape, dtype=self.dtype, device=device, memory_format=self.memory_format)
-        return x.normal_(generator=generator)
+        return self.empty(device).normal_(generator=generator)
 
 
-def of_layer(
-    suite: str, network: Network, shape: Shape, dtype: torch.dtype, channels_last: bool, count: int,
-    activation: str | None = None, residual: bool = False,
-) -> Case:  # fmt: skip
-    groups = network.groups_of(shape)
-    sizes = (network.batch, shape.channels, *shape.size)
-    return Case(
-        suite, network.name, network.norm, sizes, groups, dtype, channels_last, activation, residual, count
-    )
+def of_network(suite: str, network: Network, dtype: torch.dtype, channels_last: bool) -> list[Case]:
+    """A case for each different layer of a network, in the order in which they first occur."""
+    return [
+        Case(
+            suite, network.name, network.norm, (network.batch, shape.channels, *shape.size),
+            network.groups_of(shape), dtype, channels_last, shape.activation, shape.residual, count,
+        )
+        for shape, count in Counter(network.layers).items()
+    ]  # fmt: skip

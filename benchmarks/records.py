@@ -7,9 +7,11 @@ from __future__ import annotations
 import csv
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
+from math import prod
 from pathlib import Path
 
 MEASURED, PREDICTED, CANNOT = "measured", "predicted", "cannot"
+SIZES = {"bf16": 2, "fp16": 2, "fp32": 4, "fp64": 8}
 Number = float | None
 
 
@@ -22,7 +24,9 @@ class Record:
     cache: "cold" or "warm" L2. mode: "eager" or "graph". direction: "forward", "backward", or "step".
     us: the median, us_low and us_high the quartiles of `rounds` samples. floor_bytes: what the work must
     move; GBps: those bytes in that time; copy_GBps: measured in the same run, of a copy's bytes both ways.
-    copied_MB: what the variant copied beside the work. registers: a thread; in_flight_KB: an SM."""
+    copied_MB: what the variant copied beside the work. registers: a thread; in_flight_KB: an SM.
+    loss_apart: of a training's losses from torch.nn's, relative; loss_allowed: how far they may be (see
+    benchmarks.model_losses)."""
 
     kind: str
     status: str
@@ -56,12 +60,19 @@ class Record:
     host_us: Number = None
     clock_MHz: Number = None
     temperature_C: Number = None
+    loss_apart: Number = None
+    loss_allowed: Number = None
     note: str = ""
     gpu: str = ""
     driver: str = ""
     versions: str = ""
     commit: str = ""
     date: str = ""
+
+    @property
+    def x_bytes(self) -> int:
+        """T."""
+        return prod(map(int, self.shape.split("x"))) * SIZES[self.dtype]
 
 
 HEADERS = tuple(field.name for field in fields(Record))
@@ -77,6 +88,12 @@ def append(path: Path, records: Iterable[Record]) -> None:
             writer.writerow(HEADERS)
         for record in records:
             writer.writerow(["" if value is None else value for value in asdict(record).values()])
+
+
+def is_ours(path: Path) -> bool:
+    """Whether a CSV file has this schema."""
+    with path.open(newline="", encoding="utf-8") as file:
+        return tuple(next(csv.reader(file), ())) == HEADERS
 
 
 def read(path: Path) -> list[Record]:

@@ -1,5 +1,5 @@
-"""The networks whose normalization layers are measured: which layers they have, and in what they are usually
-run. Plain data, derived from each network's structure; needs nothing but Python.
+"""The networks whose normalization layers are measured: which layers they have, what follows each, and in
+what they are usually run. Plain data, derived from each network's structure; needs nothing but Python.
 
 A shape is the input of a layer. All of a network's layers are of one kind, and its batch is its own."""
 
@@ -14,13 +14,25 @@ LAYOUTS = ("contiguous", "channels_last")
 
 @dataclass(frozen=True)
 class Shape:
-    """The input of a layer, but for the batch. size: height and width, after depth in 3-D."""
+    """The input of a layer, but for the batch. size: height and width, after depth in 3-D. activation and
+    residual: what the network does with the result at once, as bnfast's layers name it: act(norm(x) + z)."""
 
     channels: int
     size: tuple[int, ...]
+    activation: str | None = None
+    residual: bool = False
 
     def __str__(self) -> str:
-        return f"{self.channels} x {'x'.join(map(str, self.size))}"
+        return f"{self.channels} x {'x'.join(map(str, self.size))}{self.after}"
+
+    @property
+    def after(self) -> str:
+        """ " + z relu", " silu", or nothing."""
+        return " + z" * self.residual + (f" {self.activation}" if self.activation else "")
+
+    @property
+    def alone(self) -> Shape:
+        return Shape(self.channels, self.size)
 
     @property
     def positions(self) -> int:
@@ -56,34 +68,36 @@ class Network:
         return f"{self.name}'s {len(self.layers)} {kind}: batch {self.batch}, 16-bit, {layout}"
 
 
-def square(channels: int, side: int) -> Shape:
-    return Shape(channels, (side, side))
+def square(channels: int, side: int, activation: str | None = None, residual: bool = False) -> Shape:
+    return Shape(channels, (side, side), activation, residual)
 
 
-def cube(channels: int, side: int) -> Shape:
-    return Shape(channels, (side, side, side))
+def cube(channels: int, side: int, activation: str | None = None) -> Shape:
+    return Shape(channels, (side, side, side), activation)
 
 
 def resnet(blocks: Sequence[int], image: int) -> tuple[Shape, ...]:
-    """In order; stages but the first begin by halving the image."""
+    """In order; stages but the first begin by halving the image. The third norm of a block is followed by the
+    residual add."""
     side = image // 2
-    found = [square(64, side)]
+    found = [square(64, side, "relu")]
     side //= 2  # max pooling
     for stage, count in enumerate(blocks):
         width = 64 * 2**stage
         for block in range(count):
-            found.append(square(width, side))
+            found.append(square(width, side, "relu"))
             if stage > 0 and block == 0:
                 side //= 2
-            found += [square(width, side), square(4 * width, side)]
+            found += [square(width, side, "relu"), square(4 * width, side, "relu", residual=True)]
             if block == 0:
                 found.append(square(4 * width, side))  # the way round, where the shape changes
     return tuple(found)
 
 
 def residual(inputs: int, outputs: int, side: int, attention: bool = False) -> list[Shape]:
-    """A residual block, which normalizes before each of its two convolutions, and what attends after it."""
-    return [square(inputs, side), square(outputs, side)] + [square(outputs, side)] * attention
+    """A residual block, which normalizes and applies SiLU before each of its two convolutions, and what
+    attends after it, which has a norm alone."""
+    return [square(inputs, side, "silu"), square(outputs, side, "silu")] + [square(outputs, side)] * attention
 
 
 def diffusion_unet(widths: Sequence[int], attending: Sequence[int], latent: int) -> tuple[Shape, ...]:
@@ -105,7 +119,7 @@ def diffusion_unet(widths: Sequence[int], attending: Sequence[int], latent: int)
             channels = width
         if level > 0:
             side *= 2
-    return (*found, square(channels, side))
+    return (*found, square(channels, side, "silu"))
 
 
 def diffusion_decoder(widths: Sequence[int], latent: int) -> tuple[Shape, ...]:
@@ -117,12 +131,12 @@ def diffusion_decoder(widths: Sequence[int], latent: int) -> tuple[Shape, ...]:
         for _ in range(3):
             found += residual(channels, width, side)
             channels = width
-    return (*found, square(channels, side))
+    return (*found, square(channels, side, "silu"))
 
 
 def volumes_after(widths: Sequence[int], side: int) -> tuple[Shape, ...]:
-    """A 3-D U-Net of two convolutions a level, each normalized after: down, and up again."""
-    down = [cube(width, side >> level) for level, width in enumerate(widths) for _ in range(2)]
+    """A 3-D U-Net of two convolutions a level, each normalized after, with leaky ReLU: down, and up again."""
+    down = [cube(width, side >> level, "leaky_relu") for level, width in enumerate(widths) for _ in range(2)]
     return (*down, *reversed(down[:-2]))
 
 
@@ -143,6 +157,10 @@ def volumes_before(widths: Sequence[int], side: int) -> tuple[Shape, ...]:
 RESNET50 = Network(
     "ResNet-50", "resnet50", "He et al. 2015, arXiv 1512.03385, table 1; images of 224x224",
     "BatchNorm", 256, "channels_last", resnet((3, 4, 6, 3), 224),
+)  # fmt: skip
+SMALL = Network(
+    "ResNet-50, batch 4", "resnet50-small", "the same: tensors of at most 7 MB, where launching counts",
+    "BatchNorm", 4, "channels_last", RESNET50.layers,
 )  # fmt: skip
 SD15_UNET = Network(
     "SD 1.5 UNet", "sd15-unet",
@@ -181,4 +199,5 @@ SUITES: dict[str, tuple[Network, ...]] = {
     "sd-unet": (SD15_UNET, SDXL_UNET),
     "sd-vae": (SD15_VAE, SDXL_VAE),
     "unet3d": (NNUNET, UNET3D),
+    "small": (SMALL,),
 }

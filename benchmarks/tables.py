@@ -1,155 +1,212 @@
-"""What a training step of a layer moves, launches and takes: rows of one kind for all suites, as lines for a
-terminal and for CSV files."""
+"""Records as tables for a terminal: a row for each case, and one for all layers of the network."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
-from benchmarks.measure import Times
-from benchmarks.suites import Network, Shape
+from benchmarks.records import CANNOT, MEASURED, PREDICTED, Record
 
 COPY_RATE = 4.3e12  # bytes a second: assumed for an H200, and measured by nobody here
 FLOOR_LABEL = f"floor at {COPY_RATE / 1e12:.1f} TB/s, an assumption: the copy rate of an H200"
-
-
-class Planned(Protocol):
-    """What is read of a plan: plan.BatchNormPlan, group_plan.GroupNormPlan."""
-
-    @property
-    def x_bytes(self) -> int: ...
-    @property
-    def forward_bytes(self) -> int: ...
-    @property
-    def backward_bytes(self) -> int: ...
-    @property
-    def forward_launches(self) -> int: ...
-    @property
-    def backward_launches(self) -> int: ...
+NOTE = 32  # characters of a record's note in a table; the CSV file has all of it
+BASELINES_A_TABLE = 5  # what fits a terminal
+Table = tuple[tuple[str, ...], list[list[str]]]  # headers and rows
 
 
 @dataclass(frozen=True)
-class Row:
-    """Layers of one shape, or all of a network: bytes, launches and times of each, or of all of them. Times
-    are None where nothing was measured."""
+class Key:
+    """What a case is, in the columns of a record."""
 
-    label: str
-    count: int
-    x_bytes: int
-    forward_bytes: int
-    backward_bytes: int
-    forward_launches: int
-    backward_launches: int
-    shape: Shape | None = None  # None: of a whole network
-    bnfast: Times | None = None
-    torch: Times | None = None
+    network: str
+    norm: str
+    groups: int | None
+    shape: str
+    dtype: str
+    layout: str
+    activation: str
+    residual: int | None
 
+    @classmethod
+    def of(cls, record: Record) -> Key:
+        return cls(**{name: getattr(record, name) for name in cls.__dataclass_fields__})
 
-def planned(network: Network, shape: Shape, itemsize: int, channels_last: bool, sms: int) -> Planned:
-    """The kernels' own plan of one layer."""
-    from bnfast.kernels import group_plan, plan
-
-    size, groups = (network.batch, shape.channels, shape.positions), network.groups_of(shape)
-    if groups:
-        return group_plan.group_norm(*size, groups, itemsize, channels_last, sms=sms)
-    return plan.batch_norm(*size, itemsize, channels_last, sms=sms)
+    @property
+    def label(self) -> str:
+        """64 x 56x56 + z relu"""
+        _, channels, *size = self.shape.split("x")
+        after = " + z" * bool(self.residual) + f" {self.activation}" * bool(self.activation)
+        return f"{channels} x {'x'.join(size) or '1'}{after}"
 
 
-def rows(network: Network, itemsize: int, channels_last: bool, sms: int = 132) -> list[Row]:
-    """What the kernels' plan says of each distinct shape; no GPU is needed for it."""
-    found = []
-    for shape, count in Counter(network.layers).items():
-        p = planned(network, shape, itemsize, channels_last, sms)
-        bytes_and_launches = (
-            p.x_bytes, p.forward_bytes, p.backward_bytes, p.forward_launches, p.backward_launches
-        )  # fmt: skip
-        found.append(Row(str(shape), count, *bytes_and_launches, shape))
-    return found
+@dataclass(frozen=True)
+class Selection:
+    """Records of one kind of measurement, found by case and by who was measured."""
 
+    records: Sequence[Record]
 
-def total(rows: Sequence[Row], label: str = "all") -> Row:
-    """All layers of a network as one row; without times if one was not measured."""
+    @property
+    def keys(self) -> list[Key]:
+        """In the order in which they first occur."""
+        return list(dict.fromkeys(Key.of(record) for record in self.records))
 
-    def all_of(name: str) -> int:
-        return sum(row.count * int(getattr(row, name)) for row in rows)
+    @property
+    def variants(self) -> list[str]:
+        """Ours first."""
+        names = dict.fromkeys(record.variant for record in self.records)
+        return sorted(names, key=lambda name: name != "bnfast")
 
-    def added(name: str) -> Times | None:
-        found = [(row.count, getattr(row, name)) for row in rows]
-        if any(times is None for _, times in found):
+    def where(self, **columns: str) -> Selection:
+        def fits(record: Record) -> bool:
+            return all(getattr(record, name) == value for name, value in columns.items())
+
+        return Selection([record for record in self.records if fits(record)])
+
+    def one(self, key: Key, variant: str) -> Record | None:
+        """The last one, if there are several: a later run replaces an earlier one."""
+        found = [r for r in self.records if r.variant == variant and Key.of(r) == key]
+        return found[-1] if found else None
+
+    def total(self, variant: str) -> float | None:
+        """Microseconds of all layers; None if one is not there."""
+        found = [self.one(key, variant) for key in self.keys]
+        if not found or any(record is None or record.us is None for record in found):
             return None
-        forward = sum(count * each.forward for count, each in found)
-        backward = sum(count * each.backward for count, each in found)
-        return Times(forward, backward, " ".join(sorted({each.backend for _, each in found})))
-
-    return Row(
-        label, sum(row.count for row in rows), all_of("x_bytes"), all_of("forward_bytes"),
-        all_of("backward_bytes"), all_of("forward_launches"), all_of("backward_launches"),
-        bnfast=added("bnfast"), torch=added("torch"),
-    )  # fmt: skip
+        return sum((record.us or 0.0) * (record.count or 1) for record in found if record)
 
 
-def floor(moved: int) -> float:
+def floor(moved: float) -> float:
     """Microseconds that moving so many bytes takes at the assumed copy rate."""
     return moved / COPY_RATE * 1e6
 
 
-def headers(first: str) -> tuple[str, ...]:
-    return (first, "layers", "T MB", "fwd MB", "bwd MB", "runs", "floor us", "bnfast us", "torch us")
+def predicted(records: Iterable[Record]) -> Table:
+    """Counted, without a GPU; forward and backward as a/b. The last row is of all layers: the sums, but the
+    most registers and the fewest bytes in flight."""
+    ours = Selection([r for r in records if r.status == PREDICTED])
+    headers = (
+        "C x size",
+        "layers",
+        "T MB",
+        "fwd MB",
+        "bwd MB",
+        "runs",
+        "regs",
+        "KB in flight",
+        "floor us",
+    )
+    forwards, backwards = (ours.where(direction=direction) for direction in ("forward", "backward"))
+    rows, pairs = [], []
+    for key in ours.keys:
+        forward, backward = forwards.one(key, "bnfast"), backwards.one(key, "bnfast")
+        if forward and backward:
+            pairs.append((forward, backward))
+            layers = str(forward.count)
+            rows.append([key.label, layers, *_counted([(forward, backward)], [1])])
+    if rows:
+        counts = [forward.count or 1 for forward, _ in pairs]
+        rows.append(["all", str(sum(counts)), *_counted(pairs, counts)])
+    return headers, rows
 
 
-def cells(row: Row, absent: str) -> list[str]:
-    """A row for the terminal; forward and backward as a/b. `absent` stands where nothing was measured."""
+def _counted(pairs: Sequence[tuple[Record, Record]], counts: Sequence[int]) -> list[str]:
+    """T and what follows, of one case or of several."""
 
-    def times(found: Times | None) -> str:
-        return f"{found.forward:.0f}/{found.backward:.0f}" if found else absent
+    def total(way: int, name: str) -> float:
+        return sum((getattr(pair[way], name) or 0) * n for pair, n in zip(pairs, counts, strict=True))
 
+    def extreme(name: str, choose: Callable[[list[float]], float]) -> str:
+        found = [[getattr(pair[way], name) for pair in pairs] for way in (0, 1)]
+        if any(value is None for way in found for value in way):
+            return "-"
+        return "/".join(f"{choose(way):.0f}" for way in found)
+
+    forward, backward = total(0, "floor_bytes"), total(1, "floor_bytes")
     return [
-        row.label, str(row.count), f"{row.x_bytes / 1e6:.1f}", f"{row.forward_bytes / 1e6:.0f}",
-        f"{row.backward_bytes / 1e6:.0f}", f"{row.forward_launches}+{row.backward_launches}",
-        f"{floor(row.forward_bytes):.0f}/{floor(row.backward_bytes):.0f}",
-        times(row.bnfast), times(row.torch),
+        f"{total(0, 'x_bytes') / 1e6:.1f}",
+        f"{forward / 1e6:.0f}",
+        f"{backward / 1e6:.0f}",
+        f"{total(0, 'launches'):.0f}+{total(1, 'launches'):.0f}",
+        extreme("registers", max),
+        extreme("in_flight_KB", min),
+        f"{floor(forward):.0f}/{floor(backward):.0f}",
+    ]
+
+
+def measured(records: Iterable[Record], direction: str) -> list[Table]:
+    """Ours in microseconds with L2 cold and warm and as a share of the copy rate of the same run; how many
+    times as long each of the others takes, L2 cold. More than one table if there are many others."""
+    found = Selection([r for r in records if r.status == MEASURED and r.kind == "layer"])
+    found = found.where(direction=direction, mode="graph" if direction == "both" else "eager")
+    cold, warm = found.where(cache="cold"), found.where(cache="warm")
+    others = [name for name in cold.variants if name != "bnfast"]
+    parts = [others[i : i + BASELINES_A_TABLE] for i in range(0, len(others), BASELINES_A_TABLE)]
+    return [_measured(cold, warm, part) for part in parts or [[]]]
+
+
+def _measured(cold: Selection, warm: Selection, others: Sequence[str]) -> Table:
+    headers = ("C x size", "layers", "us", "% of copy", "warm us", *(f"{name} x" for name in others))
+    rows = []
+    for key in cold.keys:
+        ours, again = cold.one(key, "bnfast"), warm.one(key, "bnfast")
+        ratios = [_ratio(cold.one(key, name), ours) for name in others]
+        count = next(str(r.count) for r in cold.records if Key.of(r) == key)
+        rows.append([key.label, count, _us(ours), _share(ours), _us(again), *ratios])
+    if rows:
+        mine, theirs = cold.total("bnfast"), [cold.total(name) for name in others]
+        ratios = [f"{total / mine:.2f}" if total and mine else "-" for total in theirs]
+        totals = [f"{total:.0f}" if total else "-" for total in (mine, warm.total("bnfast"))]
+        rows.append(["all layers", str(_layers(cold)), totals[0], "", totals[1], *ratios])
+    return headers, rows
+
+
+def _layers(found: Selection) -> int:
+    first = {Key.of(record): record.count or 1 for record in found.records}
+    return sum(first.values())
+
+
+def _us(record: Record | None) -> str:
+    return "-" if record is None or record.us is None else f"{record.us:.1f}"
+
+
+def _share(record: Record | None) -> str:
+    if record is None or not record.GBps or not record.copy_GBps:
+        return "-"
+    return f"{100 * record.GBps / record.copy_GBps:.0f}"
+
+
+def _ratio(theirs: Record | None, ours: Record | None) -> str:
+    if theirs is None or ours is None or not theirs.us or not ours.us:
+        return "-"
+    return f"{theirs.us / ours.us:.2f}"
+
+
+def refusals(records: Iterable[Record]) -> list[str]:
+    """Who could not run what, and why: a line for each reason."""
+    reasons = Counter((r.variant, r.note) for r in records if r.status == CANNOT)
+    return [f"{variant}: {note} ({n} of them)" for (variant, note), n in reasons.items()]
+
+
+def who_ran(records: Iterable[Record]) -> list[str]:
+    """What each variant's name stands for, as it really ran."""
+    ran: dict[str, set[str]] = {}
+    for record in records:
+        if record.status == MEASURED and record.ran:
+            ran.setdefault(record.variant, set()).add(record.ran)
+    return [f"{variant}: {', '.join(sorted(names))}" for variant, names in ran.items()]
+
+
+PLAIN_HEADERS = ("what", "size", "where", "us", "GB/s", "peak MB", "note")
+
+
+def plain(found: Iterable[Record]) -> list[list[str]]:
+    """A line a record, for what is no layer: bandwidths, probes, training steps, tile sweeps."""
+    return [
+        [
+            r.variant, r.shape, " ".join(filter(None, [r.direction, r.cache, r.mode])), _us(r),
+            f"{r.GBps:.0f}" if r.GBps else "-", f"{r.peak_MB:.0f}" if r.peak_MB else "-",
+            r.note if len(r.note) <= NOTE else r.note[: NOTE - 3] + "...",
+        ]
+        for r in found
     ]  # fmt: skip
-
-
-SPEED_HEADERS = ("C x size", "bnfast fwd", "bwd GB/s", "torch fwd", "bwd GB/s", "torch ran")
-
-
-def rates(row: Row, times: Times) -> tuple[float, float]:
-    """GB/s each way, of the bytes that our plan counts. Torch may move more; these are the same work."""
-    return row.forward_bytes / times.forward / 1e3, row.backward_bytes / times.backward / 1e3
-
-
-def speed(row: Row) -> list[str]:
-    found = [row.label]
-    for each in (row.bnfast, row.torch):
-        found += ["-", "-"] if each is None else [f"{rate:.0f}" for rate in rates(row, each)]
-    return [*found, row.torch.backend if row.torch else "-"]
-
-
-CSV_HEADERS = (
-    "network", "norm", "groups", "channels", "size", "layers", "batch", "dtype", "layout", "x_bytes",
-    "forward_bytes", "backward_bytes", "forward_launches", "backward_launches",
-    "assumed_copy_rate_GBps", "forward_floor_us", "backward_floor_us",
-    "bnfast_forward_us", "bnfast_backward_us", "bnfast_forward_GBps", "bnfast_backward_GBps",
-    "torch_forward_us", "torch_backward_us", "torch_forward_GBps", "torch_backward_GBps", "torch_backend",
-)  # fmt: skip
-
-
-def csv_row(network: Network, row: Row, dtype: str, layout: str, absent: str) -> list[object]:
-    """One shape, as a line under CSV_HEADERS. groups: 0 for BatchNorm."""
-    assert row.shape is not None
-    found: list[object] = [
-        network.name, network.norm, network.groups_of(row.shape), row.shape.channels,
-        "x".join(map(str, row.shape.size)), row.count, network.batch, dtype, layout, row.x_bytes,
-        row.forward_bytes, row.backward_bytes, row.forward_launches, row.backward_launches, COPY_RATE / 1e9,
-        round(floor(row.forward_bytes), 2), round(floor(row.backward_bytes), 2),
-    ]  # fmt: skip
-    for each in (row.bnfast, row.torch):
-        if each is None:
-            found += [absent] * 4
-        else:
-            found += [round(each.forward, 2), round(each.backward, 2)]
-            found += [round(rate, 1) for rate in rates(row, each)]
-    return [*found, row.torch.backend if row.torch else absent]

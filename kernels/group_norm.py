@@ -30,18 +30,16 @@ _FORWARD = "x weight bias y table z signs partials arrivals none"
 _BACKWARD = "x dy dx weight table dweight dbias bias z signs dz sums partials arrivals gradients none"
 
 
-def _held(sizes: Sizes, groups: int, inputs: int, signs: bool) -> CellSweep | None:
-    """signs: whether there are signs to write or read, a byte for each vector."""
+def _held(sizes: Sizes, groups: int, inputs: int, activation: str, kept: str) -> CellSweep | None:
     rest = (sizes.itemsize, sizes.channels_last, sizes.aligned, inputs)
-    cells = held(sizes.n, sizes.c, sizes.s, groups, *rest)
-    return None if cells is not None and signs and cells.vec != 8 else cells
+    return held(sizes.n, sizes.c, sizes.s, groups, *rest, activation, kept)
 
 
 def _forward(
     sizes: Sizes, groups: int, name: str, parameter: float, signs: bool, z: bool, *rest: Any
 ) -> Step:
     sizes.groups = groups
-    cells = _held(sizes, groups, 1, signs)
+    cells = _held(sizes, groups, 1, name, "signs" if signs else "")
     if cells is not None:
         chosen = picks(_FORWARD, "x y table weight bias z signs")
         constants = (*cells.constants, name, parameter)
@@ -116,9 +114,8 @@ def _backward(
         chosen = picks(_BACKWARD, "sums dweight dbias")
         parameters = Launch(column_sums_kernel, columns, chosen, columns.constants, sizes.aligned)
     sums = "sums" if parameters is not None else "none"
-    # held in full precision, dy times any other slope takes more registers than there are [sass]
-    kept = name == "none" or (name in ("relu", "relu6") and not z)
-    cells = _held(sizes, groups, 2, signs) if need_dx and kept else None
+    kept = "signs" if signs else "z" if z else ""
+    cells = _held(sizes, groups, 2, name, kept) if need_dx else None
     if cells is not None:
         chosen = picks(_BACKWARD, f"dy x dx table weight {sums} bias signs dz")
         constants = (*cells.constants, name, parameter)

@@ -9,17 +9,25 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from .cell_plan import CellSweep, cell_sweep
+from .fused_plan import NOTHING, After
 from .plan import Sweep, map_sweep, reduce_sweep
 
 
 def held(
-    n: int, c: int, s: int, groups: int, itemsize: int, channels_last: bool, aligned: bool, inputs: int
-) -> CellSweep | None:
-    """The plan of one launch, for cells that a program can hold of each of `inputs` tensors. None: they are
-    swept twice, as all are where they are no runs of memory."""
+    n: int, c: int, s: int, groups: int, itemsize: int, channels_last: bool, aligned: bool, inputs: int,
+    activation: str = "none", kept: str = "",
+) -> CellSweep | None:  # fmt: skip
+    """The plan of one launch, for cells that a program can hold of each of `inputs` tensors (1: a forward, 2:
+    a backward). None: they are swept twice, as all are where they are no runs of memory. kept: of a residual,
+    for the backward: "z", "signs" or ""."""
     if channels_last and s > 1:
         return None
-    return cell_sweep(n, groups, c // groups, s, itemsize, aligned, inputs)
+    # held in full precision, dy times any other slope takes more registers than there are [sass]
+    if inputs > 1 and activation != "none" and (activation not in ("relu", "relu6") or kept == "z"):
+        return None
+    cells = cell_sweep(n, groups, c // groups, s, itemsize, aligned, inputs)
+    # of signs, a byte for each vector is written or read
+    return None if cells is not None and kept == "signs" and cells.vec != 8 else cells
 
 
 def swept(
@@ -45,6 +53,7 @@ class GroupNormPlan:
     itemsize: int
     forward: CellSweep | tuple[Sweep, Sweep]
     backward: CellSweep | tuple[Sweep, Sweep]
+    after: After = NOTHING
 
     @property
     def forward_launches(self) -> int:
@@ -62,16 +71,20 @@ class GroupNormPlan:
     @property
     def forward_bytes(self) -> int:
         """x once, or twice with what sweeps hand over; y once; the table of all cells, written, and read by
-        the second sweep. Weight and bias are not counted, nor what several programs read of the table."""
+        the second sweep; what follows adds its own. Weight and bias are not counted, nor what several
+        programs read of the table."""
+        more = self.after.forward_bytes(self.n * self.c * self.s, self.itemsize)
         if isinstance(self.forward, CellSweep):
-            return 2 * self.x_bytes + self._table_bytes
-        return 3 * self.x_bytes + 2 * self._handed_bytes(self.forward[0]) + 2 * self._table_bytes
+            return 2 * self.x_bytes + more + self._table_bytes
+        return 3 * self.x_bytes + more + 2 * self._handed_bytes(self.forward[0]) + 2 * self._table_bytes
 
     @property
     def backward_bytes(self) -> int:
         """dy and x once, or twice with what sweeps hand over; dx once; the forward's table, and of sweeps
-        another one out and back; what each sample gives for weight and bias, out and back."""
+        another one out and back; what each sample gives for weight and bias, out and back; what follows
+        adds its own."""
         given = 2 * 2 * self.n * self.c * self._wide
+        given += self.after.backward_bytes(self.n * self.c * self.s, self.itemsize)
         if isinstance(self.backward, CellSweep):
             return 3 * self.x_bytes + self._table_bytes + given
         return 5 * self.x_bytes + 2 * self._handed_bytes(self.backward[0]) + 3 * self._table_bytes + given
@@ -94,15 +107,20 @@ class GroupNormPlan:
 
 def group_norm(
     n: int, c: int, s: int, groups: int, itemsize: int, channels_last: bool,
-    sms: int = 132, aligned: bool = True,
+    sms: int = 132, aligned: bool = True, after: After = NOTHING,
 ) -> GroupNormPlan:  # fmt: skip
     channels_last = channels_last or s == 1
     size, rest = (n, c, s, groups), (itemsize, channels_last, aligned)
 
-    def way(inputs: int, by_group: bool) -> CellSweep | tuple[Sweep, Sweep]:
-        return held(*size, *rest, inputs) or (
-            swept(reduce_sweep, *size, by_group, *rest, sms, inputs),
-            swept(map_sweep, *size, False, *rest, sms, inputs),
-        )
+    def sweep(make: Callable[..., Sweep], by_group: bool, inputs: int, activation: str) -> Sweep:
+        return swept(make, *size, by_group, *rest, sms, inputs, activation)
 
-    return GroupNormPlan(*size, itemsize, way(1, not channels_last), way(2, False))
+    forward = held(*size, *rest, 1, kept=after.kept) or (
+        sweep(reduce_sweep, not channels_last, 1, "none"),
+        sweep(map_sweep, False, 1 + after.residual, after.activation),
+    )
+    backward = held(*size, *rest, 2, after.activation, after.kept) or (
+        sweep(reduce_sweep, False, 2 + (after.kept == "z"), after.activation),
+        sweep(map_sweep, False, 2, after.activation_of_dx),
+    )
+    return GroupNormPlan(*size, itemsize, forward, backward, after)

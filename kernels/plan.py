@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
+from .fused_plan import NOTHING, After
 from .views import (
     VECTOR_BYTES,
     View,
@@ -286,6 +287,7 @@ class BatchNormPlan:
     transform: Sweep
     gradient_sums: Sweep
     gradient_transform: Sweep
+    after: After = NOTHING
     forward_launches: int = 2
     backward_launches: int = 2
 
@@ -296,15 +298,17 @@ class BatchNormPlan:
 
     @property
     def forward_bytes(self) -> int:
-        """x twice, y once, and the partials out and back. Tables of a few floats a channel are not
-        counted.
+        """x twice, y once, and the partials out and back; what follows adds its own. Tables of a few floats a
+        channel are not counted.
         """
-        return 3 * self.x_bytes + 2 * self._partial_bytes(self.statistics)
+        more = self.after.forward_bytes(self.statistics.view.total, self.statistics.itemsize)
+        return 3 * self.x_bytes + more + 2 * self._partial_bytes(self.statistics)
 
     @property
     def backward_bytes(self) -> int:
-        """dy and x twice, dx once, and the partials."""
-        return 5 * self.x_bytes + 2 * self._partial_bytes(self.gradient_sums)
+        """dy and x twice, dx once, and the partials; what follows adds its own."""
+        more = self.after.backward_bytes(self.statistics.view.total, self.statistics.itemsize)
+        return 5 * self.x_bytes + more + 2 * self._partial_bytes(self.gradient_sums)
 
     @staticmethod
     def _partial_bytes(sweep: Sweep) -> int:
@@ -312,12 +316,17 @@ class BatchNormPlan:
 
 
 def batch_norm(
-    n: int, c: int, s: int, itemsize: int, channels_last: bool, sms: int = 132, aligned: bool = True
-) -> BatchNormPlan:
+    n: int, c: int, s: int, itemsize: int, channels_last: bool, sms: int = 132, aligned: bool = True,
+    after: After = NOTHING,
+) -> BatchNormPlan:  # fmt: skip
     """n, c, s: batch, channels, spatial positions (1 for 2-D input). itemsize: bytes an element of x.
     channels_last: C is the fastest dimension (2-D input counts as that). aligned: every tensor starts on 16
-    bytes. sms: of the GPU."""
+    bytes. sms: of the GPU. after: what follows, from fused_plan.after."""
     size = (n, c, s, itemsize, channels_last, aligned, sms)
     return BatchNormPlan(
-        reduce_sweep(*size, 1), map_sweep(*size, 1), reduce_sweep(*size, 2), map_sweep(*size, 2)
-    )  # fmt: skip
+        reduce_sweep(*size, 1),
+        map_sweep(*size, 1 + after.residual, activation=after.activation),
+        reduce_sweep(*size, 2 + (after.kept == "z"), activation=after.activation),
+        map_sweep(*size, 2, activation=after.activation_of_dx),
+        after,
+    )

@@ -10,10 +10,10 @@ import itertools
 
 import pytest
 
+from benchmarks.static.sass import Report, bytes_in_flight_per_sm
 from bnfast.kernels import plan
 from tests.support.compiled import compiled
 from tests.support.kernel_cases import ITEMSIZES, KINDS, Call, Shape, call
-from tests.support.sass import Report, bytes_in_flight_per_sm
 
 pytestmark = pytest.mark.static
 

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import pytest
 
+from benchmarks.static.sass import bytes_in_flight_per_sm
 from bnfast.kernels import row_norm, row_plan
 from tests.support.compiled import compiled
 from tests.support.row_cases import ITEMSIZES, SMS, call, sized
-from tests.support.sass import bytes_in_flight_per_sm
 
 pytestmark = pytest.mark.static
 

@@ -1,0 +1,40 @@
+"""What is known of a kernel that a layer launches, without running it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from benchmarks.cases import Case
+from benchmarks.static import SMS, launches, sass
+
+
+@dataclass(frozen=True)
+class Figures:
+    """One launch. bytes: read and written. streams: whether it goes through x or dy, rather than add up what
+    others have left. The rest is of its machine code for an H200, and None in the interpreter: registers a
+    thread, shared: bytes a CTA, spills: instructions, in_flight: bytes that an SM waits for at a time."""
+
+    kernel: str
+    programs: int
+    bytes: int
+    streams: bool
+    registers: int | None = None
+    shared: int | None = None
+    spills: int | None = None
+    in_flight: float | None = None
+
+
+def of_launch(launched: launches.Launched) -> Figures:
+    streams = not launched.arguments.keys().isdisjoint({"x_ptr", "dy_ptr"})
+    counted = (launched.kernel, launched.programs, launched.bytes, streams)
+    if launched.code is None:
+        return Figures(*counted)
+    code = sass.report(launched.code)
+    in_flight = sass.bytes_in_flight_per_sm(code, launched.programs / SMS)
+    return Figures(*counted, code.registers, code.shared, code.spills, in_flight)
+
+
+def of_case(case: Case, training: bool = True) -> dict[str, list[Figures]]:
+    """Forward and backward. Each kernel is compiled once, however many cases launch it."""
+    found = launches.of_case(case, training)
+    return {direction: [of_launch(each) for each in several] for direction, several in found.items()}

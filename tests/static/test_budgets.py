@@ -1,0 +1,21 @@
+"""The regression gate: bytes, launches, registers and bytes in flight held against benchmarks/budgets.csv.
+Host time is held in test_host_time.py."""
+
+from __future__ import annotations
+
+import pytest
+
+from benchmarks import budget_run, budgets
+from benchmarks.budget_cases import ENTRIES, Entry
+from bnfast import dispatch
+
+pytestmark = pytest.mark.static
+
+
+@pytest.mark.parametrize("entry", ENTRIES, ids=str)
+def test_no_figure_is_worse_than_its_budget(entry: Entry) -> None:
+    budget = budgets.read()
+    complaint = budgets.complaint(budgets.changes(budget_run.counted(entry), budget))
+    assert not complaint, complaint
+    if dispatch.TRITON_VERSION not in budgets.versions(budget):
+        pytest.skip(f"{budgets.PATH.name} has no registers of Triton {dispatch.TRITON_VERSION}")

@@ -1,0 +1,136 @@
+"""Predictions: the plan's bytes are those of the tensors that kernels are given, and those that kernels move
+in the interpreter; records say what they are."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from benchmarks import predict, tables
+from benchmarks.cases import DIRECTIONS, Case, of_network
+from benchmarks.records import PREDICTED
+from benchmarks.static import launches
+from benchmarks.static.figures import Figures
+from benchmarks.suites import SUITES, Network
+from bnfast import dispatch
+from bnfast.kernels import steps
+from tests.support.trace import Trace, trace
+
+BF16, FP32 = torch.bfloat16, torch.float32
+AFTER = ((None, False), ("relu", False), ("relu", True), ("silu", True), (None, True), ("gelu", False))
+NETWORKS = [(suite, network) for suite, networks in SUITES.items() for network in networks]
+
+
+@pytest.mark.parametrize(("suite", "network"), NETWORKS, ids=lambda value: getattr(value, "file", value))
+def test_the_plan_counts_what_launches_are_given(suite: str, network: Network) -> None:
+    ways = itertools.product((True, False), (BF16, FP32))
+    every = dict.fromkeys(case for last, dtype in ways for case in of_network(suite, network, dtype, last))
+    for case, (activation, residual) in itertools.product(every, AFTER):
+        case = dataclasses.replace(case, activation=activation, residual=residual)
+        found = launches.of_case(case)
+        for direction in DIRECTIONS:
+            given = sum(each.bytes for each in found[direction]), len(found[direction])
+            assert predict.counted(case, direction) == given, (case, direction)
+
+
+@pytest.fixture
+def several_programs(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """As many SMs for those that run as for those that are recorded, few enough to be quick."""
+    monkeypatch.setattr(launches, "SMS", 2)
+    monkeypatch.setenv("BNFAST_INTERPRETER_SMS", "2")
+    steps.forget_plans()
+    yield
+    steps.forget_plans()
+
+
+def moved(t: Trace, norm: str) -> int:
+    """Bytes of the tensors that `Launched.bytes` counts. Of those that many programs read, each value once
+    out and once in."""
+    often = {"shares_ptr"} | (set() if norm == "BatchNorm" else launches.TABLES)
+    names = {name: name.partition(".")[0] for name in t.traffic}  # the kernels' own, where several share one
+    streamed = [name for name, own in names.items() if own in (launches.DATA | launches.HANDED) - often]
+    tables = [t[name] for name, own in names.items() if own in often]
+    return t.moved(*streamed) + sum(each.unique_read + each.unique_written for each in tables)
+
+
+SMALL = [
+    *(("BatchNorm", (8, 24, 7, 7), 0, last, *after) for last in (True, False) for after in AFTER[1:4]),
+    *(("GroupNorm", (4, 16, 8, 8), 2, last, *after) for last in (True, False) for after in AFTER[:4]),
+    ("GroupNorm", (1, 2, 136, 128), 2, False, "relu", True),
+    ("InstanceNorm", (2, 8, 6, 6), 8, True, None, True),
+    ("LayerNorm", (37, 64), 0, False, None, False),
+    ("LayerNorm", (37, 64), 0, False, "gelu", True),
+    ("LayerNorm", (2, 29000), 0, False, None, False),
+]
+
+
+@pytest.mark.usefixtures("several_programs")
+@pytest.mark.parametrize("made", SMALL, ids=str)
+def test_launches_move_what_they_are_given(
+    made: tuple[str, tuple[int, ...], int, bool, str | None, bool],
+) -> None:
+    norm, shape, groups, last, activation, residual = made
+    case = Case("", "", norm, shape, groups, torch.float16, last, activation, residual)
+    planned = {way: sum(each.bytes for each in found) for way, found in launches.of_case(case).items()}
+    layer = launches.layer_of(case)
+    given = [case.tensor(torch.device("cpu"), seed).requires_grad_() for seed in range(1 + residual)]
+    dy = case.tensor(torch.device("cpu"), 2)
+    with trace(x_ptr=given[0]) as forward:
+        y = layer(*given)
+    with trace(x_ptr=given[0], dy_ptr=dy) as backward:
+        torch.autograd.grad(y, [*given, *layer.parameters()], dy)
+    assert {"forward": moved(forward, norm), "backward": moved(backward, norm)} == planned
+
+
+# records
+
+
+def test_records_say_what_they_are() -> None:
+    case = Case("resnet50", "ResNet-50", "BatchNorm", (256, 64, 56, 56), 0, BF16, True, "relu", True, 6)
+    forward, backward = predict.records([case])
+    t = case.x_bytes
+    for record, sweeps in ((forward, 4), (backward, 6)):
+        assert (record.kind, record.status, record.variant) == ("layer", PREDICTED, "bnfast")
+        assert (record.norm, record.groups, record.count) == ("BatchNorm", None, 6)
+        assert (record.shape, record.dtype, record.layout) == ("256x64x56x56", "bf16", "channels_last")
+        assert (record.activation, record.residual, record.launches) == ("relu", 1, 2)
+        assert record.floor_bytes is not None
+        assert 0 <= record.floor_bytes - (sweeps * t + t / 16) < 0.01 * t
+        assert record.us == pytest.approx(tables.floor(record.floor_bytes), abs=0.01)
+        assert record.GBps is record.copy_GBps is None  # nothing was measured
+        assert tables.FLOOR_LABEL in record.note
+        assert "TRITON_INTERPRET" in record.note
+        assert record.registers is record.in_flight_KB is None
+    assert (forward.direction, backward.direction) == DIRECTIONS
+
+
+def test_without_triton_bytes_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "TRITON", False)
+    monkeypatch.setattr(dispatch, "TRITON_VERSION", None)
+    (record, _) = predict.records([Case("", "", "GroupNorm", (2, 64, 8, 8), 8, FP32, False)])
+    assert record.floor_bytes is not None
+    assert record.groups == 8
+    assert "there is no Triton" in record.note
+
+
+def test_a_worse_figure_is_that_of_the_kernel_that_streams() -> None:
+    """Registers: the most of all. Bytes in flight: the least of those that go through x or dy."""
+    case = Case("resnet50", "ResNet-50", "BatchNorm", (256, 64, 112, 112), 0, BF16, True)
+    kernels = [
+        Figures("statistics_kernel", 264, 1, True, 111, 0, 0, 65536.0),
+        Figures("transform_kernel", 792, 1, True, 64, 0, 2, 49152.0),
+        Figures("column_sums_kernel", 4, 1, False, 56, 0, 0, 128.0),
+    ]
+    record = predict.record(case, "forward", kernels, None)
+    assert (record.registers, record.in_flight_KB) == (111, 48.0)
+    assert record.ran == "statistics_kernel transform_kernel column_sums_kernel"
+    assert record.note.endswith("spills: transform_kernel")
+
+
+def test_other_layers_have_no_plan() -> None:
+    with pytest.raises(ValueError, match="one of BatchNorm, GroupNorm, InstanceNorm .* not 'LayerNorm'"):
+        predict.counted(Case("", "", "LayerNorm", (4, 64), 0, BF16, False), "forward")
