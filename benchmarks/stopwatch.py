@@ -1,0 +1,120 @@
+"""Time on a GPU's own clock or the host's, several things in turn, and what is made of the readings."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+
+COLD_BYTES = 256 * 2**20  # between two uses of a buffer: four times the L2 of an H200
+HEAD_START = 10_000_000  # GPU cycles, about 5 ms: longer than the host takes to queue a rotation
+ROUNDS = 20
+FEWEST_ROUNDS = 5  # below that, quartiles mean nothing
+WARM_UP = 2  # rounds left out: the first one compiles, the second finds caches and allocator as later ones do
+
+Work = Callable[[], object]
+Stopwatch = Callable[[Work], float]  # runs what it is given, returns microseconds
+Name = TypeVar("Name")
+
+
+class Budget:
+    """Wall time from now on: `seconds` of it, as `clock` tells them. ValueError unless there are any."""
+
+    def __init__(self, seconds: float, clock: Callable[[], float] = time.monotonic) -> None:
+        if not seconds > 0:
+            raise ValueError(f"seconds is {seconds}; a budget is more than 0")
+        self._clock, self._end = clock, clock() + seconds
+
+    def spent(self) -> bool:
+        return self._clock() >= self._end
+
+    def share(self, sharers: int) -> Budget | None:
+        """An equal part of what is left for one of so many that are still to come; None if nothing is."""
+        left = self._end - self._clock()
+        return Budget(left / sharers, self._clock) if left > 0 else None
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Median and quartiles, in microseconds, of so many rounds."""
+
+    us: float
+    us_low: float
+    us_high: float
+    rounds: int
+
+    @staticmethod
+    def of(samples: Sequence[float]) -> Spread:
+        low, middle, high = statistics.quantiles(samples, n=4, method="inclusive")
+        return Spread(middle, low, high, len(samples))
+
+    def columns(self) -> dict[str, Any]:
+        """As a Record has them."""
+        return {name: round(value, 3) for name, value in vars(self).items()}
+
+
+def on_gpu(work: Work) -> float:
+    """From one event to another. The GPU is kept busy while `work` is queued, so that it never waits for a
+    launch: what is read is its own time, not the host's."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    torch.cuda._sleep(HEAD_START)
+    start.record()
+    work()
+    end.record()
+    end.synchronize()
+    return float(start.elapsed_time(end)) * 1e3
+
+
+def on_host(work: Work) -> float:
+    """Until `work` returns: on a GPU, which is idle at the start, the time to launch; on a CPU to compute."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    work()
+    return (time.perf_counter() - start) * 1e6
+
+
+def rotation(size: int, between: int | None = None) -> int:
+    """How many buffers of `size` bytes it takes until the first is cold again: after so many bytes between,
+    COLD_BYTES if not said."""
+    return max(2, -(-(COLD_BYTES if between is None else between) // size) + 1)
+
+
+def nothing() -> None:
+    pass
+
+
+@dataclass(frozen=True)
+class Timed:
+    """`work` does something `calls` times. prepare: runs before each time it is timed; clean: after it. They
+    are not timed."""
+
+    work: Work
+    calls: int = 1
+    prepare: Work = nothing
+    clean: Work = nothing
+
+
+def in_turn(
+    all_timed: Mapping[Name, Timed], stopwatch: Stopwatch, budget: Budget | None = None, rounds: int = ROUNDS
+) -> dict[Name, list[float]]:
+    """Microseconds of one call, a sample each round. All are timed once in every round, so that a clock that
+    changes is the same for all, every other round in reverse order. Rounds end when the budget is spent, but
+    not before FEWEST_ROUNDS."""
+    samples: dict[Name, list[float]] = {name: [] for name in all_timed}
+    for number in range(rounds + WARM_UP):
+        if number >= FEWEST_ROUNDS + WARM_UP and budget is not None and budget.spent():
+            break
+        order = list(all_timed.items())
+        for name, timed in reversed(order) if number % 2 else order:
+            timed.prepare()
+            elapsed = stopwatch(timed.work)
+            timed.clean()
+            if number >= WARM_UP:
+                samples[name].append(elapsed / timed.calls)
+    return samples
