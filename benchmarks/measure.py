@@ -1,149 +1,241 @@
-"""GPU time of a layer's forward and backward: without help from the cache, and without the host's own time.
-
-Inputs rotate, so that a call finds nothing of its own in L2. A whole rotation lies between two events and is
-queued while the GPU is kept busy, so that it never waits for a launch. The figure is a median over rotations.
-"""
+"""A case timed with several contenders: the same tensors for all of them, in turns, with L2 cold and warm."""
 
 from __future__ import annotations
 
-import statistics
-from collections.abc import Callable, Sequence
+import dataclasses
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from benchmarks.suites import Network, Shape
+from benchmarks.baselines import fairness
+from benchmarks.baselines.contender import Baseline, Contender
+from benchmarks.cases import DIRECTIONS, NAMES, Case
+from benchmarks.records import CANNOT, MEASURED, Record
+from benchmarks.stopwatch import ROUNDS, Spread, Stopwatch, Timed, in_turn, on_gpu, on_host, rotation
 
-COLD_BYTES = 256 * 2**20  # between two uses of a buffer: four times the L2 of an H200
-ROUNDS = 20
-HEAD_START = 10_000_000  # GPU cycles, about 5 ms: longer than the host takes to queue a rotation
-
-FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
-
-Stopwatch = Callable[[Callable[[], None]], float]  # runs what it is given, returns microseconds
-Maker = Callable[[], nn.Module]
+WARM_CALLS = 10  # of one buffer, between two events
+HELD_BYTES = 80 * 1024
 
 
 @dataclass(frozen=True)
-class Times:
-    """Median microseconds of one call, and who computed."""
+class Method:
+    """rounds: readings of each figure. caches: L2 as a call finds it, "cold" (buffers take turns, so that it
+    finds nothing of its own) and "warm" (one buffer again and again). graph: time a captured CUDA graph too.
+    verify: results and copies are checked before anything is timed."""
 
-    forward: float
-    backward: float
-    backend: str
-
-
-def gpu_stopwatch(work: Callable[[], None]) -> float:
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda.synchronize()
-    torch.cuda._sleep(HEAD_START)
-    start.record()
-    work()
-    end.record()
-    end.synchronize()
-    return float(start.elapsed_time(end)) * 1e3
+    rounds: int = ROUNDS
+    caches: tuple[str, ...] = ("cold", "warm")
+    directions: tuple[str, ...] = DIRECTIONS
+    graph: bool = True
+    verify: bool = True
+    stopwatch: Stopwatch = on_gpu
 
 
-def rotation(size: int) -> int:
-    """How many buffers of `size` bytes it takes until the first is cold again."""
-    return max(2, -(-COLD_BYTES // size) + 1)
+@dataclass(frozen=True)
+class Tensors:
+    """What all contenders of a case are given: as many of each as it takes until the first is cold again."""
+
+    x: Sequence[Tensor]
+    z: Sequence[Tensor | None]
+    dy: Sequence[Tensor]
+
+    @classmethod
+    def of(cls, case: Case, device: torch.device, count: int) -> Tensors:
+        def random(first: int) -> list[Tensor]:
+            return [case.tensor(device, first + number) for number in range(count)]
+
+        z = [t.requires_grad_() for t in random(1000)] if case.residual else [None] * count
+        return cls([t.requires_grad_() for t in random(0)], z, random(2000))
 
 
-def median_per_call(
-    calls: Sequence[Callable[[], object]], prepare: Callable[[], None], stopwatch: Stopwatch, rounds: int
-) -> float:
-    """Microseconds of one of `calls`, which are timed together; `prepare` runs before each round, untimed."""
-
-    def all_of_them() -> None:
-        for call in calls:
-            call()
-
-    found = []
-    for number in range(rounds + 2):  # two to warm up
-        prepare()
-        elapsed = stopwatch(all_of_them)
-        if number >= 2:
-            found.append(elapsed / len(calls))
-    return statistics.median(found)
-
-
-def layer(
-    norm: nn.Module,
-    inputs: Sequence[Tensor],
-    gradients: Sequence[Tensor],
-    stopwatch: Stopwatch = gpu_stopwatch,
-    rounds: int = ROUNDS,
-) -> tuple[float, float]:
-    """One call in training: forward (with what autograd does in it), backward (to input, weight and bias)."""
-    outputs: list[Tensor] = []
-    parameters = list(norm.parameters())
-
-    def forward(number: int) -> None:
-        outputs.append(norm(inputs[number]))
-
-    def run_forward() -> None:
-        outputs.clear()
-        for number in range(len(inputs)):
-            forward(number)
-
-    def backward(number: int) -> None:
-        torch.autograd.grad(outputs[number], [inputs[number], *parameters], gradients[number])
-
-    forwards = [partial(forward, number) for number in range(len(inputs))]
-    backwards = [partial(backward, number) for number in range(len(inputs))]
-    return (
-        median_per_call(forwards, outputs.clear, stopwatch, rounds),
-        median_per_call(backwards, run_forward, stopwatch, rounds),
-    )
+def described(case: Case) -> dict[str, Any]:
+    """The columns of a record that say which case it is of."""
+    return {
+        "kind": "layer",
+        "suite": case.suite,
+        "network": case.network,
+        "norm": case.norm,
+        "groups": case.groups or None,
+        "shape": "x".join(map(str, case.shape)),
+        "dtype": NAMES[case.dtype],
+        "layout": case.layout,
+        "activation": case.activation or "",
+        "residual": int(case.residual),
+        "count": case.count,
+    }
 
 
-def backend(norm: nn.Module, x: Tensor) -> str:
-    """Who computes torch's own layer: "Cudnn", "Miopen" or "Native" (ATen)."""
-    if isinstance(norm, nn.modules.batchnorm._BatchNorm):
-        vectors = [norm.weight, norm.bias, norm.running_mean, norm.running_var]
-    elif isinstance(norm, nn.modules.instancenorm._InstanceNorm):
-        # torch runs it as a batch norm of one sample, with a channel for each sample's channel; whether it
-        # has running statistics does not matter in training, and here they cannot be left out
-        vectors = [v.repeat(len(x)) for v in (norm.weight, norm.bias, norm.bias, norm.weight)]
-        x = x.new_empty((1, len(x) * x.shape[1], *x.shape[2:]))
-    else:
-        return "Native"
-    return str(torch._C._select_batch_norm_backend(x, *vectors, True, norm.eps)).rpartition(".")[2]
+def floor_bytes(case: Case, direction: str) -> int:
+    """What the work must move, whoever does it: x twice and y once; backward dy and x twice and dx once. Each
+    is read once where a cell (a group of a sample) fits one SM's registers beside what is computed with it. A
+    residual adds z; backward, dz, which is written and then read in dy's place."""
+    held = 0
+    if case.norm != "BatchNorm":
+        held = case.x_bytes // (case.shape[0] * case.groups) * (1 if direction == "forward" else 2)
+    once = 0 < held <= HELD_BYTES
+    passes = {"forward": 2 if once else 3, "backward": 3 if once else 5}[direction]
+    return (passes + case.residual) * case.x_bytes
 
 
-def makers(network: Network, shape: Shape, dtype: torch.dtype, device: torch.device) -> tuple[Maker, Maker]:
-    """What makes bnfast's layer and torch's, for x of this type: with fp32 parameters, but for GroupNorm, as
-    torch's takes none but of x's own type on a GPU."""
-    import bnfast
+class Calls:
+    """One contender's forward and backward over the tensors of a case."""
 
-    if network.norm == "GroupNorm":
-        name, own = "GroupNorm", dtype
-        arguments: tuple[int, ...] = (network.groups_of(shape), shape.channels)
-    else:
-        name, own = f"{network.norm}{len(shape.size)}d", torch.float32
-        arguments = (shape.channels,)
-    ours, theirs = (
-        partial(getattr(library, name), *arguments, affine=True, device=device, dtype=own)
-        for library in (bnfast, nn)
-    )
-    return ours, theirs
+    def __init__(self, contender: Contender, tensors: Tensors) -> None:
+        self.contender, self.tensors = contender, tensors
+        self.outputs: list[Tensor] = []
+
+    def forward(self, numbers: Sequence[int]) -> None:
+        x, z = self.tensors.x, self.tensors.z
+        for number in numbers:
+            self.outputs.append(self.contender.forward(x[number], z[number]))
+
+    def backward(self, numbers: Sequence[int]) -> None:
+        """Of what `forward` of the same numbers has left in `outputs`."""
+        for number, y in zip(numbers, self.outputs, strict=True):
+            z = self.tensors.z[number]
+            leaves = [self.tensors.x[number], *([] if z is None else [z]), *self.contender.parameters]
+            torch.autograd.grad(y, leaves, self.tensors.dy[number])
+
+    def both(self, numbers: Sequence[int]) -> None:
+        for number in numbers:
+            self.forward([number])
+            self.backward([number])
+            self.outputs.clear()
+
+    def timed(self, direction: str, numbers: Sequence[int]) -> Timed:
+        forward = partial(self.forward, numbers)
+        if direction == "forward":
+            return Timed(forward, len(numbers), clean=self.outputs.clear)
+        return Timed(partial(self.backward, numbers), len(numbers), forward, self.outputs.clear)
 
 
-def compare(
-    ours: Maker, theirs: Maker, shape: tuple[int, ...], dtype: torch.dtype, channels_last: bool,
-    device: torch.device, stopwatch: Stopwatch = gpu_stopwatch,
-) -> tuple[Times, Times]:  # fmt: skip
-    """The times of two layers for one x: same tensors, parameters as they are made."""
-    layout = FORMATS[len(shape)] if channels_last else torch.contiguous_format
-    count = rotation(torch.Size(shape).numel() * dtype.itemsize)
+@dataclass(frozen=True)
+class Ready:
+    """Somebody who can run the case. copied_MB: beside the work. note: on the layout of what it returns."""
 
-    def randoms() -> list[Tensor]:
-        new = [torch.randn(shape, device=device, dtype=dtype) for _ in range(count)]
-        return [x.contiguous(memory_format=layout) for x in new]
+    name: str
+    contender: Contender
+    copied_MB: float = 0.0
+    note: str = ""
 
-    inputs, gradients = [x.requires_grad_() for x in randoms()], randoms()
-    found = Times(*layer(ours(), inputs, gradients, stopwatch), "bnfast")
-    torchs = theirs()
-    return found, Times(*layer(torchs, inputs, gradients, stopwatch), backend(torchs, inputs[0]))
+    @property
+    def columns(self) -> dict[str, Any]:
+        return {
+            "status": MEASURED, "variant": self.name, "ran": self.contender.ran,
+            "copied_MB": round(self.copied_MB, 3), "note": self.note,
+        }  # fmt: skip
+
+
+def ready(
+    case: Case, baselines: Sequence[Baseline], device: torch.device, method: Method
+) -> Iterator[Ready | Record]:
+    """Those that can run the case; for the others a record that says why they cannot. Nobody is timed whose
+    results are wrong."""
+    for baseline in baselines:
+        cannot = partial(Record, **described(case), status=CANNOT, variant=baseline.name)
+        why = baseline.unable(case, device)
+        if why is not None:
+            yield cannot(note=why)
+            continue
+        try:
+            contender = baseline.build(case, device)
+            one = Ready(baseline.name, contender)
+            if method.verify:
+                found = fairness.step(contender, case, device)
+                wrong = fairness.checked(found, case, device)
+                if wrong is not None:
+                    yield cannot(ran=contender.ran, note=f"its results are wrong: {wrong}")
+                    continue
+                copied = fairness.copies(contender, case, device) / 1e6
+                one = Ready(baseline.name, contender, copied, fairness.strayed(found, case))
+        except Exception as e:
+            yield cannot(note=one_line(e))
+            continue
+        yield one
+
+
+def one_line(e: BaseException) -> str:
+    return " ".join(f"{type(e).__name__}: {e}".split())[:300]
+
+
+def of_case(
+    case: Case, baselines: Sequence[Baseline], device: torch.device, method: Method
+) -> Iterator[Record]:
+    """Everything that is measured of one case. A contender that fails on the way, for memory say, is named in
+    a record of its own, and the others go on."""
+    contenders: list[Ready] = []
+    for found in ready(case, baselines, device, method):
+        if isinstance(found, Record):
+            yield found
+        else:
+            contenders.append(found)
+    for cache in method.caches:
+        count = rotation(case.x_bytes) if cache == "cold" else 1
+        tensors = Tensors.of(case, device, count)
+        numbers = list(range(count)) if cache == "cold" else [0] * WARM_CALLS
+        calls = [Calls(each.contender, tensors) for each in contenders]
+        for direction in method.directions:
+            floor = floor_bytes(case, direction)
+            timed = {i: each.timed(direction, numbers) for i, each in enumerate(calls)}
+            samples = in_turn(timed, method.stopwatch, rounds=method.rounds)
+            for i, each in enumerate(contenders):
+                time = Spread.of(samples[i])
+                record = Record(
+                    **described(case), **each.columns, direction=direction, cache=cache, mode="eager",
+                    floor_bytes=floor, GBps=round(floor / time.us / 1e3, 1), **time.columns(),
+                )  # fmt: skip
+                if cache == "cold":
+                    record = dataclasses.replace(record, **once(calls[i], direction, device))
+                yield record
+        if method.graph and device.type == "cuda":
+            yield from in_graphs(case, contenders, calls, numbers, cache, method)
+        del tensors, calls
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def once(calls: Calls, direction: str, device: torch.device) -> dict[str, Any]:
+    """Host time of an eager call, and on a GPU the memory that its direction takes at most beyond what is
+    there already."""
+    timed = calls.timed(direction, [0])
+    found = {"host_us": round(Spread.of(in_turn({0: timed}, on_host, rounds=10)[0]).us, 2)}
+    if device.type == "cuda":
+        timed.prepare()
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        timed.work()
+        found["peak_MB"] = round((torch.cuda.max_memory_allocated(device) - before) / 1e6, 3)
+        timed.clean()
+    return found
+
+
+def in_graphs(
+    case: Case, contenders: Sequence[Ready], calls: Sequence[Calls], numbers: Sequence[int], cache: str,
+    method: Method,
+) -> Iterator[Record]:  # fmt: skip
+    """Forward with backward, captured and replayed: the same work, nothing of the host between launches."""
+    captured: list[tuple[Ready, Timed]] = []
+    floor = floor_bytes(case, "forward") + floor_bytes(case, "backward")
+    columns = {**described(case), "direction": "both", "cache": cache, "mode": "graph", "floor_bytes": floor}
+    for each, own in zip(contenders, calls, strict=True):
+        try:
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                own.both(numbers[:1])
+            torch.cuda.current_stream().wait_stream(side)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                own.both(numbers)
+            captured.append((each, Timed(graph.replay, len(numbers))))
+        except Exception as e:
+            yield Record(**{**columns, **each.columns, "status": CANNOT, "note": one_line(e)})
+    todo = {i: timed for i, (_, timed) in enumerate(captured)}
+    samples = in_turn(todo, method.stopwatch, rounds=method.rounds)
+    for i, (each, _) in enumerate(captured):
+        time = Spread.of(samples[i])
+        yield Record(**columns, **each.columns, GBps=round(floor / time.us / 1e3, 1), **time.columns())

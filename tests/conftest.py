@@ -31,6 +31,14 @@ def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
 
 
 @pytest.fixture
+def plain_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No kernels, for tests of what is called and not of what that computes."""
+    from bnfast import dispatch
+
+    monkeypatch.setattr(dispatch, "INTERPRET", False)
+
+
+@pytest.fixture
 def launches(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """Grows by one with each kernel launched."""
     from bnfast.kernels.launch import Launch

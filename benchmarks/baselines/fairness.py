@@ -1,0 +1,101 @@
+"""That contenders do the same work: right results, the input's layout, and nothing copied on the side."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from benchmarks.baselines.contender import Contender
+from benchmarks.baselines.given import EPS, given
+from benchmarks.baselines.pytorch import after
+from benchmarks.cases import NAMES, Case
+from bnfast.activation import Activation
+
+# Operators that make a copy of a tensor, of whatever layout or type; what `.contiguous()`, `.to()` and
+# `.clone()` come to, and copy_ into memory that a graph or a layer keeps.
+COPIES = {"aten::clone", "aten::_to_copy", "aten::copy_", "aten::contiguous", "aten::_copy_from"}
+# Root mean square errors as shares of the result's, beyond which nothing is timed. An unfused chain rounds
+# before the activation, so a relu's slope is another one for the few values next to 0: in bf16 that alone is
+# 0.07 of dx. Wrong layouts, reductions or gradients are off by about 1.
+TOLERANCES = {"fp64": 1e-10, "fp32": 1e-2, "fp16": 0.06, "bf16": 0.15}
+SMALL = 4096  # bytes: copies of parameters and counters are no part of the work either way
+
+
+class _Counting(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        if func._schema.name in COPIES and isinstance(found, Tensor) and found.nbytes > SMALL:
+            self.bytes += found.nbytes
+        return found
+
+
+def step(contender: Contender, case: Case, device: torch.device) -> dict[str, Tensor]:
+    """One forward and backward: y, and the gradients of x, z and the parameters."""
+    x, dy = case.tensor(device, 0).requires_grad_(), case.tensor(device, 2000)
+    z = case.tensor(device, 1000).requires_grad_() if case.residual else None
+    leaves = {"dx": x, **({} if z is None else {"dz": z})}
+    names = [*leaves, *(f"gradient of parameter {i}" for i in range(len(contender.parameters)))]
+    with torch.enable_grad():
+        y = contender.forward(x, z)
+        gradients = torch.autograd.grad(y, [*leaves.values(), *contender.parameters], dy)
+    return {"y": y.detach(), **dict(zip(names, gradients, strict=True))}
+
+
+def copies(contender: Contender, case: Case, device: torch.device) -> int:
+    """Bytes that a forward and a backward copy beside the work, as far as torch's dispatcher sees them: not
+    what a kernel copies inside. A first call may set things up; the second one counts."""
+    step(contender, case, device)
+    with _Counting() as counting:
+        x, dy = case.tensor(device, 0).requires_grad_(), case.tensor(device, 2000)
+        z = case.tensor(device, 1000).requires_grad_() if case.residual else None
+        counting.bytes = 0
+        y = contender.forward(x, z)
+        leaves = [x, *([] if z is None else [z]), *contender.parameters]
+        torch.autograd.grad(y, leaves, dy)
+    return counting.bytes
+
+
+def truth(case: Case, device: torch.device) -> dict[str, Tensor]:
+    """The same step by plain formulas in fp64, rounded once at the end."""
+    g, act = given(case, device, torch.float64), Activation.of(case.activation)
+
+    def forward(x: Tensor, z: Tensor | None) -> Tensor:
+        wide = x.double()
+        if case.norm == "BatchNorm":
+            cells, dims = wide, (0, *range(2, wide.dim()))
+        else:
+            cells = wide.unflatten(1, (case.groups, -1))
+            dims = tuple(range(2, cells.dim()))
+        centered = cells - cells.mean(dims, keepdim=True)
+        xhat = (centered * (centered.square().mean(dims, keepdim=True) + EPS).rsqrt()).reshape(wide.shape)
+        shape = (1, -1, *[1] * (wide.dim() - 2))
+        y = xhat * g.weight.view(shape) + g.bias.view(shape)
+        return after(act, y, None if z is None else z.double()).to(x.dtype)
+
+    return step(Contender("fp64", forward, g.parameters), case, device)
+
+
+def strayed(found: dict[str, Tensor], case: Case) -> str:
+    """Which results of a step are not laid out as x is; empty if all are. torch's GroupNorm and InstanceNorm
+    return contiguous tensors: that is theirs to do, and told."""
+    names = [n for n in ("y", "dx") if not found[n].is_contiguous(memory_format=case.memory_format)]
+    return f"not {case.layout}, as x is: {', '.join(names)}" if names else ""
+
+
+def checked(found: dict[str, Tensor], case: Case, device: torch.device) -> str | None:
+    """What is wrong with the results of a step; None if they are right."""
+    expected = truth(case, device)
+    limit = TOLERANCES[NAMES[case.dtype]]
+    for name, value in found.items():
+        true = expected[name].double()
+        error = float((value.double() - true).square().mean().sqrt() / true.square().mean().sqrt())
+        if not error <= limit:
+            return f"{name} is off by {error:.2g} of its size, {limit:.2g} is allowed"
+    return None

@@ -1,0 +1,67 @@
+"""`pytest benchmarks`: some layers with every contender, timed by pytest-benchmark.
+
+What it reads is the host's clock around a call that is waited for: what somebody at a prompt sees. On a GPU,
+`python3 -m benchmarks run` reads the GPU's own clock, with L2 cold and warm. Without a GPU the shapes are
+small and bnfast runs plain torch: that shows what layers cost on a CPU, and that the contenders work."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import baselines, measure
+from benchmarks.cases import DIRECTIONS, Case
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+BATCH, SIDE = (64, 4) if DEVICE.type == "cuda" else (2, 1)
+COMPILED = ("compile", "compile-max")  # seconds each: only if asked for
+
+
+def case(
+    norm: str, c: int, side: int, groups: int, activation: str | None, residual: bool, last: bool
+) -> Case:
+    shape = (BATCH, c, side * SIDE, side * SIDE)
+    return Case("pytest", "", norm, shape, groups, torch.bfloat16, last, activation, residual)
+
+
+CASES = [
+    case("BatchNorm", 64, 14, 0, "relu", False, True),
+    case("BatchNorm", 256, 14, 0, "relu", True, True),
+    case("BatchNorm", 256, 14, 0, None, False, False),
+    case("GroupNorm", 320, 16, 32, "silu", False, False),
+    case("InstanceNorm", 64, 16, 64, "leaky_relu", False, False),
+]
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("variant", baselines.BASELINES)
+def test_layer(benchmark: Any, variant: str, case: Case, direction: str) -> None:
+    if variant in COMPILED and not os.environ.get("BNFAST_BENCHMARK_COMPILED"):
+        pytest.skip("set BNFAST_BENCHMARK_COMPILED=1 for what torch.compile makes")
+    (baseline,) = baselines.get([variant])
+    why = baseline.unable(case, DEVICE)
+    if why is not None:
+        pytest.skip(why)
+    calls = measure.Calls(baseline.build(case, DEVICE), measure.Tensors.of(case, DEVICE, 1))
+    timed = calls.timed(direction, [0])
+    benchmark.group = f"{case}, {direction}"
+
+    def prepare() -> None:
+        timed.clean()
+        timed.prepare()
+        wait()
+
+    def work() -> None:
+        timed.work()
+        wait()
+
+    benchmark.pedantic(work, setup=prepare, rounds=20, warmup_rounds=3)
+
+
+def wait() -> None:
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()

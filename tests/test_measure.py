@@ -1,0 +1,205 @@
+"""The benchmarks are honest: known times come out as they are, slower is reported slower, copies are seen,
+wrong results are not timed, and what fails is named. On a CPU, with clocks that a test decides about."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from benchmarks import baselines, measure, stopwatch, tables
+from benchmarks.baselines import fairness, pytorch
+from benchmarks.baselines.contender import Baseline, Contender
+from benchmarks.cases import Case
+from benchmarks.records import CANNOT, MEASURED, Record
+
+CPU = torch.device("cpu")
+QUICK = measure.Method(rounds=5, stopwatch=stopwatch.on_host)
+BATCH = Case("suite", "network", "BatchNorm", (4, 8, 6, 6), 0, torch.float32, True, "relu", True)
+GROUP = Case("suite", "network", "GroupNorm", (4, 8, 6, 6), 4, torch.bfloat16, False, "silu")
+INSTANCE = Case("suite", "network", "InstanceNorm", (4, 8, 6, 6), 8, torch.float32, False, "leaky_relu")
+EVERY = pytest.mark.parametrize("case", [BATCH, GROUP, INSTANCE], ids=str)
+
+
+@pytest.fixture(autouse=True)
+def plain_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """bnfast's layers compute at a CPU's speed; and two buffers are a rotation."""
+    monkeypatch.setattr("bnfast.dispatch.INTERPRET", False)
+    monkeypatch.setattr(stopwatch, "COLD_BYTES", 1)
+
+
+def altered(name: str, change: Callable[[Tensor], Tensor]) -> Baseline:
+    """torch's layer with something done to what it returns."""
+
+    def build(case: Case, device: torch.device) -> Contender:
+        (torchs,) = baselines.get(["torch"])
+        given = torchs.build(case, device)
+        return dataclasses.replace(given, forward=lambda x, z: change(given.forward(x, z)))
+
+    return Baseline(name, "", pytorch.anything, build)
+
+
+def measured(case: Case, *others: Baseline, method: measure.Method = QUICK) -> list[Record]:
+    return list(measure.of_case(case, [*baselines.get(["bnfast", "torch"]), *others], CPU, method))
+
+
+def test_a_known_time_is_told() -> None:
+    """A sleep of 5 ms in each forward, and no other clock than the real one."""
+
+    def sleep(y: Tensor) -> Tensor:
+        time.sleep(0.005)
+        return y
+
+    method = dataclasses.replace(QUICK, caches=("cold",), directions=("forward",))
+    found = measured(BATCH, altered("slept", sleep), method=method)
+    (slept,) = (r for r in found if r.variant == "slept")
+    assert slept.us_low is not None
+    assert slept.us is not None
+    assert 5000 <= slept.us_low <= slept.us <= 100_000  # a busy machine may take its time, but not 20 times
+
+
+class Clock:
+    """Time that forwards and backwards are said to take: microseconds a call, by what a test says."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def stopwatch(self, work: stopwatch.Work) -> float:
+        start = self.now
+        work()
+        return self.now - start
+
+    def takes(self, name: str, forward: float, backward: float) -> Baseline:
+        clock = self
+
+        class Slow(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx: object, y: Tensor) -> Tensor:
+                clock.now += forward
+                return y.view_as(y)
+
+            @staticmethod
+            def backward(ctx: object, dy: Tensor) -> Tensor:
+                clock.now += backward
+                return dy
+
+        return altered(name, Slow.apply)
+
+
+@EVERY
+def test_forward_and_backward_are_timed_apart_and_a_slower_one_is_reported_slower(case: Case) -> None:
+    clock = Clock()
+    method = dataclasses.replace(QUICK, stopwatch=clock.stopwatch)
+    todo = [clock.takes("bnfast", 10, 40), clock.takes("slower", 15, 80)]
+    found = list(measure.of_case(case, todo, CPU, method))
+    assert {(r.variant, r.direction, r.cache): r.us for r in found} == {
+        (name, direction, cache): us
+        for cache in ("cold", "warm")
+        for name, direction, us in (
+            ("bnfast", "forward", 10), ("bnfast", "backward", 40),
+            ("slower", "forward", 15), ("slower", "backward", 80),
+        )
+    }  # fmt: skip
+    ((headers, rows),) = tables.measured(found, "backward")
+    assert headers[-1] == "slower x"
+    assert [row[-1] for row in rows] == ["2.00", "2.00"]
+
+
+@EVERY
+def test_contenders_are_right_and_copy_nothing(case: Case) -> None:
+    for baseline in baselines.get(["bnfast", "torch", "native"]):
+        contender = baseline.build(case, CPU)
+        found = fairness.step(contender, case, CPU)
+        assert fairness.checked(found, case, CPU) is None, baseline.name
+        assert fairness.strayed(found, case) == "", baseline.name
+        assert fairness.copies(contender, case, CPU) == 0, baseline.name
+
+
+@pytest.mark.parametrize(
+    "copy",
+    [
+        lambda y: y.clone(),
+        lambda y: y.double().to(y.dtype),
+        lambda y: y.contiguous(memory_format=torch.channels_last).contiguous(),
+    ],
+    ids=["clone", "cast", "layout"],
+)
+def test_a_hidden_copy_is_found(copy: Callable[[Tensor], Tensor]) -> None:
+    case = dataclasses.replace(GROUP, shape=(4, 8, 24, 24))
+    hidden = altered("hidden", copy)
+    assert fairness.copies(hidden.build(case, CPU), case, CPU) >= case.x_bytes
+    found = measured(case, hidden)
+    copied = {r.variant: r.copied_MB for r in found if r.direction == "forward"}
+    assert (copied["torch"], copied["bnfast"]) == (0, 0)
+    assert copied["hidden"] is not None
+    assert copied["hidden"] >= case.x_bytes / 1e6
+
+
+@EVERY
+@pytest.mark.parametrize(
+    "wrong",
+    [lambda y: y * 1.5, lambda y: y.flip(0), lambda y: torch.relu(y - 0.5)],
+    ids=["*", "flip", "relu"],
+)
+def test_wrong_results_are_not_timed(case: Case, wrong: Callable[[Tensor], Tensor]) -> None:
+    found = [r for r in measured(case, altered("wrong", wrong)) if r.variant == "wrong"]
+    assert [r.status for r in found] == [CANNOT]
+    assert "its results are wrong: y is off by" in found[0].note
+
+
+def test_another_layout_is_told() -> None:
+    found = measured(BATCH, altered("strayed", lambda y: y.contiguous()))
+    assert {r.note for r in found if r.variant == "strayed"} == {"not channels_last, as x is: y"}
+    assert {r.note for r in found if r.variant != "strayed"} == {""}
+
+
+def test_one_that_fails_is_named_and_the_others_go_on() -> None:
+    def fail(y: Tensor) -> Tensor:
+        raise RuntimeError("no\nsuch kernel")
+
+    found = measured(BATCH, altered("failing", fail))
+    (failed,) = (r for r in found if r.variant == "failing")
+    assert (failed.status, failed.note) == (CANNOT, "RuntimeError: no such kernel")
+    assert {r.variant for r in found if r.status == MEASURED} == {"bnfast", "torch"}
+
+
+@EVERY
+def test_all_are_given_the_same(case: Case) -> None:
+    """Tensors, parameters and running statistics; x is not zeros, and has the layout that is named."""
+    x = case.tensor(CPU, 0)
+    assert x.is_contiguous(memory_format=case.memory_format)
+    assert 0.5 < x.double().std() < 1.5
+    contenders = [b.build(case, CPU) for b in baselines.get(["bnfast", "torch", "native", "compile"])]
+    for other in contenders[1:]:
+        for a, b in zip(contenders[0].parameters, other.parameters, strict=True):
+            assert torch.equal(a, b)
+            assert a.data_ptr() != b.data_ptr()
+
+
+def test_what_cannot_run_here_says_why() -> None:
+    for name in ("cudnn-op", "apex", "liger"):
+        (baseline,) = baselines.get([name])
+        for case in (BATCH, GROUP, INSTANCE):
+            assert baseline.unable(case, CPU)
+    with pytest.raises(ValueError, match="names must be of bnfast, torch.*got nobody"):
+        baselines.get(["torch", "nobody"])
+
+
+@pytest.mark.parametrize(("case", "direction", "passes"), [
+    (BATCH, "forward", 4), (BATCH, "backward", 6), (GROUP, "forward", 2), (GROUP, "backward", 3),
+    (dataclasses.replace(BATCH, residual=False), "backward", 5),
+    (dataclasses.replace(GROUP, shape=(4, 8, 256, 256)), "forward", 3),
+    (dataclasses.replace(GROUP, shape=(4, 8, 256, 256)), "backward", 5),
+])  # fmt: skip
+def test_floor(case: Case, direction: str, passes: int) -> None:
+    assert measure.floor_bytes(case, direction) == passes * case.x_bytes
+
+
+def test_torch_compile_takes_part() -> None:
+    (compiled,) = baselines.get(["compile"])
+    found = fairness.step(compiled.build(BATCH, CPU), BATCH, CPU)
+    assert fairness.checked(found, BATCH, CPU) is None
