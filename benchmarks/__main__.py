@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,82 +15,90 @@ from benchmarks.suites import LAYOUTS, SUITES
 Adds = Callable[..., Any]  # a parser's add_argument
 
 DEFAULT = "first-look"
-
-
-# A job's module is imported last: it needs torch, which may only have come with `ensure`.
-
-
-def first_look(options: argparse.Namespace, lacking: list[str]) -> int:
-    from benchmarks import first_look as job
-
-    return job.run(options, lacking)
-
-
-def digits(options: argparse.Namespace, lacking: list[str]) -> int:
-    from benchmarks import training as job
-
-    return job.run(options, lacking)
-
-
-def suites(options: argparse.Namespace, lacking: list[str]) -> int:
-    from benchmarks import suite_run as job
-
-    return job.run(options, lacking)
-
-
-def memory(options: argparse.Namespace, lacking: list[str]) -> int:
-    from benchmarks import memory as job
-
-    return job.run(options, lacking)
+# Named here and not asked of their modules, which need torch.
+DTYPES = ("bf16", "fp16", "fp32")
+BASELINES = ("torch", "native", "cudnn-op", "compile", "compile-max", "apex", "liger")
 
 
 def parser() -> argparse.ArgumentParser:
-    """A job is a subcommand with options of its own, and the function to hand them to."""
+    """A job is a subcommand with options of its own, and the module whose `run` they are handed to."""
     about = "What bnfast does on this machine."
     whole = argparse.ArgumentParser(prog="python3 -m benchmarks", description=about)
     jobs = whole.add_subparsers(title="jobs", metavar="JOB")
 
-    def add(name: str, run: Callable[[argparse.Namespace, list[str]], int], about: str) -> Adds:
+    def add(name: str, module: str, about: str, results: bool = True) -> Adds:
         job = jobs.add_parser(name, help=about, description=about)
-        job.set_defaults(run=run)
+        job.set_defaults(module=module)
+        if results:
+            job.add_argument("--device", help='"cpu", "cuda", "cuda:1" (default: a GPU if there is one)')
+            where = f"where the folder of results goes (default: {report.RESULTS})"
+            job.add_argument("--out", type=Path, help=where)
         return job.add_argument
 
     option = add(
-        DEFAULT,
-        first_look,
+        DEFAULT, "first_look",
         "the default: train a network with torch.nn and with bnfast, and go through the layers of others",
-    )
+    )  # fmt: skip
     trains(option)
-    everywhere(option)
 
-    option = add("run", suites, "go through every normalization layer of some networks")
-    names = f"which networks: {', '.join(SUITES)} or all"
-    option("--suite", choices=[*SUITES, "all"], required=True, metavar="SUITE", help=names)
+    option = add("run", "layers", "predict every normalization layer of some networks; on a GPU, time it")
+    names = f"which networks: {', '.join(SUITES)} or all (default: %(default)s)"
+    option("--suite", choices=[*SUITES, "all"], default="resnet50", metavar="SUITE", help=names)
     kinds = f"of the tensors: {', '.join(LAYOUTS)} or both (default: what each network usually runs in)"
     option("--layout", choices=[*LAYOUTS, "both"], metavar="LAYOUT", help=kinds)
-    everywhere(option)
+    kinds = f"{', '.join(DTYPES)} (default: bf16, on a GPU fp16 too where cuDNN takes it)"
+    option("--dtype", choices=DTYPES, nargs="+", metavar="DTYPE", help=kinds)
+    option("--direction", choices=["fwd", "bwd", "both"], default="both", help="(default: %(default)s)")
+    others = f"what to time beside bnfast: {', '.join(BASELINES)} (default: %(default)s)"
+    default = ["torch", "native", "cudnn-op"]
+    option("--baseline", choices=BASELINES, nargs="+", default=default, metavar="NAME", help=others)
+    option("--quick", action="store_true", help="fewer readings, L2 cold only, no CUDA graphs")
 
-    option = add("memory", memory, "count what ResNet-50 keeps for its backward")
-    everywhere(option)
+    option = add("step", "step_run", "time a training step of ResNet-50 with torch.nn, torch.compile, bnfast")
+    sizes = "images of a step, in this order (default: 256 64 32); a CPU has a tiny network instead"
+    option("--batch", type=positive, nargs="+", default=[256, 64, 32], metavar="N", help=sizes)
+    ends = "begin nothing new after so many (default: no end)"
+    option("--budget", type=positive, metavar="SECONDS", help=ends)
 
-    option = add("digits", digits, "train a network with a layer of torch.nn and with bnfast's")
+    option = add("gpu", "battery", "run everything that needs a GPU, in at most nine minutes")
+    option("--limit", type=positive, default=540, metavar="SECONDS", help="(default: %(default)s)")
+    option("--part", nargs="+", metavar="PART", help="only these parts (default: all)")
+
+    option = add("report", "show", "make tables and pictures of the CSV files of earlier runs", False)
+    option("paths", nargs="+", type=Path, metavar="PATH", help="files, or folders of them")
+    option("--out", type=Path, help="where pictures go (default: beside the first path)")
+
+    option = add("compare", "compare", "compare the figures of two earlier runs", False)
+    option("before", type=Path, help="a CSV file, or a folder of them")
+    option("after", type=Path, help="another")
+    option("--top", type=positive, default=30, help="lines of the table (default: %(default)s)")
+
+    add("readme", "readme", "make README's section on performance of benchmarks/results", False)
+    add("memory", "memory", "count what ResNet-50 keeps for its backward")
+    add("host", "host", "time what an eager call costs the host, with a GPU's driver made up")
+
+    option = add("budgets", "budget_run", "hold what kernels take against benchmarks/budgets.csv")
+    option("--write", action="store_true", help="write that file anew, for the Triton that runs")
+
+    option = add("digits", "training", "train a network with a layer of torch.nn and with bnfast's")
     layers = f"{', '.join(LAYERS)} (default: %(default)s)"
     option("--layer", choices=LAYERS, default=LAYERS[0], metavar="LAYER", help=layers)
     trains(option)
-    everywhere(option)
     return whole
+
+
+def positive(text: str) -> int:
+    """argparse's answer for all else names the option and what came."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} is not positive")
+    return number
 
 
 def trains(option: Adds) -> None:
     """The options of jobs that train."""
     option("--epochs", type=int, default=6, help="of each training run (default: %(default)s)")
     option("--seed", type=int, default=0, help="of network and batches (default: %(default)s)")
-
-
-def everywhere(option: Adds) -> None:
-    """The options of all jobs."""
-    option("--device", help='"cpu", "cuda", "cuda:1" (default: a GPU if there is one)')
-    option("--out", type=Path, help=f"where the folder of results goes (default: {report.RESULTS})")
 
 
 def main(arguments: list[str]) -> int:
@@ -99,7 +108,9 @@ def main(arguments: list[str]) -> int:
     lacking = environment.ensure()
     if lacking:
         environment.say(f"going on without {', '.join(lacking)}; what needs them is named below.")
-    return int(options.run(options, lacking))
+    # only now: it needs torch, which may just have come
+    job = importlib.import_module(f"benchmarks.{options.module}")
+    return int(job.run(options, lacking))
 
 
 if __name__ == "__main__":

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 
-from benchmarks import LAYERS, memory, report, suite_run, tables, training
+import torch
+
+from benchmarks import LAYERS, cases, layers, memory, predict, records, report, tables, training
 from benchmarks.session import Session, begin
 from benchmarks.suites import RESNET50, SUITES
 
@@ -13,20 +15,32 @@ OTHERS = tuple(suite for suite in SUITES if suite != "resnet50")
 
 def resnet(session: Session) -> None:
     """Part three: what each BatchNorm of ResNet-50 moves and launches and, on a GPU, takes."""
-    report.section(f"3. {RESNET50.title(RESNET50.layout)}", suite_run.ABOUT)
-    lines, rows = suite_run.in_full(session, RESNET50, RESNET50.layout)
-    report.write_csv(session.folder / "resnet50.csv", tables.CSV_HEADERS, lines)
-    session.note("resnet-50", "DONE", suite_run.how_many(session, rows))
+    about = layers.ABOUT + (f" {layers.HOW}" if session.gpu else "")
+    report.section("3. Every layer of a network", about)
+    file = session.folder / "layers.csv"
+    timing = layers.Run(session, layers.QUICK, ["torch"], file) if session.gpu else None
+    what = ("resnet50", RESNET50, torch.bfloat16, RESNET50.layout)
+    found = layers.of_network(session, timing, *what, compiled=False)
+    session.note("resnet-50", "DONE", layers.summary(session, found))
 
 
 def networks(session: Session) -> None:
     """Part four: the sums of other networks."""
     report.section(
         "4. Other networks",
-        "The same for all layers of each network: GroupNorm, and InstanceNorm in nnU-Net; bf16, contiguous.",
+        "Predicted for all layers of each network together: GroupNorm, and InstanceNorm in nnU-Net; bf16.",
     )
-    suite_run.compact(session, OTHERS)
-    print("Layer by layer, and in channels_last too:")
+    rows: list[list[str]] = []
+    for suite in OTHERS:
+        for network in SUITES[suite]:
+            todo = cases.of_network(suite, network, torch.bfloat16, network.layout == "channels_last")
+            found = list(predict.records(todo, compiled=False))
+            records.append(session.folder / "predicted.csv", found)
+            headers, every = tables.predicted(found)
+            rows.append([network.name, *every[-1][1:]])
+    print(report.table(("network", *headers[1:]), rows))
+    session.note("networks", "DONE", "predicted")
+    print("Layer by layer, with registers and bytes in flight:")
     print(f"    python3 -m benchmarks run --suite {'|'.join(OTHERS)}|all [--layout both]")
 
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import re
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,7 +12,7 @@ import torch
 from torch import nn
 
 import bnfast
-from benchmarks import LAYERS, agreement, digits, kernels_in_training, measure, normalizers, plots, report
+from benchmarks import LAYERS, agreement, digits, kernels_in_training, normalizers, plots, report
 
 SMALL = digits.Recipe(epochs=1, batch=8, width=4, steps=3)
 
@@ -172,70 +170,3 @@ def test_networks_without_buffers_can_be_compared(images: digits.Digits) -> None
     apart = agreement.compare(one, other)
     assert apart.buffers is None
     assert apart.beyond(agreement.Limits(0, 0, 0, 0, 0, 0)) == []
-
-
-# measuring
-
-
-class Clock:
-    """A clock that only work moves on."""
-
-    def __init__(self) -> None:
-        self.now = 0.0
-
-    def work(self, microseconds: float) -> None:
-        self.now += microseconds
-
-    def stopwatch(self, work: Callable[[], None]) -> float:
-        start = self.now
-        work()
-        return self.now - start
-
-
-def test_calls_are_timed_and_their_preparation_is_not() -> None:
-    clock = Clock()
-    calls = [partial(clock.work, 10), partial(clock.work, 20)]
-    assert measure.median_per_call(calls, partial(clock.work, 7), clock.stopwatch, rounds=3) == 15
-
-
-def test_warming_up_is_left_out_and_an_outlier_outvoted() -> None:
-    clock, times = Clock(), iter([900.0, 900.0, 10.0, 500.0, 12.0])
-    assert measure.median_per_call([lambda: clock.work(next(times))], lambda: None, clock.stopwatch, 3) == 12
-
-
-def test_forward_and_backward_of_a_layer_are_timed_apart() -> None:
-    clock = Clock()
-
-    class Slow(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: object, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-            clock.work(5)
-            return x * weight
-
-        @staticmethod
-        def backward(ctx: object, dy: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            clock.work(20)
-            return dy, dy.sum()
-
-    class Layer(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.weight = nn.Parameter(torch.ones(()))
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return Slow.apply(x, self.weight)
-
-    inputs = [torch.randn(4, requires_grad=True) for _ in range(2)]
-    times = measure.layer(Layer(), inputs, [torch.ones(4)] * 2, clock.stopwatch, rounds=3)
-    assert times == (5, 20)
-
-
-def test_a_rotation_is_cold_when_it_comes_round() -> None:
-    for size in (1, 10**6, 10**8, 10**9):
-        assert (measure.rotation(size) - 1) * size >= measure.COLD_BYTES
-    assert measure.rotation(10**9) == 2
-
-
-@pytest.mark.parametrize("norm", [nn.BatchNorm2d(4), nn.InstanceNorm2d(4, affine=True), nn.GroupNorm(2, 4)])
-def test_backend_names_who_computes(norm: nn.Module) -> None:
-    assert measure.backend(norm, torch.randn(2, 4, 3, 3)) == "Native"

@@ -1,0 +1,155 @@
+"""The benchmarks' command, its battery for a GPU, and its sweep of tiles: all that shows without a GPU."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import __main__, baselines, battery, cases, layers, measure, records, session, tile_sweep
+from benchmarks.cases import Case
+from benchmarks.machine import bandwidth, clocks
+from benchmarks.records import CANNOT, MEASURED, Record
+
+CPU = torch.device("cpu")
+
+
+# the battery
+
+
+def part(name: str, *found: Record | BaseException) -> battery.Part:
+    def work(look: session.Session, seconds: float):  # type: ignore[no-untyped-def]
+        for each in found:
+            if isinstance(each, BaseException):
+                raise each
+            yield each
+
+    return battery.Part(name, 10, work)
+
+
+def test_parts_of_the_battery_do_not_stop_each_other(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    look = session.Session(tmp_path, CPU, ["matplotlib"])
+    record = Record("probe", MEASURED, "a", us=1.0)
+    end = look.start + 100
+    for each in (
+        part("good", record, record), part("broken", record, RuntimeError("it broke")),
+        part("absent", battery.NotHere("no such program")),
+    ):  # fmt: skip
+        battery.run_part(look, each, end)
+    battery.run_part(look, part("late", record), look.start + 1)
+    states = {name: (state, text.partition(" records")[0]) for name, state, text in look.summary}
+    assert states == {
+        "good": ("DONE", "2"), "broken": ("FAIL", "1"), "absent": ("NOT RUN", "0"), "late": ("PART", "0"),
+    }  # fmt: skip
+    assert {p.name: len(records.read(p)) for p in tmp_path.glob("*.csv")} == {"good.csv": 2, "broken.csv": 1}
+    assert records.read(tmp_path / "good.csv")[0].versions.startswith("bnfast=")
+    assert look.close() == 1
+
+
+def test_the_battery_fits_its_time_and_needs_a_gpu(tmp_path: Path) -> None:
+    assert sum(each.seconds for each in battery.PARTS) <= 540
+    assert battery.PARTS[0].name == "correctness"
+    assert (battery.ROOT / battery.SANITIZED).exists()
+    options = __main__.parser().parse_args(["gpu", "--device", "cpu", "--out", str(tmp_path)])
+    assert battery.run(options, []) == 1
+
+
+def test_a_process_of_the_battery_is_recorded(tmp_path: Path) -> None:
+    look = session.Session(tmp_path, CPU, [])
+    command = [sys.executable, "-c", "print('3 passed'); raise SystemExit(2)"]
+    assert battery.process(look, "three", command, 60).note == "exit code 2; 3 passed"
+    slow = [sys.executable, "-c", "import time; time.sleep(60)"]
+    assert battery.process(look, "slow", slow, 1).note.startswith("exit code none: out of time")
+
+
+# the tile sweep
+
+
+def test_every_candidate_takes_the_place_of_the_planned_one() -> None:
+    from bnfast.kernels import plan
+
+    size = (256, 256, 3136, 2, True, True, 132)
+    for family, candidates in tile_sweep.CANDIDATES.items():
+        assert any(tile_sweep.is_planned(family, program) for program in candidates)
+        for program in candidates:
+            with tile_sweep.planned_with(family, program):
+                assert tile_sweep.is_planned(family, program)
+                sweep = plan.map_sweep(*size, 1) if family == "MAPS" else plan.reduce_sweep(*size, 1)
+                if family != "REDUCE_RUNS":
+                    assert (sweep.warps, sweep.registers) == (program[0], program[2])
+    assert plan.reduce_sweep(*size, 1).warps == plan.REDUCE[0].warps
+
+
+def test_a_better_tile_is_named() -> None:
+    def timed(variant: str, us: float, note: str = "") -> Record:
+        return Record("sweep", MEASURED, variant, shape="1x2", direction="forward", us=us, note=note)
+
+    stands = [timed("MAPS 4/7/72/4", 100, "planned"), timed("MAPS 4/8/64/4", 97)]
+    assert tile_sweep.beaten(stands) == []
+    (line,) = tile_sweep.beaten([*stands, timed("MAPS 8/4/64/4", 80)])
+    assert "MAPS 8/4/64/4 is 1.25 times as fast as MAPS 4/7/72/4" in line
+    assert "was not timed" in tile_sweep.beaten(stands[1:])[0]
+
+
+# the command
+
+
+@pytest.mark.parametrize("arguments", [["run", "--suite", "vgg"], ["digits", "--layer", "RMSNorm"],
+                                       ["gpu", "--limit", "0"], ["compare", "one"]])  # fmt: skip
+def test_wrong_arguments_are_refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        __main__.main(arguments)
+    assert end.value.code == 2
+    assert "usage: python3 -m benchmarks" in capsys.readouterr().err
+
+
+def test_what_is_run_by_default() -> None:
+    parse = __main__.parser().parse_args
+    assert parse(["run"]).suite == "resnet50"
+    assert parse(["digits"]).layer == "BatchNorm"
+    first = parse(["first-look", "--epochs", "3", "--seed", "1", "--device", "cpu", "--out", "here"])
+    assert (first.module, first.epochs, first.out) == ("first_look", 3, Path("here"))
+
+
+def test_names_that_the_command_knows_are_those_that_exist() -> None:
+    assert {"bnfast", *__main__.BASELINES} == baselines.BASELINES.keys()
+    assert set(__main__.DTYPES) <= set(cases.DTYPES)
+
+
+# a run with a GPU made up
+
+
+def test_every_figure_is_on_disk_when_it_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the copy rate of its run, the clock of its case, and what they were measured on. A case that does
+    not fit the memory is named, and the next goes on."""
+
+    class OnGpu(session.Session):
+        gpu = True
+
+    case = Case("suite", "network", "BatchNorm", (2, 4, 3, 3), 0, torch.float32, True)
+
+    def of_case(case: Case, *rest: object) -> Iterator[Record]:
+        if case.shape[0] == 9:
+            raise torch.OutOfMemoryError("too large")
+        yield Record(**measure.described(case), status=MEASURED, us=1.0)
+        assert len(records.read(tmp_path / "layers.csv")) == 1
+        yield Record(**measure.described(case), status=MEASURED, us=2.0)
+
+    monkeypatch.setattr(measure, "of_case", of_case)
+    monkeypatch.setattr(bandwidth, "copy_rate", lambda device: 4.2e12)
+    monkeypatch.setattr(clocks, "read", lambda device: clocks.Clocks(sm_MHz=1755.0, temperature_C=40.0))
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    run = layers.Run(OnGpu(tmp_path, CPU, []), measure.Method(), ["torch"], tmp_path / "layers.csv")
+    found = [*run.case(case), *run.case(dataclasses.replace(case, shape=(9, 4, 3, 3)))]
+    assert records.read(tmp_path / "layers.csv") == found
+    assert [(r.status, r.us, r.copy_GBps, r.clock_MHz) for r in found] == [
+        (MEASURED, 1.0, 4200.0, 1755.0), (MEASURED, 2.0, 4200.0, 1755.0), (CANNOT, None, 4200.0, None),
+    ]  # fmt: skip
+    assert found[-1].note == "OutOfMemoryError: too large"
+    assert all(r.versions.startswith("bnfast=") for r in found)
