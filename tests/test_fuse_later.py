@@ -32,6 +32,10 @@ def _hook_gradients(m: Any) -> None:
     m[0][1].register_full_backward_hook(lambda module, dx, dy: (dx[0] * 2,))
 
 
+def _hook_gradients_before(m: Any) -> None:
+    m[0][1].register_full_backward_pre_hook(lambda module, dy: (dy[0] * 2,))
+
+
 def _replace_norm(m: Any) -> None:
     m[1].bn1 = nn.InstanceNorm2d(CHANNELS)
 
@@ -68,6 +72,7 @@ CHANGES: dict[str, tuple[Callable[[Any], None], int]] = {
     "hook on a layer": (_hook_norm, 4),
     "hook on an activation": (_hook_activation, 4),
     "backward hook": (_hook_gradients, 4),
+    "backward pre-hook": (_hook_gradients_before, 4),
     "layer replaced": (_replace_norm, 3),
     "layer replaced in a Sequential": (_replace_norm_in_sequence, 4),
     "activation replaced": (_replace_activation, 4),

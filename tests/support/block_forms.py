@@ -177,6 +177,12 @@ def _input_written_later(block: Any, y: Tensor, x: Tensor) -> Tensor:
     return out * shortcut.mul_(3)
 
 
+def _written_by_out(block: Any, y: Tensor, x: Tensor) -> Tensor:
+    shortcut = x * 2
+    torch.mul(x, 3, out=shortcut)
+    return F.relu(y + shortcut)
+
+
 def _random_branch(block: Any, y: Tensor, x: Tensor) -> Tensor:
     return F.relu(y) if random.random() < 2 else y
 
@@ -225,6 +231,7 @@ NOT_FUSABLE: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "written before the add": (lambda: Block(_input_written), "may write in place"),
     "other hardtanh": (lambda: Block(lambda b, y, x: F.hardtanh(y, -1, 1)), "hardtanh"),
     "other ReLU": (lambda: conv_norm_act(type("Other", (nn.ReLU,), {})()), "Other"),
+    "written as out": (lambda: Block(_written_by_out), "may write in place"),
     "added to what is used again": (lambda: Block(_swapped_in_place_and_used), "in place to a tensor"),
     "written after the add": (lambda: Block(_input_written_later), "may write to what was added"),
     "random branch": (lambda: Block(_random_branch), "random numbers"),
