@@ -94,6 +94,10 @@ def _another_tail(model: Any) -> None:
     model.tail = types.MethodType(lambda self, y: torch.tanh(y), model)
 
 
+def _tanh_between(model: Any) -> None:
+    model[1] = nn.Tanh()
+
+
 def _another_name(model: Any) -> None:
     model.bn2, model.name = nn.InstanceNorm2d(CHANNELS), "bn2"
 
@@ -118,6 +122,7 @@ CHANGES: dict[str, tuple[Callable[[], nn.Module], Callable[[Any], None]]] = {
         _set("extra", nn.Tanh()),
     ),
     "slope": (lambda: conv_norm_act(nn.LeakyReLU(0.2)), lambda m: setattr(m[2], "negative_slope", 0.5)),
+    "identity": (lambda: nn.Sequential(nn.BatchNorm2d(CHANNELS), nn.Identity(), nn.ReLU()), _tanh_between),
     "method": (Methods, _another_tail),
     "attribute of the class": (Methods, _set("factor", 3)),
     "name of a method of torch's": (

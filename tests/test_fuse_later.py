@@ -106,6 +106,17 @@ def test_hooks_switch_a_site_back_and_forth(calls: list[tuple[str | None, bool]]
     assert calls == [(None, False), ("relu", False), (None, False)]
 
 
+@pytest.mark.parametrize("kind", ["forward", "forward_pre", "full_backward", "full_backward_pre"])
+def test_hooks_on_all_modules(kind: str) -> None:
+    model = bnfast.fuse(conv_norm_act())
+    handle = getattr(nn.modules.module, f"register_module_{kind}_hook")(lambda *args: None)
+    try:
+        assert fused_count(model) == 0
+    finally:
+        handle.remove()
+    assert fused_count(model) == 1
+
+
 def test_the_forward_of_the_class_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
     model = bnfast.fuse(Residual()).double()
     monkeypatch.setattr(Residual, "forward", lambda self, x: x * 3)

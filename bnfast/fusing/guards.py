@@ -44,14 +44,12 @@ class Guard(NamedTuple):
         owner = follow(block, self.path) if self.path else block
         if owner is None:
             return False
-        child = owner._modules.get(self.name)  # getattr comes to the same, in five times the time
-        value: Any = None
-        if child is None:
+        value: Any = owner._modules.get(self.name)  # getattr comes to the same, in five times the time
+        if value is None:
             value = getattr(owner, self.name, Absent)
-            child = value if isinstance(value, nn.Module) else None
-        if child is not None:
-            fits = isinstance(self.expected, type) and isinstance(child, self.expected)
-            return fits and (self.keys is None or tuple(child._modules) == self.keys)
+        if isinstance(value, nn.Module):
+            fits = isinstance(self.expected, type) and isinstance(value, self.expected)
+            return fits and (self.keys is None or tuple(value._modules) == self.keys)
         if isinstance(value, Tensor):
             return self.expected is Tensor
         if isinstance(value, dict):
