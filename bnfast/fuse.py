@@ -56,8 +56,9 @@ def fuse(model: nn.Module) -> nn.Module:
     have come to differ: other plain attributes, other children, hooks, other arguments.
 
     A forward is replaced by what torch.fx records of it. What it does beside tensors (printing, reading
-    and writing globals) is not recorded. Forwards that cannot be traced are left, and `fusion_report` lists
-    them.
+    and writing globals) is not recorded, and one that asks whether
+    torch.fx or torch.compile is at work is answered for good. Forwards that cannot be traced, or that ask
+    for the type of something, are left, and `fusion_report` lists them.
 
     Returns the model (a new one only if it is itself a layer that was converted).
     """

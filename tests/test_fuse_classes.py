@@ -93,6 +93,14 @@ def test_beside_compiled_children(how: Callable[[nn.Module], nn.Module]) -> None
     assert_same_training(record(ours, data()), expected)
 
 
+def test_copies_of_what_holds_itself() -> None:
+    model = conv_norm_act()
+    model.everything = [model]  # type: ignore[assignment]
+    copied = copy.deepcopy(bnfast.fuse(model))
+    assert copied.everything[0] is copied
+    assert copied is not model
+
+
 def test_compiled_in_place_and_copied() -> None:
     """torch's modules leave what was compiled behind, for it calls the first."""
     model = bnfast.fuse(conv_norm_act()).double().eval()

@@ -98,6 +98,10 @@ def _tanh_between(model: Any) -> None:
     model[1] = nn.Tanh()
 
 
+def _double_second(model: Any) -> None:
+    model.second.register_forward_hook(lambda module, args, y: y * 2)
+
+
 def _another_name(model: Any) -> None:
     model.bn2, model.name = nn.InstanceNorm2d(CHANNELS), "bn2"
 
@@ -123,6 +127,9 @@ CHANGES: dict[str, tuple[Callable[[], nn.Module], Callable[[Any], None]]] = {
     ),
     "slope": (lambda: conv_norm_act(nn.LeakyReLU(0.2)), lambda m: setattr(m[2], "negative_slope", 0.5)),
     "identity": (lambda: nn.Sequential(nn.BatchNorm2d(CHANNELS), nn.Identity(), nn.ReLU()), _tanh_between),
+    "hook on a Sequential": (
+        lambda: Block(lambda b, y, x: F.relu(b.second(x) + x), second=conv_norm_act()[:2]), _double_second,
+    ),
     "method": (Methods, _another_tail),
     "attribute of the class": (Methods, _set("factor", 3)),
     "name of a method of torch's": (
