@@ -63,3 +63,25 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str | None, bool]]:
 
     monkeypatch.setattr(bnfast.BatchNorm2d, "normalize", noted)
     return seen
+
+
+@pytest.fixture
+def plain_torch_in_one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    import torch
+
+    from bnfast import dispatch
+
+    monkeypatch.setattr(dispatch, "INTERPRET", False)
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def shallow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the place of ResNet-50 in benchmarks of its training step, a network of four layers."""
+    from benchmarks import model_variants
+    from tests.support.steps import four_layers
+
+    monkeypatch.setattr(model_variants, "resnet50", four_layers)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -25,19 +25,9 @@ from tests.support.steps import (
     biased,
     eager,
     measured,
-    plain_torch_in_one_thread,
-    use_shallow_network,
 )
 
-
-@pytest.fixture(autouse=True)
-def _plain_torch(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    yield from plain_torch_in_one_thread(monkeypatch)
-
-
-@pytest.fixture
-def shallow(monkeypatch: pytest.MonkeyPatch) -> None:
-    use_shallow_network(monkeypatch)
+pytestmark = pytest.mark.usefixtures("plain_torch_in_one_thread")
 
 
 # what is trained

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,17 +13,9 @@ from benchmarks import model_step, records, step_run
 from benchmarks.__main__ import parser
 from benchmarks.model_variants import COMPILED, PLAIN, TORCH, Variant
 from benchmarks.records import CANNOT, MEASURED, Record
-from tests.support.steps import CPU, QUICK, SMALL, biased, plain_torch_in_one_thread, use_shallow_network
+from tests.support.steps import CPU, QUICK, SMALL, biased
 
-
-@pytest.fixture(autouse=True)
-def _plain_torch(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    yield from plain_torch_in_one_thread(monkeypatch)
-
-
-@pytest.fixture
-def shallow(monkeypatch: pytest.MonkeyPatch) -> None:
-    use_shallow_network(monkeypatch)
+pytestmark = pytest.mark.usefixtures("plain_torch_in_one_thread")
 
 
 def line(

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 
-import pytest
 import torch
 from torch import nn
 
-from benchmarks import model_variants
 from benchmarks.model_stage import Effort
 from benchmarks.model_step import measure_steps
 from benchmarks.model_variants import Task, Variant
 from benchmarks.records import Record
-from bnfast import dispatch
 
 CPU = torch.device("cpu")
 TASK = Task(CPU, torch.float32, width=8, classes=10, image=32)
@@ -22,23 +18,10 @@ SMALL = replace(TASK, dtype=torch.float64, width=2, image=8)  # for the network 
 QUICK = Effort(rounds=3, steps=2, losses=3, orders=2)
 
 
-def plain_torch_in_one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """For a fixture."""
-    monkeypatch.setattr(dispatch, "INTERPRET", False)
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-def use_shallow_network(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of four layers, which take no time."""
-
-    def make(classes: int, width: int) -> nn.Module:
-        layers = (nn.Conv2d(3, width, 3), nn.BatchNorm2d(width), nn.ReLU(), nn.Flatten())
-        return nn.Sequential(*layers, nn.Linear(width * 36, classes))
-
-    monkeypatch.setattr(model_variants, "resnet50", make)
+def four_layers(classes: int, width: int) -> nn.Module:
+    """For images of 8 x 8: they take no time."""
+    layers = (nn.Conv2d(3, width, 3), nn.BatchNorm2d(width), nn.ReLU(), nn.Flatten())
+    return nn.Sequential(*layers, nn.Linear(width * 36, classes))
 
 
 def eager(lines: list[Record]) -> dict[str, Record]:
