@@ -151,6 +151,30 @@ def test_wrong_results_are_not_timed(case: Case, wrong: Callable[[Tensor], Tenso
     assert "its results are wrong: y is off by" in found[0].note
 
 
+class ScaledBack(torch.autograd.Function):
+    """y as it is, and a gradient that is somewhat too large."""
+
+    @staticmethod
+    def forward(ctx: object, y: Tensor) -> Tensor:
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx: object, dy: Tensor) -> Tensor:
+        return dy * 1.2
+
+
+@pytest.mark.parametrize(("change", "named"), [
+    (lambda y: y * 1.05, "y is off by 0.0"), (ScaledBack.apply, "dx is off by 0."),
+])  # fmt: skip
+@EVERY
+def test_slightly_wrong_results_are_not_timed(
+    case: Case, change: Callable[[Tensor], Tensor], named: str
+) -> None:
+    found = [r for r in measured(case, altered("wrong", change)) if r.variant == "wrong"]
+    assert [r.status for r in found] == [CANNOT]
+    assert named in found[0].note
+
+
 def test_another_layout_is_told() -> None:
     found = measured(BATCH, altered("strayed", lambda y: y.contiguous()))
     assert {r.note for r in found if r.variant == "strayed"} == {"not channels_last, as x is: y"}

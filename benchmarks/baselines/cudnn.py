@@ -17,8 +17,6 @@ def _unable(case: Case, device: torch.device) -> str | None:
         return f"cuDNN's operator in torch is BatchNorm's, not {case.norm}'s"
     if device.type != "cuda" or not torch.backends.cudnn.is_available():
         return "needs a GPU with cuDNN"
-    if case.dtype == torch.bfloat16:
-        return "the operator takes bf16 with bf16 parameters only, and the case's are fp32"
     return None
 
 
