@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -55,9 +56,24 @@ def test_parts_of_the_battery_do_not_stop_each_other(
 def test_the_battery_fits_its_time_and_needs_a_gpu(tmp_path: Path) -> None:
     assert sum(each.seconds for each in battery.PARTS) <= 540
     assert battery.PARTS[0].name == "correctness"
-    assert (battery.ROOT / battery.SANITIZED).exists()
     options = __main__.parser().parse_args(["gpu", "--device", "cpu", "--out", str(tmp_path)])
     assert battery.run(options, []) == 1
+
+
+def test_what_is_sanitized_is_there_and_little() -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "--collect-only",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        *battery.SANITIZED,
+    ]
+    found = subprocess.run(command, cwd=battery.ROOT, capture_output=True, text=True, timeout=120)
+    assert found.returncode == 0, found.stdout + found.stderr
+    assert 4 <= found.stdout.count("::") <= 20
 
 
 def test_a_process_of_the_battery_is_recorded(tmp_path: Path) -> None:
@@ -137,9 +153,9 @@ def test_every_figure_is_on_disk_when_it_is_made(tmp_path: Path, monkeypatch: py
     def of_case(case: Case, *rest: object) -> Iterator[Record]:
         if case.shape[0] == 9:
             raise torch.OutOfMemoryError("too large")
-        yield Record(**measure.described(case), status=MEASURED, us=1.0)
+        yield Record(**case.columns, status=MEASURED, us=1.0)
         assert len(records.read(tmp_path / "layers.csv")) == 1
-        yield Record(**measure.described(case), status=MEASURED, us=2.0)
+        yield Record(**case.columns, status=MEASURED, us=2.0)
 
     monkeypatch.setattr(measure, "of_case", of_case)
     monkeypatch.setattr(bandwidth, "copy_rate", lambda device: 4.2e12)
