@@ -10,12 +10,12 @@ from benchmarks import LAYERS, cases, layers, memory, predict, records, report, 
 from benchmarks.session import Session, begin
 from benchmarks.suites import RESNET50, SUITES
 
-OTHERS = tuple(suite for suite in SUITES if suite != "resnet50")
+OTHERS = tuple(suite for suite in SUITES if suite not in ("resnet50", "small"))
 
 
 def resnet(session: Session) -> None:
     """Part three: what each BatchNorm of ResNet-50 moves and launches and, on a GPU, takes."""
-    about = layers.ABOUT + (f" {layers.HOW}" if session.gpu else "")
+    about = layers.COUNTED + (f" {layers.HOW}" if session.gpu else "")
     report.section("3. Every layer of a network", about)
     file = session.folder / "layers.csv"
     timing = layers.Run(session, layers.QUICK, ["torch"], file) if session.gpu else None

@@ -19,11 +19,14 @@ from benchmarks.records import CANNOT, MEASURED, Record
 from benchmarks.session import Session, begin
 from benchmarks.suites import SUITES, Network
 
-ABOUT = (
+COUNTED = (
     "T is the size of a layer's input; a/b is forward/backward. PREDICTED: bytes moved and kernels launched "
-    "(runs) are counted from the kernels' plan, registers of a thread and bytes in flight of an SM are read "
-    "from the machine code of an H100 or H200, and the floor is the time those bytes take at "
+    "(runs) are counted from the kernels' plan, and the floor is the time those bytes take at "
     f"{tables.COPY_RATE / 1e12:.1f} TB/s, an assumption (an H200's copy rate). Nothing of it is measured."
+)
+CODE = (
+    "Registers of a thread (regs) and the bytes that an SM has in flight are read from the kernels' machine "
+    "code for an H100 or H200."
 )
 HOW = (
     "MEASURED with CUDA events, contenders in turns on the same random tensors; the median of the readings. "
@@ -70,8 +73,8 @@ class Run:
                     own |= {"clock_MHz": now.sm_MHz, "temperature_C": now.temperature_C}
                 yield self.kept(dataclasses.replace(record, **own))
         except (torch.OutOfMemoryError, RuntimeError) as e:
-            described, why = measure.described(case), measure.one_line(e)
-            yield self.kept(Record(**described, status=CANNOT, variant="all", note=why, **self.shared))
+            why = measure.one_line(e)
+            yield self.kept(Record(**case.columns, status=CANNOT, variant="all", note=why, **self.shared))
         if self.session.gpu:
             torch.cuda.empty_cache()
 
@@ -142,10 +145,12 @@ def method(options: argparse.Namespace) -> measure.Method:
 def run(options: argparse.Namespace, lacking: list[str]) -> int:
     """Every network of the suites that were asked for, in every layout and dtype asked for."""
     session = begin(options, lacking, "bnfast: what the normalization layers of whole networks move and take")
-    report.section("The tables", ABOUT + (f" {HOW}" if session.gpu else ""))
+    report.section("The tables", " ".join([COUNTED, CODE, *([HOW] if session.gpu else [])]))
     timing = None
     if session.gpu:
         timing = Run(session, method(options), options.baseline, session.folder / "layers.csv")
+        for each in timing.baselines:
+            report.paragraph(f"{each.name}: {each.about}")
     for suite in SUITES if options.suite == "all" else (options.suite,):
         found: list[Record] = []
         for network in SUITES[suite]:

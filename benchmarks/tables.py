@@ -12,6 +12,7 @@ COPY_RATE = 4.3e12  # bytes a second: assumed for an H200, and measured by nobod
 FLOOR_LABEL = f"floor at {COPY_RATE / 1e12:.1f} TB/s, an assumption: the copy rate of an H200"
 NOTE = 32  # characters of a record's note in a table; the CSV file has all of it
 BASELINES_A_TABLE = 5  # what fits a terminal
+CODE = ("regs", "KB in flight")  # columns that need compiled kernels
 Table = tuple[tuple[str, ...], list[list[str]]]  # headers and rows
 
 
@@ -83,7 +84,7 @@ def floor(moved: float) -> float:
 
 def predicted(records: Iterable[Record]) -> Table:
     """Counted, without a GPU; forward and backward as a/b. The last row is of all layers: the sums, but the
-    most registers and the fewest bytes in flight."""
+    most registers and the fewest bytes in flight. These two are left out where they are not known of any."""
     ours = Selection([r for r in records if r.status == PREDICTED])
     headers = (
         "C x size",
@@ -107,7 +108,8 @@ def predicted(records: Iterable[Record]) -> Table:
     if rows:
         counts = [forward.count or 1 for forward, _ in pairs]
         rows.append(["all", str(sum(counts)), *_counted(pairs, counts)])
-    return headers, rows
+    known = [i for i, name in enumerate(headers) if name not in CODE or any(row[i] != "-" for row in rows)]
+    return tuple(headers[i] for i in known), [[row[i] for i in known] for row in rows]
 
 
 def _counted(pairs: Sequence[tuple[Record, Record]], counts: Sequence[int]) -> list[str]:
@@ -204,7 +206,8 @@ def plain(found: Iterable[Record]) -> list[list[str]]:
     """A line a record, for what is no layer: bandwidths, probes, training steps, tile sweeps."""
     return [
         [
-            r.variant, r.shape, " ".join(filter(None, [r.direction, r.cache, r.mode])), _us(r),
+            r.variant, r.shape or r.ran, " ".join(filter(None, [r.direction, r.cache, r.mode])),
+            _us(r) if r.host_us is None else f"{r.host_us:.1f}",
             f"{r.GBps:.0f}" if r.GBps else "-", f"{r.peak_MB:.0f}" if r.peak_MB else "-",
             r.note if len(r.note) <= NOTE else r.note[: NOTE - 3] + "...",
         ]
