@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,7 +24,8 @@ class Case:
     0 for BatchNorm, channels for InstanceNorm. shape: of x, [N, C, *size]. activation: as bnfast's layers
     name it, or None. residual: whether there is a z. count: layers of this form in the network.
 
-    Parameters and statistics are fp32, but where torch.nn takes none but x's dtype (GroupNorm on a GPU)."""
+    Parameters and statistics are fp32, but for fp64, and where torch.nn takes none but x's dtype (GroupNorm
+    on a GPU)."""
 
     suite: str
     network: str
@@ -35,6 +37,12 @@ class Case:
     activation: str | None = None
     residual: bool = False
     count: int = 1
+
+    def __post_init__(self) -> None:
+        if len(self.shape) < 2 or min(self.shape) < 1:
+            raise ValueError(f"shape must be [N, C, *size] of positive sizes, not {self.shape}")
+        if self.channels_last and len(self.shape) not in FORMATS:
+            raise ValueError(f"channels_last is a layout of 4-D and 5-D tensors, not of {self.shape}")
 
     def __str__(self) -> str:
         what = self.norm + " + z" * self.residual + f" + {self.activation}" * bool(self.activation)
@@ -55,7 +63,24 @@ class Case:
 
     @property
     def parameter_dtype(self) -> torch.dtype:
-        return self.dtype if self.norm == "GroupNorm" else torch.float32
+        return self.dtype if self.norm == "GroupNorm" or self.dtype == torch.float64 else torch.float32
+
+    @property
+    def columns(self) -> dict[str, Any]:
+        """Those of a Record that say which case it is of."""
+        return {
+            "kind": "layer",
+            "suite": self.suite,
+            "network": self.network,
+            "norm": self.norm,
+            "groups": self.groups or None,
+            "shape": "x".join(map(str, self.shape)),
+            "dtype": NAMES[self.dtype],
+            "layout": self.layout,
+            "activation": self.activation or "",
+            "residual": int(self.residual),
+            "count": self.count,
+        }
 
     def empty(self, device: torch.device | str = "cpu") -> Tensor:
         """Of x's shape, dtype and layout; on a CPU, no memory is used until it is written to."""

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from benchmarks.baselines import fairness
 from benchmarks.baselines.contender import Baseline, Contender
-from benchmarks.cases import DIRECTIONS, NAMES, Case
+from benchmarks.cases import DIRECTIONS, Case
 from benchmarks.records import CANNOT, MEASURED, Record
 from benchmarks.stopwatch import ROUNDS, Spread, Stopwatch, Timed, in_turn, on_gpu, on_host, rotation
 
@@ -50,23 +50,6 @@ class Tensors:
 
         z = [t.requires_grad_() for t in random(1000)] if case.residual else [None] * count
         return cls([t.requires_grad_() for t in random(0)], z, random(2000))
-
-
-def described(case: Case) -> dict[str, Any]:
-    """The columns of a record that say which case it is of."""
-    return {
-        "kind": "layer",
-        "suite": case.suite,
-        "network": case.network,
-        "norm": case.norm,
-        "groups": case.groups or None,
-        "shape": "x".join(map(str, case.shape)),
-        "dtype": NAMES[case.dtype],
-        "layout": case.layout,
-        "activation": case.activation or "",
-        "residual": int(case.residual),
-        "count": case.count,
-    }
 
 
 def floor_bytes(case: Case, direction: str) -> int:
@@ -136,7 +119,7 @@ def ready(
     """Those that can run the case; for the others a record that says why they cannot. Nobody is timed whose
     results are wrong."""
     for baseline in baselines:
-        cannot = partial(Record, **described(case), status=CANNOT, variant=baseline.name)
+        cannot = partial(Record, **case.columns, status=CANNOT, variant=baseline.name)
         why = baseline.unable(case, device)
         if why is not None:
             yield cannot(note=why)
@@ -185,7 +168,7 @@ def of_case(
             for i, each in enumerate(contenders):
                 time = Spread.of(samples[i])
                 record = Record(
-                    **described(case), **each.columns, direction=direction, cache=cache, mode="eager",
+                    **case.columns, **each.columns, direction=direction, cache=cache, mode="eager",
                     floor_bytes=floor, GBps=round(floor / time.us / 1e3, 1), **time.columns(),
                 )  # fmt: skip
                 if cache == "cold":
@@ -220,7 +203,7 @@ def in_graphs(
     """Forward with backward, captured and replayed: the same work, nothing of the host between launches."""
     captured: list[tuple[Ready, Timed]] = []
     floor = floor_bytes(case, "forward") + floor_bytes(case, "backward")
-    columns = {**described(case), "direction": "both", "cache": cache, "mode": "graph", "floor_bytes": floor}
+    columns = {**case.columns, "direction": "both", "cache": cache, "mode": "graph", "floor_bytes": floor}
     for each, own in zip(contenders, calls, strict=True):
         try:
             side = torch.cuda.Stream()

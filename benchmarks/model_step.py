@@ -31,7 +31,7 @@ from benchmarks import cases, model_stage
 from benchmarks.model_stage import Contestant, Effort, Stage
 from benchmarks.model_variants import COMPILED, PLAIN, Task, Variant
 from benchmarks.records import CANNOT, MEASURED, Record
-from benchmarks.stopwatch import Stopwatch
+from benchmarks.stopwatch import Spread, Stopwatch, on_host
 
 BATCHES = (256, 64, 32)
 
@@ -92,12 +92,7 @@ def watch(device: torch.device) -> Stopwatch:
         end.synchronize()
         return float(begin.elapsed_time(end)) * 1e3
 
-    def by_clock(work: Callable[[], object]) -> float:
-        begin = time.perf_counter()
-        work()
-        return (time.perf_counter() - begin) * 1e6
-
-    return by_events if device.type == "cuda" else by_clock
+    return by_events if device.type == "cuda" else on_host
 
 
 def _record(stage: Stage, it: Contestant) -> Record:
@@ -110,11 +105,8 @@ def _record(stage: Stage, it: Contestant) -> Record:
     )  # fmt: skip
     if record.note:
         return record
-    low, middle, high = torch.tensor(it.samples, dtype=torch.float64).quantile(
-        torch.tensor((0.25, 0.5, 0.75), dtype=torch.float64)
-    ).tolist()  # fmt: skip
     return replace(
-        record, status=MEASURED, ran=it.ran, us=middle, us_low=low, us_high=high, rounds=len(it.samples),
+        record, status=MEASURED, ran=it.ran, **Spread.of(it.samples).columns(),
         peak_MB=None if it.peak is None else it.peak / 1e6, loss_apart=stage.apart(it),
         loss_allowed=stage.allowed if it.variant.norms else None,
     )  # fmt: skip

@@ -8,7 +8,7 @@ from math import prod
 from typing import TYPE_CHECKING, Protocol
 
 from benchmarks import report, tables
-from benchmarks.cases import DIRECTIONS, NAMES, Case
+from benchmarks.cases import DIRECTIONS, Case
 from benchmarks.records import PREDICTED, Record
 from benchmarks.static import SMS
 from bnfast import dispatch
@@ -79,20 +79,10 @@ def record(case: Case, direction: str, figures: list[Figures], why_not: str | No
     notes = [tables.FLOOR_LABEL, why_not, f"spills: {', '.join(spilling)}" if spilling else None]
     in_flight = [each.in_flight / 1024 for each in figures if each.streams and each.in_flight is not None]
     return Record(
-        "layer",
-        PREDICTED,
+        **case.columns,
+        status=PREDICTED,
         variant="bnfast",
         ran=" ".join(each.kernel for each in figures),
-        suite=case.suite,
-        network=case.network,
-        norm=case.norm,
-        groups=case.groups or None,
-        shape="x".join(map(str, case.shape)),
-        dtype=NAMES[case.dtype],
-        layout=case.layout,
-        activation=case.activation or "",
-        residual=int(case.residual),
-        count=case.count,
         direction=direction,
         us=round(tables.floor(moved), 2),
         floor_bytes=moved,

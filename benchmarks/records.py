@@ -5,6 +5,7 @@ A column that does not apply is empty, never 0. Tables and pictures are made fro
 from __future__ import annotations
 
 import csv
+import warnings
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from math import prod
@@ -97,7 +98,8 @@ def is_ours(path: Path) -> bool:
 
 
 def read(path: Path) -> list[Record]:
-    """The lines of a file. ValueError names what is not of this schema."""
+    """The lines of a file. ValueError names what is not of this schema. A last line that is cut off, as a run
+    that was killed leaves it, is left out with a warning."""
     with path.open(newline="", encoding="utf-8") as file:
         reader = csv.DictReader(file)
         if tuple(reader.fieldnames or ()) != HEADERS:
@@ -105,7 +107,11 @@ def read(path: Path) -> list[Record]:
             raise ValueError(
                 f"{path}: its columns are not those of a benchmark's CSV; they differ in {unlike}"
             )
-        return [_record(path, number, line) for number, line in enumerate(reader, start=2)]
+        lines = list(reader)
+    if lines and None in lines[-1].values():
+        warnings.warn(f"{path}: its last line is cut off, and left out", stacklevel=2)
+        lines.pop()
+    return [_record(path, number, line) for number, line in enumerate(lines, start=2)]
 
 
 def _record(path: Path, number: int, line: dict[str, str]) -> Record:
@@ -116,6 +122,8 @@ def _record(path: Path, number: int, line: dict[str, str]) -> Record:
             return None
         return int(text) if "int" in _TYPES[name] else float(text)
 
+    if None in line.values() or None in line:
+        raise ValueError(f"{path}, line {number}: it has not as many cells as there are columns")
     try:
         return Record(**{name: value(name, text) for name, text in line.items()})  # type: ignore[arg-type]
     except (TypeError, ValueError) as e:

@@ -12,7 +12,6 @@ from textwrap import fill
 from typing import Protocol
 
 WIDTH = 100  # columns of a terminal
-NEEDS_GPU = "needs a GPU"
 RESULTS = Path("benchmark-results")
 
 

@@ -15,8 +15,6 @@ import bnfast
 from benchmarks import report
 from bnfast import dispatch
 
-NAMES = {torch.float32: "fp32", torch.float64: "fp64", torch.bfloat16: "bf16", torch.float16: "fp16"}
-
 
 @dataclass
 class Session:
@@ -31,11 +29,6 @@ class Session:
     @property
     def gpu(self) -> bool:
         return self.device.type == "cuda"
-
-    @property
-    def absent(self) -> str:
-        """What stands in tables where nothing was measured."""
-        return "-" if self.gpu else report.NEEDS_GPU
 
     def note(self, part: str, state: str, text: str) -> None:
         """`state`: PASS, FAIL, DONE (nothing to judge) or NOT RUN."""

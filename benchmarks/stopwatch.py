@@ -49,7 +49,11 @@ class Spread:
 
     @staticmethod
     def of(samples: Sequence[float]) -> Spread:
-        low, middle, high = statistics.quantiles(samples, n=4, method="inclusive")
+        """One sample is its own quartiles. ValueError if there is none."""
+        if not samples:
+            raise ValueError("samples are empty; a spread is of one or more")
+        several = [*samples, *samples] if len(samples) == 1 else samples
+        low, middle, high = statistics.quantiles(several, n=4, method="inclusive")
         return Spread(middle, low, high, len(samples))
 
     def columns(self) -> dict[str, Any]:

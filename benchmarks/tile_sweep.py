@@ -83,7 +83,7 @@ def sweep(
         for family, candidates in CANDIDATES.items():
             for program in candidates:
                 columns = {
-                    **measure.described(case), "kind": "sweep", "variant": name(family, program),
+                    **case.columns, "kind": "sweep", "variant": name(family, program),
                     "cache": "cold", "mode": "eager",
                 }  # fmt: skip
                 with planned_with(family, program):

@@ -9,7 +9,8 @@ import subprocess
 from functools import partial
 
 from benchmarks import agreement, digits, kernels_in_training, normalizers, plots, report
-from benchmarks.session import NAMES, Session, begin
+from benchmarks.cases import NAMES
+from benchmarks.session import Session, begin
 
 
 def one_more(bar: report.Bar, loss: float) -> None:

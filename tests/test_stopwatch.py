@@ -57,3 +57,9 @@ def test_a_budget_is_shared_out_and_spent() -> None:
 def test_a_budget_of_nothing_is_refused(seconds: float) -> None:
     with pytest.raises(ValueError, match=f"seconds is {seconds}; .* more than 0"):
         stopwatch.Budget(seconds)
+
+
+def test_one_sample_is_its_own_quartiles() -> None:
+    assert stopwatch.Spread.of([3.0]) == stopwatch.Spread(3.0, 3.0, 3.0, 1)
+    with pytest.raises(ValueError, match="samples are empty"):
+        stopwatch.Spread.of([])

@@ -95,14 +95,16 @@ def as_on_a_gpu() -> Iterator[FakeDriver]:
 
 
 @contextlib.contextmanager
-def recording() -> Iterator[list[Launched]]:
-    """Within, what layers launch for CPU tensors is planned for SMS multiprocessors and added to the list:
-    compiled, or in the interpreter as it stands."""
+def recording(compiled: bool = True) -> Iterator[list[Launched]]:
+    """Within, what layers launch for CPU tensors is planned for SMS multiprocessors and added to the list;
+    without code if that is not asked for, and in the interpreter."""
     found: list[Launched] = []
 
     def note(self: Any, stream: int, tensors: Sequence[Tensor | None], _: Any, *scalars: float) -> None:
         given = (*self._pick(tensors), *scalars, *self._tail)
-        code = None if launch.INTERPRET else self._kernel[(self._grid,)](*given, **self._options)
+        code = (
+            None if launch.INTERPRET or not compiled else self._kernel[(self._grid,)](*given, **self._options)
+        )
         arguments = dict(zip(self._kernel.arg_names, given, strict=True))
         found.append(Launched(self._kernel.__name__, self._grid, arguments, code))
 
@@ -132,11 +134,11 @@ def layer_of(case: Case) -> nn.Module:
     return layer
 
 
-def of_case(case: Case, training: bool = True) -> dict[str, list[Launched]]:
+def of_case(case: Case, training: bool = True, compiled: bool = True) -> dict[str, list[Launched]]:
     """The launches of one call, forward and backward, with the gradients of all that there is."""
     layer = layer_of(case).train(training)
     given = [case.empty().requires_grad_() for _ in range(1 + case.residual)]
-    with recording() as found:
+    with recording(compiled) as found:
         y = layer(*given)
         forward = len(found)
         torch.autograd.grad(y, [*given, *layer.parameters()], torch.empty_like(y))
