@@ -17,7 +17,7 @@ Adds = Callable[..., Any]  # a parser's add_argument
 DEFAULT = "first-look"
 # Named here and not asked of their modules, which need torch.
 DTYPES = ("bf16", "fp16", "fp32")
-BASELINES = ("torch", "native", "cudnn-op", "compile", "compile-max", "apex", "liger")
+BASELINES = ("torch", "native", "cudnn-op", "cudnn-frontend", "compile", "compile-max", "apex", "liger")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -50,7 +50,7 @@ def parser() -> argparse.ArgumentParser:
     option("--dtype", choices=DTYPES, nargs="+", metavar="DTYPE", help=kinds)
     option("--direction", choices=["fwd", "bwd", "both"], default="both", help="(default: %(default)s)")
     others = f"what to time beside bnfast: {', '.join(BASELINES)} (default: %(default)s)"
-    default = ["torch", "native", "cudnn-op"]
+    default = ["torch", "native", "cudnn-op", "cudnn-frontend"]
     option("--baseline", choices=BASELINES, nargs="+", default=default, metavar="NAME", help=others)
     option("--quick", action="store_true", help="fewer readings, L2 cold only, no CUDA graphs")
 

@@ -205,7 +205,7 @@ def test_all_are_given_the_same(case: Case) -> None:
 
 
 def test_what_cannot_run_here_says_why() -> None:
-    for name in ("cudnn-op", "apex", "liger"):
+    for name in ("cudnn-op", "cudnn-frontend", "apex", "liger"):
         (baseline,) = baselines.get([name])
         for case in (BATCH, GROUP, INSTANCE):
             assert baseline.unable(case, CPU)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from benchmarks.baselines import cudnn, libraries, pytorch
+from benchmarks.baselines import cudnn, cudnn_frontend, libraries, pytorch
 from benchmarks.baselines.contender import Baseline
 
 BASELINES: dict[str, Baseline] = {
-    baseline.name: baseline for baseline in (*pytorch.ALL, *cudnn.ALL, *libraries.ALL)
+    baseline.name: baseline for baseline in (*pytorch.ALL, *cudnn.ALL, *cudnn_frontend.ALL, *libraries.ALL)
 }
 
 

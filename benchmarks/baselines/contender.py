@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -31,3 +32,12 @@ class Baseline:
     about: str
     unable: Callable[[Case, torch.device], str | None]
     build: Callable[[Case, torch.device], Contender]
+
+
+def lacks(module: str) -> str | None:
+    """Why a baseline cannot have its package; None if it can."""
+    try:
+        importlib.import_module(module)
+    except Exception as e:  # a package built for another torch fails in many ways
+        return f"{module} cannot be imported here: {type(e).__name__}"
+    return None

@@ -11,19 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.baselines.contender import Baseline, Contender
+from benchmarks.baselines.contender import Baseline, Contender, lacks
 from benchmarks.baselines.given import EPS, given
 from benchmarks.baselines.pytorch import after
 from benchmarks.cases import Case
 from bnfast.activation import Activation
-
-
-def _lacks(module: str) -> str | None:
-    try:
-        importlib.import_module(module)
-    except Exception as e:  # a package built for another torch fails in many ways
-        return f"{module} cannot be imported here: {type(e).__name__}"
-    return None
 
 
 def _unable(module: str, case: Case, device: torch.device) -> str | None:
@@ -31,7 +23,7 @@ def _unable(module: str, case: Case, device: torch.device) -> str | None:
         return f"it has no {case.norm}"
     if device.type != "cuda":
         return "needs a GPU"
-    return _lacks(module)
+    return lacks(module)
 
 
 def _apex_unable(case: Case, device: torch.device) -> str | None:
