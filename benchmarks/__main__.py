@@ -53,6 +53,7 @@ def parser() -> argparse.ArgumentParser:
     default = ["torch", "native", "cudnn-op", "cudnn-frontend"]
     option("--baseline", choices=BASELINES, nargs="+", default=default, metavar="NAME", help=others)
     option("--quick", action="store_true", help="fewer readings, L2 cold only, no CUDA graphs")
+    option("--kernels", action="store_true", help="at the end, name the kernels that all of them ran")
 
     option = add("step", "step_run", "time a training step of ResNet-50 with torch.nn, torch.compile, bnfast")
     sizes = "images of a step, in this order (default: 256 64 32); a CPU has a tiny network instead"

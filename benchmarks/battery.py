@@ -18,7 +18,9 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import measure, model_step, records, report, show, stamp, suites, tile_sweep
+from benchmarks import cases, measure, model_step, records, report, show, stamp, suites, tile_sweep
+from benchmarks.baselines import cudnn_graphs
+from benchmarks.baselines.contender import lacks
 from benchmarks.layers import Run
 from benchmarks.machine import bandwidth, clocks, l2, launch
 from benchmarks.model_variants import Task
@@ -54,8 +56,6 @@ def of_suite(
     method: measure.Method,
 ) -> Callable[[Session, float], Iterator[Record]]:  # fmt: skip
     def work(session: Session, seconds: float) -> Iterator[Record]:
-        from benchmarks import cases
-
         run = Run(session, method, names, None)  # run_part writes what this makes
         for dtype in dtypes:
             for layout in layouts:
@@ -120,6 +120,21 @@ def tiles(session: Session, seconds: float) -> Iterator[Record]:
     yield from tile_sweep.sweep(session.device)
 
 
+def cudnn_frontend(session: Session, seconds: float) -> Iterator[Record]:
+    why = lacks(cudnn_graphs.PACKAGE)
+    if why is not None:
+        raise NotHere(why)
+    last = suites.LAYOUTS[::-1][:1]
+    yield from of_suite(suites.RESNET50, "resnet50", last, BOTH, ("cudnn-frontend",), SHORT)(session, seconds)
+
+
+def kernels(session: Session, seconds: float) -> Iterator[Record]:
+    """Of ResNet-50's layers as most train it."""
+    run = Run(session, SHORT, EAGER, None)
+    for case in cases.of_network("resnet50", suites.RESNET50, torch.bfloat16, channels_last=True):
+        yield from run.kernels(case)
+
+
 def sanitizer(session: Session, seconds: float) -> Iterator[Record]:
     program = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
     if not Path(program).exists():
@@ -147,15 +162,17 @@ EAGER = ("torch", "native", "cudnn-op")
 PARTS = (
     Part("correctness", 130, correctness),
     Part("machine", 25, machine),
-    Part("resnet50", 130, of_suite(suites.RESNET50, "resnet50", suites.LAYOUTS[::-1], BOTH, EAGER, SHORT)),
+    Part("resnet50", 115, of_suite(suites.RESNET50, "resnet50", suites.LAYOUTS[::-1], BOTH, EAGER, SHORT)),
     Part("groupnorm", 50, of_suite(
         suites.SD15_UNET, "sd-unet", suites.LAYOUTS, BOTH[:1], ("torch", "apex", "liger"), SHORT)),
     Part("step", 80, steps),
     Part("compiled", 45, of_suite(
         suites.RESNET50, "resnet50", ("channels_last",), BOTH[:1], ("compile", "compile-max"), COMPILED)),
+    Part("cudnn-frontend", 20, cudnn_frontend),
     Part("latencies", 20, latencies),
-    Part("tiles", 35, tiles),
-    Part("sanitizer", 25, sanitizer),
+    Part("tiles", 25, tiles),
+    Part("kernels", 10, kernels),  # after all that is timed: see kernels_run.py
+    Part("sanitizer", 20, sanitizer),
 )  # fmt: skip
 
 

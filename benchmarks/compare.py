@@ -12,7 +12,7 @@ from benchmarks import report, tables
 from benchmarks.records import MEASURED, PREDICTED, Record
 from benchmarks.show import load, origins
 
-COUNTED = ("floor_bytes", "launches", "registers", "in_flight_KB")  # of predictions
+COUNTED = ("floor_bytes", "launches", "registers", "in_flight_KB")
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Change:
 
 
 def changes(before: Sequence[Record], after: Sequence[Record]) -> list[Change]:
-    """Of everything that is in both: times of what was measured, counts of what was predicted."""
+    """Of everything that is in both: times of what was measured, and all that is counted."""
 
     def identity(r: Record) -> tuple[object, ...]:
         return (r.status, r.kind, tables.Key.of(r), r.variant, r.direction, r.cache, r.mode)
@@ -44,7 +44,7 @@ def changes(before: Sequence[Record], after: Sequence[Record]) -> list[Change]:
         name = " ".join(filter(None, [new.variant, label(new), new.direction, new.cache, new.mode]))
         if new.status == MEASURED and old.us and new.us:
             found.append(Change(f"{name}, us", old.us, new.us, apart(old, new)))
-        if new.status == PREDICTED:
+        if new.status == PREDICTED or new.kind == "kernels":
             for column in COUNTED:
                 a, b = getattr(old, column), getattr(new, column)
                 if a is not None and b is not None and a != b:
@@ -53,7 +53,9 @@ def changes(before: Sequence[Record], after: Sequence[Record]) -> list[Change]:
 
 
 def label(r: Record) -> str:
-    return f"{r.network} {tables.Key.of(r).label} {r.dtype} {r.layout}" if r.kind == "layer" else r.shape
+    if r.kind in ("layer", "kernels"):
+        return f"{r.network} {tables.Key.of(r).label} {r.dtype} {r.layout}"
+    return r.shape
 
 
 def apart(a: Record, b: Record) -> bool:

@@ -12,7 +12,20 @@ from typing import Any
 
 import torch
 
-from benchmarks import baselines, cases, figures, measure, predict, records, report, stamp, suites, tables
+from benchmarks import (
+    baselines,
+    cases,
+    cost_tables,
+    figures,
+    kernels_run,
+    measure,
+    predict,
+    records,
+    report,
+    stamp,
+    suites,
+    tables,
+)
 from benchmarks.cases import Case
 from benchmarks.machine import bandwidth, clocks
 from benchmarks.records import CANNOT, MEASURED, Record
@@ -34,6 +47,7 @@ HOW = (
     "move against a copy's in the same run; x: how many times as long somebody else takes, L2 cold."
 )
 DIRECTIONS = {"fwd": ("forward",), "bwd": ("backward",), "both": cases.DIRECTIONS}
+Choice = tuple[Network, torch.dtype, str]  # with its layout
 QUICK = measure.Method(rounds=5, caches=("cold",), graph=False)
 
 
@@ -78,6 +92,11 @@ class Run:
         if self.session.gpu:
             torch.cuda.empty_cache()
 
+    def kernels(self, case: Case) -> Iterator[Record]:
+        """By name, of everybody who runs the case. Nothing should be timed after it: see kernels_run.py."""
+        for record in kernels_run.of_case(case, self.baselines, self.session.device):
+            yield self.kept(dataclasses.replace(record, **self.shared))
+
     def kept(self, record: Record) -> Record:
         if self.file is not None:
             records.append(self.file, [record])
@@ -90,6 +109,15 @@ def show_predicted(found: Sequence[Record]) -> None:
     print(report.table(headers, rows), flush=True)
 
 
+def show_kernels(found: Sequence[Record]) -> None:
+    headers, rows = cost_tables.kernels(found)
+    if rows:
+        print("\nKERNELS, copies and fills of a call, forward+backward; counted by torch's profiler")
+        print(report.table(headers, rows), flush=True)
+    for line in cost_tables.names(found):
+        report.paragraph(line)
+
+
 def show_measured(found: Sequence[Record]) -> None:
     for direction in (*cases.DIRECTIONS, "both"):
         title = {"both": "forward and backward in a CUDA graph"}.get(direction, direction)
@@ -97,6 +125,10 @@ def show_measured(found: Sequence[Record]) -> None:
             if rows:
                 print(f"\nMEASURED, {title}")
                 print(report.table(headers, rows), flush=True)
+    headers, rows = cost_tables.besides(found)
+    if rows:
+        print("\nMEASURED, besides the GPU's time")
+        print(report.table(headers, rows), flush=True)
     for line in (*tables.who_ran(found), *tables.refusals(found)):
         report.paragraph(line)
 
@@ -151,14 +183,35 @@ def run(options: argparse.Namespace, lacking: list[str]) -> int:
         timing = Run(session, method(options), options.baseline, session.folder / "layers.csv")
         for each in timing.baselines:
             report.paragraph(f"{each.name}: {each.about}")
-    for suite in SUITES if options.suite == "all" else (options.suite,):
-        found: list[Record] = []
-        for network in SUITES[suite]:
-            for layout in layouts(network, options.layout):
-                for dtype in dtypes(network, options.dtype, session.gpu):
-                    found += of_network(session, timing, suite, network, dtype, layout)
+    suites_asked = SUITES if options.suite == "all" else (options.suite,)
+    chosen = {suite: list(choices(suite, options, session.gpu)) for suite in suites_asked}
+    for suite, networks in chosen.items():
+        found = [r for choice in networks for r in of_network(session, timing, suite, *choice)]
         session.note(suite, "DONE", summary(session, found))
+    if timing and options.kernels:
+        for suite, networks in chosen.items():
+            for choice in networks:
+                name_kernels(timing, suite, *choice)
     return session.close()
+
+
+def choices(suite: str, options: argparse.Namespace, gpu: bool) -> Iterator[Choice]:
+    for network in SUITES[suite]:
+        for layout in layouts(network, options.layout):
+            for dtype in dtypes(network, options.dtype, gpu):
+                yield network, dtype, layout
+
+
+def name_kernels(run: Run, suite: str, network: Network, dtype: torch.dtype, layout: str) -> None:
+    """Of a network's layers; and how many, beside how many were predicted."""
+    todo = cases.of_network(suite, network, dtype, layout == "channels_last")
+    found = list(predict.records(todo, compiled=False))
+    with report.progress(len(todo), f"naming kernels, {network.name}") as bar:
+        for case in todo:
+            found += run.kernels(case)
+            bar.update(1)
+    report.section(f"{network.title(layout)}, {cases.NAMES[dtype]}: kernels")
+    show_kernels(found)
 
 
 def summary(session: Session, found: Sequence[Record]) -> str:

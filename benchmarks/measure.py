@@ -185,7 +185,7 @@ def once(calls: Calls, direction: str, device: torch.device) -> dict[str, Any]:
     """Host time of an eager call, and on a GPU the memory that its direction takes at most beyond what is
     there already."""
     timed = calls.timed(direction, [0])
-    found = {"host_us": round(Spread.of(in_turn({0: timed}, on_host, rounds=10)[0]).us, 2)}
+    found = {"host_us": host_us(timed)}
     if device.type == "cuda":
         timed.prepare()
         torch.cuda.reset_peak_memory_stats(device)
@@ -194,6 +194,11 @@ def once(calls: Calls, direction: str, device: torch.device) -> dict[str, Any]:
         found["peak_MB"] = round((torch.cuda.max_memory_allocated(device) - before) / 1e6, 3)
         timed.clean()
     return found
+
+
+def host_us(timed: Timed) -> float:
+    """The host's microseconds of a call."""
+    return round(Spread.of(in_turn({0: timed}, on_host, rounds=10)[0]).us, 2)
 
 
 def in_graphs(
@@ -219,6 +224,9 @@ def in_graphs(
             yield Record(**{**columns, **each.columns, "status": CANNOT, "note": one_line(e)})
     todo = {i: timed for i, (_, timed) in enumerate(captured)}
     samples = in_turn(todo, method.stopwatch, rounds=method.rounds)
-    for i, (each, _) in enumerate(captured):
+    for i, (each, timed) in enumerate(captured):
         time = Spread.of(samples[i])
-        yield Record(**columns, **each.columns, GBps=round(floor / time.us / 1e3, 1), **time.columns())
+        yield Record(
+            **columns, **each.columns, GBps=round(floor / time.us / 1e3, 1), host_us=host_us(timed),
+            **time.columns(),
+        )  # fmt: skip

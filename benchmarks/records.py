@@ -18,10 +18,11 @@ Number = float | None
 
 @dataclass(frozen=True)
 class Record:
-    """kind: "layer", "copy", "step", "host", "sweep" or "probe". status: one of the three above; `note` says
-    why something CANNOT.
+    """kind: "layer", "kernels", "copy", "step", "host", "sweep" or "probe". status: one of the three above;
+    `note` says why something CANNOT.
 
-    variant: who was asked ("bnfast", "torch", ...); ran: who computed ("Cudnn", "Native", a kernel's name).
+    variant: who was asked ("bnfast", "torch", ...); ran: who computed ("Cudnn", "Native"; of "kernels", the
+    names of all that were launched).
     cache: "cold" or "warm" L2. mode: "eager" or "graph". direction: "forward", "backward", or "step".
     us: the median, us_low and us_high the quartiles of `rounds` samples. floor_bytes: what the work must
     move; GBps: those bytes in that time; copy_GBps: measured in the same run, of a copy's bytes both ways.

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks import figures, records, report, tables
-from benchmarks.layers import show_measured, show_predicted
+from benchmarks.layers import show_kernels, show_measured, show_predicted
 from benchmarks.records import PREDICTED, Record
 
 
@@ -39,7 +39,7 @@ def origins(found: Sequence[Record]) -> list[str]:
 def show(found: Sequence[Record], out: Path | None, lacking: Sequence[str]) -> None:
     for line in origins(found):
         report.paragraph(line)
-    layers = [r for r in found if r.kind == "layer"]
+    layers = [r for r in found if r.kind in ("layer", "kernels")]
     groups = dict.fromkeys((r.network, r.norm, r.dtype, r.layout) for r in layers)
     for network, norm, dtype, layout in groups:
         own = [r for r in layers if (r.network, r.norm, r.dtype, r.layout) == (network, norm, dtype, layout)]
@@ -47,8 +47,9 @@ def show(found: Sequence[Record], out: Path | None, lacking: Sequence[str]) -> N
         predictions = [r for r in own if r.status == PREDICTED]
         if predictions:
             show_predicted(predictions)
-        if any(r.status != PREDICTED for r in own):
-            show_measured(own)
+        if any(r.status != PREDICTED and r.kind == "layer" for r in own):
+            show_measured([r for r in own if r.kind == "layer"])
+        show_kernels(own)
     for kind in ("copy", "probe", "step", "sweep", "host"):
         rows = tables.plain([r for r in found if r.kind == kind])
         if rows:

@@ -11,7 +11,7 @@ from benchmarks.records import CANNOT, MEASURED, PREDICTED, Record
 COPY_RATE = 4.3e12  # bytes a second: assumed for an H200, and measured by nobody here
 FLOOR_LABEL = f"floor at {COPY_RATE / 1e12:.1f} TB/s, an assumption: the copy rate of an H200"
 NOTE = 32  # characters of a record's note in a table; the CSV file has all of it
-BASELINES_A_TABLE = 5  # what fits a terminal
+BASELINES_A_TABLE = 4  # what fits a terminal
 CODE = ("regs", "KB in flight")  # columns that need compiled kernels
 Table = tuple[tuple[str, ...], list[list[str]]]  # headers and rows
 
@@ -148,18 +148,18 @@ def measured(records: Iterable[Record], direction: str) -> list[Table]:
 
 
 def _measured(cold: Selection, warm: Selection, others: Sequence[str]) -> Table:
-    headers = ("C x size", "layers", "us", "% of copy", "warm us", *(f"{name} x" for name in others))
+    headers = ("C x size", "layers", "us", "GB/s", "% of copy", "warm us", *(f"{name} x" for name in others))
     rows = []
     for key in cold.keys:
         ours, again = cold.one(key, "bnfast"), warm.one(key, "bnfast")
         ratios = [_ratio(cold.one(key, name), ours) for name in others]
         count = next(str(r.count) for r in cold.records if Key.of(r) == key)
-        rows.append([key.label, count, _us(ours), _share(ours), _us(again), *ratios])
+        rows.append([key.label, count, _us(ours), _rate(ours), _share(ours), _us(again), *ratios])
     if rows:
         mine, theirs = cold.total("bnfast"), [cold.total(name) for name in others]
         ratios = [f"{total / mine:.2f}" if total and mine else "-" for total in theirs]
         totals = [f"{total:.0f}" if total else "-" for total in (mine, warm.total("bnfast"))]
-        rows.append(["all layers", str(_layers(cold)), totals[0], "", totals[1], *ratios])
+        rows.append(["all layers", str(_layers(cold)), totals[0], "", "", totals[1], *ratios])
     return headers, rows
 
 
@@ -170,6 +170,10 @@ def _layers(found: Selection) -> int:
 
 def _us(record: Record | None) -> str:
     return "-" if record is None or record.us is None else f"{record.us:.1f}"
+
+
+def _rate(record: Record | None) -> str:
+    return f"{record.GBps:.0f}" if record and record.GBps else "-"
 
 
 def _share(record: Record | None) -> str:
@@ -194,7 +198,7 @@ def who_ran(records: Iterable[Record]) -> list[str]:
     """What each variant's name stands for, as it really ran."""
     ran: dict[str, set[str]] = {}
     for record in records:
-        if record.status == MEASURED and record.ran:
+        if record.status == MEASURED and record.kind == "layer" and record.ran:
             ran.setdefault(record.variant, set()).add(record.ran)
     return [f"{variant}: {', '.join(sorted(names))}" for variant, names in ran.items()]
 
@@ -208,7 +212,7 @@ def plain(found: Iterable[Record]) -> list[list[str]]:
         [
             r.variant, r.shape or r.ran, " ".join(filter(None, [r.direction, r.cache, r.mode])),
             _us(r) if r.host_us is None else f"{r.host_us:.1f}",
-            f"{r.GBps:.0f}" if r.GBps else "-", f"{r.peak_MB:.0f}" if r.peak_MB else "-",
+            _rate(r), f"{r.peak_MB:.0f}" if r.peak_MB else "-",
             r.note if len(r.note) <= NOTE else r.note[: NOTE - 3] + "...",
         ]
         for r in found
