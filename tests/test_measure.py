@@ -151,6 +151,16 @@ def test_wrong_results_are_not_timed(case: Case, wrong: Callable[[Tensor], Tenso
     assert "its results are wrong: y is off by" in found[0].note
 
 
+def test_gradients_that_are_all_zero_are_right_and_nan_is_not() -> None:
+    """One element a group: y is the bias, and x has no part in it."""
+    case = dataclasses.replace(GROUP, shape=(2, 4, 1, 1), activation=None)
+    found = fairness.step(baselines.get(["torch"])[0].build(case, CPU), case, CPU)
+    assert not found["dx"].any()
+    assert fairness.checked(found, case, CPU) is None
+    for wrong in (1e-3, float("nan")):
+        assert "dx is off by" in (fairness.checked(found | {"dx": found["dx"] + wrong}, case, CPU) or "")
+
+
 class ScaledBack(torch.autograd.Function):
     """y as it is, and a gradient that is somewhat too large."""
 
