@@ -39,7 +39,7 @@ def _one(found: Selection, read: Reading, choose: Callable[[list[float]], float]
 
 def kernels(records: Sequence[Record]) -> Table:
     """How many kernels, forward+backward: as predicted for bnfast, and as counted of everybody."""
-    counted = Selection([r for r in records if r.kind == "kernels"])
+    counted = Selection([r for r in records if r.kind == "kernels" and r.status == MEASURED])
     plans = Selection([r for r in records if r.kind == "layer" and r.status == PREDICTED])
     rows = [
         [key.label, _both(plans, key, "bnfast"), *(_both(counted, key, name) for name in counted.variants)]

@@ -96,10 +96,11 @@ def bandwidth(
     what is read and what is written. Buffers take at most a quarter of the free memory.
 
     found: what is known of the device; asked for if None."""
-    budget, found = Budget(seconds), found or facts(device)
+    found = found or facts(device)
     fitting = [s for s in sizes if 2 * s * rotation(s, COLD * found.l2_bytes) <= found.memory]
     values = max((s * rotation(s, COLD * found.l2_bytes) // 4 for s in fitting), default=0)
     buffers = [kernels.randoms(values, device) for _ in range(2)] if fitting else []
+    budget = Budget(seconds)  # only now: what came before may have taken longer on a device that just woke up
     for number, size in enumerate(sizes):
         share = budget.share(len(sizes) - number)
         if size not in fitting or share is None:
