@@ -17,6 +17,10 @@ Adds = Callable[..., Any]  # a parser's add_argument
 DEFAULT = "first-look"
 # Named here and not asked of their modules, which need torch.
 DTYPES = ("bf16", "fp16", "fp32")
+PARTS = (
+    "correctness", "machine", "resnet50", "groupnorm", "step", "compiled", "cudnn-frontend", "latencies",
+    "tiles", "kernels", "sanitizer",
+)  # fmt: skip
 BASELINES = ("torch", "native", "cudnn-op", "cudnn-frontend", "compile", "compile-max", "apex", "liger")
 
 
@@ -63,7 +67,8 @@ def parser() -> argparse.ArgumentParser:
 
     option = add("gpu", "battery", "run everything that needs a GPU, in at most nine minutes")
     option("--limit", type=positive, default=540, metavar="SECONDS", help="(default: %(default)s)")
-    option("--part", nargs="+", metavar="PART", help="only these parts (default: all)")
+    only = f"only these, of {', '.join(PARTS)} (default: all)"
+    option("--part", choices=PARTS, nargs="+", metavar="PART", help=only)
 
     option = add("report", "show", "make tables and pictures of the CSV files of earlier runs", False)
     option("paths", nargs="+", type=Path, metavar="PATH", help="files, or folders of them")
@@ -98,7 +103,7 @@ def positive(text: str) -> int:
 
 def trains(option: Adds) -> None:
     """The options of jobs that train."""
-    option("--epochs", type=int, default=6, help="of each training run (default: %(default)s)")
+    option("--epochs", type=positive, default=6, help="of each training run (default: %(default)s)")
     option("--seed", type=int, default=0, help="of network and batches (default: %(default)s)")
 
 
@@ -111,7 +116,11 @@ def main(arguments: list[str]) -> int:
         environment.say(f"going on without {', '.join(lacking)}; what needs them is named below.")
     # only now: it needs torch, which may just have come
     job = importlib.import_module(f"benchmarks.{options.module}")
-    return int(job.run(options, lacking))
+    try:
+        return int(job.run(options, lacking))
+    except report.Refused as e:
+        print(f"python3 -m benchmarks: error: {e}", file=sys.stderr)
+        return 2
 
 
 if __name__ == "__main__":

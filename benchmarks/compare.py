@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -66,11 +65,12 @@ def apart(a: Record, b: Record) -> bool:
 
 
 def run(options: argparse.Namespace, lacking: list[str]) -> int:
-    """Exits with 1 if a figure of bnfast's got worse beyond the spread, else with 0."""
+    """Exits with 1 if a figure of bnfast's got worse beyond the spread, else with 0. Refused, which ends with
+    2, if there are no figures."""
     try:
         before, after = load([options.before]), load([options.after])
     except ValueError as e:
-        sys.exit(f"compare: {e}")
+        raise report.Refused(f"arguments before, after: {e}") from None
     for name, found in (("before", before), ("after", after)):
         for line in origins(found):
             report.paragraph(f"{name}: {line}")

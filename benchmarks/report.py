@@ -15,6 +15,10 @@ WIDTH = 100  # columns of a terminal
 RESULTS = Path("benchmark-results")
 
 
+class Refused(ValueError):
+    """What was asked for cannot be done: the command says why and ends with 2, as for a wrong option."""
+
+
 class Bar(Protocol):
     def update(self, steps: int) -> object: ...
 
@@ -65,7 +69,8 @@ def table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def new_folder(parent: Path | None = None) -> Path:
-    """A folder for this run, named by date and time; two runs within a second get two folders."""
+    """A folder for this run, named by date and time; two runs within a second get two folders. Refused where
+    none can be made."""
     parent = RESULTS if parent is None else parent
     name = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
     for number in range(1, 1000):
@@ -74,6 +79,8 @@ def new_folder(parent: Path | None = None) -> Path:
             folder.mkdir(parents=True)
         except FileExistsError:
             continue
+        except OSError as e:
+            raise Refused(f"argument --out: no folder can be made in {parent}: {e.strerror}") from None
         return folder
     raise FileExistsError(f"{parent / name} and 998 more are there already")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import platform
+import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -63,9 +64,24 @@ class Session:
         return int(failed)
 
 
+def device_of(asked: str | None) -> torch.device:
+    """A GPU with its number, which torch.cuda.set_device needs; asked: None for a GPU if there is one."""
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if asked is None:
+        asked = "cuda" if count else "cpu"
+    found = re.fullmatch(r"cpu|cuda(?::(\d+))?", asked)
+    number = int((found and found.group(1)) or 0)
+    if found is None or (asked != "cpu" and number >= count):
+        raise report.Refused(
+            f'argument --device: {asked!r} is not "cpu" or a GPU of this machine '
+            f'("cuda", "cuda:1", ...), which has {count}'
+        )
+    return torch.device("cpu") if asked == "cpu" else torch.device("cuda", number)
+
+
 def begin(options: argparse.Namespace, lacking: list[str], title: str) -> Session:
     """A session as the options --device and --out want it, on a machine that is named first."""
-    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = device_of(options.device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     session = Session(report.new_folder(options.out), device, lacking)

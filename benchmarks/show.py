@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -60,7 +59,12 @@ def show(found: Sequence[Record], out: Path | None, lacking: Sequence[str]) -> N
 
 
 def draw(layers: Sequence[Record], out: Path) -> None:
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise report.Refused(
+            f"argument --out: {out} is no folder and cannot be made one: {e.strerror}"
+        ) from None
     drawn = figures.roofline(out / "roofline.png", layers)
     for direction in ("forward", "backward"):
         drawn |= figures.ratios(out / f"ratios-{direction}.png", layers, direction)
@@ -74,7 +78,7 @@ def run(options: argparse.Namespace, lacking: list[str]) -> int:
     try:
         found = load(options.paths)
     except ValueError as e:
-        sys.exit(f"report: {e}")
+        raise report.Refused(f"argument PATH: {e}") from None
     first = options.paths[0]
     show(found, options.out or (first if first.is_dir() else first.parent), lacking)
     return 0

@@ -11,7 +11,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import __main__, baselines, battery, cases, layers, measure, records, session, tile_sweep
+from benchmarks import (
+    __main__,
+    baselines,
+    battery,
+    cases,
+    layers,
+    measure,
+    readme,
+    records,
+    session,
+    tile_sweep,
+)
 from benchmarks.cases import Case
 from benchmarks.machine import bandwidth, clocks
 from benchmarks.records import CANNOT, MEASURED, Record
@@ -117,12 +128,41 @@ def test_a_better_tile_is_named() -> None:
 
 
 @pytest.mark.parametrize("arguments", [["run", "--suite", "vgg"], ["digits", "--layer", "RMSNorm"],
-                                       ["gpu", "--limit", "0"], ["compare", "one"]])  # fmt: skip
+                                       ["gpu", "--limit", "0"], ["compare", "one"],
+                                       ["gpu", "--part", "nonsense"],
+                                       ["digits", "--epochs", "0"]])  # fmt: skip
 def test_wrong_arguments_are_refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
         __main__.main(arguments)
     assert end.value.code == 2
     assert "usage: python3 -m benchmarks" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("arguments", "named"), [
+    (["memory", "--device", "nonsense"], "argument --device: 'nonsense' is not \"cpu\" or a GPU"),
+    (["memory", "--device", "cuda:99"], "argument --device: 'cuda:99'"),
+    (["memory", "--device", "cpu", "--out", __file__], "argument --out: no folder can be made in"),
+    (["report", "nowhere"], "argument PATH: nowhere: there is no such file"),
+    (["compare", "nowhere", "nowhere"], "arguments before, after: nowhere: there is no such file"),
+    (["report", str(readme.RESULTS), "--out", __file__], "argument --out: "),
+])  # fmt: skip
+def test_bad_input_is_named_and_is_no_verdict(
+    arguments: list[str], named: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Exit code 2: `compare` has 1 for figures that got worse."""
+    assert __main__.main(arguments) == 2
+    assert f"error: {named}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("asked", "number"), [(None, 0), ("cuda", 0), ("cuda:1", 1)])
+def test_a_gpu_has_its_number(asked: str | None, number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.cuda.set_device takes no device without one."""
+    chosen: list[int] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch._C, "_cuda_setDevice", chosen.append, raising=False)
+    torch.cuda.set_device(session.device_of(asked))
+    assert chosen == [number]
 
 
 def test_what_is_run_by_default() -> None:
@@ -135,6 +175,7 @@ def test_what_is_run_by_default() -> None:
 
 def test_names_that_the_command_knows_are_those_that_exist() -> None:
     assert {"bnfast", *__main__.BASELINES} == baselines.BASELINES.keys()
+    assert tuple(part.name for part in battery.PARTS) == __main__.PARTS
     assert set(__main__.DTYPES) <= set(cases.DTYPES)
 
 

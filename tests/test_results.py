@@ -175,7 +175,7 @@ def test_report_of_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
         "roofline.png", "ratios-forward.png", "ratios-backward.png", "resnet50-total.png",
     }  # fmt: skip
     for wrong in (tmp_path / "nothing", tmp_path / "other.csv"):
-        with pytest.raises(SystemExit, match="report: .*(nothing|other)"):
+        with pytest.raises(report.Refused, match="PATH: .*(nothing|other)"):
             show.run(argparse.Namespace(paths=[wrong], out=None), [])
 
 
