@@ -6,9 +6,11 @@ made; a part that fails, or that has no time left, does not stop the next."""
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -18,22 +20,25 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import cases, measure, model_step, records, report, show, stamp, suites, tile_sweep
+from benchmarks import cases, measure, model_step, predict, records, report, show, stamp, suites, tile_sweep
 from benchmarks.baselines import cudnn_graphs
 from benchmarks.baselines.contender import lacks
 from benchmarks.layers import Run
 from benchmarks.machine import bandwidth, clocks, l2, launch
 from benchmarks.model_variants import Task
-from benchmarks.records import Record
+from benchmarks.records import CANNOT, MEASURED, Record
 from benchmarks.session import Session, begin
 from benchmarks.suites import Network
 
-LIMIT = 540.0  # seconds, of which the summary needs a few
+SUMMARY = 15.0  # seconds, for what comes before and after the parts
 # What compute-sanitizer runs, many times slower: whole channels_last rows, planes, and a row a channel.
 SANITIZED = (
     "-m", "gpu", "tests/gpu/test_parity.py",
     "-k", "forms and bfloat16 and (9x24x50 or 6x24x14x14 or 200x24)",
 )  # fmt: skip
+FIRST = {"test_parity", "test_fused", "test_groupnorm"}  # of the tests: what most people run
+LAST_WORDS = 5.0  # seconds, for a process that was interrupted
+FEWEST_SECONDS = 8.0  # for a part to begin at all
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -43,62 +48,90 @@ class NotHere(Exception):
 
 @dataclass(frozen=True)
 class Part:
-    """work: makes records until its seconds are over; it is stopped between two records. seconds: its share,
-    of which what it leaves goes to the others."""
+    """work: makes records, and keeps to the seconds that it is given: what it yields is kept however late.
+    TimeoutError: it was not done. seconds: its share, as large as the others' are; what it leaves goes to
+    those after it."""
 
     name: str
     seconds: float
     work: Callable[[Session, float], Iterator[Record]]
 
 
+def limited(found: Iterable[Record], seconds: float) -> Iterator[Record]:
+    """For work that knows of no end itself."""
+    end = time.monotonic() + seconds
+    for record in found:
+        yield record
+        if time.monotonic() > end:
+            raise TimeoutError("its time was over")
+
+
 def of_suite(
     network: Network, suite: str, layouts: Sequence[str], dtypes: Sequence[torch.dtype], names: Sequence[str],
     method: measure.Method,
 ) -> Callable[[Session, float], Iterator[Record]]:  # fmt: skip
+    """What is predicted of the layers, then what is measured."""
+
     def work(session: Session, seconds: float) -> Iterator[Record]:
+        ways = [(dtype, layout == "channels_last") for dtype in dtypes for layout in layouts]
+        todo = [case for way in ways for case in cases.of_network(suite, network, *way)]
+        yield from predict.records(todo, compiled=False)
         run = Run(session, method, names, None)  # run_part writes what this makes
-        for dtype in dtypes:
-            for layout in layouts:
-                for case in cases.of_network(suite, network, dtype, layout == "channels_last"):
-                    yield from run.case(case)
+        yield from limited((record for case in todo for record in run.case(case)), seconds)
 
     return work
 
 
+def command(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "pytest", "-q", *arguments]
+
+
 def process(session: Session, name: str, command: Sequence[str], seconds: float) -> Record:
-    """A command of its own, whose output goes to a file; a record of how it ended."""
+    """A command of its own, whose output goes to a file; a record of how it ended, CANNOT if it did not end
+    well. When the time is up it is interrupted, so that pytest still tells what it found, and then killed
+    with all that it has started."""
     path = session.folder / f"{name}.log"
     variables = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    start = time.monotonic()
+    start, out_of_time = time.monotonic(), ""
     with path.open("w", encoding="utf-8") as file:
+        running = subprocess.Popen(
+            command, cwd=ROOT, env=variables, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+        )
         try:
-            code = str(
-                subprocess.run(
-                    command, cwd=ROOT, env=variables, stdout=file, stderr=subprocess.STDOUT, timeout=seconds
-                ).returncode
-            )
+            running.wait(seconds)
         except subprocess.TimeoutExpired:
-            code = "none: out of time"
-    last = [line for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+            out_of_time = "out of time; "
+            running.send_signal(signal.SIGINT)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                running.wait(LAST_WORDS)
+        finally:  # also if somebody interrupts this command
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(running.pid, signal.SIGKILL)
+        code = running.wait()
     took = time.monotonic() - start
-    ended = f"exit code {code}; {last[-1] if last else 'no output'}"
-    return Record(kind="probe", status=records.MEASURED, variant=name, us=round(took * 1e6), note=ended[:300])
+    said = [line for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    return Record(
+        kind="probe", status=CANNOT if code or out_of_time else MEASURED, variant=name, us=round(took * 1e6),
+        note=f"{out_of_time}exit code {code}; {said[-1] if said else 'no output'}"[:300],
+    )  # fmt: skip
+
+
+def judged(found: Iterable[Record]) -> Iterator[Record]:
+    """Of processes. Raises, after all of them, what the first that did not end well said."""
+    ended = []
+    for record in found:
+        ended.append(record)
+        yield record
+    for record in ended:
+        if record.status == CANNOT:
+            raise (TimeoutError if record.note.startswith("out of time") else RuntimeError)(record.note)
 
 
 def correctness(session: Session, seconds: float) -> Iterator[Record]:
+    files = sorted(ROOT.glob("tests/gpu/test_*.py"), key=lambda path: (path.stem not in FIRST, path.stem))
     xml = session.folder.absolute() / "correctness.xml"
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-m",
-        "gpu",
-        "tests/gpu",
-        "--maxfail=50",
-        f"--junitxml={xml}",
-    ]
-    yield process(session, "correctness", command, seconds)
+    options = ["-m", "gpu", "--maxfail=50", f"--junitxml={xml}", *map(str, files)]
+    yield from judged([process(session, "correctness", command(*options), seconds - LAST_WORDS)])
 
 
 def machine(session: Session, seconds: float) -> Iterator[Record]:
@@ -117,7 +150,7 @@ def steps(session: Session, seconds: float) -> Iterator[Record]:
 
 
 def tiles(session: Session, seconds: float) -> Iterator[Record]:
-    yield from tile_sweep.sweep(session.device)
+    yield from limited(tile_sweep.sweep(session.device), seconds)
 
 
 def cudnn_frontend(session: Session, seconds: float) -> Iterator[Record]:
@@ -131,28 +164,20 @@ def cudnn_frontend(session: Session, seconds: float) -> Iterator[Record]:
 def kernels(session: Session, seconds: float) -> Iterator[Record]:
     """Of ResNet-50's layers as most train it."""
     run = Run(session, SHORT, EAGER, None)
-    for case in cases.of_network("resnet50", suites.RESNET50, torch.bfloat16, channels_last=True):
-        yield from run.kernels(case)
+    todo = cases.of_network("resnet50", suites.RESNET50, torch.bfloat16, channels_last=True)
+    yield from predict.records(todo, compiled=False)
+    yield from limited((record for case in todo for record in run.kernels(case)), seconds)
 
 
 def sanitizer(session: Session, seconds: float) -> Iterator[Record]:
     program = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
     if not Path(program).exists():
         raise NotHere("compute-sanitizer is not on this machine")
-    for tool in ("memcheck", "racecheck"):
-        command = [
-            program,
-            "--tool",
-            tool,
-            "--error-exitcode",
-            "9",
-            sys.executable,
-            "-m",
-            "pytest",
-            "-q",
-            "-x",
-        ]
-        yield process(session, f"sanitizer-{tool}", [*command, *SANITIZED], seconds / 2)
+    watched = (
+        (f"sanitizer-{tool}", [program, "--tool", tool, "--error-exitcode", "9", *command("-x", *SANITIZED)])
+        for tool in ("memcheck", "racecheck")
+    )
+    yield from judged(process(session, *each, seconds / 2 - LAST_WORDS) for each in watched)
 
 
 BOTH = (torch.bfloat16, torch.float16)
@@ -176,25 +201,17 @@ PARTS = (
 )  # fmt: skip
 
 
-def limited(found: Iterable[Record], end: float) -> Iterator[Record]:
-    for record in found:
-        yield record
-        if time.monotonic() > end:
-            raise TimeoutError("its time was over")
-
-
-def run_part(session: Session, part: Part, end: float) -> None:
+def run_part(session: Session, part: Part, seconds: float) -> None:
     """Its records go to NAME.csv, its fate to the summary."""
     path, start, count = session.folder / f"{part.name}.csv", time.monotonic(), 0
     state, text = "DONE", ""
     shared = stamp.columns(session.device)
     try:
-        seconds = min(part.seconds, end - start)
-        if seconds < 3:
+        if seconds < FEWEST_SECONDS:
             raise TimeoutError("no time was left")
-        for record in limited(part.work(session, seconds), start + seconds):
-            stamped = record if record.gpu else dataclasses.replace(record, **shared)
-            records.append(path, [stamped])
+        for record in part.work(session, seconds):
+            missing = {name: value for name, value in shared.items() if not getattr(record, name)}
+            records.append(path, [dataclasses.replace(record, **missing)])
             count += 1
     except TimeoutError as e:
         state, text = "PART", str(e)
@@ -215,11 +232,12 @@ def run(options: argparse.Namespace, lacking: list[str]) -> int:
         )
         session.close()
         return 1
-    end = session.start + options.limit
+    end = session.start + options.limit - SUMMARY
     parts = [part for part in PARTS if not options.part or part.name in options.part]
     with report.progress(len(parts), "parts") as bar:
-        for part in parts:
-            run_part(session, part, end)
+        for number, part in enumerate(parts):
+            share = part.seconds / sum(each.seconds for each in parts[number:])
+            run_part(session, part, share * (end - time.monotonic()))
             bar.update(1)
     try:
         found = show.load([session.folder])

@@ -12,6 +12,7 @@ from textwrap import fill
 from typing import Protocol
 
 WIDTH = 100  # columns of a terminal
+GAP = "  "  # between the columns of a table
 RESULTS = Path("benchmark-results")
 
 
@@ -63,7 +64,7 @@ def table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
             cell.rjust(width) if i else cell.ljust(width)
             for i, (cell, width) in enumerate(zip(cells, widths, strict=True))
         )
-        return "  ".join([first, *others]).rstrip()
+        return GAP.join([first, *others]).rstrip()
 
     return "\n".join([line(headers), line(["-" * width for width in widths]), *(line(row) for row in rows)])
 

@@ -6,11 +6,11 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
+from benchmarks import report
 from benchmarks.records import CANNOT, MEASURED, PREDICTED, Record
 
 COPY_RATE = 4.3e12  # bytes a second: assumed for an H200, and measured by nobody here
 FLOOR_LABEL = f"floor at {COPY_RATE / 1e12:.1f} TB/s, an assumption: the copy rate of an H200"
-NOTE = 32  # characters of a record's note in a table; the CSV file has all of it
 BASELINES_A_TABLE = 4  # what fits a terminal
 CODE = ("regs", "KB in flight")  # columns that need compiled kernels
 Table = tuple[tuple[str, ...], list[list[str]]]  # headers and rows
@@ -208,12 +208,15 @@ PLAIN_HEADERS = ("what", "size", "where", "us", "GB/s", "peak MB", "note")
 
 def plain(found: Iterable[Record]) -> list[list[str]]:
     """A line a record, for what is no layer: bandwidths, probes, training steps, tile sweeps."""
-    return [
+    rows = [
         [
             r.variant, r.shape or r.ran, " ".join(filter(None, [r.direction, r.cache, r.mode])),
             _us(r) if r.host_us is None else f"{r.host_us:.1f}",
-            _rate(r), f"{r.peak_MB:.0f}" if r.peak_MB else "-",
-            r.note if len(r.note) <= NOTE else r.note[: NOTE - 3] + "...",
+            _rate(r), f"{r.peak_MB:.0f}" if r.peak_MB else "-", r.note,
         ]
         for r in found
     ]  # fmt: skip
+    # a note has what the others leave; the CSV file has all of it
+    others = [max(map(len, column)) for column in zip(PLAIN_HEADERS, *rows, strict=True)][:-1]
+    room = max(len("note"), report.WIDTH - sum(others) - len(report.GAP) * len(others))
+    return [[*row, note if len(note) <= room else note[: room - 3] + "..."] for *row, note in rows]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -47,25 +48,27 @@ def test_parts_of_the_battery_do_not_stop_each_other(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     look = session.Session(tmp_path, CPU, ["matplotlib"])
-    record = Record("probe", MEASURED, "a", us=1.0)
-    end = look.start + 100
+    record = Record("probe", MEASURED, "a", us=1.0, gpu="of its own")
     for each in (
         part("good", record, record), part("broken", record, RuntimeError("it broke")),
         part("absent", battery.NotHere("no such program")),
     ):  # fmt: skip
-        battery.run_part(look, each, end)
-    battery.run_part(look, part("late", record), look.start + 1)
+        battery.run_part(look, each, 100)
+    battery.run_part(look, part("late", record), 1)
     states = {name: (state, text.partition(" records")[0]) for name, state, text in look.summary}
     assert states == {
         "good": ("DONE", "2"), "broken": ("FAIL", "1"), "absent": ("NOT RUN", "0"), "late": ("PART", "0"),
     }  # fmt: skip
     assert {p.name: len(records.read(p)) for p in tmp_path.glob("*.csv")} == {"good.csv": 2, "broken.csv": 1}
-    assert records.read(tmp_path / "good.csv")[0].versions.startswith("bnfast=")
+    for found in records.read(tmp_path / "good.csv"):
+        assert found.versions.startswith("bnfast=")
+        assert found.gpu == "of its own"
     assert look.close() == 1
 
 
 def test_the_battery_fits_its_time_and_needs_a_gpu(tmp_path: Path) -> None:
     assert sum(each.seconds for each in battery.PARTS) <= 540
+    assert tuple(each.name for each in battery.PARTS) == __main__.PARTS
     assert battery.PARTS[0].name == "correctness"
     options = __main__.parser().parse_args(["gpu", "--device", "cpu", "--out", str(tmp_path)])
     assert battery.run(options, []) == 1
@@ -89,10 +92,77 @@ def test_what_is_sanitized_is_there_and_little() -> None:
 
 def test_a_process_of_the_battery_is_recorded(tmp_path: Path) -> None:
     look = session.Session(tmp_path, CPU, [])
-    command = [sys.executable, "-c", "print('3 passed'); raise SystemExit(2)"]
-    assert battery.process(look, "three", command, 60).note == "exit code 2; 3 passed"
-    slow = [sys.executable, "-c", "import time; time.sleep(60)"]
-    assert battery.process(look, "slow", slow, 1).note.startswith("exit code none: out of time")
+    good = battery.process(look, "good", [sys.executable, "-c", "print('3 passed')"], 60)
+    assert (good.status, good.note) == (MEASURED, "exit code 0; 3 passed")
+    command = [sys.executable, "-c", "print('1 failed'); raise SystemExit(2)"]
+    bad = battery.process(look, "bad", command, 60)
+    assert (bad.status, bad.note) == (CANNOT, "exit code 2; 1 failed")
+    with pytest.raises(RuntimeError, match="^exit code 2; 1 failed$"):
+        list(battery.judged([bad, good]))
+    assert list(battery.judged([good])) == [good]
+
+
+def alive(process: int) -> bool:
+    state = Path(f"/proc/{process}/stat")
+    return state.exists() and state.read_text().split()[2] != "Z"
+
+
+def test_a_process_that_is_late_has_its_last_words(tmp_path: Path) -> None:
+    """And what it started does not outlive it."""
+    look = session.Session(tmp_path, CPU, [])
+    program = (
+        "import subprocess, sys, time\n"
+        "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])\n"
+        "print(child.pid, flush=True)\n"
+        "try:\n    time.sleep(60)\nexcept KeyboardInterrupt:\n    print('2 passed until then')\n"
+    )
+    late = battery.process(look, "late", [sys.executable, "-c", program], 3)
+    assert (late.status, late.note) == (CANNOT, "out of time; exit code 0; 2 passed until then")
+    child = (tmp_path / "late.log").read_text().split()[0]
+    end = time.monotonic() + 10
+    while time.monotonic() < end and alive(int(child)):
+        time.sleep(0.05)
+    assert not alive(int(child))
+    with pytest.raises(TimeoutError, match="out of time"):
+        list(battery.judged([late]))
+
+
+def test_work_without_an_end_is_stopped_and_keeps_what_it_made() -> None:
+    def work() -> Iterator[Record]:
+        for us in (1.0, 2.0, 3.0):
+            time.sleep(0.2)
+            yield Record("probe", MEASURED, us=us)
+
+    assert len(list(battery.limited(work(), 60))) == 3
+    found = battery.limited(work(), 0.3)
+    assert [next(found).us, next(found).us] == [1.0, 2.0]
+    with pytest.raises(TimeoutError, match="its time was over"):
+        next(found)
+
+
+def test_parts_share_the_time_that_there_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A part that is asked for alone has all of it; one that is quick leaves its time to the next ones."""
+    given: dict[str, float] = {}
+
+    def noted(name: str) -> battery.Part:
+        def work(look: session.Session, seconds: float) -> Iterator[Record]:
+            given[name] = seconds
+            yield Record("probe", MEASURED, name, us=1.0)
+
+        return battery.Part(name, 20 if name == "machine" else 40, work)
+
+    monkeypatch.setattr(battery, "PARTS", tuple(map(noted, ("machine", "tiles", "kernels"))))
+    monkeypatch.setattr(session.Session, "gpu", True)
+    monkeypatch.setattr(
+        battery, "begin", lambda options, *rest: session.Session(options.out, CPU, ["matplotlib"])
+    )
+    arguments = ["gpu", "--out", str(tmp_path), "--limit", str(100 + int(battery.SUMMARY))]
+    for asked, seconds in (([], [20, 50, 100]), (["--part", "machine"], [100])):
+        given.clear()
+        assert battery.run(__main__.parser().parse_args([*arguments, *asked]), ["matplotlib"]) == 0
+        assert list(given.values()) == pytest.approx(seconds, abs=2)
 
 
 # the tile sweep

@@ -254,3 +254,13 @@ def test_readme_tells_predictions_from_measurements() -> None:
     assert measured.count("| all layers | 53 |") == 2
     with pytest.raises(ValueError, match="has no section between"):
         readme.renewed("# bnfast", found)
+
+
+def test_notes_have_the_room_that_is_left() -> None:
+    note = "the largest buffer whose second sweep is served by L2 at more than twice the rate of memory"
+    long = Record("probe", MEASURED, "L2 reuse: read after write, forwards", shape="12800 KiB", note=note)
+    table = tables.plain([long, dataclasses.replace(long, variant="short", us=1234567.8, note="short")])
+    assert max(map(len, report.table(tables.PLAIN_HEADERS, table).splitlines())) == report.WIDTH
+    assert table[0][-1].endswith("...")
+    assert table[1][-1] == "short"
+    assert tables.plain([]) == []
