@@ -15,17 +15,33 @@ from benchmarks.baselines import fairness
 from benchmarks.baselines.contender import Baseline, Contender
 from benchmarks.cases import DIRECTIONS, Case
 from benchmarks.records import CANNOT, MEASURED, Record
-from benchmarks.stopwatch import ROUNDS, Spread, Stopwatch, Timed, in_turn, on_gpu, on_host, rotation
+from benchmarks.stopwatch import (
+    ROUNDS,
+    Spread,
+    Stopwatch,
+    Timed,
+    Work,
+    evicting,
+    in_turn,
+    nothing,
+    on_gpu,
+    on_host,
+    rotation,
+)
 
 WARM_CALLS = 10  # of one buffer, between two events
+# of different buffers: so few that the host queues them within the stopwatch's head start, and that the GPU's
+# queue of launches holds them; what is timed is then the GPU, even where a call takes the host longer
+MOST_COLD_CALLS = 32
 HELD_BYTES = 80 * 1024
 
 
 @dataclass(frozen=True)
 class Method:
     """rounds: readings of each figure. caches: L2 as a call finds it, "cold" (buffers take turns, so that it
-    finds nothing of its own) and "warm" (one buffer again and again). graph: time a captured CUDA graph too.
-    verify: results and copies are checked before anything is timed."""
+    finds nothing of its own; where they are too few for that, other memory is read before) and "warm" (one
+    buffer again and again). graph: time a captured CUDA graph too. verify: results and copies are checked
+    before anything is timed."""
 
     rounds: int = ROUNDS
     caches: tuple[str, ...] = ("cold", "warm")
@@ -89,11 +105,17 @@ class Calls:
             self.backward([number])
             self.outputs.clear()
 
-    def timed(self, direction: str, numbers: Sequence[int]) -> Timed:
+    def timed(self, direction: str, numbers: Sequence[int], evict: Work = nothing) -> Timed:
+        """evict: the last thing before the clock starts."""
         forward = partial(self.forward, numbers)
         if direction == "forward":
-            return Timed(forward, len(numbers), clean=self.outputs.clear)
-        return Timed(partial(self.backward, numbers), len(numbers), forward, self.outputs.clear)
+            return Timed(forward, len(numbers), evict, self.outputs.clear)
+
+        def prepare() -> None:
+            forward()
+            evict()
+
+        return Timed(partial(self.backward, numbers), len(numbers), prepare, self.outputs.clear)
 
 
 @dataclass(frozen=True)
@@ -157,13 +179,15 @@ def of_case(
         else:
             contenders.append(found)
     for cache in method.caches:
-        count = rotation(case.x_bytes) if cache == "cold" else 1
+        whole = rotation(case.x_bytes) if cache == "cold" else 1
+        count = min(whole, MOST_COLD_CALLS)
+        evict = evicting(device) if count < whole else nothing
         tensors = Tensors.of(case, device, count)
         numbers = list(range(count)) if cache == "cold" else [0] * WARM_CALLS
         calls = [Calls(each.contender, tensors) for each in contenders]
         for direction in method.directions:
             floor = floor_bytes(case, direction)
-            timed = {i: each.timed(direction, numbers) for i, each in enumerate(calls)}
+            timed = {i: each.timed(direction, numbers, evict) for i, each in enumerate(calls)}
             samples = in_turn(timed, method.stopwatch, rounds=method.rounds)
             for i, each in enumerate(contenders):
                 time = Spread.of(samples[i])
@@ -175,7 +199,7 @@ def of_case(
                     record = dataclasses.replace(record, **once(calls[i], direction, device))
                 yield record
         if method.graph and device.type == "cuda":
-            yield from in_graphs(case, contenders, calls, numbers, cache, method)
+            yield from in_graphs(case, contenders, calls, numbers, cache, method, evict)
         del tensors, calls
         if device.type == "cuda":
             torch.cuda.empty_cache()
@@ -203,7 +227,7 @@ def host_us(timed: Timed) -> float:
 
 def in_graphs(
     case: Case, contenders: Sequence[Ready], calls: Sequence[Calls], numbers: Sequence[int], cache: str,
-    method: Method,
+    method: Method, evict: Work,
 ) -> Iterator[Record]:  # fmt: skip
     """Forward with backward, captured and replayed: the same work, nothing of the host between launches."""
     captured: list[tuple[Ready, Timed]] = []
@@ -219,7 +243,7 @@ def in_graphs(
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
                 own.both(numbers)
-            captured.append((each, Timed(graph.replay, len(numbers))))
+            captured.append((each, Timed(graph.replay, len(numbers), evict)))
         except Exception as e:
             yield Record(**{**columns, **each.columns, "status": CANNOT, "note": one_line(e)})
     todo = {i: timed for i, (_, timed) in enumerate(captured)}

@@ -93,6 +93,12 @@ def nothing() -> None:
     pass
 
 
+def evicting(device: torch.device) -> Work:
+    """Reads COLD_BYTES of its own, after which a cache holds nothing else."""
+    values = torch.ones(max(1, COLD_BYTES // 4), device=device)
+    return values.sum
+
+
 @dataclass(frozen=True)
 class Timed:
     """`work` does something `calls` times. prepare: runs before each time it is timed; clean: after it. They

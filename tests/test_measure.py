@@ -109,6 +109,37 @@ def test_forward_and_backward_are_timed_apart_and_a_slower_one_is_reported_slowe
     assert [row[-1] for row in rows] == ["2.00", "2.00"]
 
 
+def test_small_layers_are_timed_in_few_calls_and_find_the_cache_empty(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A rotation of them would outlast the head start, and the time be the host's. In few, what came just
+    before the clock started is the eviction, of COLD_BYTES; after the forward, where a backward is timed."""
+    events: list[str] = []
+
+    def forward(y: Tensor) -> Tensor:
+        events.append("forward")
+        return y
+
+    def timing(work: stopwatch.Work) -> float:
+        events.append("start")
+        work()
+        events.append("end")
+        return 1.0
+
+    monkeypatch.setattr(measure, "evicting", lambda device: lambda: events.append("evict"))
+    monkeypatch.setattr(stopwatch, "COLD_BYTES", 100 * BATCH.x_bytes)
+    method = dataclasses.replace(QUICK, caches=("cold",), verify=False, stopwatch=timing)
+    list(measure.of_case(BATCH, [altered("small", forward)], CPU, method))
+    starts = [i for i, event in enumerate(events) if event == "start"]
+    assert len(starts) == 2 * (QUICK.rounds + stopwatch.WARM_UP)
+    assert {events[i - 1] for i in starts} == {"evict"}
+    assert {events[i:].index("end") - 1 for i in starts} == {measure.MOST_COLD_CALLS, 0}
+    events.clear()
+    monkeypatch.setattr(stopwatch, "COLD_BYTES", 10 * BATCH.x_bytes)
+    list(measure.of_case(BATCH, [altered("large", forward)], CPU, method))
+    assert "evict" not in events
+
+
 @EVERY
 def test_contenders_are_right_and_copy_nothing(case: Case) -> None:
     for baseline in baselines.get(["bnfast", "torch", "native"]):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from benchmarks import stopwatch
 from tests.support.clock import Clock
@@ -51,6 +52,11 @@ def test_a_budget_is_shared_out_and_spent() -> None:
     assert not budget.spent()
     clock.work(75)
     assert budget.share(1) is None
+
+
+def test_what_empties_a_cache_reads_as_much_as_lies_between_two_uses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stopwatch, "COLD_BYTES", 4096)
+    assert float(stopwatch.evicting(torch.device("cpu"))()) == 1024  # type: ignore[arg-type]  # a sum of ones
 
 
 @pytest.mark.parametrize("seconds", [0, -1.0, float("nan")])
