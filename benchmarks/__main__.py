@@ -95,10 +95,9 @@ def parser() -> argparse.ArgumentParser:
 
 def positive(text: str) -> int:
     """argparse's answer for all else names the option and what came."""
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{number} is not positive")
-    return number
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number above 0")
+    return int(text)
 
 
 def trains(option: Adds) -> None:

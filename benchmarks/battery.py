@@ -182,7 +182,7 @@ def sanitizer(session: Session, seconds: float) -> Iterator[Record]:
 
 BOTH = (torch.bfloat16, torch.float16)
 SHORT = measure.Method(rounds=9)
-COMPILED = measure.Method(rounds=9, caches=("cold",), graph=False, verify=False)
+COMPILED = measure.Method(rounds=9, caches=("cold",), graph=False)
 EAGER = ("torch", "native", "cudnn-op")
 PARTS = (
     Part("correctness", 130, correctness),

@@ -140,7 +140,8 @@ def of_network(
     """Both tables of a network, a file of its records, a picture. run: None if nothing is to be timed.
     compiled: as in predict.records."""
     todo = cases.of_network(suite, network, dtype, layout == "channels_last")
-    report.section(f"{network.title(layout)}, {cases.NAMES[dtype]}", f"Source: {network.source}.")
+    title = network.title(layout, cases.NAMES[dtype])
+    report.section(title, f"Source: {network.source}.")
     found = [dataclasses.replace(r, **stamp.columns(session.device)) for r in predict.records(todo, compiled)]
     records.append(session.folder / "predicted.csv", found)
     show_predicted(found)
@@ -154,7 +155,7 @@ def of_network(
         show_measured(timed)
         found += timed
     name = f"{network.file}-{cases.NAMES[dtype]}-{layout}.png"
-    session.draw(partial(figures.layers, session.folder / name, found, network.title(layout)))
+    session.draw(partial(figures.layers, session.folder / name, found, title))
     return found
 
 
@@ -210,7 +211,7 @@ def name_kernels(run: Run, suite: str, network: Network, dtype: torch.dtype, lay
         for case in todo:
             found += run.kernels(case)
             bar.update(1)
-    report.section(f"{network.title(layout)}, {cases.NAMES[dtype]}: kernels")
+    report.section(f"{network.title(layout, cases.NAMES[dtype])}: kernels")
     show_kernels(found)
 
 

@@ -23,6 +23,7 @@ from benchmarks.stopwatch import (
     Work,
     evicting,
     in_turn,
+    lateness,
     nothing,
     on_gpu,
     on_host,
@@ -30,9 +31,9 @@ from benchmarks.stopwatch import (
 )
 
 WARM_CALLS = 10  # of one buffer, between two events
-# of different buffers: so few that the host queues them within the stopwatch's head start, and that the GPU's
-# queue of launches holds them; what is timed is then the GPU, even where a call takes the host longer
-MOST_COLD_CALLS = 32
+# of different buffers: so few that the host queues them within the stopwatch's head start, if one takes it
+# less than 300 us, and that the GPU's queue of launches holds them
+MOST_COLD_CALLS = 16
 HELD_BYTES = 80 * 1024
 
 
@@ -120,19 +121,24 @@ class Calls:
 
 @dataclass(frozen=True)
 class Ready:
-    """Somebody who can run the case. copied_MB: beside the work. note: on the layout of what it returns."""
+    """Somebody who can run the case. copied_MB: beside the work; None where nobody looked. note: on the
+    layout of what it returns."""
 
     name: str
     contender: Contender
-    copied_MB: float = 0.0
+    copied_MB: float | None = None
     note: str = ""
 
     @property
     def columns(self) -> dict[str, Any]:
         return {
             "status": MEASURED, "variant": self.name, "ran": self.contender.ran,
-            "copied_MB": round(self.copied_MB, 3), "note": self.note,
+            "copied_MB": self.copied_MB, "note": self.note,
         }  # fmt: skip
+
+    def told(self, samples: Sequence[float]) -> dict[str, Any]:
+        """The columns of what was timed."""
+        return {**self.columns, "note": "; ".join(filter(None, (self.note, lateness(samples))))}
 
 
 def ready(
@@ -140,6 +146,8 @@ def ready(
 ) -> Iterator[Ready | Record]:
     """Those that can run the case; for the others a record that says why they cannot. Nobody is timed whose
     results are wrong."""
+    for afresh in dict.fromkeys(baseline.afresh for baseline in baselines):
+        afresh()
     for baseline in baselines:
         cannot = partial(Record, **case.columns, status=CANNOT, variant=baseline.name)
         why = baseline.unable(case, device)
@@ -155,7 +163,9 @@ def ready(
                 if wrong is not None:
                     yield cannot(ran=contender.ran, note=f"its results are wrong: {wrong}")
                     continue
-                copied = fairness.copies(contender, case, device) / 1e6
+                copied = None
+                if contender.countable:
+                    copied = round(fairness.copies(contender, case, device) / 1e6, 3)
                 one = Ready(baseline.name, contender, copied, fairness.strayed(found, case))
         except Exception as e:
             yield cannot(note=one_line(e))
@@ -192,7 +202,7 @@ def of_case(
             for i, each in enumerate(contenders):
                 time = Spread.of(samples[i])
                 record = Record(
-                    **case.columns, **each.columns, direction=direction, cache=cache, mode="eager",
+                    **case.columns, **each.told(samples[i]), direction=direction, cache=cache, mode="eager",
                     floor_bytes=floor, GBps=round(floor / time.us / 1e3, 1), **time.columns(),
                 )  # fmt: skip
                 if cache == "cold":
@@ -251,6 +261,6 @@ def in_graphs(
     for i, (each, timed) in enumerate(captured):
         time = Spread.of(samples[i])
         yield Record(
-            **columns, **each.columns, GBps=round(floor / time.us / 1e3, 1), host_us=host_us(timed),
+            **columns, **each.told(samples[i]), GBps=round(floor / time.us / 1e3, 1), host_us=host_us(timed),
             **time.columns(),
         )  # fmt: skip

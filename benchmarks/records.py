@@ -5,12 +5,14 @@ A column that does not apply is empty, never 0. Tables and pictures are made fro
 from __future__ import annotations
 
 import csv
+import re
 import warnings
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from math import prod
 from pathlib import Path
 
+FEW = 5  # columns that a message names
 MEASURED, PREDICTED, CANNOT = "measured", "predicted", "cannot"
 SIZES = {"bf16": 2, "fp16": 2, "fp32": 4, "fp64": 8}
 Number = float | None
@@ -94,21 +96,25 @@ def append(path: Path, records: Iterable[Record]) -> None:
 
 def is_ours(path: Path) -> bool:
     """Whether a CSV file has this schema."""
-    with path.open(newline="", encoding="utf-8") as file:
+    with path.open(newline="", encoding="utf-8", errors="replace") as file:
         return tuple(next(csv.reader(file), ())) == HEADERS
 
 
 def read(path: Path) -> list[Record]:
     """The lines of a file. ValueError names what is not of this schema. A last line that is cut off, as a run
     that was killed leaves it, is left out with a warning."""
-    with path.open(newline="", encoding="utf-8") as file:
-        reader = csv.DictReader(file)
-        if tuple(reader.fieldnames or ()) != HEADERS:
-            unlike = sorted(set(reader.fieldnames or ()) ^ set(HEADERS))
-            raise ValueError(
-                f"{path}: its columns are not those of a benchmark's CSV; they differ in {unlike}"
-            )
-        lines = list(reader)
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            reader = csv.DictReader(file)
+            found = tuple(reader.fieldnames or ())
+            lines = list(reader)
+    except (OSError, UnicodeDecodeError, csv.Error) as e:
+        raise ValueError(f"{path}: it cannot be read as CSV in UTF-8: {e}") from None
+    if found != HEADERS:
+        unlike = sorted(set(found) ^ set(HEADERS))
+        shown = ", ".join(unlike[:FEW]) + f" and {len(unlike) - FEW} more" * (len(unlike) > FEW)
+        what = f"they differ in {shown or 'their order'}" if found else "it is empty"
+        raise ValueError(f"{path}: its columns are not those of a benchmark's CSV; {what}")
     if lines and None in lines[-1].values():
         warnings.warn(f"{path}: its last line is cut off, and left out", stacklevel=2)
         lines.pop()
@@ -123,8 +129,11 @@ def _record(path: Path, number: int, line: dict[str, str]) -> Record:
             return None
         return int(text) if "int" in _TYPES[name] else float(text)
 
+    shaped = line["kind"] not in ("layer", "kernels") or re.fullmatch(r"\d+(x\d+)+", line["shape"] or "")
     if None in line.values() or None in line:
         raise ValueError(f"{path}, line {number}: it has not as many cells as there are columns")
+    if not shaped:
+        raise ValueError(f"{path}, line {number}: shape is {line['shape']!r}, not sizes as in 4x64x7x7")
     try:
         return Record(**{name: value(name, text) for name, text in line.items()})  # type: ignore[arg-type]
     except (TypeError, ValueError) as e:

@@ -61,17 +61,29 @@ class Spread:
         return {name: round(value, 3) for name, value in vars(self).items()}
 
 
+class Late(float):
+    """Microseconds that may be the host's: the GPU was done with waiting before all work was queued."""
+
+
 def on_gpu(work: Work) -> float:
     """From one event to another. The GPU is kept busy while `work` is queued, so that it never waits for a
-    launch: what is read is its own time, not the host's."""
+    launch: what is read is its own time, not the host's. Late where that did not do."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize()
     torch.cuda._sleep(HEAD_START)
     start.record()
     work()
+    late = start.query()
     end.record()
     end.synchronize()
-    return float(start.elapsed_time(end)) * 1e3
+    elapsed = float(start.elapsed_time(end)) * 1e3
+    return Late(elapsed) if late else elapsed
+
+
+def lateness(samples: Sequence[float]) -> str:
+    """A remark for the reader of a table; empty where all is well."""
+    late = sum(isinstance(sample, Late) for sample in samples)
+    return f"{late} of {len(samples)} readings may be the host's time" if late else ""
 
 
 def on_host(work: Work) -> float:
@@ -126,5 +138,5 @@ def in_turn(
             elapsed = stopwatch(timed.work)
             timed.clean()
             if number >= WARM_UP:
-                samples[name].append(elapsed / timed.calls)
+                samples[name].append(type(elapsed)(elapsed / timed.calls))
     return samples

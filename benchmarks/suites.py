@@ -63,9 +63,10 @@ class Network:
             return shape.channels
         return 1 if 0 < shape.channels < self.groups else self.groups
 
-    def title(self, layout: str) -> str:
+    def title(self, layout: str, dtype: str) -> str:
+        """dtype: as cases.NAMES has it."""
         kind = f"{self.norm} layers" + f" of {self.groups} groups" * (self.groups > 0)
-        return f"{self.name}'s {len(self.layers)} {kind}: batch {self.batch}, 16-bit, {layout}"
+        return f"{self.name}: {len(self.layers)} {kind}, batch {self.batch}, {dtype}, {layout}"
 
 
 def square(channels: int, side: int, activation: str | None = None, residual: bool = False) -> Shape:
@@ -159,7 +160,8 @@ RESNET50 = Network(
     "BatchNorm", 256, "channels_last", resnet((3, 4, 6, 3), 224),
 )  # fmt: skip
 SMALL = Network(
-    "ResNet-50, batch 4", "resnet50-small", "the same: tensors of at most 7 MB, where launching counts",
+    "Small ResNet-50", "resnet50-small",
+    "the layers of ResNet-50 at a batch of 4: tensors of at most 7 MB, where launching counts",
     "BatchNorm", 4, "channels_last", RESNET50.layers,
 )  # fmt: skip
 SD15_UNET = Network(

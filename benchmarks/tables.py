@@ -132,7 +132,7 @@ def _counted(pairs: Sequence[tuple[Record, Record]], counts: Sequence[int]) -> l
         f"{total(0, 'launches'):.0f}+{total(1, 'launches'):.0f}",
         extreme("registers", max),
         extreme("in_flight_KB", min),
-        f"{floor(forward):.0f}/{floor(backward):.0f}",
+        "/".join(f"{us:.0f}" if us >= 10 else f"{us:.1f}" for us in map(floor, (forward, backward))),
     ]
 
 

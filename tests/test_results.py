@@ -70,13 +70,19 @@ def test_records_come_back_as_they_were_written(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("text", "message"), [
-    ("a,b\n1,2\n", "its columns are not those"),
+    ("a,b\n1,2\n", "a.csv: its columns are not those of .*; they differ in .* and 37 more"),
+    ("", "a.csv: .*; it is empty"),
+    (",".join(records.HEADERS[:-1]) + "\n", "they differ in date$"),
+    (",".join(records.HEADERS[::-1]) + "\n", "they differ in their order"),
     (",".join(records.HEADERS) + "\n" + ",".join("x" for _ in records.HEADERS) + "\n", "line 2"),
+    (",".join(records.HEADERS) + "\nlayer" + "," * (len(records.HEADERS) - 1) + "\n", "line 2: shape is '', not"),
+    ("\udcff", "a.csv: it cannot be read as CSV in UTF-8"),
 ])  # fmt: skip
 def test_another_csv_file_is_refused(text: str, message: str, tmp_path: Path) -> None:
-    (tmp_path / "a.csv").write_text(text)
+    (tmp_path / "a.csv").write_text(text, encoding="utf-8", errors="surrogateescape")
     with pytest.raises(ValueError, match=message):
         records.read(tmp_path / "a.csv")
+    assert not records.is_ours(tmp_path / "a.csv") or "line 2" in message
 
 
 def test_a_line_that_was_cut_off_costs_no_other(tmp_path: Path) -> None:

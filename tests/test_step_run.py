@@ -97,4 +97,4 @@ def test_options(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert (given.batch, given.budget) == ([64, 8], 120)
     with pytest.raises(SystemExit):
         options(tmp_path, "--batch", "0")
-    assert "--batch: 0 is not positive" in capsys.readouterr().err
+    assert "--batch: '0' is no whole number above 0" in capsys.readouterr().err

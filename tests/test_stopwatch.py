@@ -40,6 +40,74 @@ def test_rounds_end_with_the_budget_but_are_never_too_few() -> None:
     assert [rounds(1), rounds(10 + stopwatch.WARM_UP), rounds(1000)] == [stopwatch.FEWEST_ROUNDS, 10, 20]
 
 
+class Gpu:
+    """Waits for 5000 us and does each piece of work in 10, beside a host that takes `launch` to queue one."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, launch: float) -> None:
+        self.host = self.done = 0.0
+        self.launch = launch
+        for name in ("Event", "synchronize", "_sleep"):
+            monkeypatch.setattr(torch.cuda, name, getattr(self, name))
+
+    def synchronize(self) -> None:
+        self.host = self.done = max(self.host, self.done)
+
+    def _sleep(self, cycles: int) -> None:
+        self.done = self.host + cycles / 2000
+
+    def work(self) -> None:
+        self.host += self.launch
+        self.done = max(self.host, self.done) + 10
+
+    def Event(self, enable_timing: bool) -> Mark:
+        assert enable_timing
+        return Mark(self)
+
+
+class Mark:
+    def __init__(self, gpu: Gpu) -> None:
+        self.gpu, self.time = gpu, 0.0
+
+    def record(self) -> None:
+        self.time = max(self.gpu.host, self.gpu.done)
+
+    def query(self) -> bool:
+        return self.time <= self.gpu.host
+
+    def synchronize(self) -> None:
+        self.gpu.host = max(self.gpu.host, self.time)
+
+    def elapsed_time(self, later: Mark) -> float:
+        return (later.time - self.time) / 1e3
+
+
+@pytest.mark.parametrize(("calls", "launch", "us", "late"), [
+    (16, 300, 10, ""), (10, 10, 10, ""), (16, 400, 88.125, "3 of 3 readings may be the host's time"),
+])  # fmt: skip
+def test_a_gpu_is_read_and_not_the_host_or_it_is_told(
+    calls: int, launch: float, us: float, late: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A kernel takes 10 us, and that is what is read, as long as the host queues all of them within the 5 ms
+    that the GPU waits at first."""
+    gpu = Gpu(monkeypatch, launch)
+
+    def work() -> None:
+        for _ in range(calls):
+            gpu.work()
+
+    (found,) = stopwatch.in_turn({0: stopwatch.Timed(work, calls)}, stopwatch.on_gpu, rounds=3).values()
+    assert found == pytest.approx([us] * 3)
+    assert stopwatch.lateness(found) == late
+
+
+def test_a_rotation_is_cold_in_the_largest_cache_there_is() -> None:
+    """An H200's L2 has 60 MB, and a buffer must not find a line of its last use in there."""
+    assert stopwatch.COLD_BYTES >= 4 * 60 * 1024**2
+    for size in (1000, 2**20, 2**28, 2**40):
+        assert (stopwatch.rotation(size) - 1) * size >= stopwatch.COLD_BYTES
+        assert stopwatch.rotation(size) >= 2
+
+
 def test_a_budget_is_shared_out_and_spent() -> None:
     clock = Clock()
     budget = stopwatch.Budget(100, lambda: clock.now)

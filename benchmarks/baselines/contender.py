@@ -10,28 +10,33 @@ import torch
 from torch import Tensor
 
 from benchmarks.cases import Case
+from benchmarks.stopwatch import nothing
 
 
 @dataclass(frozen=True)
 class Contender:
     """forward(x, z) -> y: act(norm(x) + z) in training, with running statistics updated where torch.nn would;
     z is None without a residual. autograd gives its backward, to x, z and `parameters`. ran: who computes, as
-    far as can be said without running it."""
+    far as can be said without running it. countable: whether its copies can be counted: torch.compile does
+    not run under a dispatch mode."""
 
     ran: str
     forward: Callable[[Tensor, Tensor | None], Tensor]
     parameters: Sequence[Tensor]
+    countable: bool = True
 
 
 @dataclass(frozen=True)
 class Baseline:
     """A way to compute cases. unable(case, device): why it cannot take this one here; None if it can. build:
-    makes it for a case; it may compile for seconds. about: one line for the reader of a table."""
+    makes it for a case; it may compile for seconds. about: one line for the reader of a table. afresh: runs
+    before anybody is built for a case."""
 
     name: str
     about: str
     unable: Callable[[Case, torch.device], str | None]
     build: Callable[[Case, torch.device], Contender]
+    afresh: Callable[[], object] = nothing
 
 
 def lacks(module: str) -> str | None:
