@@ -36,7 +36,17 @@ SANITIZED = (
     "-m", "gpu", "tests/gpu/test_parity.py",
     "-k", "forms and bfloat16 and (9x24x50 or 6x24x14x14 or 200x24)",
 )  # fmt: skip
-FIRST = {"test_parity", "test_fused", "test_groupnorm"}  # of the tests: what most people run
+# The files of tests/gpu, what matters most first. Each group is a process of its own, since one compiles the
+# kernels of all its tests before the first of them runs.
+TESTS: dict[str, tuple[str, ...]] = {
+    "correctness": ("parity",),
+    "correctness-fused": ("fused", "batchrenorm"),
+    "correctness-groups": ("groupnorm", "instancenorm", "layernorm"),
+    "correctness-runtime": ("measure", "model_step", "streams", "determinism", "hostpath"),
+    "correctness-shapes": ("random_shapes", "large"),
+}
+PYTEST = (sys.executable, "-m", "pytest")
+OUT_OF_TIME = "out of time; "
 LAST_WORDS = 5.0  # seconds, for a process that was interrupted
 FEWEST_SECONDS = 8.0  # for a part to begin at all
 ROOT = Path(__file__).resolve().parent.parent
@@ -82,16 +92,15 @@ def of_suite(
     return work
 
 
-def command(*arguments: str) -> list[str]:
-    return [sys.executable, "-m", "pytest", "-q", *arguments]
-
-
 def process(session: Session, name: str, command: Sequence[str], seconds: float) -> Record:
     """A command of its own, whose output goes to a file; a record of how it ended, CANNOT if it did not end
     well. When the time is up it is interrupted, so that pytest still tells what it found, and then killed
     with all that it has started."""
     path = session.folder / f"{name}.log"
     variables = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    variables["PYTHONUNBUFFERED"] = (
+        "1"  # so that a log that ends with a kernel that never does names its test
+    )
     start, out_of_time = time.monotonic(), ""
     with path.open("w", encoding="utf-8") as file:
         running = subprocess.Popen(
@@ -100,38 +109,53 @@ def process(session: Session, name: str, command: Sequence[str], seconds: float)
         try:
             running.wait(seconds)
         except subprocess.TimeoutExpired:
-            out_of_time = "out of time; "
+            out_of_time = OUT_OF_TIME
             running.send_signal(signal.SIGINT)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 running.wait(LAST_WORDS)
         finally:  # also if somebody interrupts this command
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(running.pid, signal.SIGKILL)
-        code = running.wait()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                running.wait(LAST_WORDS)  # not for ever: the driver may hold it
     took = time.monotonic() - start
     said = [line for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
     return Record(
-        kind="probe", status=CANNOT if code or out_of_time else MEASURED, variant=name, us=round(took * 1e6),
-        note=f"{out_of_time}exit code {code}; {said[-1] if said else 'no output'}"[:300],
+        kind="probe", status=CANNOT if running.returncode != 0 or out_of_time else MEASURED, variant=name, us=round(took * 1e6),
+        note=f"{out_of_time}exit code {running.returncode}; {said[-1] if said else 'no output'}"[:300],
     )  # fmt: skip
 
 
 def judged(found: Iterable[Record]) -> Iterator[Record]:
-    """Of processes. Raises, after all of them, what the first that did not end well said."""
-    ended = []
-    for record in found:
-        ended.append(record)
-        yield record
-    for record in ended:
-        if record.status == CANNOT:
-            raise (TimeoutError if record.note.startswith("out of time") else RuntimeError)(record.note)
+    """Of processes. Raises, after all of them, what one said that did not end well: rather one that failed
+    than one that was late."""
+    problems: list[Exception] = []
+    try:
+        for record in found:
+            yield record
+            if record.status == CANNOT:
+                late = record.note.startswith(OUT_OF_TIME)
+                problems.append((TimeoutError if late else RuntimeError)(f"{record.variant}: {record.note}"))
+    except TimeoutError as e:
+        problems.append(e)
+    if problems:
+        raise min(problems, key=lambda problem: isinstance(problem, TimeoutError))
 
 
 def correctness(session: Session, seconds: float) -> Iterator[Record]:
-    files = sorted(ROOT.glob("tests/gpu/test_*.py"), key=lambda path: (path.stem not in FIRST, path.stem))
-    xml = session.folder.absolute() / "correctness.xml"
-    options = ["-m", "gpu", "--maxfail=50", f"--junitxml={xml}", *map(str, files)]
-    yield from judged([process(session, "correctness", command(*options), seconds - LAST_WORDS)])
+    end = time.monotonic() + seconds
+
+    def groups() -> Iterator[Record]:
+        for name, files in TESTS.items():
+            left = end - time.monotonic() - LAST_WORDS
+            if left < FEWEST_SECONDS:
+                raise TimeoutError(f"no time was left for {name}")
+            xml = session.folder.absolute() / f"{name}.xml"
+            tests = [f"tests/gpu/test_{file}.py" for file in files]
+            options = ["-v", "--tb=short", "-m", "gpu", "--maxfail=50", f"--junitxml={xml}"]
+            yield process(session, name, [*PYTEST, *options, *tests], left)
+
+    return judged(groups())
 
 
 def machine(session: Session, seconds: float) -> Iterator[Record]:
@@ -174,7 +198,10 @@ def sanitizer(session: Session, seconds: float) -> Iterator[Record]:
     if not Path(program).exists():
         raise NotHere("compute-sanitizer is not on this machine")
     watched = (
-        (f"sanitizer-{tool}", [program, "--tool", tool, "--error-exitcode", "9", *command("-x", *SANITIZED)])
+        (
+            f"sanitizer-{tool}",
+            [program, "--tool", tool, "--error-exitcode", "9", *PYTEST, "-q", "-x", *SANITIZED],
+        )
         for tool in ("memcheck", "racecheck")
     )
     yield from judged(process(session, *each, seconds / 2 - LAST_WORDS) for each in watched)

@@ -86,6 +86,7 @@ def sweep(
                     **case.columns, "kind": "sweep", "variant": name(family, program),
                     "cache": "cold", "mode": "eager",
                 }  # fmt: skip
+                note = "planned" if is_planned(family, program) else ""  # within, every candidate is
                 with planned_with(family, program):
                     try:
                         calls = measure.Calls(ours.build(case, device), tensors)
@@ -95,8 +96,7 @@ def sweep(
                             floor = measure.floor_bytes(case, direction)
                             yield Record(
                                 **columns, status=MEASURED, direction=direction, floor_bytes=floor,
-                                GBps=round(floor / time.us / 1e3, 1),
-                                note="planned" if is_planned(family, program) else "", **time.columns(),
+                                GBps=round(floor / time.us / 1e3, 1), note=note, **time.columns(),
                             )  # fmt: skip
                     except Exception as e:  # the compiler's errors have many types
                         yield Record(**columns, status=CANNOT, note=measure.one_line(e))

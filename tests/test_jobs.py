@@ -22,6 +22,7 @@ from benchmarks import (
     readme,
     records,
     session,
+    stopwatch,
     tile_sweep,
 )
 from benchmarks.cases import Case
@@ -90,6 +91,22 @@ def test_what_is_sanitized_is_there_and_little() -> None:
     assert 4 <= found.stdout.count("::") <= 20
 
 
+def raised(ended: list[Record]) -> tuple[int, str]:
+    """How many were kept, and what `judged` says of them."""
+    kept = []
+    try:
+        for record in battery.judged(ended):
+            kept.append(record)
+    except (RuntimeError, TimeoutError) as e:
+        return len(kept), f"{type(e).__name__}: {e}"
+    return len(kept), ""
+
+
+def test_every_gpu_test_is_in_the_battery() -> None:
+    files = {f"test_{name}.py" for names in battery.TESTS.values() for name in names}
+    assert files == {path.name for path in battery.ROOT.glob("tests/gpu/test_*.py")}
+
+
 def test_a_process_of_the_battery_is_recorded(tmp_path: Path) -> None:
     look = session.Session(tmp_path, CPU, [])
     good = battery.process(look, "good", [sys.executable, "-c", "print('3 passed')"], 60)
@@ -97,9 +114,8 @@ def test_a_process_of_the_battery_is_recorded(tmp_path: Path) -> None:
     command = [sys.executable, "-c", "print('1 failed'); raise SystemExit(2)"]
     bad = battery.process(look, "bad", command, 60)
     assert (bad.status, bad.note) == (CANNOT, "exit code 2; 1 failed")
-    with pytest.raises(RuntimeError, match="^exit code 2; 1 failed$"):
-        list(battery.judged([bad, good]))
-    assert list(battery.judged([good])) == [good]
+    assert raised([good]) == (1, "")
+    assert raised([bad, good]) == (2, "RuntimeError: bad: exit code 2; 1 failed")
 
 
 def alive(process: int) -> bool:
@@ -123,8 +139,10 @@ def test_a_process_that_is_late_has_its_last_words(tmp_path: Path) -> None:
     while time.monotonic() < end and alive(int(child)):
         time.sleep(0.05)
     assert not alive(int(child))
-    with pytest.raises(TimeoutError, match="out of time"):
-        list(battery.judged([late]))
+    said = "late: out of time; exit code 0; 2 passed until then"
+    assert raised([late]) == (1, f"TimeoutError: {said}")
+    failed = dataclasses.replace(late, note="exit code 1; 1 failed")
+    assert raised([late, failed]) == (2, "RuntimeError: late: exit code 1; 1 failed")
 
 
 def test_work_without_an_end_is_stopped_and_keeps_what_it_made() -> None:
@@ -192,6 +210,17 @@ def test_a_better_tile_is_named() -> None:
     (line,) = tile_sweep.beaten([*stands, timed("MAPS 8/4/64/4", 80)])
     assert "MAPS 8/4/64/4 is 1.25 times as fast as MAPS 4/7/72/4" in line
     assert "was not timed" in tile_sweep.beaten(stands[1:])[0]
+
+
+def test_a_sweep_says_which_program_is_the_planned_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stopwatch, "COLD_BYTES", 1)
+    tiny = Case("sweep", "", "BatchNorm", (2, 4, 3, 3), 0, torch.bfloat16, True)
+    found = list(tile_sweep.sweep(CPU, [tiny], lambda work: (work(), 1.0)[1], rounds=1))
+    assert {r.status for r in found} == {MEASURED}
+    candidates = ((family, each) for family, all_ in tile_sweep.CANDIDATES.items() for each in all_)
+    own = {tile_sweep.name(*each) for each in candidates if tile_sweep.is_planned(*each)}
+    assert {r.variant for r in found if r.note == "planned"} == own
+    assert len(own) == len(tile_sweep.CANDIDATES)
 
 
 # the command
