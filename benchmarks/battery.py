@@ -120,8 +120,9 @@ def process(session: Session, name: str, command: Sequence[str], seconds: float)
                 running.wait(LAST_WORDS)  # not for ever: the driver may hold it
     took = time.monotonic() - start
     said = [line for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    status = CANNOT if running.returncode != 0 or out_of_time else MEASURED
     return Record(
-        kind="probe", status=CANNOT if running.returncode != 0 or out_of_time else MEASURED, variant=name, us=round(took * 1e6),
+        kind="probe", status=status, variant=name, us=round(took * 1e6),
         note=f"{out_of_time}exit code {running.returncode}; {said[-1] if said else 'no output'}"[:300],
     )  # fmt: skip
 
