@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks import graphs
 from benchmarks.baselines import fairness
 from benchmarks.baselines.contender import Baseline, Contender
 from benchmarks.cases import DIRECTIONS, Case
@@ -250,11 +251,10 @@ def in_graphs(
             with torch.cuda.stream(side):
                 own.both(numbers[:1])
             torch.cuda.current_stream().wait_stream(side)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                own.both(numbers)
+            graph, _ = graphs.captured(partial(own.both, numbers))
             captured.append((each, Timed(graph.replay, len(numbers), evict)))
         except Exception as e:
+            own.outputs.clear()
             yield Record(**{**columns, **each.columns, "status": CANNOT, "note": one_line(e)})
     todo = {i: timed for i, (_, timed) in enumerate(captured)}
     samples = in_turn(todo, method.stopwatch, rounds=method.rounds)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from benchmarks import graphs
 from benchmarks.model_variants import Task, Variant, network, wide
 
 LEARNING_RATE, MOMENTUM = 0.01, 0.9
@@ -89,10 +90,7 @@ def captured(step: Step, pool: Any) -> Run:
     loss) is read before another runs. None: RuntimeError, there is no CUDA."""
     if pool is None:
         raise RuntimeError("a CUDA graph needs CUDA")
-    graph = torch.cuda.CUDAGraph()
-    # a capture that fails leaves its stream the current one; the outer context does not
-    with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph, pool=pool):
-        loss = step()
+    graph, loss = graphs.captured(step, pool)
 
     def replay() -> Tensor:
         graph.replay()

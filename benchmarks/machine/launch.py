@@ -11,6 +11,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from benchmarks import graphs
 from benchmarks.machine import kernels
 from benchmarks.machine.facts import Facts, facts
 from benchmarks.machine.lines import OUT_OF_TIME, cannot
@@ -26,10 +27,8 @@ Work = Callable[[], None]
 def captured(work: Work) -> Work:
     """`work` as a CUDA graph: what it launches is launched again by one call."""
     work()  # compiles, which a capture does not allow
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        work()
-    return partial(graph.replay)
+    graph, _ = graphs.captured(work)
+    return graph.replay
 
 
 def repeated(launch: Work, count: int) -> Work:
