@@ -56,8 +56,9 @@ class Session:
         report.section("Summary")
         if "matplotlib" in self.lacking:
             self.summary.append(("pictures", "NOT RUN", "this Python lacks matplotlib"))
+        width = max((len(name) for name, *_ in self.summary), default=0)
         for name, state, text in self.summary:
-            print(f"{state:<8} {name:<10} {text}")
+            print(f"{state:<8} {name:<{width}} {text}")
         failed = any(state == "FAIL" for _, state, _ in self.summary)
         seconds = time.monotonic() - self.start
         print(f"\n{seconds:.0f} s. Tables (CSV) and pictures (PNG) are in {self.folder}")

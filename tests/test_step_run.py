@@ -59,7 +59,7 @@ def test_on_a_cpu_a_tiny_network_shows_that_losses_agree(
     out = capsys.readouterr().out
     assert "Without a GPU there is no step time of ResNet-50" in out
     assert (
-        "PASS     step       3 of 6 measured, all losses agree (a tiny network; step times need a GPU)" in out
+        "PASS     step 3 of 6 measured, all losses agree (a tiny network; step times need a GPU)" in out
     )
     assert " ms " not in out
     (file,) = tmp_path.glob("*/step.csv")
