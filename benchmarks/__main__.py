@@ -65,7 +65,7 @@ def parser() -> argparse.ArgumentParser:
     ends = "begin nothing new after so many (default: no end)"
     option("--budget", type=positive, metavar="SECONDS", help=ends)
 
-    option = add("gpu", "battery", "run everything that needs a GPU, in at most nine minutes")
+    option = add("gpu", "battery", "run what needs a GPU, what matters most first, in at most nine minutes")
     option("--limit", type=positive, default=540, metavar="SECONDS", help="(default: %(default)s)")
     only = f"only these, of {', '.join(PARTS)} (default: all)"
     option("--part", choices=PARTS, nargs="+", metavar="PART", help=only)

@@ -1,6 +1,6 @@
-"""The job `gpu`: everything that a GPU is needed for, in one command of at most nine minutes.
+"""The job `gpu`: what a GPU is needed for, as much as nine minutes allow, in one command.
 
-The most valuable parts come first, each has its share of the time and writes its records to disk as they are
+The most valuable parts come first; each has its share of the time and writes its records to disk as they are
 made; a part that fails, or that has no time left, does not stop the next."""
 
 from __future__ import annotations
@@ -163,7 +163,7 @@ def elsewhere(session: Session, parts: Sequence[str], seconds: float) -> None:
 
 def run(options: argparse.Namespace, lacking: list[str]) -> int:
     """All parts, or those asked for; then tables of all that was measured."""
-    session = begin(options, lacking, "bnfast: everything that a GPU is needed for")
+    session = begin(options, lacking, "bnfast: what a GPU is needed for")
     if not session.gpu:
         session.note(
             "gpu", "NOT RUN", "needs a GPU; `python3 -m benchmarks run --suite all` predicts without one"

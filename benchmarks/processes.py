@@ -46,9 +46,8 @@ def process(session: Session, name: str, command: Sequence[str], seconds: float)
     with all that it has started."""
     path = session.folder / f"{name}.log"
     variables = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    variables["PYTHONUNBUFFERED"] = (
-        "1"  # so that a log that ends with a kernel that never does names its test
-    )
+    # so that the log of a test whose kernel never ends names the test
+    variables["PYTHONUNBUFFERED"] = "1"
     start, out_of_time = time.monotonic(), ""
     with path.open("w", encoding="utf-8") as file:
         running = subprocess.Popen(

@@ -51,6 +51,8 @@ def section(found: Sequence[Record]) -> str:
             for table in tables.measured(own, direction):
                 if table[1]:
                     parts += [f"{title}, {direction}:", block(table)]
+        if measured:
+            parts.append(f"Who computed: {'; '.join(tables.who_ran(own))}.")
     return "\n\n".join(parts)
 
 

@@ -258,6 +258,7 @@ def test_readme_tells_predictions_from_measurements() -> None:
     assert "Not measured" not in measured
     assert "predicted" not in measured
     assert measured.count("| all layers | 53 |") == 2
+    assert measured.endswith("Who computed: bnfast: BNFAST; torch: TORCH; compile-max: COMPILE-MAX.")
     with pytest.raises(ValueError, match="has no section between"):
         readme.renewed("# bnfast", found)
 

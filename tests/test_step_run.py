@@ -58,9 +58,7 @@ def test_on_a_cpu_a_tiny_network_shows_that_losses_agree(
     assert step_run.run(options(tmp_path), []) == 0
     out = capsys.readouterr().out
     assert "Without a GPU there is no step time of ResNet-50" in out
-    assert (
-        "PASS     step 3 of 6 measured, all losses agree (a tiny network; step times need a GPU)" in out
-    )
+    assert "PASS     step 3 of 6 measured, all losses agree (a tiny network; step times need a GPU)" in out
     assert " ms " not in out
     (file,) = tmp_path.glob("*/step.csv")
     assert [each.variant for each in records.read(file)] == [v.name for v in PLAIN[:3] for _ in range(2)]
