@@ -40,6 +40,19 @@ class NotHere(Exception):
     """What a part needs is not on this machine."""
 
 
+@contextlib.contextmanager
+def interruptible() -> Iterator[None]:
+    """What a shell runs in the background ignores interrupts, and so would what is started here."""
+    ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    if ignored:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        if ignored:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 def process(session: Session, name: str, command: Sequence[str], seconds: float) -> Record:
     """A command of its own, whose output goes to a file; a record of how it ended, CANNOT if it did not end
     well. When the time is up it is interrupted, so that pytest still tells what it found, and then killed
@@ -50,9 +63,15 @@ def process(session: Session, name: str, command: Sequence[str], seconds: float)
     variables["PYTHONUNBUFFERED"] = "1"
     start, out_of_time = time.monotonic(), ""
     with path.open("w", encoding="utf-8") as file:
-        running = subprocess.Popen(
-            command, cwd=ROOT, env=variables, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
-        )
+        with interruptible():
+            running = subprocess.Popen(
+                command,
+                cwd=ROOT,
+                env=variables,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
         try:
             running.wait(seconds)
         except subprocess.TimeoutExpired:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import signal
 import subprocess
 import sys
 import time
@@ -106,7 +107,14 @@ def alive(process: int) -> bool:
     return state.exists() and state.read_text().split()[2] != "Z"
 
 
-def test_a_process_that_is_late_has_its_last_words(tmp_path: Path) -> None:
+@pytest.fixture(params=[signal.default_int_handler, signal.SIG_IGN], ids=["in front", "in the background"])
+def interrupts(request: pytest.FixtureRequest) -> Iterator[None]:
+    before = signal.signal(signal.SIGINT, request.param)
+    yield
+    assert signal.signal(signal.SIGINT, before) == request.param
+
+
+def test_a_process_that_is_late_has_its_last_words(interrupts: None, tmp_path: Path) -> None:
     """And what it started does not outlive it."""
     look = session.Session(tmp_path, CPU, [])
     program = (
