@@ -35,6 +35,7 @@ WARM_CALLS = 10  # of one buffer, between two events
 # of different buffers: so few that the host queues them within the stopwatch's head start, if one takes it
 # less than 300 us, and that the GPU's queue of launches holds them
 MOST_COLD_CALLS = 16
+WRONG = "its results are wrong"
 HELD_BYTES = 80 * 1024
 
 
@@ -162,7 +163,7 @@ def ready(
                 found = fairness.step(contender, case, device)
                 wrong = fairness.checked(found, case, device)
                 if wrong is not None:
-                    yield cannot(ran=contender.ran, note=f"its results are wrong: {wrong}")
+                    yield cannot(ran=contender.ran, note=f"{WRONG}: {wrong}")
                     continue
                 copied = None
                 if contender.countable:

@@ -14,6 +14,7 @@ import torch
 
 from benchmarks import baselines, measure
 from benchmarks.cases import DIRECTIONS, Case
+from benchmarks.records import Record
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 BATCH, SIDE = (64, 4) if DEVICE.type == "cuda" else (2, 1)
@@ -42,11 +43,11 @@ CASES = [
 def test_layer(benchmark: Any, variant: str, case: Case, direction: str) -> None:
     if variant in COMPILED and not os.environ.get("BNFAST_BENCHMARK_COMPILED"):
         pytest.skip("set BNFAST_BENCHMARK_COMPILED=1 for what torch.compile makes")
-    (baseline,) = baselines.get([variant])
-    why = baseline.unable(case, DEVICE)
-    if why is not None:
-        pytest.skip(why)
-    calls = measure.Calls(baseline.build(case, DEVICE), measure.Tensors.of(case, DEVICE, 1))
+    (found,) = measure.ready(case, baselines.get([variant]), DEVICE, measure.Method())
+    if isinstance(found, Record):
+        assert measure.WRONG not in found.note
+        pytest.skip(found.note)
+    calls = measure.Calls(found.contender, measure.Tensors.of(case, DEVICE, 1))
     timed = calls.timed(direction, [0])
     benchmark.group = f"{case}, {direction}"
 
