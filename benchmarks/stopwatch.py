@@ -138,5 +138,6 @@ def in_turn(
             elapsed = stopwatch(timed.work)
             timed.clean()
             if number >= WARM_UP:
-                samples[name].append(type(elapsed)(elapsed / timed.calls))
+                each = elapsed / timed.calls
+                samples[name].append(Late(each) if isinstance(elapsed, Late) else each)
     return samples
