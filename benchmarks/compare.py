@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from benchmarks import report, tables
-from benchmarks.records import MEASURED, PREDICTED, Record
+from benchmarks.records import MEASURED, OF_LAYERS, PREDICTED, Record
 from benchmarks.show import load, origins
 
 COUNTED = ("floor_bytes", "launches", "registers", "in_flight_KB")
@@ -52,7 +52,7 @@ def changes(before: Sequence[Record], after: Sequence[Record]) -> list[Change]:
 
 
 def label(r: Record) -> str:
-    if r.kind in ("layer", "kernels"):
+    if r.kind in OF_LAYERS:
         return f"{r.network} {tables.Key.of(r).label} {r.dtype} {r.layout}"
     return r.shape
 

@@ -13,6 +13,7 @@ from math import prod
 from pathlib import Path
 
 FEW = 5  # columns that a message names
+OF_LAYERS = ("layer", "kernels")  # the kinds whose shape is a layer's input
 MEASURED, PREDICTED, CANNOT = "measured", "predicted", "cannot"
 SIZES = {"bf16": 2, "fp16": 2, "fp32": 4, "fp64": 8}
 Number = float | None
@@ -129,7 +130,7 @@ def _record(path: Path, number: int, line: dict[str, str]) -> Record:
             return None
         return int(text) if "int" in _TYPES[name] else float(text)
 
-    shaped = line["kind"] not in ("layer", "kernels") or re.fullmatch(r"\d+(x\d+)+", line["shape"] or "")
+    shaped = line["kind"] not in OF_LAYERS or re.fullmatch(r"\d+(x\d+)+", line["shape"] or "")
     if None in line.values() or None in line:
         raise ValueError(f"{path}, line {number}: it has not as many cells as there are columns")
     if not shaped:

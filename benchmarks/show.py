@@ -8,7 +8,7 @@ from pathlib import Path
 
 from benchmarks import figures, records, report, tables
 from benchmarks.layers import show_kernels, show_measured, show_predicted
-from benchmarks.records import PREDICTED, Record
+from benchmarks.records import OF_LAYERS, PREDICTED, Record
 
 
 def load(paths: Sequence[Path]) -> list[Record]:
@@ -18,7 +18,7 @@ def load(paths: Sequence[Path]) -> list[Record]:
         if not path.exists():
             raise ValueError(f"{path}: there is no such file or folder")
         for file in sorted(path.rglob("*.csv")) if path.is_dir() else [path]:
-            if path.is_dir() and not records.is_ours(file):
+            if path.is_dir() and not (file.is_file() and records.is_ours(file)):
                 continue  # other tables lie beside them
             found += records.read(file)
     if not found:
@@ -38,7 +38,7 @@ def origins(found: Sequence[Record]) -> list[str]:
 def show(found: Sequence[Record], out: Path | None, lacking: Sequence[str]) -> None:
     for line in origins(found):
         report.paragraph(line)
-    layers = [r for r in found if r.kind in ("layer", "kernels")]
+    layers = [r for r in found if r.kind in OF_LAYERS]
     groups = dict.fromkeys((r.network, r.norm, r.dtype, r.layout) for r in layers)
     for network, norm, dtype, layout in groups:
         own = [r for r in layers if (r.network, r.norm, r.dtype, r.layout) == (network, norm, dtype, layout)]

@@ -85,6 +85,16 @@ def test_another_csv_file_is_refused(text: str, message: str, tmp_path: Path) ->
     assert not records.is_ours(tmp_path / "a.csv") or "line 2" in message
 
 
+def test_a_folder_is_read_whatever_else_lies_in_it(tmp_path: Path) -> None:
+    found = made_up(suites.UNET3D)
+    (tmp_path / "folder.csv").mkdir()
+    records.append(tmp_path / "folder.csv" / "ours.csv", found)
+    (tmp_path / "foreign.csv").write_text("a,b\n1,2\n")
+    (tmp_path / "binary.csv").write_bytes(bytes(range(256)))
+    (tmp_path / "empty.csv").touch()
+    assert show.load([tmp_path]) == found
+
+
 def test_a_line_that_was_cut_off_costs_no_other(tmp_path: Path) -> None:
     found = made_up(suites.UNET3D)
     file = written(tmp_path, "a.csv", found)
