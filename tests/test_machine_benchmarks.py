@@ -115,6 +115,22 @@ def test_what_there_was_no_time_for_is_named() -> None:
     assert out_of_time(list(launch.grid_barriers(CPU, 1e-9, found=HERE)))
 
 
+def test_the_copy_rate_is_measured_however_long_the_device_took_to_wake_up(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its first buffers outlast its time."""
+    clock, randoms = Clock(), bandwidth.kernels.randoms
+
+    def slow(values: int, device: torch.device) -> Tensor:
+        time.sleep(0.2)
+        return randoms(values, device)
+
+    monkeypatch.setattr(bandwidth.kernels, "randoms", slow)
+    options = {"sizes": [64 * KB], "ways": [way(clock, "copy", "copy", 2, 4321)], "rounds": 5}
+    rate = bandwidth.copy_rate(CPU, 0.1, clock.stopwatch, found=HERE, **options)
+    assert rate == pytest.approx(4321e9)
+
+
 def test_the_copy_rate_is_the_best_cold_one_at_large_sizes() -> None:
     clock = Clock()
     ways = [way(clock, "copy", "slow", 2, 1500), way(clock, "copy", "fast", 2, 4321)]
