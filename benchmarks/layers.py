@@ -43,8 +43,9 @@ CODE = (
 )
 HOW = (
     "MEASURED with CUDA events, contenders in turns on the same random tensors; the median of the readings. "
-    "us: bnfast with L2 cold; warm: the same tensor again and again; % of copy: the bytes that the work must "
-    "move against a copy's in the same run; x: how many times as long somebody else takes, L2 cold."
+    "us: bnfast with L2 cold; warm: the same tensor again and again; GB/s: the bytes that the work must move "
+    "in that time; % of copy: that rate against a copy's in the same run; x: how many times as long somebody "
+    "else takes, L2 cold."
 )
 DIRECTIONS = {"fwd": ("forward",), "bwd": ("backward",), "both": cases.DIRECTIONS}
 Choice = tuple[Network, torch.dtype, str]  # with its layout
@@ -184,6 +185,8 @@ def run(options: argparse.Namespace, lacking: list[str]) -> int:
         timing = Run(session, method(options), options.baseline, session.folder / "layers.csv")
         for each in timing.baselines:
             report.paragraph(f"{each.name}: {each.about}")
+    elif options.kernels:
+        report.paragraph("--kernels needs a GPU: none are named here.")
     suites_asked = SUITES if options.suite == "all" else (options.suite,)
     chosen = {suite: list(choices(suite, options, session.gpu)) for suite in suites_asked}
     for suite, networks in chosen.items():

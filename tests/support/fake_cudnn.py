@@ -54,7 +54,7 @@ class Node:
 
 
 class Graph:
-    """Also counts, in `built`, what it was told to build."""
+    """`steps` are those of building it, which `execute` wants in their order."""
 
     scalars = True  # whether it takes a comparison with one number
 
