@@ -21,7 +21,7 @@ program is (sample, block, split).
 
 Every quantity that decides alignment (pitch, width) comes in units of VEC elements and is multiplied here:
 Triton then proves the divisibility that 16-byte loads need, whatever the number (it specialises integers on
-16 only)."""
+16 only). The multiplication comes last: since 3.8, what comes out of a tl.where is divisible by nothing."""
 
 import triton
 import triton.language as tl
@@ -119,17 +119,17 @@ def tile(
         sample = first // pieces
         piece = first - sample * pieces
         wraps = piece + row >= pieces
-        all_pieces = tl.cast(pieces, tl.int64) * LANES
-        short = ((all_pieces - wide_width) // VEC).to(tl.int32) * VEC  # what the last piece of a run lacks
+        all_pieces_v = tl.cast(pieces, tl.int64) * (LANES // VEC)
+        short_v = (all_pieces_v - width_v).to(tl.int32)  # what the last piece of a run lacks
         base = (
             tl.cast(sample, tl.int64) * wide_pitch
             + tl.cast(block, tl.int64) * wide_width
             + tl.cast(piece, tl.int64) * LANES
         )
-        offs = row * LANES + lane + tl.where(wraps, wide_pitch - all_pieces, 0)
+        offs = row * LANES + lane + tl.where(wraps, pitch_v - all_pieces_v, 0) * VEC
         last = (piece + row == pieces - 1) | (piece + row == 2 * pieces - 1)
-        mask = (row < left) & (lane < LANES - tl.where(last, short, 0))
-        size = left * LANES - tl.where(piece + left >= pieces, short, 0)
+        mask = (row < left) & (lane < (LANES // VEC - tl.where(last, short_v, 0)) * VEC)
+        size = (left * (LANES // VEC) - tl.where(piece + left >= pieces, short_v, 0)) * VEC
     else:
         start = block * (width_v * VEC)
         base = tl.cast(first, tl.int64) * wide_pitch + start
