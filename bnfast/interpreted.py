@@ -1,5 +1,5 @@
-"""Triton's interpreter made what tests need: its bf16 the hardware's (it truncates fp32 to bf16 and mangles
-subnormals), and half as slow."""
+"""Triton's interpreter made what tests need: its bf16 the hardware's (it truncates fp32 to bf16 and
+mangles subnormals), half as slow, and of use with every numpy (3.6's own is not with 2.4 and newer)."""
 
 from __future__ import annotations
 
@@ -66,7 +66,21 @@ def without_repetition() -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def with_every_numpy() -> Iterator[None]:
+    """Within, a scalar becomes a Python int whatever the dimensions of the array that holds it. Triton 3.6 asks
+    numpy for that, which refuses since 2.4 if they are more than none."""
+    original = interpreter._patch_lang_tensor
+
+    def patch_lang_tensor(tensor: Any, scope: Any) -> None:
+        original(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda scalar: scalar.handle.data.item())
+
+    with mock.patch.object(interpreter, "_patch_lang_tensor", patch_lang_tensor):
+        yield
+
+
+@contextlib.contextmanager
 def prepared() -> Iterator[None]:
-    """Both of the above."""
-    with bfloat16_to_nearest(), without_repetition():
+    """All of the above."""
+    with bfloat16_to_nearest(), without_repetition(), with_every_numpy():
         yield
