@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parent.parent
 OLDEST_PYTHON = (3, 10)
-OLDEST_TORCH = (2, 6)
+OLDEST_TORCH = (2, 11)
 STAMP, LOG = "bnfast-stamp", "bnfast-setup.log"  # files in an environment made here
 RESTARTED = "BNFAST_RESTARTED_IN"  # set in the second start, which must not set up again
 
@@ -138,22 +138,41 @@ def uncover(folder: Path) -> Step:
     return Step("what hides the packages below removed", command, optional=True)
 
 
-def steps(mode: str, folder: Path, lacking: Sequence[str], wanted: Mapping[str, str]) -> list[Step]:
-    """The commands that prepare `folder`, in order. Torch comes first and alone: see requirements.txt."""
+def pinned(*names: str) -> dict[str, str]:
+    """pins() of requirement files for this Python: the later one counts where two name the same package."""
+    found: dict[str, str] = {}
+    for name in names:
+        found |= pins((ROOT / name).read_text(encoding="utf-8"), sys.version_info[:2], sys.platform)
+    return found
+
+
+def itself(folder: Path) -> Step:
+    return Step(
+        "bnfast itself", (*pip_of(folder), "install", "--no-deps", "--no-build-isolation", "-e", str(ROOT))
+    )
+
+
+def whole(folder: Path, wanted: Mapping[str, str]) -> list[Step]:
+    """The commands that install all of these pins. Torch comes first and alone: see requirements.txt."""
     pip = (*pip_of(folder), "install", "--retries", "2")
-    requirements = ROOT / "requirements.txt"
-    pinned = pins(requirements.read_text(encoding="utf-8"), sys.version_info[:2], sys.platform)
-    itself = Step("bnfast itself", (*pip, "--no-deps", "--no-build-isolation", "-e", str(ROOT)))
+    rest = [pin for name, pin in wanted.items() if name != "torch"]
+    return [
+        Step(f"{wanted['torch']} (0.2 GB without CUDA, about 3 GB with it)", (*pip, wanted["torch"])),
+        Step("the rest of requirements.txt", (*pip, *rest)),
+        itself(folder),
+    ]
+
+
+def steps(mode: str, folder: Path, lacking: Sequence[str], wanted: Mapping[str, str]) -> list[Step]:
+    """The commands that prepare `folder`, in order."""
+    known = pinned("requirements.txt")
     if mode == "full":
-        return [
-            Step(f"{pinned['torch']} (0.2 GB without CUDA, about 3 GB with it)", (*pip, pinned["torch"])),
-            Step("the rest of requirements.txt", (*pip, "-r", str(requirements))),
-            itself,
-        ]
-    names = [pinned[wanted[name]] for name in lacking if name != OURSELVES]
-    names += [pinned[name] for name in ("setuptools", "wheel") if not importable(name)]
+        return whole(folder, known)
+    names = [known[wanted[name]] for name in lacking if name != OURSELVES]
+    names += [known[name] for name in ("setuptools", "wheel") if not importable(name)]
+    pip = (*pip_of(folder), "install", "--retries", "2")
     extra = [Step(" ".join(names), (*pip, *names), optional=True)] if names else []
-    return [uncover(folder), *extra, itself]
+    return [uncover(folder), *extra, itself(folder)]
 
 
 def venv_step(folder: Path) -> Step:
@@ -242,16 +261,19 @@ def build(folder: Path, todo: Sequence[Step], below: Sequence[str], stamp: str) 
         mark.write_text(stamp)
 
 
+def separate(folder: Path, *names: str) -> Path:
+    """The Python of an environment of its own, with what these requirement files pin."""
+    wanted = pinned(*names)
+    build(folder, whole(folder, wanted), [], fingerprint(*wanted.values()))
+    return python_of(folder)
+
+
 def layered(folder: Path, requirements: Sequence[str]) -> Path:
     """The Python of an environment like this one, but with `requirements` in place of what it has."""
     pip = (*pip_of(folder), "install", "--no-deps")
-    todo = [
-        uncover(folder),
-        Step(" ".join(requirements), (*pip, "--ignore-installed", *requirements)),
-        Step("bnfast itself", (*pip, "--no-build-isolation", "-e", str(ROOT))),
-    ]
+    install = Step(" ".join(requirements), (*pip, "--ignore-installed", *requirements))
     below = package_folders(sys.path)
-    build(folder, todo, below, fingerprint(*requirements, *below))
+    build(folder, [uncover(folder), install, itself(folder)], below, fingerprint(*requirements, *below))
     return python_of(folder)
 
 

@@ -67,8 +67,8 @@ def without_repetition() -> Iterator[None]:
 
 @contextlib.contextmanager
 def with_every_numpy() -> Iterator[None]:
-    """Within, a scalar becomes a Python int whatever the dimensions of the array that holds it. Triton 3.6 asks
-    numpy for that, which refuses since 2.4 if they are more than none."""
+    """Within, a scalar becomes a Python int whatever the dimensions of the array that holds it. Triton 3.6
+    leaves that to numpy, which since 2.4 refuses arrays of one dimension or more."""
     original = interpreter._patch_lang_tensor
 
     def patch_lang_tensor(tensor: Any, scope: Any) -> None:

@@ -1,8 +1,9 @@
 """`python3 -m tests`: everything that can be checked on this machine, in one command that sets itself up.
 
-    python3 -m tests                  all of it
-    python3 -m tests --quick          the tests in Triton's interpreter and in plain torch only
-    python3 -m tests -- -k running    what follows the two dashes goes to every pytest
+    python3 -m tests                all of it, and with the oldest PyTorch and Triton what covers every kernel
+    python3 -m tests --all          all of it with every Triton, and with the oldest PyTorch
+    python3 -m tests --quick        what takes no time: in Triton's interpreter and in plain torch only
+    python3 -m tests -- -k running  what follows the two dashes goes to every pytest
 
 Triton decides once a process whether it interprets or compiles, so each kind of test has its own process.
 """
@@ -17,6 +18,7 @@ import sys
 import tempfile
 import time
 import xml.etree.ElementTree as ElementTree
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -24,7 +26,11 @@ from pathlib import Path
 from benchmarks import environment
 
 ROOT = environment.ROOT
-OTHER_TRITON = "3.6.0"  # the oldest one supported; requirements.txt names a newer one
+OLDEST = "requirements-oldest.txt"
+TRITONS = ("3.6.0", "3.7.1", "3.8.0", "3.9.0")  # benchmarks/budgets.csv has columns of each
+# With the oldest: the static tests that compile every kernel, and what touches most of PyTorch and of Triton
+COVERING = ("tests/static/test_budgets.py",)
+OLDEST_TIER = [f"tests/test_{name}.py" for name in ("kernels_run", "compile", "fx_and_script", "modules")]
 NO_TESTS = 5  # pytest's exit code for "nothing collected"
 
 
@@ -95,28 +101,75 @@ def suite(
     return Outcome(name, passed, failed, skipped, time.monotonic() - start, note)
 
 
-def in_interpreter(extra: list[str]) -> Outcome:
-    selection = ["tests", "--ignore=tests/static", "-m", "not static and not gpu"]
-    name = "interpreter, reference, framework"
-    return suite(name, selection, extra, interpret=True, may_be_empty=bool(extra))
+def in_interpreter(extra: list[str], triton: str, python: str, *, quick: bool = False) -> Outcome:
+    left_out = "not static and not gpu and not slow" if quick else "not static and not gpu"
+    selection = ["tests", "--ignore=tests/static", "-m", left_out]
+    name = f"interpreter and torch, Triton {triton}"
+    return suite(name, selection, extra, python=python, interpret=True, may_be_empty=bool(extra))
 
 
-def compiled(extra: list[str]) -> list[Outcome]:
-    """The static tests, with this environment's Triton and with the other one."""
-    selection = ["tests/static", "-m", "static"]
-    present = metadata.version("triton")
-    found = [suite(f"static, Triton {present}", selection, extra, may_be_empty=bool(extra))]
-    if present == OTHER_TRITON:
-        return found
-    name = f"static, Triton {OTHER_TRITON}"
-    own = environment.venv_folder()
-    folder = own.with_name(f"{own.name}-triton-{OTHER_TRITON}")
+def compiled(extra: list[str], triton: str, python: str, files: Sequence[str] = ("tests/static",)) -> Outcome:
+    return suite(
+        f"static, Triton {triton}", [*files, "-m", "static"], extra, python=python, may_be_empty=bool(extra)
+    )
+
+
+def elsewhere(what: str, make: Callable[[], Path], tiers: Callable[[str], list[Outcome]]) -> list[Outcome]:
+    """Tiers in another environment. That it could not be made is a failure."""
+    headline(f"an environment with {what}")
     try:
-        headline(f"an environment with Triton {OTHER_TRITON}")
-        python = environment.layered(folder, [f"triton=={OTHER_TRITON}"])
+        python = str(make())
     except SystemExit:
-        return [*found, Outcome(name, failed=1, note="FAILED: its environment could not be made")]
-    return [*found, suite(name, selection, extra, python=str(python), may_be_empty=bool(extra))]
+        return [Outcome(what, failed=1, note="FAILED: its environment could not be made")]
+    return tiers(python)
+
+
+def with_triton(triton: str, tiers: Callable[[str], list[Outcome]]) -> list[Outcome]:
+    """Tiers in an environment like this one, with this Triton."""
+    if metadata.version("triton") == triton:
+        return tiers(sys.executable)
+    own = environment.venv_folder()
+    folder = own.with_name(f"{own.name}-triton-{triton}")
+    return elsewhere(f"Triton {triton}", lambda: environment.layered(folder, [f"triton=={triton}"]), tiers)
+
+
+def with_oldest(everything: bool, extra: list[str]) -> list[Outcome]:
+    """The oldest PyTorch and Triton that are supported: every kernel, and what touches PyTorch."""
+    torch, triton = (environment.pinned(OLDEST)[name].partition("==")[2] for name in ("torch", "triton"))
+
+    def tiers(python: str) -> list[Outcome]:
+        if everything:
+            return [in_interpreter(extra, triton, python), compiled(extra, triton, python)]
+        name = f"oldest: PyTorch {torch}"
+        few = suite(name, OLDEST_TIER, extra, python=python, interpret=True, may_be_empty=bool(extra))
+        return [few, compiled(extra, triton, python, COVERING)]
+
+    if (metadata.version("torch").partition("+")[0], metadata.version("triton")) == (torch, triton):
+        return [compiled(extra, triton, sys.executable, ("tests/static",) if everything else COVERING)]
+    own = environment.venv_folder()
+    return elsewhere(
+        f"PyTorch {torch} and Triton {triton}",
+        lambda: environment.separate(own.with_name(f"{own.name}-oldest"), "requirements.txt", OLDEST),
+        tiers,
+    )
+
+
+def without_gpu(extra: list[str], everything: bool) -> list[Outcome]:
+    """In this environment, and beside it with the newest Triton and the oldest pair, or with all."""
+    here, newest = metadata.version("triton"), TRITONS[-1]
+    found = [in_interpreter(extra, here, sys.executable)]
+    if os.environ.get("BNFAST_NO_SETUP") == "1":
+        rest = Outcome("other versions", note="not run: BNFAST_NO_SETUP=1 forbids environments for them")
+        return [*found, compiled(extra, here, sys.executable), rest]
+
+    def on_newest(python: str) -> list[Outcome]:
+        interpreted = [in_interpreter(extra, newest, python)] if everything and here != newest else []
+        return [*interpreted, compiled(extra, newest, python)]
+
+    found += with_triton(newest, on_newest)
+    for triton in TRITONS[1:-1] if everything else ():
+        found += with_triton(triton, lambda python, triton=triton: [compiled(extra, triton, python)])
+    return found + with_oldest(everything, extra)
 
 
 def on_gpu(extra: list[str]) -> Outcome:
@@ -133,19 +186,20 @@ def main(arguments: list[str]) -> int:
         split = arguments.index("--")
         own, extra = arguments[:split], arguments[split + 1 :]
     parser = argparse.ArgumentParser(prog="python3 -m tests", description="Checks bnfast on this machine.")
-    parser.add_argument("--quick", action="store_true", help="only the tests without compiled kernels")
-    quick = parser.parse_args(own).quick
+    how_much = parser.add_mutually_exclusive_group()
+    how_much.add_argument("--quick", action="store_true", help="only fast tests, in this environment")
+    how_much.add_argument("--all", action="store_true", help="with every supported Triton: an hour or two")
+    options = parser.parse_args(own)
 
     lacking = environment.ensure(environment.TO_TEST)
     if lacking:
         environment.stop(f"cannot test: this Python lacks {', '.join(lacking)} (see requirements.txt).")
 
-    outcomes = []
-    if not quick:
-        outcomes += [check("ruff", "ruff", "check", "."), check("mypy", "mypy")]
-    outcomes.append(in_interpreter(extra))
-    if not quick:
-        outcomes += [*compiled(extra), on_gpu(extra)]
+    if options.quick:
+        outcomes = [in_interpreter(extra, metadata.version("triton"), sys.executable, quick=True)]
+    else:
+        outcomes = [check("ruff", "ruff", "check", "."), check("mypy", "mypy")]
+        outcomes += [*without_gpu(extra, options.all), on_gpu(extra)]
 
     headline("summary")
     for outcome in outcomes:

@@ -10,6 +10,7 @@ import pytest
 
 from benchmarks import environment
 from benchmarks.environment import Step
+from tests.__main__ import TRITONS
 
 REQUIREMENTS = (environment.ROOT / "requirements.txt").read_text(encoding="utf-8")
 
@@ -20,8 +21,8 @@ REQUIREMENTS = (environment.ROOT / "requirements.txt").read_text(encoding="utf-8
         ([], (2, 13), "go"),
         (["torch", "bnfast.kernels"], None, "full"),
         (["matplotlib"], (2, 13), "layered"),
-        (["bnfast.kernels"], (2, 6), "layered"),
-        (["bnfast.kernels"], (2, 5), "full"),
+        (["bnfast.kernels"], (2, 11), "layered"),
+        (["bnfast.kernels"], (2, 10), "full"),
     ],
 )
 def test_decision(lacking: list[str], torch_here: tuple[int, ...] | None, decision: str) -> None:
@@ -44,10 +45,21 @@ def test_every_module_has_a_pin() -> None:
 
 def test_torch_is_installed_first_and_alone(tmp_path: Path) -> None:
     found = environment.steps("full", tmp_path, ["torch"], environment.TO_TEST)
-    assert found[0].command[-2:] == ("2", "torch==2.13.0")  # "--retries 2", then nothing but torch
-    assert found[1].command[-2] == "-r"
+    assert found[0].command[-2:] == ("2", "torch==2.14.1")  # "--retries 2", then nothing but torch
+    assert "numpy" in " ".join(found[1].command)
+    assert "torch" not in " ".join(found[1].command).replace(str(tmp_path), "")
     assert found[2].command[-4:-1] == ("--no-deps", "--no-build-isolation", "-e")
     assert not any(step.optional for step in found)
+
+
+def test_the_oldest_pair_takes_the_place_of_the_pinned_one() -> None:
+    newer, older = environment.pinned("requirements.txt"), environment.pinned("requirements-oldest.txt")
+    both = environment.pinned("requirements.txt", "requirements-oldest.txt")
+    assert both == newer | older
+    assert both["torch"] == older["torch"] != newer["torch"]
+    assert older["torch"] == "torch=={}.{}.0".format(*environment.OLDEST_TORCH)
+    assert older["triton"] == f"triton=={TRITONS[0]}"
+    assert newer["triton"].partition("==")[2] in TRITONS
 
 
 def test_upon_another_python_only_what_lacks_is_installed(tmp_path: Path) -> None:
