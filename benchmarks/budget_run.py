@@ -13,8 +13,9 @@ from benchmarks.session import Session, begin
 from bnfast import dispatch
 
 ABOUT = (
-    "Launches and bytes (MB) of a layer's kernels, registers a thread, and KB that an SM waits for at a "
-    "time, counted from plan and machine code for an H200. Where a figure is not its budget: budget -> now."
+    "Launches and bytes (MB) of a layer's kernels, registers a thread, KB that an SM waits for at a time, "
+    "and bytes of the average load, counted from plan and machine code for an H200. Where a figure is not "
+    "its budget: budget -> now."
 )
 
 
@@ -26,8 +27,10 @@ def counted(entry: Entry) -> Lines:
     for direction, several in figures.of_case(entry.case, entry.training).items():
         for each in several:
             code = {}
-            if each.registers is not None and each.in_flight is not None:
-                code[str(dispatch.TRITON_VERSION)] = Code(each.registers, round(each.in_flight / 1024, 1))
+            if each.registers is not None and each.in_flight is not None and each.load is not None:
+                code[str(dispatch.TRITON_VERSION)] = Code(
+                    each.registers, round(each.in_flight / 1024, 1), round(each.load, 1)
+                )
             key = Key(str(entry), direction, each.kernel)
             if key in lines:
                 raise ValueError(f"{key} is launched twice, and budgets have one line for it")
@@ -50,16 +53,16 @@ def row(key: Key, now: Line, found: Sequence[Change]) -> list[str]:
     return [
         f"  {key.direction} {kernel}", cell("launches", now.launches, ".0f"),
         cell("bytes", now.bytes or 0, ".1f", 1e6), cell(budgets.REGISTERS, code.registers, ".0f"),
-        cell(budgets.IN_FLIGHT, code.in_flight_KB, ".1f"),
+        cell(budgets.IN_FLIGHT, code.in_flight_KB, ".1f"), cell(budgets.LOAD, code.load, ".1f"),
     ]  # fmt: skip
 
 
 def show(now: Lines, found: Sequence[Change]) -> None:
     rows: list[list[str]] = []
     for case, keys in itertools.groupby(now, lambda key: key.case):
-        rows.append([case, "", "", "", ""])
+        rows.append([case, "", "", "", "", ""])
         rows += [row(key, now[key], found) for key in keys]
-    print(report.table(("kernel", "runs", "MB", "registers", "KB"), rows), flush=True)
+    print(report.table(("kernel", "runs", "MB", "registers", "KB", "a load"), rows), flush=True)
     for change in found:
         if change.key not in now:
             report.paragraph(str(change))

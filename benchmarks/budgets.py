@@ -1,8 +1,8 @@
 """What kernels may take, as committed in budgets.csv: read, written, and held against what is counted now.
 
-A line is one kernel of one layer and direction. Registers and bytes in flight are of a version of Triton, and
-have a column for each that the static tests run. Lines with a host ratio are bounds of tests/static/
-test_host_time.py: how many times as long as torch's own function a call may keep the host."""
+A line is one kernel of one layer and direction. Registers, bytes in flight and the width of loads are of a
+version of Triton, and have a column for each that the static tests run. Lines with a host ratio are bounds of
+tests/static/test_host_time.py: how many times as long as torch's own function a call may keep the host."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from typing import NamedTuple
 PATH = Path(__file__).with_name("budgets.csv")
 RENEW = "python3 -m benchmarks budgets --write"
 FIXED = ("case", "direction", "kernel", "launches", "bytes", "host ratio")
-REGISTERS, IN_FLIGHT = "registers", "KB in flight"
+REGISTERS, IN_FLIGHT, LOAD = OF_CODE = ("registers", "KB in flight", "bytes a load")
 
 
 class Key(NamedTuple):
@@ -29,10 +29,11 @@ class Key(NamedTuple):
 
 
 class Code(NamedTuple):
-    """Registers a thread; KB that an SM of an H200 waits for at a time."""
+    """Registers a thread; KB that an SM of an H200 waits for at a time; bytes of the average load."""
 
     registers: int
     in_flight_KB: float
+    load: float
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ class Change(NamedTuple):
     def worse(self) -> bool:
         if self.was is None:
             return True
-        return self.now < self.was if self.figure.startswith(IN_FLIGHT) else self.now > self.was
+        return self.now < self.was if self.figure.startswith((IN_FLIGHT, LOAD)) else self.now > self.was
 
     def __str__(self) -> str:
         was = "not there" if self.was is None else f"{self.was:,}"
@@ -68,8 +69,8 @@ class Change(NamedTuple):
 
 
 def changes(now: Lines, budget: Lines) -> list[Change]:
-    """What differs in the cases of `now`. Registers and bytes in flight of a Triton that the budget knows
-    nothing of are not compared."""
+    """What differs in the cases of `now`. The code of a Triton that the budget knows nothing of is not
+    compared."""
     known, cases, found = versions(budget), {key.case for key in now}, []
     for key, line in now.items():
         if key not in budget:
@@ -82,7 +83,7 @@ def changes(now: Lines, budget: Lines) -> list[Change]:
         ]
         for version in known & line.code.keys():
             was = old.code.get(version)
-            for at, figure in enumerate((REGISTERS, IN_FLIGHT)):
+            for at, figure in enumerate(OF_CODE):
                 before = None if was is None else was[at]
                 pairs.append((f"{figure} (Triton {version})", before, line.code[version][at]))
         found += [Change(key, what, was, is_) for what, was, is_ in pairs if is_ is not None and was != is_]
@@ -121,12 +122,10 @@ def host(function: str, path: Path = PATH) -> tuple[int, float]:
 
 def write(path: Path, lines: Lines) -> None:
     order = sorted(versions(lines))
-    rows: list[tuple[object, ...]] = [
-        (*FIXED, *(f"{what} {v}" for what in (REGISTERS, IN_FLIGHT) for v in order))
-    ]
+    rows: list[tuple[object, ...]] = [(*FIXED, *(f"{what} {v}" for what in OF_CODE for v in order))]
     for key, line in lines.items():
-        found = [line.code.get(version, (None, None)) for version in order]
-        columns = (code[at] for at in (0, 1) for code in found)
+        found = [line.code.get(version, [None] * len(OF_CODE)) for version in order]
+        columns = (code[at] for at in range(len(OF_CODE)) for code in found)
         rows.append((*key, line.launches, line.bytes, line.host_ratio, *columns))
     with path.open("w", newline="", encoding="utf-8") as file:
         csv.writer(file, lineterminator="\n").writerows(rows)
@@ -153,7 +152,9 @@ def read(path: Path = PATH) -> Lines:
 
 def _line(cells: dict[str, str], known: list[str]) -> Line:
     code = {
-        version: Code(int(cells[f"{REGISTERS} {version}"]), float(cells[f"{IN_FLIGHT} {version}"]))
+        version: Code(
+            int(cells[f"{REGISTERS} {version}"]), *(float(cells[f"{what} {version}"]) for what in OF_CODE[1:])
+        )
         for version in known
         if cells[f"{REGISTERS} {version}"]
     }

@@ -12,7 +12,8 @@ from benchmarks.static import SMS, launches, sass
 class Figures:
     """One launch. bytes: read and written. streams: whether it goes through x or dy, rather than add up what
     others have left. The rest is of its machine code for an H200, and None in the interpreter: registers a
-    thread, shared: bytes a CTA, spills: instructions, in_flight: bytes that an SM waits for at a time."""
+    thread, shared: bytes a CTA, spills: instructions and bytes of stack, in_flight: bytes an SM waits for
+    at a time, load: bytes of the average load, in the main loop if there is one."""
 
     kernel: str
     programs: int
@@ -22,6 +23,7 @@ class Figures:
     shared: int | None = None
     spills: int | None = None
     in_flight: float | None = None
+    load: float | None = None
 
 
 def of_launch(launched: launches.Launched) -> Figures:
@@ -31,7 +33,9 @@ def of_launch(launched: launches.Launched) -> Figures:
         return Figures(*counted)
     code = sass.report(launched.code)
     in_flight = sass.bytes_in_flight_per_sm(code, launched.programs / SMS)
-    return Figures(*counted, code.registers, code.shared, code.spills, in_flight)
+    loads = code.main_loop_loads or code.loads
+    average = sum(width * times for width, times in loads.items()) / sum(loads.values())
+    return Figures(*counted, code.registers, code.shared, code.spills + code.stack, in_flight, average)
 
 
 def of_case(case: Case, training: bool = True) -> dict[str, list[Figures]]:

@@ -1,12 +1,15 @@
-"""The regression gate: bytes, launches, registers and bytes in flight held against benchmarks/budgets.csv.
-Host time is held in test_host_time.py."""
+"""The regression gate: bytes, launches, registers, bytes in flight and the width of loads held against
+benchmarks/budgets.csv, and no spills. Host time is held in test_host_time.py."""
 
 from __future__ import annotations
+
+import itertools
 
 import pytest
 
 from benchmarks import budget_run, budgets
 from benchmarks.budget_cases import ENTRIES, Entry
+from benchmarks.static import figures
 from bnfast import dispatch
 
 pytestmark = pytest.mark.static
@@ -17,5 +20,7 @@ def test_no_figure_is_worse_than_its_budget(entry: Entry) -> None:
     budget = budgets.read()
     complaint = budgets.complaint(budgets.changes(budget_run.counted(entry), budget))
     assert not complaint, complaint
+    for each in itertools.chain(*figures.of_case(entry.case, entry.training).values()):
+        assert each.spills == 0, each
     if dispatch.TRITON_VERSION not in budgets.versions(budget):
         pytest.skip(f"{budgets.PATH.name} has no registers of Triton {dispatch.TRITON_VERSION}")
