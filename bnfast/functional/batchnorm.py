@@ -47,9 +47,9 @@ def batch_norm(
     input). With `training` the running statistics, where given, are updated in place: new = (1 - momentum)
     * old + momentum * batch statistic, with the unbiased variance.
 
-    Then, in the same kernels, act(normalized + residual): activation, None, a name (bnfast.activation.NAMES)
-    or a name and its parameter, as in ("leaky_relu", 0.2); residual, of input's shape, dtype and device, in
-    any strides.
+    Then, in the same kernels, act(normalized + residual): activation, None, a name (bnfast.activation.NAMES),
+    a name and its parameter, as in ("leaky_relu", 0.2), or torch's module, class or function of one, as
+    nn.ReLU or F.relu; residual, of input's shape, dtype and device, in any strides.
 
     Returns a tensor of input's shape and dtype. Raises what torch.nn.functional.batch_norm raises
     (ValueError for one value a channel in training and for eps <= 0 there, RuntimeError for sizes and
