@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..activation import Activation, ActivationLike
 from ..functional.batchnorm import counting_batch_norm
-from .drop_in import DropIn, OptionalBias
+from .drop_in import DropIn, OptionalBias, says_what_it_takes
 
 
 class _Kernels(DropIn, OptionalBias, nn.modules.batchnorm._BatchNorm):
@@ -17,6 +17,7 @@ class _Kernels(DropIn, OptionalBias, nn.modules.batchnorm._BatchNorm):
     checks.
     """
 
+    @says_what_it_takes
     def __init__(
         self,
         num_features: int,

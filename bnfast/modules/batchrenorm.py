@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..activation import Activation, ActivationLike
 from ..functional.batchrenorm import scheduled_batch_renorm
-from .drop_in import DropIn, OptionalBias
+from .drop_in import DropIn, OptionalBias, says_what_it_takes
 
 
 class _BatchRenorm(DropIn, OptionalBias, nn.modules.batchnorm._BatchNorm):
@@ -40,6 +40,7 @@ class _BatchRenorm(DropIn, OptionalBias, nn.modules.batchnorm._BatchNorm):
     Raises RuntimeError in the recomputation of activation checkpointing: the running statistics have moved by
     then, and r and d with them, so that gradients would be wrong."""
 
+    @says_what_it_takes
     def __init__(
         self,
         num_features: int,

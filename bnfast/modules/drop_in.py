@@ -4,13 +4,19 @@ where graphs are recorded, by torch.fx and torch.jit.script."""
 from __future__ import annotations
 
 import sys
-from typing import Any
+from collections.abc import Callable
+from difflib import get_close_matches
+from functools import wraps
+from inspect import signature
+from typing import Any, ParamSpec
 
 from torch import Tensor, nn
 from torch.fx import Proxy
 from torch.fx.proxy import TraceError
 
 from ..activation import Activation
+
+_P = ParamSpec("_P")
 
 
 class DropIn(nn.Module):
@@ -99,6 +105,35 @@ class DropIn(nn.Module):
             "activation= and apply that in a module behind it, or, if bnfast.convert made it of one of "
             "timm's, use bnfast.revert and then timm's converter"
         )
+
+
+def says_what_it_takes(init: Callable[_P, None]) -> Callable[_P, None]:
+    """A layer's __init__ whose TypeErrors about the arguments name the layer, not the private class that has
+    the __init__, and an argument that may have been meant."""
+    takes = signature(init)
+    names = [*takes.parameters][1:]
+
+    @wraps(init)
+    def explained(*args: _P.args, **kwargs: _P.kwargs) -> None:
+        try:
+            init(*args, **kwargs)
+        except TypeError:
+            try:
+                takes.bind(*args, **kwargs)
+            except TypeError as wrong:
+                layer = next(c.__name__ for c in type(args[0]).__mro__ if _ours(c))
+                unknown = next((name for name in kwargs if name not in names), None)
+                help = "" if unknown is None else f": {_meant(unknown, names)}"
+                raise TypeError(f"{layer}() {wrong}{help}") from None
+            raise
+
+    return explained
+
+
+def _meant(unknown: str, names: list[str]) -> str:
+    begin = unknown.lower().partition("_")[0]
+    near = get_close_matches(unknown.lower(), names, 1) or [name for name in names if name.startswith(begin)]
+    return f"did you mean {near[0]!r}?" if near else f"it takes {', '.join(names)}"
 
 
 class OptionalBias:

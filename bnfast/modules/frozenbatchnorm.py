@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..activation import Activation, ActivationLike
 from ..functional.batchnorm import counting_batch_norm
-from .drop_in import DropIn
+from .drop_in import DropIn, says_what_it_takes
 
 
 class TorchFrozenBatchNorm2d(nn.Module):
@@ -86,6 +86,7 @@ class FrozenBatchNorm2d(DropIn, TorchFrozenBatchNorm2d):
 
     Raises ValueError for an input that is not 4-D, and for a residual that is not as said."""
 
+    @says_what_it_takes
     def __init__(
         self,
         num_features: int,

@@ -9,13 +9,14 @@ from torch import Tensor, nn
 
 from ..activation import Activation, ActivationLike
 from ..functional.groupnorm import group_norm
-from .drop_in import DropIn, OptionalBias
+from .drop_in import DropIn, OptionalBias, says_what_it_takes
 
 
 class GroupNorm(DropIn, OptionalBias, nn.GroupNorm):
     """torch.nn.GroupNorm on bnfast's kernels. input: [N, C, *], contiguous, channels_last or
     channels_last_3d."""
 
+    @says_what_it_takes
     def __init__(
         self,
         num_groups: int,

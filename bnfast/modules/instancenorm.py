@@ -11,12 +11,13 @@ from torch import Tensor, nn
 from ..activation import Activation, ActivationLike
 from ..functional.arguments import check_residual
 from ..functional.instancenorm import instance_norm
-from .drop_in import DropIn, OptionalBias
+from .drop_in import DropIn, OptionalBias, says_what_it_takes
 
 
 class _Kernels(DropIn, OptionalBias, nn.modules.instancenorm._InstanceNorm):
     """What the three share."""
 
+    @says_what_it_takes
     def __init__(
         self,
         num_features: int,

@@ -9,12 +9,13 @@ from torch import Tensor, nn
 
 from ..activation import Activation, ActivationLike
 from ..functional.layernorm import layer_norm
-from .drop_in import DropIn
+from .drop_in import DropIn, says_what_it_takes
 
 
 class LayerNorm(DropIn, nn.LayerNorm):
     """torch.nn.LayerNorm on bnfast's kernels. input: [*, *normalized_shape]."""
 
+    @says_what_it_takes
     def __init__(
         self,
         normalized_shape: Any,
