@@ -2,7 +2,8 @@
 
 `kernel[grid](...)` spends 10 us of Python a launch on binding arguments. A `Launch` belongs to one plan,
 one set of dtypes and one device, so it binds once and then calls the compiled kernel's launcher directly
-(about 1 us). That call is private to Triton: where it does not look as expected, the public one is used.
+(about 1 us). That call is private to Triton: where it does not look as expected, and while anybody wants to
+be told of launches (Triton's launch hooks), the public one is used.
 """
 
 from __future__ import annotations
@@ -21,6 +22,14 @@ from torch import Tensor
 from triton.runtime import driver
 
 INTERPRET: bool = triton.knobs.runtime.interpret
+# Products may be contracted into sums. Said at every launch, since Triton's own default changes with versions
+# and environments: a backward that recomputes which elements relu let through rounds as the forward did.
+FP_FUSION = True
+_runtime = triton.knobs.runtime
+# What there is to see of hooks, at the price of three truth values a launch: the functions in Triton's two
+# chains, and all that was put in place of a default, a chain perhaps. Triton changes each of them in place.
+_enter, _exit = type(_runtime).launch_enter_hook.calls, type(_runtime).launch_exit_hook.calls
+_replaced = vars(_runtime)
 _interpreting = threading.Lock()  # the interpreter patches Triton's language for all threads
 
 
@@ -65,6 +74,13 @@ def _calling_convention_known() -> bool:
     return names in ([*start, "args"], [*start, *four, "args"])
 
 
+def hooked() -> bool:
+    """Whether somebody, a profiler say, asked Triton to be told of launches. A hook is a chain of functions,
+    which may be empty, or what was put in its place."""
+    hooks = (_runtime.launch_enter_hook, _runtime.launch_exit_hook)
+    return any(hook is not None and getattr(hook, "calls", True) for hook in hooks)
+
+
 class Planned(Protocol):
     """What a launch needs to know of a plan: plan.Sweep, row_plan.RowSweep."""
 
@@ -94,7 +110,7 @@ class Launch:
         self._kernel, self._grid, self._bind_once = kernel, sweep.programs, bind_once
         self._pick = itemgetter(*picks)
         self._tail = (*sweep.sizes, *constants)
-        self._options: dict[str, int] = {}
+        self._options: dict[str, int] = {"enable_fp_fusion": FP_FUSION}
         if not INTERPRET:
             target = driver.active.get_current_target()
             # the plan counts warps of 32 threads
@@ -106,23 +122,27 @@ class Launch:
     def __call__(
         self, stream: int, tensors: Sequence[Tensor | None], addresses: Sequence[int | None], *scalars: float
     ) -> None:
-        if self._bound is None:
-            self._first((*self._pick(tensors), *scalars, *self._tail))
+        bound = self._bound
+        if bound is None or ((_enter or _exit or _replaced) and hooked()):
+            self._publicly((*self._pick(tensors), *scalars, *self._tail))
             return
-        run, grid, function, metadata, pick, tail = self._bound
+        run, grid, compiled, function, metadata, pick, tail = bound
         # addresses: given a tensor, Triton's launcher asks the driver where it lies
         run(grid, 1, 1, stream, function, metadata, None, None, None, *pick(addresses), *scalars, *tail)
 
-    def _first(self, args: tuple[Any, ...]) -> None:
+    def _publicly(self, args: tuple[Any, ...]) -> None:
+        """By Triton's own launch, after which there is one without it. Not while hooks are set: the code that
+        they ask for may be none to keep."""
         if INTERPRET:
             with _interpreting:
                 self._kernel[(self._grid,)](*args)
             return
         with _loading_allowed():
             compiled = self._kernel[(self._grid,)](*args, **self._options)
-        if self._bind_once and _calling_convention_known():
+        if self._bind_once and self._bound is None and not hooked() and _calling_convention_known():
+            # compiled is there to stay: with it, Triton 3.8 and newer would unload the function
             function, metadata = compiled.function, compiled.packed_metadata
-            self._bound = (compiled.run, self._grid, function, metadata, self._pick, self._tail)
+            self._bound = (compiled.run, self._grid, compiled, function, metadata, self._pick, self._tail)
 
 
 KEPT = (

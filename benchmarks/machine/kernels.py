@@ -15,6 +15,7 @@ TILES = (4096, 2048, 1024)  # values: what a program takes of a large buffer; le
 SMALLEST = 512  # 16 bytes a thread
 PROGRAMS_A_PROCESSOR = 8
 FACTOR = -1640531527  # 2**32 over the golden ratio, as int32
+OPTIONS = {"enable_fp_fusion": True}  # without, Triton 3.9 warns that its default will change
 PATIENCE = 1 << 20  # looks at the counter of a barrier before a program gives up: about a second
 
 
@@ -81,21 +82,21 @@ def copy(source: Tensor, destination: Tensor, processors: int) -> None:
     """destination = source."""
     n = source.numel()
     tile = tile_of(n, processors)
-    copy_kernel[(triton.cdiv(n, tile),)](source, destination, n, TILE=tile)
+    copy_kernel[(triton.cdiv(n, tile),)](source, destination, n, TILE=tile, **OPTIONS)
 
 
 def read(source: Tensor, sums: Tensor, processors: int, reverse: bool = False) -> None:
     """sums[i] = the sum of the i-th tile of source; there are ceil(numel / tile_of) of them."""
     n = source.numel()
     tile = tile_of(n, processors)
-    read_kernel[(triton.cdiv(n, tile),)](source, sums, n, TILE=tile, REVERSE=reverse)
+    read_kernel[(triton.cdiv(n, tile),)](source, sums, n, TILE=tile, REVERSE=reverse, **OPTIONS)
 
 
 def write(destination: Tensor, processors: int) -> None:
     """destination[i] = i * FACTOR, wrapped around as int32."""
     n = destination.numel()
     tile = tile_of(n, processors)
-    write_kernel[(triton.cdiv(n, tile),)](destination, n, FACTOR=FACTOR, TILE=tile)
+    write_kernel[(triton.cdiv(n, tile),)](destination, n, FACTOR=FACTOR, TILE=tile, **OPTIONS)
 
 
 def randoms(values: int, device: torch.device) -> Tensor:
@@ -105,10 +106,10 @@ def randoms(values: int, device: torch.device) -> Tensor:
 
 def empty(x: Tensor, programs: int) -> None:
     """Launches what does nothing."""
-    empty_kernel[(programs,)](x)
+    empty_kernel[(programs,)](x, **OPTIONS)
 
 
 def meet(arrivals: Tensor, missed: Tensor, barriers: int) -> None:
     """missed.numel() programs meet so many times. Both int32: arrivals [1], 0; missed, see barrier_kernel."""
     programs = missed.numel()
-    barrier_kernel[(programs,)](arrivals, missed, programs, barriers, PATIENCE)
+    barrier_kernel[(programs,)](arrivals, missed, programs, barriers, PATIENCE, **OPTIONS)

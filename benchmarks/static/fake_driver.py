@@ -28,10 +28,16 @@ DEVICES = itertools.count(-1, -1)
 
 
 class _Utils:
-    """Stands for the C extension that talks to CUDA."""
+    """Stands for the C extension that talks to CUDA. Counts what is `unloaded`."""
+
+    def __init__(self) -> None:
+        self.unloaded = 0
 
     def load_binary(self, name: str, binary: bytes, shared: int, device: int) -> tuple[int, ...]:
         return 1, 1, 32, 0, 1024  # module, function, registers, spills, most threads a CTA
+
+    def unload_module(self, module: int) -> None:  # called by Triton 3.8 and newer
+        self.unloaded += 1
 
     def get_device_properties(self, device: int) -> dict[str, int]:
         return {"max_shared_mem": 227 * 1024, "multiprocessor_count": 132, "warpSize": 32}
@@ -69,15 +75,23 @@ class FakeDriver:
                 driver._launched.append(source)
 
             def __call__(self, *arguments: Any) -> None:
+                launch_metadata, enter, leave = arguments[6:9]  # behind five and the metadata
+                if enter is not None:
+                    enter(launch_metadata)
                 driver.launches += 1
+                if leave is not None:
+                    leave(launch_metadata)
 
         vars(Launcher)["__call__"].__signature__ = inspect.signature(CudaLauncher.__call__)
         return Launcher
 
     def forget(self) -> None:
-        """Take the kernels compiled for this driver out of the caches of their functions."""
+        """Take the kernels compiled for this driver out of the caches of their functions. Some live on in
+        other places: of these nothing is to be unloaded, by whichever driver there will be then."""
         for source in self._launched:
-            source.fn.device_caches.pop(self._device, None)
+            kernels, *_ = source.fn.device_caches.pop(self._device, ({},))
+            for kernel in kernels.values():
+                kernel.module = None
 
 
 @contextlib.contextmanager

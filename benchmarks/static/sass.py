@@ -20,6 +20,7 @@ from triton.runtime.cache import get_cache_manager
 
 from benchmarks.static import sass_flow
 from benchmarks.static.sass_flow import Instruction
+from bnfast.kernels.launch import FP_FUSION
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -105,7 +106,8 @@ def compile_kernel(
         {position[name]: value for name, value in values.items()},
         {position[name]: attributes for name, attributes in known.items()},
     )
-    compiled = triton.compile(source, target=TARGETS[target], options={"num_warps": num_warps} | options)
+    options = {"num_warps": num_warps, "enable_fp_fusion": FP_FUSION} | options  # as in a launch
+    compiled = triton.compile(source, target=TARGETS[target], options=options)
     return report(compiled, target)
 
 
