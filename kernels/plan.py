@@ -135,7 +135,8 @@ class Sweep:
             self.tiles, v.pieces, total // self.vec, v.blocks, self.splits,
             self.group, self.samples * v.channels // self.group,
         )  # fmt: skip
-        in_tile = self.tile_rows * (v.lanes if v.mode == "runs" else v.pitch)
+        # with the lanes that lie beyond the end, which are masked by what they count up to
+        in_tile = self.tile_rows * (v.lanes if v.mode == "runs" else v.pitch) + v.lanes
         narrow = (*sizes[:7], *sizes[8:])  # all but the total, which is widened where it is used
         if max(*narrow, in_tile, self.programs, self.samples * v.channels * 6, self.partials) >= INT32:
             raise TooLarge(f"this tensor is too large for 32-bit tile offsets, grid or tables: {v}")

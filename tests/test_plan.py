@@ -87,3 +87,20 @@ def test_more_than_2_to_the_31_elements() -> None:
 def test_sizes_that_do_not_fit_are_refused() -> None:
     with pytest.raises(ValueError, match="too large"):
         _ = plan.batch_norm(2, 2**31, 1, 2, True).statistics.sizes
+
+
+@pytest.mark.parametrize("itemsize", [2, 4])
+@pytest.mark.parametrize("c", [1, 7])
+def test_lanes_beyond_the_end_do_not_wrap(c: int, itemsize: int) -> None:
+    """A sample of nearly 2^31 elements: what a block's last lanes count up to, beyond the sample's end, would
+    be below 0 in 32 bits, and so within the sample."""
+    for s in ((2**31 - 1) // c, (2**31 - 40_000) // c | 1):
+        sweep = plan.map_sweep(1, c, s, itemsize, False, True, SMS, 1)
+        view = sweep.view
+        last = (view.blocks - 1) * view.width + view.lanes
+        if last < 2**31:
+            assert sweep.sizes
+        else:
+            with pytest.raises(plan.TooLarge):
+                _ = sweep.sizes
+    assert last < 2**31, "no size was small enough"
