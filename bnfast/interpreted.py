@@ -1,5 +1,5 @@
 """Triton's interpreter made what tests need: its bf16 the hardware's (it truncates fp32 to bf16 and
-mangles subnormals), half as slow, and of use with every numpy (3.6's own is not with 2.4 and newer)."""
+mangles subnormals), half as slow, and of use for every kernel with every numpy."""
 
 from __future__ import annotations
 
@@ -80,7 +80,24 @@ def with_every_numpy() -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def conditions_kept() -> Iterator[None]:
+    """Within, a comparison of scalars stays one where it is broadcast, and can be a part of a mask. Triton makes
+    integers of it, which 3.9's loads and stores refuse."""
+    builder = interpreter.interpreter_builder
+    original = builder.create_splat
+
+    def create_splat(shape: Any, scalar: Any) -> Any:
+        made = original(shape, scalar)
+        if scalar.data.dtype == np.bool_:
+            made.data = made.data.astype(np.bool_)
+        return made
+
+    with mock.patch.object(builder, "create_splat", create_splat):
+        yield
+
+
+@contextlib.contextmanager
 def prepared() -> Iterator[None]:
     """All of the above."""
-    with bfloat16_to_nearest(), without_repetition(), with_every_numpy():
+    with bfloat16_to_nearest(), without_repetition(), with_every_numpy(), conditions_kept():
         yield
