@@ -85,38 +85,39 @@ def activate(v, NAME: tl.constexpr, PARAMETER: tl.constexpr):
 
 
 @triton.jit
-def slope(v, NAME: tl.constexpr, PARAMETER: tl.constexpr):
-    """The derivative of `activate` at v."""
+def times_slope(g, v, NAME: tl.constexpr, PARAMETER: tl.constexpr):
+    """The gradient of `activate` at v, g of its result being given. Where the slope is 0 it is 0 whatever g
+    is, an infinity too, as in torch."""
     if NAME == "relu":
-        d = tl.where(v <= 0, 0.0, tl.full(v.shape, 1.0, v.dtype))
+        d = tl.where(v <= 0, 0.0, g)
     elif NAME == "relu6":
-        d = tl.where((v <= 0) | (v >= 6.0), 0.0, tl.full(v.shape, 1.0, v.dtype))
+        d = tl.where((v <= 0) | (v >= 6.0), 0.0, g)
     elif NAME == "leaky_relu":
-        d = tl.where(v > 0, tl.full(v.shape, 1.0, v.dtype), PARAMETER)
+        d = tl.where(v > 0, g, PARAMETER * g)
     elif NAME == "elu":
-        d = tl.where(v <= 0, PARAMETER * tl.exp(v), 1.0)
+        d = tl.where(v <= 0, g * (PARAMETER * tl.exp(v)), g)
     elif NAME == "silu":
         s = sigmoid(v)
-        d = s * (1.0 + v * (1.0 - s))
+        d = g * (s * (1.0 + v * (1.0 - s)))
     elif NAME == "gelu":
-        d = normal_cdf(v) + v * 0.3989422804014327 * tl.exp(-0.5 * v * v)  # 1 / sqrt(2 pi)
+        d = g * (normal_cdf(v) + v * 0.3989422804014327 * tl.exp(-0.5 * v * v))  # 1 / sqrt(2 pi)
     elif NAME == "gelu_tanh":
         s = sigmoid(gelu_exponent(v))
-        d = s + s * (1.0 - s) * v * (1.5957691216057308 + 0.21406444881780074 * v * v)
+        d = g * (s + s * (1.0 - s) * v * (1.5957691216057308 + 0.21406444881780074 * v * v))
     elif NAME == "hardswish":
-        d = tl.where(v <= -3.0, 0.0, tl.where(v < 3.0, v / 3.0 + 0.5, 1.0))
+        d = tl.where(v <= -3.0, 0.0, tl.where(v < 3.0, g * (v / 3.0 + 0.5), g))
     elif NAME == "hardsigmoid":
-        d = tl.where((v > -3.0) & (v < 3.0), tl.full(v.shape, 1.0, v.dtype) / 6.0, 0.0)
+        d = tl.where((v > -3.0) & (v < 3.0), g / 6.0, 0.0)
     elif NAME == "mish":
         t = tanh_of_softplus(v)
-        d = t + v * sigmoid(v) * (1.0 - t * t)
+        d = g * (t + v * sigmoid(v) * (1.0 - t * t))
     elif NAME == "sigmoid":
         s = sigmoid(v)
-        d = s * (1.0 - s)
+        d = g * (s * (1.0 - s))
     else:
         tl.static_assert(NAME == "tanh")
         t = tanh(v)
-        d = 1.0 - t * t
+        d = g * (1.0 - t * t)
     return d
 
 
@@ -129,7 +130,7 @@ def before_activation(
     v = a * (x.to(ACC) - p) + b
     if z_ptr is not None:
         v += tl.load(z_ptr + offs, mask=mask, other=0.0, eviction_policy="evict_first").to(ACC)
-    return g.to(ACC) * slope(v, NAME, PARAMETER)
+    return times_slope(g.to(ACC), v, NAME, PARAMETER)
 
 
 @triton.jit

@@ -4,7 +4,7 @@ beta + z. The others go on with dz for dy: their registers are full as they are 
 import triton
 import triton.language as tl
 
-from .activations import slope
+from .activations import times_slope
 from .row_gradients import load_statistics
 from .row_norm import TABLES, group_of_rows, normalized
 
@@ -33,5 +33,5 @@ def row_activation_kernel(
         v = normalized(x - mean, rstd, wide, exists, weight_ptr, bias_ptr, ACC)
         if z_ptr is not None:
             v += tl.load(z_ptr + offs, mask=mask, other=0.0, eviction_policy="evict_first").to(ACC)
-        g = g * slope(v, NAME, PARAMETER)
+        g = times_slope(g, v, NAME, PARAMETER)
         tl.store(dz_ptr + offs, g.to(dz_ptr.dtype.element_ty), mask=mask)

@@ -99,6 +99,21 @@ def test_infinity(activation: str) -> None:
     torch.testing.assert_close(through_kernels(v, activation), act.apply(v))
 
 
+@every_path
+@pytest.mark.parametrize("activation", ["relu", "relu6", "leaky_relu", "hardswish", "hardsigmoid"])
+def test_infinite_gradients(activation: str, path: str) -> None:
+    """Where the slope is 0 they end, as in torch."""
+    v = torch.tensor([-4.0, -3.0, -1.0, 0.0, 1.0, 7.0], requires_grad=True)
+    dy = torch.full_like(v, INF)
+    act = Activation.of(activation)
+    assert act is not None
+    (expected,) = torch.autograd.grad(act.apply(v), v, dy)
+    (found,) = torch.autograd.grad(through_kernels(v, activation), v, dy)
+    if activation == "hardswish":  # at its corners, -3 among them, either side's slope will do
+        expected, found = expected[v != -3], found[v != -3]
+    assert torch.equal(found, expected)
+
+
 @pytest.mark.parametrize("activation", ALL, ids=str)
 def test_slope_in_plain_torch(activation: Any) -> None:
     """What double backward differentiates."""
