@@ -24,6 +24,27 @@ def not_negative(value):
 
 
 @triton.jit
+def product(a, b):
+    """a * b, to be summed over lanes: rounded before it is added to another lane's. The compiler may contract
+    a * b + c to one operation, and where c is the partner's product, either lane of a pair would round the
+    other's product and not its own: two lanes that hold the same sum would differ in the last bit. Of an fma
+    nothing is contracted, and no compiler drops its 0.0, which turns -0.0 into 0.0."""
+    return tl.fma(a, b, 0.0)
+
+
+@triton.jit
+def product_in_tile(a, b, VEC: tl.constexpr, THREADS: tl.constexpr = 32):
+    """a * b of a tile, to be summed along its rows. A thread that holds several neighbours of a row adds up
+    its own first, and products may go into that; others have `product`. VEC: neighbours that are loaded at
+    once, where there are so many for each thread. THREADS: of the smallest program."""
+    if VEC == 1 or a.shape[0] * a.shape[1] < THREADS * VEC:
+        result = product(a, b)
+    else:
+        result = a * b
+    return result
+
+
+@triton.jit
 def from_pivoted_sums(count, total, squares):
     """(shift, M2) from sums of (x - pivot) and (x - pivot)^2 over `count` values; zeros where count is 0."""
     some = count > 0
@@ -52,6 +73,6 @@ def merge_along(count, pivot, shift, m2, AXIS: tl.constexpr):
     total = tl.sum(count, AXIS)
     centre = finite_or_zero(tl.max(tl.where(some, pivot, float("-inf")), AXIS))
     distance = tl.where(some, (pivot - tl.expand_dims(centre, AXIS)) + shift, 0.0)
-    moved = tl.sum(count * distance, AXIS) / tl.where(total > 0, total, 1.0)
+    moved = tl.sum(product(count, distance), AXIS) / tl.where(total > 0, total, 1.0)
     rest = tl.where(some, distance - tl.expand_dims(moved, AXIS), 0.0)
     return total, centre, moved, tl.sum(tl.where(some, m2, 0.0) + count * rest * rest, AXIS)

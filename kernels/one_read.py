@@ -11,10 +11,12 @@ import triton.language as tl
 
 from .activations import activate, before_activation, pack, unpack
 from .coefficients import load_or, reciprocal_std, slopes
+from .moments import product, product_in_tile
 from .tiles import as_scalar
 
 SIZES = ["cells", "group", "inner_v", "in_sample"]
 PARAMETERS = ["weight_ptr", "bias_ptr"]
+THREADS = tl.constexpr(128)  # of the smallest program: see cell_plan.py
 
 
 @triton.jit
@@ -103,7 +105,9 @@ def group_norm_kernel(
         _, mask, _, _ = vectors(first, k, cells, group, inner_v, VEC, GROUPS, CHANNELS, SPAN, PIECES)
         distance = tl.where(mask, held[k].to(ACC) - by_row(mean, ROWS), 0.0)
         moved += sum_by_channel(distance, GROUPS, CHANNELS * SPAN)
-        squares += sum_by_channel(distance * distance, GROUPS, CHANNELS * SPAN)
+        squares += sum_by_channel(
+            product_in_tile(distance, distance, VEC, THREADS), GROUPS, CHANNELS * SPAN
+        )  # fmt: skip
     # the sum of large values has lost digits that the sum of their distances has
     shift = moved / count
     mean += shift
@@ -178,14 +182,15 @@ def group_norm_gradients_kernel(
         if dz_ptr is not None:
             tl.store(dz_ptr + base + offs, g.to(dz_ptr.dtype.element_ty), mask=mask)
         channel_g += sum_by_channel(g, GROUPS * CHANNELS, SPAN)
-        channel_gd += sum_by_channel(g * (xs[k].to(ACC) - by_row(mean, ROWS)), GROUPS * CHANNELS, SPAN)
+        distance = xs[k].to(ACC) - by_row(mean, ROWS)
+        channel_gd += sum_by_channel(product_in_tile(g, distance, VEC, THREADS), GROUPS * CHANNELS, SPAN)
         if k % PIECES == PIECES - 1:
             whole = first + cell
             offs_c = whole % in_sample * group + channel
             there = (channel < group) & (whole < cells)
             weight = load_or(weight_ptr, offs_c, there, 1.0, ACC)
-            sum_wg += tl.sum(tl.reshape(weight * channel_g, (GROUPS, CHANNELS)), 1)
-            sum_wgd += tl.sum(tl.reshape(weight * channel_gd, (GROUPS, CHANNELS)), 1)
+            sum_wg += tl.sum(tl.reshape(product(weight, channel_g), (GROUPS, CHANNELS)), 1)
+            sum_wgd += tl.sum(tl.reshape(product(weight, channel_gd), (GROUPS, CHANNELS)), 1)
             if sums_ptr is not None:
                 channels = in_sample * group
                 to_ptr = sums_ptr + tl.cast(whole // in_sample, tl.int64) * (2 * channels) + offs_c

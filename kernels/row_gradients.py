@@ -13,6 +13,7 @@ Every program leaves its sums in partials, [programs, 1 or 2, width]: see column
 import triton
 import triton.language as tl
 
+from .moments import product_in_tile
 from .row_norm import TABLES, columns, group_of_rows
 
 SIZES = ["rows", "width_v", "groups", "programs", "blocks", "splits"]
@@ -118,8 +119,8 @@ def row_gradients_kernel(
             if BIAS:
                 new_b += (sums_b[part] + over_rows(g, U),)
             gamma = gamma_of(weight_ptr, tl.broadcast_to(column, (U * R, LANES)), exists, ACC, False)
-            mean_g += by_vector(g * gamma, VEC)
-            mean_gx += by_vector(gx * gamma, VEC)
+            mean_g += by_vector(product_in_tile(g, gamma, VEC), VEC)
+            mean_gx += by_vector(product_in_tile(gx, gamma, VEC), VEC)
         sums_w = new_w
         sums_b = new_b
         mean_g = (tl.sum(mean_g, 1) / count)[:, None]

@@ -9,7 +9,7 @@ import triton.language as tl
 
 from .activations import activate
 from .coefficients import load_or, reciprocal_std
-from .moments import finite_or_zero, merge_along, not_negative
+from .moments import finite_or_zero, merge_along, not_negative, product_in_tile
 from .tiles import as_scalar
 
 SIZES = ["rows", "width_v"]
@@ -88,7 +88,7 @@ def row_norm_kernel(
         if not (WHOLE or part < PARTS - 1):
             distance = tl.where(exists, distance, 0.0)
         off += distance
-        squares += distance * distance
+        squares += product_in_tile(distance, distance, VEC)
     sum_off = tl.sum(off, 1)[:, None]
     shift = sum_off / count
     variance = not_negative(tl.sum(squares, 1)[:, None] - shift * sum_off) / count

@@ -6,6 +6,8 @@ They run interpreted or are compiled, according to TRITON_INTERPRET at the time 
 import triton
 import triton.language as tl
 
+from bnfast.kernels.moments import product
+
 
 @triton.jit
 def copy(x, y, n, BLOCK: tl.constexpr):
@@ -161,3 +163,12 @@ def sum_parts(x, y, rows, BLOCK: tl.constexpr, PARTS: tl.constexpr):
         total += tl.load(x + tl.cast(row, tl.int64) * BLOCK + i).to(tl.float32)
     for part in tl.range(0, PARTS):
         tl.store(y + part, tl.sum(tl.where(i // (BLOCK // PARTS) == part, total, 0.0), 0))
+
+
+@triton.jit
+def dot(x, y, sum, BLOCK: tl.constexpr, ROUNDED: tl.constexpr):
+    """sum = x . y. Unless ROUNDED, two lanes that add up the same values may differ in the last bit."""
+    i = tl.arange(0, BLOCK)
+    a, b = tl.load(x + i), tl.load(y + i)
+    products = product(a, b) if ROUNDED else a * b
+    tl.store(sum + tl.arange(0, 1), tl.sum(products[None, :], 1))

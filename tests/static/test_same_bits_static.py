@@ -1,0 +1,87 @@
+"""All lanes of a warp that hold the same sum hold the same bits of it.
+
+Lanes add up by turns: each adds its partner's value to its own (SHFL.BFLY, then FADD). Where its own value is
+a product and the compiler has contracted the two (FFMA of the product's factors and the partner's product),
+either lane of the pair rounds the other's product and not its own, and which of them stores the sum decides
+its last bit. That is read off machine code, since the assembler contracts as well."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from benchmarks.budget_cases import BF16, ENTRIES, FP32, Entry
+from benchmarks.cases import Case
+from benchmarks.static import launches, sass, sass_flow
+from tests.support import toys
+
+pytestmark = pytest.mark.static
+
+FP64 = torch.float64
+REGISTER = re.compile(r"R(\d+)")
+
+
+def entry(
+    norm: str, shape: tuple[int, ...], dtype: torch.dtype, last: bool, groups: int = 0, after: str = ""
+) -> Entry:
+    return Entry(Case("", "", norm, shape, groups, dtype, last, after[-4:] or None, after.startswith("z")))
+
+
+# few elements a thread, so that it adds up none, or few, of its own before those of others
+SMALL = (
+    entry("BatchNorm", (2, 7, 5, 5), BF16, False),
+    entry("GroupNorm", (2, 30, 9, 9), FP32, False, 5),
+    entry("GroupNorm", (2, 30, 9, 9), BF16, True, 5),
+    entry("GroupNorm", (4, 12, 5, 5), FP64, False, 3, "relu"),
+    entry("InstanceNorm", (2, 8, 3, 3), FP32, False, 8),
+    entry("LayerNorm", (1, 16), FP32, False),
+    entry("BatchNorm", (2, 4, 2, 2), FP32, False),
+)
+
+
+def written(instruction: sass_flow.Instruction) -> set[int]:
+    """The registers that an instruction other than a store writes."""
+    first = REGISTER.match(instruction.operands)
+    if first is None:
+        return set()
+    two = instruction.name[0] == "D" or instruction.opcode.endswith((".64", ".WIDE", ".F64.F32"))
+    count = 4 if ".128" in instruction.opcode else 2 if two else 1
+    return set(range(int(first[1]), int(first[1]) + count))
+
+
+def contracted(text: str) -> Iterator[str]:
+    """Operations on a product and what another lane has just handed over."""
+    for block in sass_flow.parse(text):
+        handed: set[int] = set()
+        for ins in block.instructions:
+            operands = [operand.strip() for operand in ins.operands.split(",")]
+            if ins.name == "SHFL":  # writes its second operand, the first is a predicate
+                to = int(operands[1][1:])
+                (handed.add if ".BFLY" in ins.opcode else handed.discard)(to)
+                continue
+            if ins.name in ("FFMA", "DFMA"):
+                added = REGISTER.search(operands[3])
+                if added is not None and int(added[1]) in handed:
+                    yield f"{ins.opcode} {ins.operands}"
+            if ins.name not in ("ST", "STG", "STS"):
+                handed -= written(ins)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "fp64"])
+@pytest.mark.parametrize("rounded", [False, True], ids=["contracted", "rounded"])
+def test_what_is_looked_for(rounded: bool, dtype: str) -> None:
+    """Kernels that add up products of lanes, as they come and rounded first."""
+    signature = dict.fromkeys(("x", "y", "sum"), f"*{dtype}")
+    report = sass.compile_kernel(toys.dot, signature, {"BLOCK": 32, "ROUNDED": rounded}, num_warps=1)
+    assert "SHFL.BFLY" in report.text
+    assert bool(list(contracted(report.text))) is not rounded
+
+
+@pytest.mark.parametrize("entry", [*SMALL, *ENTRIES], ids=str)
+def test_lanes_agree(entry: Entry) -> None:
+    for several in launches.of_case(entry.case, entry.training).values():
+        for each in several:
+            assert not list(contracted(sass.report(each.code).text)), each.kernel
