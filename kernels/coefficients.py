@@ -58,6 +58,14 @@ def reciprocal_std(variance, eps, ACC: tl.constexpr):
 
 
 @triton.jit
+def cell_rstd(variance, eps, ACC: tl.constexpr):
+    """reciprocal_std of a cell within a sample; 0 where that divides by 0, so that the values of a constant
+    cell, which are their mean, are normalized to 0, and have a gradient of 0. (So does torch's InstanceNorm;
+    its GroupNorm gives NaN.)"""
+    return tl.where(variance + eps == 0, 0.0, reciprocal_std(variance, eps, ACC))
+
+
+@triton.jit
 def batch_norm_forward(
     offs_c,
     mask_c,
@@ -117,7 +125,7 @@ def store_cell(table_ptr, offs_cell, mask, cells, mean, variance, eps, ACC: tl.c
     """Cells within a sample: a table [2, cells] of mean and rstd. Weight and bias are applied where they are
     loaded, for a channel each."""
     tl.store(table_ptr + offs_cell, mean, mask=mask)
-    tl.store(table_ptr + cells + offs_cell, reciprocal_std(variance, as_scalar(eps, ACC), ACC), mask=mask)
+    tl.store(table_ptr + cells + offs_cell, cell_rstd(variance, as_scalar(eps, ACC), ACC), mask=mask)
 
 
 @triton.jit

@@ -10,8 +10,8 @@ import triton
 import triton.language as tl
 
 from .activations import activate, before_activation, pack, unpack
-from .coefficients import load_or, reciprocal_std, slopes
-from .moments import product, product_in_tile
+from .coefficients import cell_rstd, load_or, slopes
+from .moments import not_negative, product, product_in_tile
 from .tiles import as_scalar
 
 SIZES = ["cells", "group", "inner_v", "in_sample"]
@@ -111,7 +111,8 @@ def group_norm_kernel(
     # the sum of large values has lost digits that the sum of their distances has
     shift = moved / count
     mean += shift
-    rstd = reciprocal_std(squares / count - shift * shift, as_scalar(eps, ACC), ACC)
+    variance = not_negative(squares / count - shift * shift)
+    rstd = cell_rstd(variance, as_scalar(eps, ACC), ACC)
     offs_cell = first + tl.arange(0, GROUPS)
     tl.store(table_ptr + offs_cell, mean, mask=offs_cell < cells)
     tl.store(table_ptr + cells + offs_cell, rstd, mask=offs_cell < cells)
