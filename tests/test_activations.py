@@ -6,9 +6,11 @@ import copy
 import pickle
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from triton.runtime import interpreter
 
 import bnfast
 from bnfast.activation import NAMES, Activation
@@ -36,6 +38,7 @@ VALUES = (
     6.5,
     19.0,
     21.0,
+    71.0,
     80.0,
     200.0,
 )
@@ -53,11 +56,31 @@ def through_kernels(v: Tensor, activation: Any) -> Tensor:
     return batch_norm(v[None, None], zero, one, None, None, False, 0.0, 0.0, activation=activation)[0, 0]
 
 
-@every_path
+def gpu_exp(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the interpreter, exp in fp32 is what a GPU makes of it: 2 to the power of a rounded product."""
+
+    def exp(v: np.ndarray) -> np.ndarray:
+        if v.dtype != np.float32:
+            return np.exp(v)
+        return np.exp2((v * np.float32(np.log2(np.e))).astype(np.float64)).astype(np.float32)
+
+    builder = interpreter.InterpreterBuilder
+    monkeypatch.setattr(builder, "create_exp", lambda self, v: self.unary_op(v, exp))
+
+
+@pytest.mark.parametrize("path", ["kernels", "kernels as on a GPU", "torch"], indirect=True)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("activation", ALL, ids=str)
-def test_value_and_slope(activation: Any, dtype: torch.dtype, path: str) -> None:
-    """Within a few units of the value, or of v where terms of v's size cancel, as torch's own formulas."""
+def test_value_and_slope(
+    activation: Any, dtype: torch.dtype, path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Within a few units of the value, or of v where terms of v's size cancel, as torch's own formulas.
+
+    A GPU's exp(v) is off by more the larger v is: rounding v * log2(e) and its constant moves it by up to
+    (1/2 + 1/9) * |v| units. Where that shows in a small value it is allowed for: to take it back costs 4
+    instructions an element, beside the 14 of silu, in kernels that are bound by them."""
+    if path == "kernels as on a GPU":
+        gpu_exp(monkeypatch)
     v = values(dtype)
     y = through_kernels(v, activation)
     (slope,) = torch.autograd.grad(y.sum(), v)
@@ -66,12 +89,13 @@ def test_value_and_slope(activation: Any, dtype: torch.dtype, path: str) -> None
     assert act is not None
     expected = act.apply(true)
     (expected_slope,) = torch.autograd.grad(expected.sum(), true)
-    if act.name == "hardsigmoid" and path == "kernels":  # torch's is the fp32 number next to 1/6, in fp64 too
+    if act.name == "hardsigmoid" and path != "torch":  # torch's is the fp32 number next to 1/6, in fp64 too
         expected_slope = expected_slope.sign() / 6
     unit = torch.finfo(dtype).eps
     near = (act.name.startswith(("gelu", "silu", "mish")), act.name)
     sizes = expected.abs() + (true.abs().clamp(max=10) * near[0] if true.numel() else 0)
-    assert ((y.double() - expected).abs() <= 8 * unit * sizes + 1e-37).all()
+    exponents = true.abs() * (5 / 8) if act.name == "sigmoid" and path != "torch" else 0.0
+    assert ((y.double() - expected).abs() <= unit * (8 + exponents) * sizes + 1e-37).all()
     away = (
         true.abs() != 3
         if act.name in ("hardswish", "hardsigmoid")
