@@ -45,7 +45,7 @@ def test_every_module_has_a_pin() -> None:
 
 def test_torch_is_installed_first_and_alone(tmp_path: Path) -> None:
     found = environment.steps("full", tmp_path, ["torch"], environment.TO_TEST)
-    assert found[0].command[-2:] == ("2", "torch==2.14.1")  # "--retries 2", then nothing but torch
+    assert found[0].command[-2:] == ("2", "torch==2.15.0")  # "--retries 2", then nothing but torch
     assert "numpy" in " ".join(found[1].command)
     assert "torch" not in " ".join(found[1].command).replace(str(tmp_path), "")
     assert found[2].command[-4:-1] == ("--no-deps", "--no-build-isolation", "-e")
