@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from math import prod
 
 import torch
 
-_FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
+FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
 def is_channels_last(x: torch.Tensor) -> bool:
@@ -17,21 +18,96 @@ def is_channels_last(x: torch.Tensor) -> bool:
     return not x.is_contiguous()
 
 
-def dense(x: torch.Tensor) -> torch.Tensor:
-    """x itself where it is contiguous, channels_last or channels_last_3d; else a contiguous copy."""
+def suggested(x: torch.Tensor) -> torch.memory_format:
+    """The format that x's strides ask for: ATen's suggest_memory_format. Where sizes of 1 leave two formats
+    to choose from it goes by the strides of these too, and takes contiguous in doubt."""
+    memory_format = FORMATS.get(x.dim())
+    sizes, strides = x.shape, x.stride()
+    if memory_format is None or strides[1] == 0:
+        return torch.contiguous_format
+    least = 0
+    for d in (1, *range(x.dim() - 1, 1, -1), 0):
+        if sizes[d] == 0 or strides[d] < least or (d == 0 and least == strides[1]):
+            return torch.contiguous_format
+        least = strides[d] * sizes[d]
+    return memory_format
+
+
+def format_in_batch_norm(x: torch.Tensor) -> torch.memory_format:
+    """The format of what torch's batch_norm makes of x: on a CPU any that its memory is in already, else, as
+    of cuDNN's, the one that its strides ask for."""
+    if x.is_cpu:
+        if x.is_contiguous():
+            return torch.contiguous_format
+        if _is_dense(x):
+            return FORMATS[x.dim()]
+    return suggested(x)
+
+
+def format_in_instance_norm(x: torch.Tensor) -> torch.memory_format:
+    """channels_last for what is that and nothing else. torch's instance_norm makes everything contiguous."""
+    memory_format = suggested(x)
+    if x.is_contiguous() or not x.is_contiguous(memory_format=memory_format):
+        return torch.contiguous_format
+    return memory_format
+
+
+def ordered(
+    x: torch.Tensor, format_of: Callable[[torch.Tensor], torch.memory_format] = suggested
+) -> torch.Tensor:  # fmt: skip
+    """x itself where it is in its format, with that format's strides throughout; else a view, where only
+    strides of sizes of 1 differ, or a copy."""
+    if 1 in x.shape:
+        return _with_own_strides(x, format_of(x))
+    return x if _is_dense(x) else x.contiguous(memory_format=format_of(x))
+
+
+def ordered_like(
+    x: torch.Tensor, format_of: Callable[[torch.Tensor], torch.memory_format] = suggested
+) -> torch.Tensor:  # fmt: skip
+    """An empty tensor for what the kernels make of x, ordered."""
+    if 1 not in x.shape and _is_dense(x):
+        return torch.empty_like(x)
+    return torch.empty_like(x, memory_format=format_of(x))
+
+
+def contiguous(x: torch.Tensor) -> torch.Tensor:
+    """x.contiguous(), with the strides of that throughout: see `ordered`."""
+    return _with_own_strides(x, torch.contiguous_format) if 1 in x.shape else x.contiguous()
+
+
+def _with_own_strides(x: torch.Tensor, memory_format: torch.memory_format) -> torch.Tensor:
+    x, step = x.contiguous(memory_format=memory_format), 1
+    sizes, strides = x.shape, x.stride()
+    last = memory_format is not torch.contiguous_format
+    for d in (1, *range(x.dim() - 1, 1, -1), 0) if last else range(x.dim() - 1, -1, -1):
+        if strides[d] != step:
+            break
+        step *= sizes[d]
+    else:
+        return x
+    if not last:
+        return x.view(-1).view(sizes)
+    rows = x.movedim(1, -1)
+    return rows.reshape(-1).view(rows.shape).movedim(-1, 1)
+
+
+def _is_dense(x: torch.Tensor) -> bool:
     if x.is_contiguous():
-        return x
-    memory_format = _FORMATS.get(x.dim())
-    if memory_format is not None and x.is_contiguous(memory_format=memory_format):
-        return x
-    return x.contiguous()
+        return True
+    memory_format = FORMATS.get(x.dim())
+    return memory_format is not None and x.is_contiguous(memory_format=memory_format)
+
+
+def dense(x: torch.Tensor) -> torch.Tensor:
+    """x itself where it is contiguous, channels_last or channels_last_3d; else a copy in the format that its
+    strides ask for."""
+    return x if _is_dense(x) else x.contiguous(memory_format=suggested(x))
 
 
 def out_like(x: torch.Tensor) -> torch.Tensor:
-    """An empty tensor for a result: in x's memory order where x is dense, contiguous where it is not."""
-    if dense(x) is x:
-        return torch.empty_like(x)
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
+    """An empty tensor for a result, as torch.empty_like makes one of dense(x)."""
+    return torch.empty_like(x) if _is_dense(x) else torch.empty_like(x, memory_format=suggested(x))
 
 
 def dense_like(dy: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
@@ -42,7 +118,7 @@ def dense_like(dy: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         dy = torch.zeros_like(x) if dy._is_zerotensor() else dy.resolve_neg()
     if dy.stride() == x.stride():
         return dy
-    return dy.contiguous(memory_format=torch.contiguous_format if x.is_contiguous() else _FORMATS[x.dim()])
+    return dy.contiguous(memory_format=torch.contiguous_format if x.is_contiguous() else FORMATS[x.dim()])
 
 
 def accumulator(x: torch.Tensor) -> torch.dtype:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from ..activation import Activation
 from ..dispatch import KERNEL_DTYPES, KERNELS, PLAIN, known, transforming
+from ..kernels.layouts import FORMATS
 
-_FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
 _HALVES = (torch.float16, torch.bfloat16)
 _FLOATS = (*_HALVES, torch.float32)
 
@@ -71,10 +73,16 @@ def _autocasting(x: Tensor) -> bool:
     return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
 
 
-def in_order_of(x: Tensor, y: Tensor) -> Tensor:
-    """y in x's memory format, which torch does not keep everywhere. vmap's tensors cannot be asked for
-    theirs."""
-    memory_format = _FORMATS.get(x.dim())
-    if memory_format is None or transforming() or x.layout is not torch.strided or x.is_contiguous():
+def in_format_of(x: Tensor, y: Tensor, format_of: Callable[[Tensor], torch.memory_format]) -> Tensor:
+    """y in the format that x is to be returned in, which torch does not keep everywhere. vmap's tensors
+    cannot be asked for theirs."""
+    if x.dim() not in FORMATS or transforming() or x.layout is not torch.strided or x.is_contiguous():
         return y
-    return y.contiguous(memory_format=memory_format) if x.is_contiguous(memory_format=memory_format) else y
+    return y.contiguous(memory_format=format_of(x))
+
+
+def flat(x: Tensor) -> Tensor:
+    """[N, C, *] -> [N, C, S]. On a CPU the backward of torch's batch_norm, which is its instance_norm's too,
+    takes memory for contiguous that is channels_last, where sizes of 1 (instance_norm: one sample) give the
+    gradient strides that pass for both. There is no channels_last in three dimensions."""
+    return x.flatten(2) if x.dim() > 3 else x

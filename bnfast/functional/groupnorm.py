@@ -11,11 +11,12 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from ..activation import Activation, ActivationLike
 from ..dispatch import TORCH, TRITON, path, refuse_dtensor
+from ..kernels.layouts import ordered, suggested
 from .arguments import (
     as_float,
     check_residual,
     followed_by,
-    in_order_of,
+    in_format_of,
     needs_float,
     residual_fits,
     vectors_fit,
@@ -23,7 +24,6 @@ from .arguments import (
 
 if TRITON:
     from ..autograd import groupnorm as autograd
-    from ..kernels.layouts import dense
 
 
 def group_norm(
@@ -69,7 +69,7 @@ def group_norm(
         or not vectors_fit(way, input, weight, bias)
         or (residual is not None and not residual_fits(way, residual))
     ):
-        y = autograd.normalize(dense(input), weight, bias, residual, (way, after, num_groups, eps))
+        y = autograd.normalize(ordered(input), weight, bias, residual, (way, after, num_groups, eps))
         if y is not None:
             return y
     return followed_by(_torch_group_norm(input, num_groups, weight, bias, eps), after, residual)
@@ -87,6 +87,6 @@ def _torch_group_norm(
     """torch's own group_norm, with a result as the kernels' is."""
     refuse_dtensor(x, weight, bias)
     if not needs_float(x, weight, bias):
-        return in_order_of(x, F.group_norm(x, groups, weight, bias, eps))
+        return in_format_of(x, F.group_norm(x, groups, weight, bias, eps), suggested)
     y = F.group_norm(x.float(), groups, as_float(weight), as_float(bias), eps)
-    return in_order_of(x, y.to(x.dtype))
+    return in_format_of(x, y.to(x.dtype), suggested)

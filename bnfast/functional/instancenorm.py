@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,21 +12,25 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from ..activation import Activation, ActivationLike
 from ..dispatch import KERNELS, TORCH, TRITON, path, refuse_dtensor
+from ..kernels.layouts import format_in_instance_norm, ordered
 from ..reference.batchnorm import wide
 from .arguments import (
     as_float,
     check_residual,
+    flat,
     followed_by,
-    in_order_of,
+    in_format_of,
     needs_float,
     residual_fits,
     vectors_fit,
 )
 from .batchnorm import counting_batch_norm
 
+# more than one value a channel and sample, or torch's ValueError
+verify_spatial_size: Callable[[torch.Size], None] = getattr(F, "_verify_spatial_size")  # noqa: B009
+
 if TRITON:
     from ..autograd import groupnorm as autograd
-    from ..kernels.layouts import dense
 
 
 def instance_norm(
@@ -76,13 +81,15 @@ def instance_norm(
         if not use_input_stats:
             # torch's batch_norm refuses a negative eps, and its instance_norm does not
             if running_mean is not None and eps >= 0.0:
+                x = ordered(input, format_in_instance_norm)
                 return counting_batch_norm(
-                    input, running_mean, running_var, weight, bias, False, momentum, eps, None, None,
-                    after, residual,
+                    x, running_mean, running_var, weight, bias, False, momentum, eps, None, None, after,
+                    residual,
                 )  # fmt: skip
         elif input.numel() != input.size(0) * input.size(1):  # one value a channel: torch's ValueError
             options = (way, after, input.size(1), eps)
-            y = autograd.normalize(dense(input), weight, bias, residual, options)
+            x = ordered(input, format_in_instance_norm)
+            y = autograd.normalize(x, weight, bias, residual, options)
             if y is not None:
                 if running_mean is not None and running_var is not None:
                     _track(input.detach(), running_mean, running_var, momentum)
@@ -144,9 +151,10 @@ def _torch_instance_norm(
 ) -> Tensor:
     """torch's own instance_norm, with a result as the kernels' is."""
     refuse_dtensor(x, running_mean, running_var, weight, bias)
-    if not needs_float(x, weight, bias):
-        y = F.instance_norm(x, running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
-        return in_order_of(x, y)
-    weight, bias = as_float(weight), as_float(bias)
-    y = F.instance_norm(x.float(), running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
-    return in_order_of(x, y.to(x.dtype))
+    wide, given = x, (running_mean, running_var, weight, bias)
+    if needs_float(x, weight, bias):
+        wide, given = x.float(), (running_mean, running_var, as_float(weight), as_float(bias))
+    if use_input_stats:
+        verify_spatial_size(x.size())  # of x as it came
+    y = F.instance_norm(flat(wide), *given, use_input_stats, momentum, eps).view(x.shape)
+    return in_format_of(x, y.to(x.dtype), format_in_instance_norm)

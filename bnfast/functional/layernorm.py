@@ -12,6 +12,7 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from ..activation import Activation, ActivationLike
 from ..dispatch import KERNEL_DTYPES, KERNELS, PLAIN, TORCH, TRITON, path, refuse_dtensor
+from ..kernels.layouts import contiguous
 from .arguments import as_float, check_residual, followed_by, needs_float, residual_fits
 
 if TRITON:
@@ -56,7 +57,7 @@ def layer_norm(
         and (residual is None or residual_fits(way, residual))
     ):
         options = (way, after, len(normalized_shape), eps)
-        y = autograd.normalize(input.contiguous(), weight, bias, residual, options)
+        y = autograd.normalize(contiguous(input), weight, bias, residual, options)
         if y is not None:
             return y
     return followed_by(_torch_layer_norm(input, normalized_shape, weight, bias, eps), after, residual)

@@ -17,6 +17,10 @@ from ..reference.batchrenorm import refuse_recomputation
 from .followed import BACKWARD, FORWARD, define, fused, gradients_like, present, signs_like, with_signs
 
 
+def _ordered(x: torch.Tensor) -> torch.Tensor:
+    return layouts.ordered(x, layouts.format_in_batch_norm)
+
+
 def _train(  # type: ignore[no-untyped-def]
     x, weight, bias, running_mean, running_var, batches, cumulative, momentum, eps, activation="none",
     parameter=0.0, residual=None, signs=False, renorm=None,
@@ -24,7 +28,7 @@ def _train(  # type: ignore[no-untyped-def]
     after = fused(activation, parameter, residual, signs)
     return with_signs(
         kernels.forward(
-            layouts.dense(x), weight, bias, running_mean, running_var, batches, cumulative, momentum, eps,
+            _ordered(x), weight, bias, running_mean, running_var, batches, cumulative, momentum, eps,
             True, renorm, after,
         )
     )  # fmt: skip
@@ -46,7 +50,7 @@ def _eval(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     after = fused(activation, parameter, residual, signs)
     return with_signs(
-        kernels.inference(layouts.dense(x), weight, bias, running_mean, running_var, eps, keep, after)
+        kernels.inference(_ordered(x), weight, bias, running_mean, running_var, eps, keep, after)
     )
 
 
@@ -59,16 +63,20 @@ def _backward(  # type: ignore[no-untyped-def]
     )  # fmt: skip
 
 
-def _table_like(x: torch.Tensor, rows: int) -> torch.Tensor:
-    size = (rows, x.shape[1]) if rows else (0,)
-    return x.new_empty(size, dtype=layouts.accumulator(x))
+def _result(
+    x: torch.Tensor, rows: int, residual: torch.Tensor | None, signs: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Of a forward: empty tensors like y, a table of these rows, and signs."""
+    y = layouts.ordered_like(x, layouts.format_in_batch_norm)
+    table = x.new_empty((rows, x.shape[1]) if rows else (0,), dtype=layouts.accumulator(x))
+    return y, table, signs_like(y, residual, signs)
 
 
 def _train_fake(  # type: ignore[no-untyped-def]
     x, weight, bias, running_mean, running_var, batches, cumulative, momentum, eps, activation="none",
     parameter=0.0, residual=None, signs=False,
 ):  # fmt: skip
-    return layouts.out_like(x), _table_like(x, 4), signs_like(x, residual, signs)
+    return _result(x, 4, residual, signs)
 
 
 def _train_renorm_fake(  # type: ignore[no-untyped-def]
@@ -76,14 +84,14 @@ def _train_renorm_fake(  # type: ignore[no-untyped-def]
     activation="none",
     parameter=0.0, residual=None, signs=False,
 ):  # fmt: skip
-    return layouts.out_like(x), _table_like(x, 6), signs_like(x, residual, signs)
+    return _result(x, 6, residual, signs)
 
 
 def _eval_fake(  # type: ignore[no-untyped-def]
     x, weight, bias, running_mean, running_var, eps, keep, activation="none",
     parameter=0.0, residual=None, signs=False,
 ):  # fmt: skip
-    return layouts.out_like(x), _table_like(x, 4 if keep else 0), signs_like(x, residual, signs)
+    return _result(x, 4 if keep else 0, residual, signs)
 
 
 def _backward_fake(  # type: ignore[no-untyped-def]

@@ -41,14 +41,14 @@ def with_signs(made: tuple[Tensor, Tensor, Tensor | None]) -> tuple[Tensor, Tens
     return y, table, y.new_empty(0, dtype=torch.uint8) if signs is None else signs
 
 
-def signs_like(x: Tensor, residual: Tensor | None, signs: bool) -> Tensor:
-    """As kernels/fused.py decides it."""
-    c, s = x.shape[1], 1
-    for size in x.shape[2:]:
+def signs_like(y: Tensor, residual: Tensor | None, signs: bool) -> Tensor:
+    """As kernels/fused.py decides it, which is given x in y's order."""
+    c, s = y.shape[1], 1
+    for size in y.shape[2:]:
         s = s * size
-    last = layouts.is_channels_last(x) if layouts.dense(x) is x else x.dim() == 2 or s == 1
-    there = signs and residual is not None and views.packs(c, s, x.element_size(), last)
-    return x.new_empty(x.numel() // 8 if there else 0, dtype=torch.uint8)
+    last = layouts.is_channels_last(y)
+    there = signs and residual is not None and views.packs(c, s, y.element_size(), last)
+    return y.new_empty(y.numel() // 8 if there else 0, dtype=torch.uint8)
 
 
 def gradients_like(

@@ -12,7 +12,7 @@ def _forward(  # type: ignore[no-untyped-def]
     x, groups, weight, bias, eps, activation="none", parameter=0.0, residual=None, signs=False
 ):
     after = fused(activation, parameter, residual, signs)
-    return with_signs(kernels.forward(layouts.dense(x), groups, weight, bias, eps, True, after))
+    return with_signs(kernels.forward(layouts.ordered(x), groups, weight, bias, eps, True, after))
 
 
 def _backward(  # type: ignore[no-untyped-def]
@@ -27,7 +27,8 @@ def _forward_fake(  # type: ignore[no-untyped-def]
     x, groups, weight, bias, eps, activation="none", parameter=0.0, residual=None, signs=False
 ):
     table = x.new_empty((2, x.shape[0] * groups), dtype=layouts.accumulator(x))
-    return layouts.out_like(x), table, signs_like(x, residual, signs)
+    y = layouts.ordered_like(x)
+    return y, table, signs_like(y, residual, signs)
 
 
 def _backward_fake(  # type: ignore[no-untyped-def]

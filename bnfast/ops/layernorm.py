@@ -14,7 +14,7 @@ def _forward(  # type: ignore[no-untyped-def]
     x, weight, bias, dims, eps, keep, activation="none", parameter=0.0, residual=None, signs=False
 ):
     after = fused(activation, parameter, residual)
-    y, table, none = kernels.forward(x.contiguous(), weight, bias, dims, eps, keep, after)
+    y, table, none = kernels.forward(layouts.contiguous(x), weight, bias, dims, eps, keep, after)
     # not one tensor for all calls
     return with_signs((y, table if keep else x.new_empty(0, dtype=table.dtype), none))
 

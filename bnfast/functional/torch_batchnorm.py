@@ -1,0 +1,165 @@
+"""torch's own batch_norm as the layers need it: with the batch counted, Batch Renormalization, and
+right gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..dispatch import is_exporting, refuse_dtensor, transforming
+from ..kernels.layouts import dense, format_in_batch_norm, ordered
+from ..reference import batchnorm as reference
+from ..reference.batchrenorm import Limits, batch_renorm
+from .arguments import flat
+
+# more than one value a channel, or torch's ValueError
+verify_batch_size: Callable[[torch.Size], None] = getattr(F, "_verify_batch_size")  # noqa: B009
+
+
+def _verify_renormalized(x: Tensor, **vectors: Tensor | None) -> None:
+    """What torch.nn.functional.batch_norm finds out of itself, before plain formulas would broadcast it."""
+    if not (x.is_floating_point() and x.dtype.itemsize > 1):
+        raise TypeError(f"batch_renorm takes floating point input of 16 bits or more, but got {x.dtype}")
+    if x.dim() < 2:
+        raise ValueError(f"batch_renorm takes input of 2 or more dimensions, but got {x.dim()}")
+    verify_batch_size(x.size())
+    for name, t in vectors.items():
+        if t is not None and t.shape != x.shape[1:2]:
+            raise RuntimeError(f"{name} should be of shape [{x.shape[1]}], but got {list(t.shape)}")
+        if t is not None and not t.is_floating_point():
+            raise TypeError(f"{name} should be of floating point, but got {t.dtype}")
+        written = name.startswith("running") and not (
+            torch.compiler.is_compiling() or torch.is_inference_mode_enabled()
+        )
+        if t is not None and written and t.is_inference():
+            raise RuntimeError(
+                f"Inplace update to inference tensor outside InferenceMode is not allowed: {name} is one"
+            )
+
+
+def torch_batch_norm(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    momentum: float | None,
+    eps: float,
+    batches: Tensor | None,
+    renorm: tuple[Limits, bool] | None,
+) -> Tensor:
+    """torch's own batch_norm. A rejected batch leaves no trace, neither in the counter nor in the
+    statistics.
+    """
+    refuse_dtensor(x, running_mean, running_var, weight, bias)
+    for name, t in (
+        ("weight", weight),
+        ("bias", bias),
+        ("running_mean", running_mean),
+        ("running_var", running_var),
+    ):
+        # torch finds out after it has updated the statistics
+        if isinstance(t, Tensor) and t.device != x.device:
+            raise RuntimeError(
+                f"Tensor on device {t.device} is not on the expected device {x.device}! "
+                f"({name}, beside the input)"
+            )
+    if renorm is not None and running_mean is not None and running_var is not None:
+        _verify_renormalized(x, running_mean=running_mean, running_var=running_var, weight=weight, bias=bias)
+        return batch_renorm(x, running_mean, running_var, weight, bias, momentum, eps, *renorm, batches)
+    watched = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    if training and not watched and isinstance(bias, Tensor) and bias.dtype != x.dtype == torch.float32:
+        # And after that it finds out about this. A batch that is nobody's has no statistics to update.
+        F.batch_norm(torch.ones(2, bias.numel(), device=x.device), None, None, weight, bias, True)
+    if momentum is None and training and batches is not None and watched:
+        return _torch_cumulative(x, running_mean, running_var, weight, bias, eps, batches)
+    if batches is not None:
+        if not watched and batches.is_inference():
+            batches.add_(0)  # outside inference mode it raises, as add_(1) would, but that adds before
+        batches.add_(1)  # first, as torch does: checkpointing may stop a recomputation within batch_norm
+    if watched:
+        momentum = 0.0 if momentum is None else momentum
+        return _batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
+    try:
+        if momentum is None:
+            momentum = 1.0 / float(batches) if training and batches is not None else 0.0
+        return _batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
+    except (RuntimeError, ValueError, TypeError, IndexError):
+        if batches is not None:
+            batches.sub_(1)
+        raise
+
+
+def _batch_norm(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+) -> Tensor:
+    """F.batch_norm, but for what `flat` says of its gradients, and for statistics that change before them,
+    as torch's backward is handed these again. Graphs to keep stay as they are, for what looks for batch_norm
+    behind convolutions in them."""
+    rest = (weight, bias, training, momentum, eps)
+    if not torch.is_grad_enabled() or torch.jit.is_tracing() or is_exporting():
+        return F.batch_norm(x, running_mean, running_var, *rest)
+    mean, variance = running_mean, running_var
+    if (
+        isinstance(mean, Tensor)
+        and isinstance(variance, Tensor)
+        and any(isinstance(t, Tensor) and t.requires_grad for t in (x, weight, bias))
+        and not (training and _to_be_written_by_torch(mean, variance))
+    ):
+        mean, variance = mean.clone(), variance.clone()
+    planes = x.dim() > 3 and 1 in x.shape
+    if planes and (transforming() or x.is_contiguous()):
+        if training:
+            verify_batch_size(x.size())  # of x as it came
+        y = F.batch_norm(flat(x), mean, variance, *rest).view(x.shape)
+    else:
+        if planes and dense(x) is x:  # channels_last: in strides that cannot pass for contiguous ones
+            x = ordered(x, format_in_batch_norm)
+        y = F.batch_norm(x, mean, variance, *rest)
+    if training and mean is not running_mean:
+        with torch.no_grad():
+            for old, new in ((running_mean, mean), (running_var, variance)):
+                if old is not None and new is not None:
+                    old.copy_(new)
+    return y
+
+
+def _to_be_written_by_torch(mean: Tensor, variance: Tensor) -> bool:
+    """Whether writing to statistics is for torch's batch_norm to do or to refuse: in a graph, where copies
+    would be no help, or what may not be written to."""
+    if torch.compiler.is_compiling() or transforming():
+        return True
+    return any(t.requires_grad or t.is_inference() for t in (mean, variance))
+
+
+def _torch_cumulative(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    batches: Tensor,
+) -> Tensor:
+    """momentum=None without reading the counter on the host, so that a compiled graph stays whole."""
+    y = _batch_norm(x, None, None, weight, bias, True, 0.0, eps)
+    with torch.no_grad():
+        mean, variance = reference.moments(x)
+        n = x.numel() / x.shape[1]
+        factor = 1.0 / (batches + 1)
+        for running, value in ((running_mean, mean), (running_var, variance * (n / (n - 1)))):
+            if running is not None:
+                running.lerp_(value.to(running.dtype), factor.to(running.dtype))
+        batches.add_(1)
+    return y
