@@ -35,6 +35,11 @@ def info() -> int:
             )
             print(f"  {str(dtype).removeprefix('torch.'):9} {path}")
     print(
+        "\nSubclasses of torch.Tensor without a __torch_dispatch__ of their own (MONAI's MetaTensor,\n"
+        "fastai's TensorBase, torchvision's tv_tensors) take the path of an ordinary tensor, and come\n"
+        "back as what torch.nn's layer makes of them. Others, and compiled all, run plain torch."
+    )
+    print(
         "\nAnywhere: empty batches, export, jit.trace, functorch transforms and forward-mode AD run\n"
         "plain torch, which all of them understand; double backward differentiates plain torch formulas."
     )

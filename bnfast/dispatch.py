@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+from typing import Any
 
 import torch
 from torch.autograd import forward_ad
@@ -53,6 +54,29 @@ def known(x: torch.Tensor) -> bool:
     if type(x) in PLAIN:
         return not (x.is_nested or (not torch.compiler.is_compiling() and x.is_neg()))
     return type(x).__name__ in _TRACED
+
+
+def carries(kind: type) -> bool:
+    """Whether this is a subclass of Tensor that is an ordinary tensor and what it carries: it may have a say
+    on torch's functions, in __torch_function__, but has none on operators, in __torch_dispatch__."""
+    return (
+        kind not in PLAIN
+        and issubclass(kind, torch.Tensor)
+        and kind.__torch_dispatch__ is torch.Tensor.__torch_dispatch__
+    )
+
+
+def ordinary(*tensors: torch.Tensor | None) -> list[Any] | None:
+    """The ordinary tensors that these are; None if they are that already, or if the first would take the
+    plain-torch path as one too, and in torch.compile, which sees through torch's functions alone."""
+    subclasses = [t for t in tensors if t is not None and type(t) not in PLAIN]
+    if not subclasses or torch.compiler.is_compiling() or not any(carries(type(t)) for t in subclasses):
+        return None
+    with torch._C.DisableTorchFunctionSubclass():
+        found: list[Any] = [
+            t.as_subclass(torch.Tensor) if t is not None and carries(type(t)) else t for t in tensors
+        ]
+        return None if path(found[0]) == TORCH else found
 
 
 @functools.lru_cache

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from ..activation import Activation, ActivationLike
-from ..dispatch import KERNELS, TORCH, TRITON, path
+from ..dispatch import KERNELS, TORCH, TRITON, ordinary, path
 from ..kernels.layouts import format_in_batch_norm, ordered
 from ..reference.batchrenorm import Limits
 from .arguments import check_residual, followed_by, residual_fits, vectors_fit
@@ -51,7 +51,10 @@ def batch_norm(
     (ValueError for one value a channel in training and for eps <= 0 there, RuntimeError for sizes and
     devices that do not match), and ValueError for an activation or a residual that is not as said, before
     anything is updated."""
-    if has_torch_function_variadic(input, running_mean, running_var, weight, bias, residual):
+    if (
+        has_torch_function_variadic(input, running_mean, running_var, weight, bias, residual)
+        and not torch.compiler.is_compiling()
+    ):
         return handle_torch_function(
             batch_norm, (input, running_mean, running_var, weight, bias, residual), input, running_mean,
             running_var, weight=weight, bias=bias, training=training, momentum=momentum, eps=eps,
@@ -104,6 +107,17 @@ def counting_batch_norm(
         )  # fmt: skip
         if y is not None:
             return y
+    bare = ordinary(input, running_mean, running_var, weight, bias, residual)
+    if bare is not None:
+        carried = (input, running_mean, running_var, weight, bias, residual)
+        if has_torch_function_variadic(*carried):  # a layer's call: the function's has been handled
+            return handle_torch_function(
+                counting_batch_norm, carried, input, running_mean, running_var, weight, bias, training,
+                momentum, eps, batches, renorm, activation, residual,
+            )  # fmt: skip
+        *given, residual = bare
+        given += (training, momentum, eps, batches, renorm, activation, residual)
+        return counting_batch_norm(*given)
     y = torch_batch_norm(
         input, running_mean, running_var, weight, bias, training, momentum, eps, batches, renorm
     )

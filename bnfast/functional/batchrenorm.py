@@ -39,7 +39,10 @@ def batch_renorm(
     Returns a tensor of input's shape, dtype and memory format. Raises as batch_norm does, and ValueError for
     missing running statistics, r_max < 1 and d_max < 0, before anything is updated; RuntimeError in the
     recomputation of activation checkpointing (see BatchRenorm2d)."""
-    if has_torch_function_variadic(input, running_mean, running_var, weight, bias, residual):
+    if (
+        has_torch_function_variadic(input, running_mean, running_var, weight, bias, residual)
+        and not torch.compiler.is_compiling()
+    ):
         return handle_torch_function(
             batch_renorm, (input, running_mean, running_var, weight, bias, residual), input, running_mean,
             running_var, weight=weight, bias=bias, training=training, momentum=momentum, eps=eps, r_max=r_max,

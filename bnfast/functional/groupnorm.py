@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from ..activation import Activation, ActivationLike
-from ..dispatch import TORCH, TRITON, path, refuse_dtensor
+from ..dispatch import TORCH, TRITON, ordinary, path, refuse_dtensor
 from ..kernels.layouts import ordered, suggested
 from .arguments import (
     as_float,
@@ -46,7 +46,7 @@ def group_norm(
     Returns a tensor of input's shape and dtype. Under autocast too: on GPUs torch's own returns fp32 for fp16
     and bf16 input there, and takes twice the memory. Raises what torch.nn.functional.group_norm raises
     (ValueError for a batch of one value a group, RuntimeError for sizes and devices that do not match)."""
-    if has_torch_function_variadic(input, weight, bias, residual):
+    if has_torch_function_variadic(input, weight, bias, residual) and not torch.compiler.is_compiling():
         return handle_torch_function(
             group_norm, (input, weight, bias, residual), input, num_groups, weight=weight, bias=bias, eps=eps,
             activation=activation, residual=residual,
@@ -72,6 +72,10 @@ def group_norm(
         y = autograd.normalize(ordered(input), weight, bias, residual, (way, after, num_groups, eps))
         if y is not None:
             return y
+    bare = ordinary(input, weight, bias, residual)
+    if bare is not None:
+        x, weight, bias, residual = bare
+        return group_norm(x, num_groups, weight, bias, eps, activation=after, residual=residual)
     return followed_by(_torch_group_norm(input, num_groups, weight, bias, eps), after, residual)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from ..activation import Activation, ActivationLike
-from ..dispatch import KERNELS, TORCH, TRITON, path, refuse_dtensor
+from ..dispatch import KERNELS, TORCH, TRITON, ordinary, path, refuse_dtensor
 from ..kernels.layouts import format_in_instance_norm, ordered
 from ..reference.batchnorm import wide
 from .arguments import (
@@ -58,7 +58,10 @@ def instance_norm(
     channels_last_3d inputs give outputs of the same memory format, where torch's are contiguous. Raises what
     torch.nn.functional.instance_norm raises (ValueError for one value a channel and sample, RuntimeError for
     sizes and devices that do not match), before anything is updated."""
-    if has_torch_function_variadic(input, running_mean, running_var, weight, bias, residual):
+    if (
+        has_torch_function_variadic(input, running_mean, running_var, weight, bias, residual)
+        and not torch.compiler.is_compiling()
+    ):
         return handle_torch_function(
             instance_norm, (input, running_mean, running_var, weight, bias, residual), input,
             running_mean=running_mean, running_var=running_var, weight=weight, bias=bias,
@@ -94,6 +97,11 @@ def instance_norm(
                 if running_mean is not None and running_var is not None:
                     _track(input.detach(), running_mean, running_var, momentum)
                 return y
+    bare = ordinary(input, running_mean, running_var, weight, bias, residual)
+    if bare is not None:
+        *given, residual = bare
+        given += (use_input_stats, momentum, eps)
+        return instance_norm(*given, activation=after, residual=residual)
     y = _torch_instance_norm(
         input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps
     )  # fmt: skip

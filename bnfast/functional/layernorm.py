@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from ..activation import Activation, ActivationLike
-from ..dispatch import KERNEL_DTYPES, KERNELS, PLAIN, TORCH, TRITON, path, refuse_dtensor
+from ..dispatch import KERNEL_DTYPES, KERNELS, PLAIN, TORCH, TRITON, ordinary, path, refuse_dtensor
 from ..kernels.layouts import contiguous
 from .arguments import as_float, check_residual, followed_by, needs_float, residual_fits
 
@@ -38,7 +38,7 @@ def layer_norm(
     Returns a contiguous tensor of input's shape and dtype. Under autocast too: torch's own returns fp32 for
     fp16 and bf16 input there, and takes twice the memory. Raises what torch.nn.functional.layer_norm raises
     (RuntimeError for shapes that do not match and for an empty normalized_shape)."""
-    if has_torch_function_variadic(input, weight, bias, residual):
+    if has_torch_function_variadic(input, weight, bias, residual) and not torch.compiler.is_compiling():
         return handle_torch_function(
             layer_norm, (input, weight, bias, residual), input, normalized_shape, weight=weight, bias=bias,
             eps=eps, activation=activation, residual=residual,
@@ -60,6 +60,10 @@ def layer_norm(
         y = autograd.normalize(contiguous(input), weight, bias, residual, options)
         if y is not None:
             return y
+    bare = ordinary(input, weight, bias, residual)
+    if bare is not None:
+        x, weight, bias, residual = bare
+        return layer_norm(x, normalized_shape, weight, bias, eps, activation=after, residual=residual)
     return followed_by(_torch_layer_norm(input, normalized_shape, weight, bias, eps), after, residual)
 
 
