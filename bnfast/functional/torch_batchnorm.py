@@ -115,9 +115,12 @@ def _batch_norm(
         isinstance(mean, Tensor)
         and isinstance(variance, Tensor)
         and any(isinstance(t, Tensor) and t.requires_grad for t in (x, weight, bias))
-        and not (training and _to_be_written_by_torch(mean, variance))
+        and not (training and _seen_by_torch(mean, variance))
     ):
-        mean, variance = mean.clone(), variance.clone()
+        if training:  # the same memory, but torch's backward, which does not read it, does not see it change
+            mean, variance = mean.data, variance.data
+        else:
+            mean, variance = mean.clone(), variance.clone()
     planes = x.dim() > 3 and 1 in x.shape
     if planes and (transforming() or x.is_contiguous()):
         if training:
@@ -127,17 +130,14 @@ def _batch_norm(
         if planes and dense(x) is x:  # channels_last: in strides that cannot pass for contiguous ones
             x = ordered(x, format_in_batch_norm)
         y = F.batch_norm(x, mean, variance, *rest)
-    if training and mean is not running_mean:
-        with torch.no_grad():
-            for old, new in ((running_mean, mean), (running_var, variance)):
-                if old is not None and new is not None:
-                    old.copy_(new)
+    if training and mean is not running_mean and running_mean is not None and running_var is not None:
+        torch.autograd.graph.increment_version((running_mean, running_var))  # for whoever else has saved them
     return y
 
 
-def _to_be_written_by_torch(mean: Tensor, variance: Tensor) -> bool:
-    """Whether writing to statistics is for torch's batch_norm to do or to refuse: in a graph, where copies
-    would be no help, or what may not be written to."""
+def _seen_by_torch(mean: Tensor, variance: Tensor) -> bool:
+    """Whether torch's batch_norm has to see the statistics themselves: in a graph, or to refuse to write to
+    them."""
     if torch.compiler.is_compiling() or transforming():
         return True
     return any(t.requires_grad or t.is_inference() for t in (mean, variance))
