@@ -60,3 +60,13 @@ def test_two_forwards_then_their_backwards(path: str) -> None:
     assert layer.num_batches_tracked == 2
     mean = sum(factor * x.detach().mean((0, 2, 3)) for factor, x in zip((0.09, 0.1), batches, strict=True))
     assert_close(layer.running_mean, mean)
+
+
+@every_path
+def test_who_saved_a_buffer_is_told(path: str) -> None:
+    """A step changes it in place, for a gradient that needs what it was."""
+    layer = bnfast.BatchNorm2d(3)
+    y = layer.running_mean * torch.ones(3, requires_grad=True)
+    layer(torch.randn(4, 3, 5, 5, requires_grad=True))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()

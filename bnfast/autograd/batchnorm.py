@@ -82,9 +82,10 @@ def run(
     after = shared.followed(activation, residual, keep)
     if way == KERNELS:
         if training:
-            return kernels.forward(
-                x, weight, bias, *buffers, cumulative, momentum, eps, False, renorm, after
-            )  # fmt: skip
+            made = kernels.forward(x, weight, bias, *buffers, cumulative, momentum, eps, False, renorm, after)
+            if not torch.is_inference_mode_enabled():  # whoever has saved them is to know
+                torch._C._increment_version([t for t in buffers if t is not None])
+            return made
         return kernels.inference(x, weight, bias, buffers[0], buffers[1], eps, keep, after)
     if not training:
         return shared.checked(ops.evaluate(x, weight, bias, buffers[0], buffers[1], eps, keep, *after))
