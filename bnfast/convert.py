@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections import Counter, defaultdict
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
@@ -19,8 +19,7 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils.parametrize import is_parametrized
 
 from . import modules
-from .activation import Activation
-from .fusing.activations import of_module
+from .adopted import activation_of, both, is_adopted
 from .fusing.blocks import unfuse
 from .fusing.layers import NORMS, hooked
 from .modules import plain
@@ -32,12 +31,14 @@ _LOG = logging.getLogger("bnfast")
 _TORCH: dict[type[nn.Module], type[DropIn]] = {
     getattr(nn, name): getattr(modules, name) for name in modules.__all__ if hasattr(nn, name)
 } | {TorchFrozenBatchNorm2d: modules.FrozenBatchNorm2d}
+_THEIRS = {ours: kind for kind, ours in _TORCH.items()} | {
+    getattr(modules, f"BatchRenorm{n}d"): getattr(nn, f"BatchNorm{n}d") for n in (1, 2, 3)
+}
 _PLAIN = {getattr(plain, ours.__name__): ours for ours in _TORCH.values()}
-_DETECTRON = "detectron2.layers.batch_norm.FrozenBatchNorm2d"  # its output has the input's dtype
 # Known by name: these libraries are nobody's dependency here.
 _ELSEWHERE: dict[str, type[DropIn]] = {
     "torchvision.ops.misc.FrozenBatchNorm2d": modules.FrozenBatchNorm2d,
-    _DETECTRON: modules.FrozenBatchNorm2d,
+    "detectron2.layers.batch_norm.FrozenBatchNorm2d": modules.FrozenBatchNorm2d,
     "timm.layers.norm_act.BatchNormAct2d": modules.BatchNorm2d,
     "timm.layers.norm_act.FrozenBatchNormAct2d": modules.FrozenBatchNorm2d,
     "timm.layers.norm_act.GroupNormAct": modules.GroupNorm,
@@ -47,16 +48,6 @@ _ELSEWHERE: dict[str, type[DropIn]] = {
     "timm.layers.norm.GroupNorm1": modules.GroupNorm,
     "timm.layers.norm.LayerNorm": modules.LayerNorm,
 }
-# timm's own copies of torch.nn's activations, as far as it makes them with the torch versions served here
-_TIMM_ACTIVATIONS = {"Sigmoid": "sigmoid", "Tanh": "tanh", "GELU": "gelu", "GELUTanh": "gelu_tanh"}
-_PARTS = ("act", "drop")  # modules that timm's layers call after torch.nn's own forward
-
-
-class _Origin(NamedTuple):
-    """What a layer was that is not torch.nn's, and the modules that it called: timm's act and drop."""
-
-    kind: type[nn.Module]
-    parts: dict[str, nn.Module]
 
 
 def convert(model: nn.Module) -> nn.Module:
@@ -64,10 +55,11 @@ def convert(model: nn.Module) -> nn.Module:
 
     Converted are, by exact type: torch.nn's BatchNorm1d/2d/3d, GroupNorm, InstanceNorm1d/2d/3d and LayerNorm;
     torchvision's and detectron2's FrozenBatchNorm2d; timm's BatchNormAct2d, FrozenBatchNormAct2d,
-    GroupNormAct, GroupNorm1Act and LayerNormAct, with their activation as the layer's own, and timm's
-    GroupNorm, GroupNorm1 and LayerNorm. Parameters, buffers, hooks, flags, dtype, device and state_dict keys
-    stay, so the optimizer may have been made before; FSDP and torch.jit.script come after, since they replace
-    classes themselves.
+    GroupNormAct, GroupNorm1Act and LayerNormAct, whose activation the kernels apply, and timm's GroupNorm,
+    GroupNorm1 and LayerNorm. Layers of these libraries stay theirs as well: isinstance says so, and their
+    freezers and converters find what they look for. Parameters, buffers, hooks, flags, dtype, device and
+    state_dict keys stay, so the optimizer may have been made before; FSDP and torch.jit.script come after,
+    since they replace classes themselves.
 
     Left alone are subclasses, lazy, parametrized and pruned layers, those whose activation the kernels do not
     know, and all kinds that bnfast has not.
@@ -86,13 +78,6 @@ def convert(model: nn.Module) -> nn.Module:
             log.left(name, module, obstacle)
             continue
         before = type(module)
-        if before not in _TORCH and before not in _PLAIN:
-            parts = {part: module._modules.pop(part) for part in [*module._modules] if part in _PARTS}
-            attributes: Any = module
-            attributes._converted_from = _Origin(before, parts)
-            attributes.activation = _activation(parts.get("act"))
-            if _called(before) == _DETECTRON:
-                attributes.keep_dtype = True
         module.__class__ = target
         log.changed(before, module)
     log.write()
@@ -111,35 +96,35 @@ def revert(model: nn.Module) -> nn.Module:
     Returns the model; logs as `convert` does. Raises TypeError for anything but a torch.nn.Module."""
     log = _Log("revert", model)
     unfuse(model)
-    theirs = {ours: kind for kind, ours in _TORCH.items()}
-    theirs |= {getattr(modules, f"BatchRenorm{n}d"): getattr(nn, f"BatchNorm{n}d") for n in (1, 2, 3)}
     for name, module in list(model.named_modules()):
-        before = type(module)
-        if before not in theirs:
+        before, after = type(module), _restored(module)
+        if after is None:
             if isinstance(module, DropIn) and before not in _PLAIN:
                 log.left(name, module, "a subclass of bnfast's")
             continue
         if before.__name__.startswith("BatchRenorm"):
             log.unlike.append(name or "the model")
-        module.__class__ = _restored(module, theirs[before])
+        module.__class__ = after
         log.changed(before, module)
     log.write()
     return model
 
 
-def _restored(module: Any, kind: type[nn.Module]) -> type[nn.Module]:
-    """The class that one of bnfast's layers goes back to; its attributes are made to fit. kind: torch's."""
+def _restored(module: Any) -> type[nn.Module] | None:
+    """The class that one of bnfast's layers goes back to, or None for a subclass of them."""
+    kind = type(module)
+    adopted = is_adopted(kind)
+    if not adopted and kind not in _THEIRS:
+        return None
+    # What timm's layers apply is not in here: their own class calls the modules that it is read from.
     activation = module.__dict__.pop("activation", None)
-    origin: _Origin | None = module.__dict__.pop("_converted_from", None)
-    if origin and activation == _activation(origin.parts.get("act")):  # and has not been given another since
-        for name, part in origin.parts.items():
-            module._modules[name] = part.train(module.training)
-        module.__dict__.pop("keep_dtype", None)
-        return origin.kind
     if activation is None:
-        return kind
+        return kind.theirs if adopted else _THEIRS[kind]
     module.activation = activation
-    applying: type[nn.Module] = getattr(plain, kind.__name__.removeprefix("Torch"))
+    if adopted and getattr(kind, "keep_dtype", False):
+        module.keep_dtype = True
+    name = "BatchNorm" + kind.__name__[-2:] if kind.__name__.startswith("BatchRenorm") else kind.__name__
+    applying: type[nn.Module] = getattr(plain, name)
     return applying
 
 
@@ -147,7 +132,8 @@ def _counterpart(kind: type) -> type[DropIn] | None:
     """bnfast's class for exactly this one."""
     found = _TORCH.get(kind) or _PLAIN.get(kind)
     if found is None and getattr(sys.modules.get(kind.__module__), kind.__qualname__, None) is kind:
-        found = _ELSEWHERE.get(f"{kind.__module__}.{kind.__qualname__}")
+        ours = _ELSEWHERE.get(_called(kind))
+        found = both(ours, kind) if ours else None
     return found
 
 
@@ -176,7 +162,7 @@ def _why_unknown(module: nn.Module) -> str:
 def _obstacle(module: nn.Module, target: type[DropIn]) -> str | None:
     """Why a layer of a known class would not be the same as one of bnfast's, or None."""
     held: set[str] = set(module.__dict__).union(module._parameters, module._buffers, module._modules)
-    read = (set(dir(target)) - set(dir(type(module))) - {"qconfig"}) | {"forward"}
+    read = (set(dir(target)) - set(dir(type(module))) - {"affine"}) | {"forward"}
     if held & read:
         return f"it has attributes of its own: {', '.join(sorted(held & read))}"
     if not held.difference(module.__dict__).issuperset(("weight", "bias")):
@@ -186,19 +172,11 @@ def _obstacle(module: nn.Module, target: type[DropIn]) -> str | None:
         return "timm's fast norm is on, which chooses dtypes of its own"
     if drop is not None and type(drop) is not nn.Identity:
         return f"its dropout, {type(drop).__name__}"
-    if act is not None and type(act) is not nn.Identity and _activation(act) is None:
+    if act is not None and type(act) is not nn.Identity and activation_of(act) is None:
         return f"its activation, {type(act).__name__}, is not among bnfast's"
     if any(part is not None and hooked(part) for part in (act, drop)):
         return "hooks on its activation or dropout"
     return None
-
-
-def _activation(act: nn.Module | None) -> Activation | None:
-    """What a layer of timm's applies: None too for one that bnfast does not know."""
-    known = of_module(act)
-    if known is None and type(act).__module__ == "timm.layers.activations":
-        known = Activation.of(_TIMM_ACTIVATIONS.get(type(act).__name__))
-    return known
 
 
 class _Log:

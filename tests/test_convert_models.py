@@ -249,26 +249,3 @@ def test_feature_extraction() -> None:
     expected = extraction.create_feature_extractor(model, features)(images(32))
     found = extraction.create_feature_extractor(bnfast.convert(model), features)(images(32))
     torch.testing.assert_close(found, expected)
-
-
-def test_timms_own_converters() -> None:
-    """Its SyncBatchNorm converter raises for converted layers, and takes reverted ones. Its freezer leaves
-    the activation of a converted layer out, its unfreezer does not find a frozen one, until reverted."""
-    timm = installed("timm")
-    model = bnfast.convert(timm.create_model("mobilenetv3_small_100"))
-    with pytest.raises(RuntimeError, match="applies hardswish itself"):
-        timm.layers.convert_sync_batchnorm(copy.deepcopy(model))
-    synced = timm.layers.convert_sync_batchnorm(bnfast.revert(copy.deepcopy(model)))
-    assert sum(type(m) is timm.layers.SyncBatchNormAct for m in synced.modules()) == 34
-    layer, x = model.bn1.eval(), torch.randn(2, 16, 4, 4)
-    frozen = timm.layers.freeze_batch_norm_2d(copy.deepcopy(layer))
-    torch.testing.assert_close(layer.activation.apply(frozen(x)), layer(x))
-    torch.testing.assert_close(
-        timm.layers.freeze_batch_norm_2d(bnfast.revert(copy.deepcopy(layer)))(x), layer(x)
-    )
-    frozen = bnfast.convert(timm.layers.freeze_batch_norm_2d(bnfast.revert(model)))
-    assert not any(
-        type(m) is timm.layers.BatchNormAct2d for m in timm.layers.unfreeze_batch_norm_2d(frozen).modules()
-    )
-    unfrozen = timm.layers.unfreeze_batch_norm_2d(bnfast.revert(frozen))
-    assert sum(type(m) is timm.layers.BatchNormAct2d for m in unfrozen.modules()) == 34

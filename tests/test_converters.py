@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.utils.mkldnn
 from torch import Tensor, nn
 from torch.ao.quantization import default_qconfig, propagate_qconfig_
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -16,7 +17,7 @@ from torch.testing import assert_close
 
 import bnfast
 from bnfast.modules import plain
-from tests.support.foreign import BatchNormAct2d, TorchvisionFrozen, put_in_place
+from tests.support.foreign import DetectronFrozen, put_in_place
 
 
 @pytest.fixture(autouse=True)
@@ -67,18 +68,11 @@ def test_sync_batchnorm_has_begun_by_then() -> None:
 def test_sync_batchnorm_takes_the_others() -> None:
     model = nn.Sequential(bnfast.BatchNorm2d(4), bnfast.GroupNorm(2, 4, activation="relu"))
     old = model[0]
-    nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    with pytest.warns(UserWarning, match="what bnfast.fuse had put inside.*bnfast.revert"):
+        nn.SyncBatchNorm.convert_sync_batchnorm(model)
     assert [type(m) for m in model] == [nn.SyncBatchNorm, bnfast.GroupNorm]
     assert model[0].weight is old.weight
     assert not hasattr(model[0], "qconfig")
-
-
-def test_the_way_out_for_what_came_from_timm() -> None:
-    """reverted, the layer is timm's again, which timm's converter knows."""
-    model = bnfast.convert(nn.Sequential(BatchNormAct2d(4, nn.ReLU())))
-    with pytest.raises(RuntimeError, match="bnfast.revert and then timm's converter"):
-        nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    assert type(bnfast.revert(model)[0]) is BatchNormAct2d
 
 
 def test_qconfig_is_an_attribute_like_others() -> None:
@@ -145,24 +139,33 @@ def test_freezing_by_mode_and_gradients(activation: str | None) -> None:
     assert_close(model[1].state_dict(), before, rtol=0, atol=0)
 
 
-def refrozen(model: nn.Sequential) -> nn.Sequential:
-    """As timm's and detectron2's freezers: a new layer of constants, from a BatchNorm2d's parameters."""
-    theirs, layer = TorchvisionFrozen(4).double(), model[1]
-    theirs.load_state_dict({k: v for k, v in layer.state_dict().items() if k != "num_batches_tracked"})
-    theirs.eps = layer.eps
-    return nn.Sequential(model[0], theirs)
-
-
 def test_freezing_by_replacement() -> None:
-    """Freezers that build a layer of their own leave the activation out, as README says; the other way round,
-    frozen layers convert, and keep it."""
+    """Freezers that build a layer of their own read the same attributes, and are stopped where the activation
+    would be left out; what they make of others converts again."""
     model = network(bnfast.BatchNorm2d(4))
-    ours = bnfast.convert(refrozen(model))
-    assert type(ours[1]) is bnfast.FrozenBatchNorm2d
-    assert_close(ours.train()(data()), model(data()), rtol=1e-12, atol=1e-12)
-    with_activation = network(bnfast.BatchNorm2d(4, activation="relu"))
-    expected = with_activation(data())
-    assert_close(refrozen(with_activation)(data()).relu(), expected, rtol=1e-12, atol=1e-12)
+    expected = model(data())
+    frozen = DetectronFrozen.convert_frozen_batchnorm(copy.deepcopy(model))
+    assert type(frozen[1]) is DetectronFrozen
+    ours = bnfast.convert(frozen.double())
+    assert isinstance(ours[1], bnfast.FrozenBatchNorm2d)
+    assert_close(ours.train()(data()), expected, rtol=1e-12, atol=1e-12)
+    for layer in (bnfast.BatchNorm2d(4, activation="relu"), plain.BatchNorm2d(4)):
+        layer.activation = bnfast.Activation("relu")
+        with pytest.raises(
+            RuntimeError, match="applies relu itself.* convert_frozen_batchnorm .*bnfast.fuse"
+        ):
+            DetectronFrozen.convert_frozen_batchnorm(network(layer))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_mkldnns_conversion() -> None:
+    to_mkldnn = torch.utils.mkldnn.to_mkldnn
+    if not torch.backends.mkldnn.is_available():
+        pytest.skip("this PyTorch has no MKLDNN")
+    layer, x = network(bnfast.BatchNorm2d(4)).float()[1], data().float()
+    assert_close(to_mkldnn(layer)(x.to_mkldnn()).to_dense(), layer(x), rtol=1e-4, atol=1e-4)
+    with pytest.raises(RuntimeError, match="applies relu itself.*torch.utils.mkldnn"):
+        to_mkldnn(network(bnfast.BatchNorm2d(4, activation="relu")).float())
 
 
 def test_plain_layers_say_that_jit_cannot_script_them() -> None:

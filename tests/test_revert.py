@@ -16,7 +16,7 @@ import bnfast
 from bnfast.modules import plain
 from bnfast.modules.drop_in import DropIn
 from tests.support.convertible import CONVOLUTIONS
-from tests.support.foreign import BatchNormAct2d, put_in_place
+from tests.support.foreign import BatchNormAct2d, DetectronFrozen, put_in_place
 from tests.support.training import assert_same_training, record
 
 
@@ -79,13 +79,18 @@ def test_without_an_activation_ours_revert_to_torchs() -> None:
 
 
 def test_an_activation_given_since_is_kept() -> None:
-    """timm's class would come back with the old one."""
-    layer = bnfast.convert(BatchNormAct2d(4, nn.ReLU()))
-    layer.activation = bnfast.Activation("silu")
-    x = torch.randn(2, 4, 3, 3)
-    expected = copy.deepcopy(layer)(x)
-    assert type(bnfast.revert(layer)) is plain.BatchNorm2d
-    torch.testing.assert_close(layer(x), expected)
+    """timm's layer gets a module that applies it; others become layers in plain torch."""
+    cases = (
+        (BatchNormAct2d(4, nn.ReLU()), BatchNormAct2d, torch.float32),
+        (DetectronFrozen(4), plain.FrozenBatchNorm2d, torch.float16),
+    )
+    for layer, kind, dtype in cases:
+        bnfast.convert(layer)
+        layer.activation = bnfast.Activation("leaky_relu", 0.3)
+        x = torch.randn(2, 4, 3, 3, dtype=dtype)
+        expected = copy.deepcopy(layer)(x)
+        assert type(bnfast.revert(layer)) is kind
+        torch.testing.assert_close(layer(x), expected)
 
 
 @pytest.mark.parametrize("activation", [None, "relu"])

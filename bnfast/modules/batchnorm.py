@@ -9,10 +9,11 @@ from torch import Tensor, nn
 
 from ..activation import Activation, ActivationLike
 from ..functional.batchnorm import counting_batch_norm
-from .drop_in import DropIn, OptionalBias, says_what_it_takes
+from .drop_in import OptionalBias, says_what_it_takes
+from .replaceable import Replaceable
 
 
-class _Kernels(DropIn, OptionalBias, nn.modules.batchnorm._BatchNorm):
+class _Kernels(Replaceable, OptionalBias, nn.modules.batchnorm._BatchNorm):
     """What the three share. Everything but the forward is inherited: state_dict, buffers, repr, dimension
     checks.
     """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import FrameType
 from typing import Any
 
 import torch
@@ -10,10 +11,11 @@ from torch import Tensor, nn
 
 from ..activation import Activation, ActivationLike
 from ..functional.batchrenorm import scheduled_batch_renorm
-from .drop_in import DropIn, OptionalBias, says_what_it_takes
+from .drop_in import OptionalBias, says_what_it_takes
+from .replaceable import TO_SYNC, Replaceable
 
 
-class _BatchRenorm(DropIn, OptionalBias, nn.modules.batchnorm._BatchNorm):
+class _BatchRenorm(Replaceable, OptionalBias, nn.modules.batchnorm._BatchNorm):
     """Batch Renormalization (Ioffe 2017, arXiv 1702.03275, algorithm 1): training normalizes with the batch's
     statistics, corrected towards the running ones, so that training and eval compute the same as far as the
     limits allow. For small and for not identically distributed batches.
@@ -108,7 +110,9 @@ class _BatchRenorm(DropIn, OptionalBias, nn.modules.batchnorm._BatchNorm):
             f"d_max_steps={self.d_max_steps}{'' if self.skip_nonfinite else ', skip_nonfinite=False'}"
         )
 
-    def _lost_in_sync_batchnorm(self) -> str | None:
+    def _lost_in(self, by: str, caller: FrameType) -> str | None:
+        if by not in TO_SYNC:  # a layer of constants renormalizes as little as this one in eval
+            return super()._lost_in(by, caller)
         return (
             "renormalizes, which torch.nn.SyncBatchNorm does not: convert the model's other layers one by "
             "one, or replace this one by a BatchNorm with the same state_dict first, as bnfast.revert does"

@@ -3,7 +3,6 @@ where graphs are recorded, by torch.fx and torch.jit.script."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from difflib import get_close_matches
 from functools import wraps
@@ -70,41 +69,6 @@ class DropIn(nn.Module):
         module: nn.Module = object.__new__(plain)
         module.__dict__ = dict(self.__dict__)
         return module
-
-    __jit_unused_properties__ = ("qconfig",)  # torch.jit.script would compile it
-
-    @property
-    def qconfig(self) -> Any:
-        """Quantization's, if it has set one. torch's and timm's convert_sync_batchnorm look for it too, right
-        after they have built a bare SyncBatchNorm in a layer's place: there, and nowhere else, it raises
-        where something would be lost."""
-        if sys._getframe(1).f_code.co_name == "convert_sync_batchnorm":
-            lost = self._lost_in_sync_batchnorm()
-            if lost is not None:
-                raise RuntimeError(f"{type(self).__name__} {lost}")
-        if "qconfig" not in self.__dict__:
-            raise AttributeError(f"'{type(self).__name__}' object has no attribute 'qconfig'")
-        return self.__dict__["qconfig"]
-
-    @qconfig.setter
-    def qconfig(self, value: Any) -> None:
-        self.__dict__["qconfig"] = value
-
-    @qconfig.deleter
-    def qconfig(self) -> None:
-        if "qconfig" not in self.__dict__:
-            raise AttributeError("qconfig")
-        del self.__dict__["qconfig"]
-
-    def _lost_in_sync_batchnorm(self) -> str | None:
-        """What a bare SyncBatchNorm would not do as this BatchNorm does, and a way out; None if nothing."""
-        if self.activation is None:
-            return None
-        return (
-            f"applies {self.activation.name} itself, which torch.nn.SyncBatchNorm does not: build it without "
-            "activation= and apply that in a module behind it, or, if bnfast.convert made it of one of "
-            "timm's, use bnfast.revert and then timm's converter"
-        )
 
 
 def says_what_it_takes(init: Callable[_P, None]) -> Callable[_P, None]:

@@ -9,6 +9,7 @@ from ..activation import Activation
 from ..functional.arguments import check_residual, followed_by
 from .drop_in import DropIn
 from .frozenbatchnorm import TorchFrozenBatchNorm2d
+from .replaceable import Replaceable
 
 
 class _Plain(DropIn):
@@ -20,15 +21,15 @@ class _Plain(DropIn):
         return followed_by(super(DropIn, self).forward(input), activation, residual)
 
 
-class BatchNorm1d(_Plain, nn.BatchNorm1d):
+class BatchNorm1d(_Plain, Replaceable, nn.BatchNorm1d):
     """torch.nn.BatchNorm1d, then the activation."""
 
 
-class BatchNorm2d(_Plain, nn.BatchNorm2d):
+class BatchNorm2d(_Plain, Replaceable, nn.BatchNorm2d):
     """torch.nn.BatchNorm2d, then the activation."""
 
 
-class BatchNorm3d(_Plain, nn.BatchNorm3d):
+class BatchNorm3d(_Plain, Replaceable, nn.BatchNorm3d):
     """torch.nn.BatchNorm3d, then the activation."""
 
 

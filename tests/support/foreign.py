@@ -27,8 +27,8 @@ class TorchvisionFrozen(_Constants):
     """Arithmetic on tensors, so that the widest dtype is the output's."""
 
     def forward(self, x: Tensor) -> Tensor:
-        scale, shift, mean, variance = (t.view(1, -1, 1, 1) for t in self.buffers())
-        return (x - mean) / (variance + self.eps).sqrt() * scale + shift
+        scale = (self.weight / (self.running_var + self.eps).sqrt()).view(1, -1, 1, 1)
+        return (x - self.running_mean.view(1, -1, 1, 1)) * scale + self.bias.view(1, -1, 1, 1)
 
 
 class DetectronFrozen(_Constants):
@@ -42,6 +42,20 @@ class DetectronFrozen(_Constants):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
+
+    @classmethod
+    def convert_frozen_batchnorm(cls, module: nn.Module) -> nn.Module:
+        """Puts a layer of its own, made of a BatchNorm2d's attributes, in the place of each of them."""
+        if isinstance(module, (nn.BatchNorm2d, nn.SyncBatchNorm)):
+            frozen = cls(module.num_features, module.eps)
+            if module.affine:
+                frozen.weight.data, frozen.bias.data = module.weight.data.clone(), module.bias.data.clone()
+            frozen.running_mean.data = module.running_mean.data
+            frozen.running_var.data = module.running_var.data
+            return frozen
+        for name, child in module.named_children():
+            module.add_module(name, cls.convert_frozen_batchnorm(child))
+        return module
 
 
 class _Applying(nn.Module):
@@ -57,7 +71,11 @@ class BatchNormAct2d(_Applying, nn.BatchNorm2d):
         self._apply_to(act)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.act(self.drop(super().forward(x)))
+        if self.training and self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)
+        mean, variance, momentum = self.running_mean, self.running_var, self.momentum or 0.0
+        y = F.batch_norm(x, mean, variance, self.weight, self.bias, self.training, momentum, self.eps)
+        return self.act(self.drop(y))
 
 
 class FrozenBatchNormAct2d(_Applying, TorchvisionFrozen):

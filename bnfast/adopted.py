@@ -1,0 +1,136 @@
+"""Layers of other libraries on bnfast's kernels: their class is one of bnfast's and the library's as well, so
+that the library's own tools go on finding them. bnfast.convert gives layers such classes."""
+
+from __future__ import annotations
+
+from types import FrameType
+from typing import Any
+
+from torch import Tensor, nn
+
+from .activation import Activation
+from .fusing.activations import of_module
+from .fusing.layers import hooked, hooked_everywhere
+from .modules.drop_in import DropIn
+from .modules.replaceable import Replaceable
+
+# timm's own copies of torch.nn's activations, as far as it makes them with the torch versions served here
+_TIMM_ACTIVATIONS = {"Sigmoid": "sigmoid", "Tanh": "tanh", "GELU": "gelu", "GELUTanh": "gelu_tanh"}
+
+
+class Adopted(DropIn):
+    """Mixed into a class of both, before the two."""
+
+    ours: type[DropIn]
+    theirs: type[nn.Module]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # No module holds the class of both, so pickle and copy have it made again.
+        if not is_adopted(type(self)):
+            return super().__reduce_ex__(protocol)
+        reduced: Any = super().__reduce_ex__(max(int(protocol), 2))
+        return _blank, (self.ours, self.theirs), *reduced[2:]
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        """torch.jit.script gets the library's layer."""
+        if self.__dict__.get("activation") is not None:  # given since: the library's layer knows none
+            return super().__prepare_scriptable__()
+        module: nn.Module = object.__new__(self.theirs)
+        module.__dict__ = dict(self.__dict__)
+        return module
+
+
+class Applying(Adopted):
+    """timm's layers with their two modules, `drop` and `act`, which are called after the normalization. They
+    stay where they are, and are called where the kernels cannot stand for them as they are now."""
+
+    @property
+    def activation(self) -> Any:
+        """What `act` is; `act` itself where it has to be called."""
+        act, drop = self._modules.get("act"), self._modules.get("drop")
+        if type(drop) is not nn.Identity or hooked(drop) or hooked_everywhere():
+            return act
+        if type(act) is nn.Identity:
+            return act if hooked(act) else None
+        known = None if act is None or hooked(act) else activation_of(act)
+        return act if known is None else known
+
+    @activation.setter
+    def activation(self, value: Any) -> None:
+        self.act = as_module(Activation.of(value))
+
+    def normalize(self, input: Tensor, activation: Any, residual: Tensor | None) -> Tensor:
+        if not isinstance(activation, nn.Module):
+            return super().normalize(input, activation, residual)
+        output: Tensor = self.act(self.drop(super().normalize(input, None, residual)))  # type: ignore[operator]
+        return output
+
+    def extra_repr(self) -> str:
+        return super(DropIn, self).extra_repr()  # whose children are shown
+
+    def _lost_in(self, by: str, caller: FrameType) -> str | None:
+        if caller.f_globals.get("__name__", "").partition(".")[0] == "timm" or self.activation is None:
+            return None
+        return (
+            f"applies {type(self.act).__name__} itself, which the layer that {by} builds in its place does "
+            "not: use timm's own, which keeps it"
+        )
+
+
+class _ApplyingBatchNorm(Applying, Replaceable):
+    """BatchNormAct2d."""
+
+
+_made: dict[tuple[type, type], type[Adopted]] = {}
+
+
+def both(ours: type[DropIn], theirs: type[nn.Module]) -> type[Adopted]:
+    """The class of a layer of the library's that runs on bnfast's kernels: the same for the same two."""
+    if (ours, theirs) in _made:
+        return _made[ours, theirs]
+    mixin: type[Adopted] = Adopted
+    if theirs.__name__.endswith(("Act", "Act2d")):
+        mixin = _ApplyingBatchNorm if issubclass(ours, Replaceable) else Applying
+    members: dict[str, Any] = {
+        "__module__": ours.__module__,
+        "__qualname__": ours.__qualname__,
+        "__doc__": f"{theirs.__module__}.{theirs.__qualname__} on bnfast's kernels.",
+        "ours": ours,
+        "theirs": theirs,
+    }
+    if theirs.__module__.startswith("detectron2."):
+        members["keep_dtype"] = True  # its output has the input's dtype
+    _made[ours, theirs] = type(ours.__name__, (mixin, ours, theirs), members)
+    return _made[ours, theirs]
+
+
+def is_adopted(kind: type) -> bool:
+    """Whether a class is one that `both` has made, and not somebody's subclass of it."""
+    return issubclass(kind, Adopted) and "theirs" in vars(kind)
+
+
+def activation_of(act: nn.Module | None) -> Activation | None:
+    """What a layer of timm's applies: None too for one that bnfast does not know."""
+    known = of_module(act)
+    if known is None and type(act).__module__ == "timm.layers.activations":
+        known = Activation.of(_TIMM_ACTIVATIONS.get(type(act).__name__))
+    return known
+
+
+def as_module(activation: Activation | None) -> nn.Module:
+    """torch.nn's module that does the same."""
+    if activation is None:
+        return nn.Identity()
+    name, parameter = activation
+    if name in ("leaky_relu", "elu"):
+        return nn.LeakyReLU(parameter) if name == "leaky_relu" else nn.ELU(parameter)
+    if name == "gelu_tanh":
+        return nn.GELU(approximate="tanh")
+    kinds = (nn.ReLU, nn.ReLU6, nn.SiLU, nn.GELU, nn.Hardswish, nn.Hardsigmoid, nn.Mish, nn.Sigmoid, nn.Tanh)
+    return next(kind() for kind in kinds if kind.__name__.lower() == name)
+
+
+def _blank(ours: type[DropIn], theirs: type[nn.Module]) -> nn.Module:
+    """What pickle and copy fill with a layer's state."""
+    blank: nn.Module = object.__new__(both(ours, theirs))
+    return blank

@@ -1,0 +1,59 @@
+"""BatchNorms as other code finds them that builds a layer of its own from what one holds."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from types import FrameType
+
+from .drop_in import DropIn
+
+# Functions that build another layer in the place of whatever is one of torch.nn's BatchNorms: torch's and
+# timm's, apex's; detectron2's; timm's and open_clip's. torch.utils.mkldnn does so in a constructor.
+TO_SYNC = ("convert_sync_batchnorm", "convert_syncbn_model")
+_TO_ANOTHER = (*TO_SYNC, "convert_frozen_batchnorm", "freeze_batch_norm_2d")
+_MKLDNN = "torch.utils.mkldnn"
+
+
+class Replaceable(DropIn):
+    """Mixed into a BatchNorm. It raises where a bare layer is built in its place that would do less."""
+
+    __jit_unused_properties__ = ("affine",)  # torch.jit.script would compile it
+
+    @property
+    def affine(self) -> bool:
+        """torch.nn's attribute. No forward reads it, but all of those functions do: they build a bare layer
+        from a BatchNorm's attributes, and none of them asks the BatchNorm in any other way."""
+        caller = sys._getframe(1)
+        if caller.f_code.co_name in _TO_ANOTHER or caller.f_globals.get("__name__") == _MKLDNN:
+            self._replaced_by(caller)
+        try:
+            return bool(self.__dict__["affine"])
+        except KeyError:
+            raise AttributeError("affine") from None
+
+    @affine.setter
+    def affine(self, value: bool) -> None:
+        self.__dict__["affine"] = value
+
+    def _replaced_by(self, caller: FrameType) -> None:
+        by = caller.f_code.co_name if caller.f_code.co_name in _TO_ANOTHER else _MKLDNN
+        lost = self._lost_in(by, caller)
+        if lost is not None:
+            raise RuntimeError(f"{type(self).__name__} {lost}")
+        if by in TO_SYNC:
+            warnings.warn(
+                f"{by} puts a SyncBatchNorm in the place of bnfast's BatchNorms: it computes the same, but "
+                "not on bnfast's kernels, and what bnfast.fuse had put inside their calls runs by itself "
+                "again. bnfast.revert(model) first says that this is meant",
+                stacklevel=4,
+            )
+
+    def _lost_in(self, by: str, caller: FrameType) -> str | None:
+        """What the bare layer that a function builds would not do as this one does, and a way out."""
+        if self.activation is None:
+            return None
+        return (
+            f"applies {self.activation.name} itself, which the layer that {by} builds in its place does not: "
+            "make it without activation= and apply that in a module behind it, which bnfast.fuse takes in"
+        )

@@ -1,0 +1,124 @@
+"""timm's and Lightning's own tools on converted and fused models of timm's: they find its layers and lose
+nothing. These libraries need not be installed; tests/test_adopted.py does without."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.testing import assert_close
+
+import bnfast
+from tests.support.zoo import installed
+
+LAYERS = 34  # of mobilenetv3_small_050
+
+
+@pytest.fixture(scope="module")
+def timm() -> Any:
+    return installed("timm")
+
+
+@pytest.fixture(scope="module")
+def original(timm: Any) -> nn.Module:
+    """With statistics that are not those of a new model, in eval."""
+    torch.manual_seed(0)
+    model = timm.create_model("mobilenetv3_small_050", num_classes=8).double()
+    for name, buffer in model.named_buffers():
+        if "running" in name:
+            buffer.copy_(torch.rand_like(buffer) + 0.5)
+    return model.eval()  # type: ignore[no-any-return]
+
+
+@pytest.fixture(autouse=True)
+def _on_plain_torch(plain_torch_in_one_thread: None) -> None:
+    pass
+
+
+def images() -> Tensor:
+    return torch.randn(2, 3, 32, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+
+def count(model: nn.Module, kind: type) -> int:
+    return sum(type(module) is kind for module in model.modules())
+
+
+both_ways = pytest.mark.parametrize("change", [bnfast.convert, bnfast.fuse])
+
+
+@both_ways
+def test_freeze_and_unfreeze_batch_norm(
+    change: Callable[[nn.Module], nn.Module], timm: Any, original: nn.Module
+) -> None:
+    expected, model = original(images()), change(copy.deepcopy(original))
+    frozen = timm.layers.freeze_batch_norm_2d(model)
+    assert count(frozen, timm.layers.FrozenBatchNormAct2d) + count(frozen, _frozen()) == LAYERS
+    assert_close(frozen.train()(images()), expected)
+    again = change(frozen)
+    assert sum(isinstance(m, bnfast.FrozenBatchNorm2d) for m in again.modules()) == LAYERS
+    assert_close(again(images()), expected)
+    unfrozen = timm.layers.unfreeze_batch_norm_2d(again).eval()
+    assert count(unfrozen, timm.layers.BatchNormAct2d) + count(unfrozen, nn.BatchNorm2d) == LAYERS
+    assert_close(unfrozen(images()), expected)
+
+
+def _frozen() -> type:
+    return installed("torchvision").ops.FrozenBatchNorm2d  # type: ignore[no-any-return]
+
+
+@both_ways
+def test_freeze_and_unfreeze_a_model(
+    change: Callable[[nn.Module], nn.Module], timm: Any, original: nn.Module
+) -> None:
+    expected, model = original(images()), change(copy.deepcopy(original))
+    timm.utils.freeze(model, ["conv_stem", "bn1", "blocks.0"], include_bn_running_stats=True)
+    assert type(model.bn1) is timm.layers.FrozenBatchNormAct2d
+    assert not any(p.requires_grad for p in model.blocks[0].parameters())
+    assert_close(model(images()), expected)
+    timm.utils.unfreeze(model, include_bn_running_stats=True)
+    assert type(model.bn1) is timm.layers.BatchNormAct2d
+    assert_close(model.eval()(images()), expected)
+
+
+@both_ways
+def test_synchronized(change: Callable[[nn.Module], nn.Module], timm: Any, original: nn.Module) -> None:
+    """timm's converter keeps the activations; torch's, which Lightning calls, would not, and is stopped."""
+    model = change(copy.deepcopy(original))
+    with pytest.raises(RuntimeError, match="applies Hardswish itself.*use timm's own"):
+        nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(model))
+    with pytest.warns(UserWarning, match="what bnfast.fuse had put inside"):
+        synced = timm.layers.convert_sync_batchnorm(model)
+    assert count(synced, timm.layers.SyncBatchNormAct) == LAYERS
+    assert_close(synced(images()), original(images()))
+
+
+def test_lightnings_synchronization(timm: Any, original: nn.Module) -> None:
+    plugin = pytest.importorskip("lightning.pytorch.plugins.layer_sync").TorchSyncBatchNorm()
+    with pytest.raises(RuntimeError, match="applies Hardswish itself.*use timm's own"):
+        plugin.apply(bnfast.fuse(copy.deepcopy(original)))
+    model = bnfast.fuse(nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU())).double().eval()
+    expected = model(images())
+    assert len(bnfast.fusion_report(model).fused) == 1
+    with pytest.warns(UserWarning, match="what bnfast.fuse had put inside.*bnfast.revert"):
+        model = plugin.apply(model)
+    assert not bnfast.fusion_report(model).fused
+    assert_close(model(images()), expected)
+
+
+def test_other_tools(timm: Any, original: nn.Module) -> None:
+    """Averages, features, pickles and statistics of activations."""
+    model = bnfast.fuse(copy.deepcopy(original))
+    assert_close(timm.utils.ModelEmaV3(model).module(images()), original(images()))
+    assert_close(pickle.loads(pickle.dumps(model))(images()), original(images()))
+    seen = []
+    for hooked in (copy.deepcopy(original), model):
+        function = timm.utils.model.avg_sq_ch_mean
+        seen.append(timm.utils.model.ActivationStatsHook(hooked, ["bn1.act"], [function]).stats)
+        hooked(images())
+    assert_close(*(stats["avg_sq_ch_mean"] for stats in seen))
+    assert len(seen[0]["avg_sq_ch_mean"]) == 1
