@@ -90,6 +90,13 @@ class _BatchRenorm(Replaceable, OptionalBias, nn.modules.batchnorm._BatchNorm):
 
     def normalize(self, input: Tensor, activation: Activation | None, residual: Tensor | None) -> Tensor:
         self._check_input_dim(input)
+        mean, variance = self.running_mean, self.running_var
+        if mean is None or variance is None:
+            raise RuntimeError(
+                f"{type(self).__name__} has lost its running statistics, which it corrects towards, as to "
+                "torch.func.replace_all_batch_norm_modules_: use bnfast.revert(model) before, which makes "
+                "BatchNorms"
+            )
         limits = (
             float(self.r_max),
             float(self.d_max),
@@ -98,7 +105,7 @@ class _BatchRenorm(Replaceable, OptionalBias, nn.modules.batchnorm._BatchNorm):
             float(self.d_max_steps),
         )
         return scheduled_batch_renorm(
-            input, self.running_mean, self.running_var, self.weight, self.bias, self.training, self.momentum,
+            input, mean, variance, self.weight, self.bias, self.training, self.momentum,
             self.eps, limits, self.skip_nonfinite, self.num_batches_tracked if self.training else None,
             activation, residual,
         )  # fmt: skip
