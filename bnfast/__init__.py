@@ -16,6 +16,9 @@ from .activation import Activation
 from .convert import convert, revert
 from .fuse import fuse, fusion_report, unfuse
 from .modules import *  # noqa: F403
+from .registries import fill
+
+fill()
 
 __version__ = "0.1.0"
 

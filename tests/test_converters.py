@@ -1,11 +1,9 @@
-"""Other libraries' converters on our layers: what would lose an activation or a correction raises where it
-can be made to, and what is lost where it cannot is known."""
+"""Other libraries' converters on our layers: what would lose an activation or a correction raises."""
 
 from __future__ import annotations
 
 import copy
 import warnings
-from typing import Any
 
 import pytest
 import torch
@@ -111,16 +109,6 @@ def test_quantization_can_set_its_attribute() -> None:
         model.qconfig = default_qconfig  # type: ignore[assignment]
         propagate_qconfig_(model)
     assert type(model[1].qconfig) is type(default_qconfig)
-
-
-@pytest.mark.parametrize("activation", [None, "relu"])
-@pytest.mark.parametrize("make", [bnfast.BatchNorm2d, bnfast.BatchRenorm2d])
-def test_fuse_conv_bn_eval_leaves_the_activation_out(make: Any, activation: str | None) -> None:
-    """It reads parameters and statistics; README says that the activation has to be applied behind it."""
-    model = network(make(4, activation=activation))
-    fused = torch.nn.utils.fusion.fuse_conv_bn_eval(*model)
-    behind = torch.relu if activation else nn.Identity()
-    assert_close(behind(fused(data())), model(data()), rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("activation", [None, "relu"])

@@ -16,12 +16,18 @@ from torch.fx.proxy import TraceError
 from ..activation import Activation
 
 _P = ParamSpec("_P")
+WHEN_SUBCLASSED: list[Callable[[type], None]] = []  # each is given every new class of layers
 
 
 class DropIn(nn.Module):
     """Mixed into a subclass of one of torch.nn's layers, before it, which defines `normalize`."""
 
     activation = None  # type: Activation | None  # an annotation would be read by torch.jit.script
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        for enter in WHEN_SUBCLASSED:
+            enter(cls)
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         """act(norm(input) + residual), of input's shape, dtype and memory format. residual: of input's shape,
@@ -46,7 +52,7 @@ class DropIn(nn.Module):
         runs around this forward would be recorded once more, beside the call that runs it."""
         tracer: Any = inputs[0].tracer
         around = "hooks" if self._forward_hooks or self._forward_pre_hooks else None
-        if not _ours(next(c for c in type(self).__mro__ if "forward" in vars(c))):
+        if not is_ours(next(c for c in type(self).__mro__ if "forward" in vars(c))):
             around = "a forward of its own"
         if around or tracer.root is self:
             raise TraceError(
@@ -58,7 +64,7 @@ class DropIn(nn.Module):
     def __prepare_scriptable__(self) -> nn.Module:
         """torch.jit.script compiles Python, which the kernels' host code is more of than it takes: it gets
         torch.nn's layer, with the same parameters and buffers. A subclass has to see for itself."""
-        if not _ours(type(self)):
+        if not is_ours(type(self)):
             return self
         if self.activation is not None:
             raise RuntimeError(
@@ -116,6 +122,6 @@ class OptionalBias:
             nn.init.zeros_(self.bias)
 
 
-def _ours(cls: type) -> bool:
+def is_ours(cls: type) -> bool:
     """Whether a class is one of bnfast's layers, and not somebody's subclass."""
     return cls.__module__.rpartition(".")[0] == __package__

@@ -1,0 +1,133 @@
+"""Where torch and other libraries look up a layer's exact class, bnfast's get an entry beside torch.nn's.
+
+None of these libraries is imported here. A registry is filled when its module is in place: at once, or right
+after somebody imports it. Filling it when a layer is made, converted or called instead would miss layers that
+were there before the library was, and a model is validated, folded or quantized before it is called."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from . import torch_registries
+from .activation import Activation
+from .adopted import Applying
+from .convert import convert
+from .importing import when_imported
+from .modules.drop_in import WHEN_SUBCLASSED, DropIn, is_ours
+from .modules.frozenbatchnorm import TorchFrozenBatchNorm2d
+from .twins import torchs_class, twin
+
+Enter = Callable[[type[DropIn]], None]  # enters one class of layers
+
+
+def fill() -> None:
+    """Has each registry filled, as soon as it is there."""
+    for name, begin in _REGISTRIES.items():
+        when_imported(name, functools.partial(_fill, begin))
+
+
+def _fill(begin: Callable[[Any], Enter | None], module: Any) -> None:
+    enter = begin(module)
+    if enter is None:
+        return
+    for kind in _below(DropIn):
+        enter(kind)
+    WHEN_SUBCLASSED.append(enter)
+
+
+def _below(kind: type[DropIn]) -> Iterator[type[DropIn]]:
+    for subclass in kind.__subclasses__():
+        yield subclass
+        yield from _below(subclass)
+
+
+def opacus(validators: Any) -> Enter:
+    """Its validator refuses layers that mix samples, and replaces them. Subclasses mix them as well, but may
+    do more than what they would be replaced by."""
+    errors, fixers = validators.ModuleValidator.VALIDATORS, validators.ModuleValidator.FIXERS
+
+    def enter(kind: type[DropIn]) -> None:
+        like = torchs_class(kind)
+        if like in errors:
+            errors.setdefault(kind, errors[like])
+        if like in fixers and is_ours(kind):
+            fixers.setdefault(kind, _keeping(fixers[like]) if issubclass(kind, _BatchNorm) else fixers[like])
+
+    return enter
+
+
+def _keeping(fix: Callable[..., Any]) -> Callable[..., Any]:
+    def fixed(layer: DropIn, **arguments: Any) -> Any:
+        activation: Any = layer.activation
+        new = fix(twin(layer, "Opacus"), **arguments)
+        if activation is None:
+            return new
+        if not isinstance(activation, Activation):  # timm's, which has hooks or such
+            raise ValueError(
+                f"{type(activation).__name__}, which {type(layer).__name__} calls, would be lost: use "
+                "bnfast.revert(model) and replace the layers that Opacus does not take yourself"
+            )
+        convert(new)
+        new.activation = activation
+        return new
+
+    return fixed
+
+
+def captum(deep_lift: Any) -> Enter:
+    """DeepLift has rules for activations, and takes all other layers for linear. Eval BatchNorm and its
+    activation work on each element by itself, so the rule of activations is right for the two together."""
+    table, rule = deep_lift.SUPPORTED_NON_LINEAR, deep_lift.nonlinear
+
+    def multiplier(layer: Any, inputs: Any, outputs: Any, dx: Any, dy: Any, eps: float = 1e-10) -> Any:
+        if layer.activation is None:
+            return dx
+        if not isinstance(layer, TorchFrozenBatchNorm2d) and (
+            layer.training or not isinstance(layer, _BatchNorm)
+        ):
+            raise RuntimeError(
+                f"DeepLift has no rule for {type(layer).__name__} with an activation of its own (a "
+                "BatchNorm's is right in eval): apply the activation in a module behind the layer"
+            )
+        return rule(layer, inputs, outputs, dx, dy, eps)
+
+    def enter(kind: type[DropIn]) -> None:
+        if not issubclass(kind, Applying):  # whose act is a module with a rule of its own
+            table.setdefault(kind, multiplier)
+
+    return enter
+
+
+def thop(profile: Any) -> Enter:
+    return _beside_torchs(profile.register_hooks)
+
+
+def ptflops(ops: Any) -> Enter:
+    return _beside_torchs(ops.MODULES_MAPPING)
+
+
+def _beside_torchs(table: dict[type, Any]) -> Enter:
+    def enter(kind: type[DropIn]) -> None:
+        like = torchs_class(kind)
+        if like in table:
+            table.setdefault(kind, table[like])
+
+    return enter
+
+
+# module: what is given it, and may return what enters a class
+_REGISTRIES: dict[str, Callable[[Any], Enter | None]] = {
+    "torch.nn.utils.fusion": torch_registries.refuse_activations,
+    "torch.fx.experimental.optimization": torch_registries.match_ours,
+    "torch.ao.quantization.fuser_method_mappings": torch_registries.fuser_methods,
+    "torch.ao.quantization.quantization_mappings": torch_registries.quantized_modules,
+    "torch.ao.quantization.quantize_fx": torch_registries.graphs,
+    "opacus.validators": opacus,
+    "captum.attr._core.deep_lift": captum,
+    "thop.profile": thop,
+    "ptflops.pytorch_ops": ptflops,
+}

@@ -1,0 +1,161 @@
+"""torch's own registries: folding a BatchNorm into the layer before it (torch.nn.utils.fusion, torch.fx's
+optimizer), and torch.ao.quantization, which newer versions of torch may come without.
+
+What quantization does with a layer of bnfast's it does with torch.nn's, which shares the parameters: the
+modules that it makes hold that one."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import sys
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from torch import nn
+
+from .activation import Activation
+from .adopted import as_module
+from .modules.drop_in import DropIn, is_ours
+from .twins import has_twin, refuse_activation, torchs_class, twin
+
+_LOG = logging.getLogger("bnfast")
+Enter = Callable[[type[DropIn]], None]
+
+
+def refuse_activations(fusion: Any) -> None:
+    """fuse_conv_bn_eval and fuse_linear_bn_eval get a layer, read its tensors and call one of these functions
+    of their own module, which is the same for all who have imported them."""
+    for name in ("fuse_conv_bn", "fuse_linear_bn"):
+        weights = f"{name}_weights"
+        setattr(fusion, weights, _checked(getattr(fusion, weights), f"{name}_eval"))
+
+
+def _checked(function: Callable[..., Any], caller: str) -> Callable[..., Any]:
+    @functools.wraps(function)
+    def checked(*args: Any, **kwargs: Any) -> Any:
+        frame = sys._getframe(1)
+        if frame.f_code.co_name == caller:
+            refuse_activation(frame.f_locals.get("bn"), caller)
+        return function(*args, **kwargs)
+
+    return checked
+
+
+def match_ours(optimization: Any) -> None:
+    """optimization.fuse compares classes in one function."""
+    matches = optimization.matches_module_pattern
+
+    @functools.wraps(matches)
+    def matches_ours(pattern: Iterable[type], node: Any, modules: dict[str, Any]) -> bool:
+        layer: Any = modules.get(node.target) if node.op == "call_module" else None
+        if not has_twin(layer) or len(node.args) != 1 or node.kwargs:  # a residual would be lost
+            return bool(matches(pattern, node, modules))
+        kind = type(layer)
+        pattern = [kind if expected is torchs_class(kind) else expected for expected in pattern]
+        found = bool(matches(pattern, node, modules))
+        if found and layer.activation is not None:
+            _LOG.warning(
+                "torch.fx's optimizer does not fold %s into the layer before it: it applies an activation "
+                "itself. Make it without activation= and apply that in a module behind it, which bnfast.fuse "
+                "takes in",
+                node.target,
+            )
+            return False
+        return found
+
+    optimization.matches_module_pattern = matches_ours
+
+
+def fuser_methods(mappings: Any) -> Enter:
+    """fuse_modules and fuse_modules_qat look up the classes of all that they fuse."""
+    table = mappings._DEFAULT_OP_LIST_TO_FUSER_METHOD
+    theirs = dict(table)
+
+    def enter(kind: type[DropIn]) -> None:
+        like = torchs_class(kind)
+        if not is_ours(kind) or like is None:
+            return
+        for kinds, method in theirs.items():
+            if like in kinds:
+                table.setdefault(tuple(kind if k is like else k for k in kinds), _on_twins(method))
+
+    return enter
+
+
+def _on_twins(method: Callable[..., Any]) -> Callable[..., Any]:
+    def fuse_twins(is_qat: bool, *layers: nn.Module) -> Any:
+        return method(is_qat, *(_bare(layer, "fuse_modules", is_qat) for layer in layers))
+
+    return fuse_twins
+
+
+def _bare(layer: nn.Module, by: str, training: bool = False) -> nn.Module:
+    refuse_activation(layer, by)
+    return twin(layer, by, training) if isinstance(layer, DropIn) else layer
+
+
+def quantized_modules(mappings: Any) -> Enter:
+    """prepare and convert look up which module to put in a layer's place."""
+    table = mappings.DEFAULT_STATIC_QUANT_MODULE_MAPPINGS
+
+    def enter(kind: type[DropIn]) -> None:
+        if is_ours(kind) and torchs_class(kind) in table:
+            table.setdefault(kind, _Quantized(table[torchs_class(kind)]))
+
+    return enter
+
+
+class _Quantized:
+    """Makes a quantized module of a layer of bnfast's."""
+
+    def __init__(self, kind: Any) -> None:
+        self.kind = kind
+
+    def from_float(self, layer: nn.Module, use_precomputed_fake_quant: bool = False) -> Any:
+        return self.kind.from_float(_bare(layer, "torch.ao.quantization.convert"), use_precomputed_fake_quant)
+
+
+def graphs(quantize_fx: Any) -> None:
+    """prepare_fx, prepare_qat_fx and fuse_fx hand what they have traced to one function, and the first
+    two hand its result to another, which has to know each node's scope."""
+    fuse, prepare = quantize_fx._fuse_fx, quantize_fx.prepare
+
+    def fuse_twins(model: Any, is_qat: bool, *rest: Any, **named: Any) -> Any:
+        return fuse(_with_twins(model, is_qat), is_qat, *rest, **named)
+
+    def prepare_twins(model: Any, mapping: Any, is_qat: bool, scopes: Any, *rest: Any, **named: Any) -> Any:
+        for node in model.graph.nodes:
+            if node.op == "call_module" and node.name not in scopes:
+                scopes[node.name] = (node.target, type(model.get_submodule(node.target)))
+        return prepare(model, mapping, is_qat, scopes, *rest, **named)
+
+    quantize_fx._fuse_fx, quantize_fx.prepare = fuse_twins, prepare_twins
+
+
+def _with_twins(model: Any, is_qat: bool) -> Any:
+    """A traced model with torch.nn's layers, and their activations as modules behind them, in the place of
+    those of bnfast's that are called with nothing but an input. A traced model's containers are its own."""
+    modules = dict(model.named_modules())
+    for node in list(model.graph.nodes):
+        layer = modules.get(node.target) if node.op == "call_module" else None
+        if layer is None or not has_twin(layer) or len(node.args) != 1 or node.kwargs:
+            continue
+        activation = layer.activation
+        if activation is not None and not isinstance(
+            activation, Activation
+        ):  # timm's, which has hooks or such
+            continue
+        path, _, name = node.target.rpartition(".")
+        parent = model.get_submodule(path)
+        if getattr(parent, name) is layer:
+            setattr(parent, name, twin(layer, "prepare_qat_fx", is_qat))
+        if activation is None:
+            continue
+        behind = f"{node.target}_activation"
+        model.add_submodule(behind, as_module(activation).train(layer.training))
+        with model.graph.inserting_after(node):
+            call = model.graph.call_module(behind, (node,))
+        node.replace_all_uses_with(call, delete_user_cb=lambda user, call=call: user is not call)
+    model.recompile()
+    return model

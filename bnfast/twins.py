@@ -1,0 +1,59 @@
+"""torch.nn's layers with the parameters and buffers of bnfast's."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from . import modules
+from .modules.batchrenorm import _BatchRenorm
+from .modules.drop_in import DropIn, is_ours
+
+_RENORMS = {getattr(modules, f"BatchRenorm{n}d"): getattr(nn, f"BatchNorm{n}d") for n in (1, 2, 3)}
+
+
+def torchs_class(kind: type) -> type[nn.Module] | None:
+    """The class of torch.nn's that a layer is one of, or, for Batch Renormalization, is equal to in eval; or
+    None."""
+    for base in kind.__mro__:
+        if base in _RENORMS:
+            return _RENORMS[base]
+        if base is not nn.Module and getattr(nn, base.__name__, None) is base:
+            return base
+    return None
+
+
+def has_twin(layer: object) -> bool:
+    """Whether `twin` stands for all that a layer does but its activation: subclasses may do other things."""
+    return isinstance(layer, DropIn) and is_ours(type(layer)) and torchs_class(type(layer)) is not None
+
+
+def twin(layer: DropIn, by: str, training: bool = False) -> nn.Module:
+    """torch.nn's layer with the same parameters and buffers, and without the activation, which the caller has
+    to keep. by: who asks. training: whether it is to be trained."""
+    if training and isinstance(layer, _BatchRenorm):
+        raise RuntimeError(
+            f"{by} would train a BatchNorm in the place of {type(layer).__name__}: use bnfast.revert(model) "
+            "first if that is meant"
+        )
+    kind: Any = torchs_class(type(layer))
+    new: nn.Module = object.__new__(kind)
+    new.__dict__ = {
+        name: dict(value) if type(value) is dict else value for name, value in vars(layer).items()
+    }
+    new.__dict__.pop("activation", None)
+    for part in ("act", "drop"):  # timm's, which its own class calls
+        new._modules.pop(part, None)
+    return new
+
+
+def refuse_activation(layer: object, by: str) -> None:
+    """For those who have no place for it."""
+    activation = getattr(layer, "activation", None) if isinstance(layer, DropIn) else None
+    if activation is not None:
+        name = getattr(activation, "name", type(activation).__name__)
+        raise RuntimeError(
+            f"{by} would lose an activation: {type(layer).__name__} applies {name} itself. Make the layer "
+            "without activation= and apply that in a module behind it, which bnfast.fuse takes in"
+        )
