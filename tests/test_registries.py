@@ -191,5 +191,26 @@ def test_replace_all_batch_norm_modules() -> None:
     renorm = nn.Sequential(bnfast.BatchRenorm2d(2))
     torch.func.replace_all_batch_norm_modules_(renorm)
     for training in (True, False):
-        with pytest.raises(Exception, match="BatchRenorm2d.*running statistics.*bnfast.revert"):
+        with pytest.raises(
+            RuntimeError, match="BatchRenorm2d has lost its running statistics.*bnfast.revert"
+        ):
             renorm.train(training)(x.float())
+
+
+def test_lightnings_way_to_freeze() -> None:
+    """Which leaves a BatchNorm training, without its running statistics."""
+    finetuning = pytest.importorskip("lightning.pytorch.callbacks").BaseFinetuning
+    model = nn.Sequential(bnfast.BatchNorm2d(2), bnfast.BatchRenorm2d(2))
+    x, before = torch.randn(3, 2, 2, 2), copy.deepcopy(model.state_dict())
+    finetuning.freeze(model, train_bn=False)
+    assert_close(model[0](x), nn.BatchNorm2d(2)(x))
+    with pytest.raises(
+        RuntimeError, match=r"BatchRenorm2d cannot train .*BaseFinetuning.freeze sets: call eval\(\)"
+    ):
+        model(x)
+    model[1].eval()
+    model(x)
+    assert_close(model.state_dict(), before, rtol=0, atol=0)
+    finetuning.make_trainable(model)
+    model.train()(x)
+    assert (model[1].running_mean != 0).all()

@@ -97,6 +97,11 @@ class _BatchRenorm(Replaceable, OptionalBias, nn.modules.batchnorm._BatchNorm):
                 "torch.func.replace_all_batch_norm_modules_: use bnfast.revert(model) before, which makes "
                 "BatchNorms"
             )
+        if self.training and not self.track_running_stats:
+            raise RuntimeError(
+                f"{type(self).__name__} cannot train with track_running_stats=False, which Lightning's "
+                "BaseFinetuning.freeze sets: call eval() on the layer, which keeps its running statistics"
+            )
         limits = (
             float(self.r_max),
             float(self.d_max),
