@@ -16,6 +16,7 @@ from .modules.replaceable import Replaceable
 
 # timm's own copies of torch.nn's activations, as far as it makes them with the torch versions served here
 _TIMM_ACTIVATIONS = {"Sigmoid": "sigmoid", "Tanh": "tanh", "GELU": "gelu", "GELUTanh": "gelu_tanh"}
+_KEEPING = ("convert_sync_batchnorm", "freeze_batch_norm_2d")  # timm's functions that take act and drop along
 
 
 class Adopted(DropIn):
@@ -69,11 +70,12 @@ class Applying(Adopted):
         return super(DropIn, self).extra_repr()  # whose children are shown
 
     def _lost_in(self, by: str, caller: FrameType) -> str | None:
-        if caller.f_globals.get("__name__", "").partition(".")[0] == "timm" or self.activation is None:
+        timms = caller.f_globals.get("__name__") == "timm.layers.norm_act"
+        if (timms and by in _KEEPING) or self.activation is None:
             return None
         return (
             f"applies {type(self.act).__name__} itself, which the layer that {by} builds in its place does "
-            "not: use timm's own, which keeps it"
+            f"not: use timm's {' or '.join(_KEEPING)}, which keep it, or bnfast.revert first if that is meant"
         )
 
 

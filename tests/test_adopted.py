@@ -150,7 +150,10 @@ def test_other_converters_than_timms_are_stopped() -> None:
         nn.SyncBatchNorm.convert_sync_batchnorm,
         foreign.DetectronFrozen.convert_frozen_batchnorm,
     ):
-        with pytest.raises(RuntimeError, match=rf"applies ReLU itself.*{convert.__name__} .*use timm's own"):
+        with pytest.raises(
+            RuntimeError,
+            match=rf"applies ReLU itself.*{convert.__name__} .*use timm's convert_sync_batchnorm or",
+        ):
             convert(model)
     model[0].act = nn.Identity()
     assert type(foreign.DetectronFrozen.convert_frozen_batchnorm(model)[0]) is foreign.DetectronFrozen

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from torch.testing import assert_close
 
 import bnfast
 from bnfast.modules import plain
-from tests.support.foreign import DetectronFrozen, put_in_place
+from tests.support.foreign import BatchNormAct2d, DetectronFrozen, put_in_place
 
 
 @pytest.fixture(autouse=True)
@@ -143,6 +144,29 @@ def test_freezing_by_replacement() -> None:
             RuntimeError, match="applies relu itself.* convert_frozen_batchnorm .*bnfast.fuse"
         ):
             DetectronFrozen.convert_frozen_batchnorm(network(layer))
+
+
+def convert_syncbn_model(module: Any) -> nn.Module:
+    """apex's, by what it reads."""
+    return nn.SyncBatchNorm(module.num_features, module.eps, module.momentum, module.affine)
+
+
+def freeze_batch_norm_2d(module: Any) -> nn.Module:
+    """open_clip's, by what it reads."""
+    frozen = DetectronFrozen(module.num_features, module.eps)
+    if module.affine:
+        frozen.weight.data = module.weight.data.clone()
+    return frozen
+
+
+@pytest.mark.parametrize("replace", [convert_syncbn_model, freeze_batch_norm_2d])
+@pytest.mark.filterwarnings("ignore:convert_syncbn_model puts a SyncBatchNorm")
+def test_others_that_replace_layers(replace: Any) -> None:
+    replace(bnfast.BatchNorm2d(4))
+    layers = [bnfast.BatchNorm2d(4, activation="relu"), bnfast.convert(BatchNormAct2d(4, nn.ReLU()))]
+    for layer in layers:
+        with pytest.raises(RuntimeError, match=f"applies (relu|ReLU) itself.* {replace.__name__} "):
+            replace(layer)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")

@@ -89,7 +89,7 @@ def test_freeze_and_unfreeze_a_model(
 def test_synchronized(change: Callable[[nn.Module], nn.Module], timm: Any, original: nn.Module) -> None:
     """timm's converter keeps the activations; torch's, which Lightning calls, would not, and is stopped."""
     model = change(copy.deepcopy(original))
-    with pytest.raises(RuntimeError, match="applies Hardswish itself.*use timm's own"):
+    with pytest.raises(RuntimeError, match="applies Hardswish itself.*use timm's convert_sync_batchnorm or"):
         nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(model))
     with pytest.warns(UserWarning, match="what bnfast.fuse had put inside"):
         synced = timm.layers.convert_sync_batchnorm(model)
@@ -97,9 +97,15 @@ def test_synchronized(change: Callable[[nn.Module], nn.Module], timm: Any, origi
     assert_close(synced(images()), original(images()))
 
 
+def test_split(timm: Any, original: nn.Module) -> None:
+    """timm's own layers lose their activations to this one."""
+    with pytest.raises(RuntimeError, match="applies Hardswish itself.*convert_splitbn_model"):
+        timm.layers.convert_splitbn_model(bnfast.convert(copy.deepcopy(original)))
+
+
 def test_lightnings_synchronization(timm: Any, original: nn.Module) -> None:
     plugin = pytest.importorskip("lightning.pytorch.plugins.layer_sync").TorchSyncBatchNorm()
-    with pytest.raises(RuntimeError, match="applies Hardswish itself.*use timm's own"):
+    with pytest.raises(RuntimeError, match="applies Hardswish itself.*use timm's convert_sync_batchnorm or"):
         plugin.apply(bnfast.fuse(copy.deepcopy(original)))
     model = bnfast.fuse(nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU())).double().eval()
     expected = model(images())

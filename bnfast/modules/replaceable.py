@@ -9,9 +9,9 @@ from types import FrameType
 from .drop_in import DropIn
 
 # Functions that build another layer in the place of whatever is one of torch.nn's BatchNorms: torch's and
-# timm's, apex's; detectron2's; timm's and open_clip's. torch.utils.mkldnn does so in a constructor.
+# timm's, apex's; detectron2's; timm's and open_clip's; timm's. torch.utils.mkldnn does so in a constructor.
 TO_SYNC = ("convert_sync_batchnorm", "convert_syncbn_model")
-_TO_ANOTHER = (*TO_SYNC, "convert_frozen_batchnorm", "freeze_batch_norm_2d")
+_TO_ANOTHER = (*TO_SYNC, "convert_frozen_batchnorm", "freeze_batch_norm_2d", "convert_splitbn_model")
 _MKLDNN = "torch.utils.mkldnn"
 
 
