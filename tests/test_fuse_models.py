@@ -49,7 +49,7 @@ CASES = {
     "timm resnet50_gn": Case(lambda timm: timm.create_model("resnet50_gn"), IMAGE, 49, 16, 53, "timm"),
     # BatchNormAct2d, whose activation is the converted layer's own
     "timm resnetv2_50": Case(
-        lambda timm: timm.create_model("resnetv2_50", norm_layer="batchnorm2d"), IMAGE, 0, 0, 49, "timm"
+        lambda timm: timm.create_model("resnetv2_50", norm_layer="batchnorm2d"), IMAGE, 49, 0, 49, "timm"
     ),
 }  # fmt: skip
 

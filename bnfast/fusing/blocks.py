@@ -6,14 +6,16 @@ import copy
 import functools
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
 
-from .call_site import Site, why_unfused
-from .guards import Condition, original_class
+from .call_site import Site, rewrite, why_unfused
+from .guards import Condition, Guard, original_class
+from .outside import Read, unchanged
+from .patterns import Match
 from .subclassing import Unannounced, subclass
 from .tracing import Traced
 
@@ -22,13 +24,50 @@ _classes: WeakValueDictionary[tuple[object, ...], type] = WeakValueDictionary()
 _COPYING = ("__reduce__", "__reduce_ex__", "__getstate__", "__deepcopy__", "__copy__")
 
 
+class Variant(NamedTuple):
+    """What a block's forward does while its guards hold and what it reads is unchanged."""
+
+    source: str
+    parameters: tuple[str, ...]
+    guards: tuple[Condition, ...]
+    reads: tuple[Read, ...]
+    sites: tuple[Site, ...]
+
+    def changed(self, block: nn.Module) -> str | None:
+        """What has changed since it was traced, and keeps a block from it."""
+        guard = next((f"its block's {guard.what}" for guard in self.guards if not guard.holds(block)), None)
+        return guard or next((f"{r.what}, which its block reads," for r in self.reads if not r.holds()), None)
+
+    def of_mode(self, block: nn.Module) -> bool:
+        """Whether the block is in the mode, training or not, that it was traced in."""
+        modes = (guard for guard in self.guards if isinstance(guard, Guard) and guard.name == "training")
+        return all(guard.holds(block) for guard in modes)
+
+
+class Built(NamedTuple):
+    """A variant, and the function that torch.fx makes of its graph."""
+
+    variant: Variant
+    forward: Callable[..., Any]
+
+
+def build(traced: Traced, matches: list[Match], sites: tuple[Site, ...]) -> Built:
+    """Raises what goes wrong if no such forward can be made."""
+    for match, site in zip(matches, sites, strict=True):
+        rewrite(traced.graph, match, site)
+    traced.graph.lint()
+    code = traced.graph.python_code("self")
+    scope = dict(code.globals)
+    exec(code.src, scope)
+    return Built(Variant(code.src, traced.parameters, traced.guards, traced.reads, sites), scope["forward"])
+
+
 class FusedBlock(Unannounced):
     """Mixed into a block's class, before it. Instances hold nothing new: state_dict, copies and replicas are
     those of the block. The class holds what is known of its forward."""
 
     _bnfast_original: Any
-    _bnfast_guards: tuple[Condition, ...]
-    _bnfast_sites: tuple[Site, ...]
+    _bnfast_variants: tuple[Variant, ...]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return _blank, (self._bnfast_original,), self.__getstate__()
@@ -57,23 +96,21 @@ def why_not_subclassed(block: nn.Module) -> str | None:
     return f"the forward of this {cls.__name__} is its own" if "forward" in block.__dict__ else None
 
 
-def install(block: nn.Module, traced: Traced, sites: tuple[Site, ...]) -> None:
-    """Gives a block the class whose forward is the rewritten graph's. Blocks with the same share it."""
-    graph, parameters, guards = traced
-    code = graph.python_code("self")
+def install(block: nn.Module, variants: tuple[Built, ...]) -> None:
+    """Gives a block the class whose forward is the first of the variants that holds. Blocks with the same
+    share it."""
     original: Any = type(block)
-    key = original, original.forward, code.src, parameters, repr(guards), guards, sites
+    known = tuple(built.variant for built in variants)
+    # 1, 1.0 and True are equal as guards, but not as what they say.
+    key = original, original.forward, known, repr([variant.guards for variant in known])
     if key not in _classes:
-        scope = dict(code.globals)
-        exec(code.src, scope)
         members = {
             "__module__": original.__module__,
             "__qualname__": original.__qualname__,
             "__doc__": original.__doc__,
-            "forward": _forward(original, scope["forward"], len(parameters), guards),
+            "forward": _forward(original, variants),
             "_bnfast_original": original,
-            "_bnfast_guards": guards,
-            "_bnfast_sites": sites,
+            "_bnfast_variants": known,
         }
         made = subclass(original, members, FusedBlock)
         _classes[key] = made
@@ -82,28 +119,33 @@ def install(block: nn.Module, traced: Traced, sites: tuple[Site, ...]) -> None:
     object.__setattr__(block, "__class__", made)
 
 
-def _forward(
-    original: Any, fused: Callable[..., Any], count: int, guards: tuple[Condition, ...]
-) -> Callable[..., Any]:
+def _forward(original: Any, variants: tuple[Built, ...]) -> Callable[..., Any]:
     traced = original.forward
+    count = len(variants[0].variant.parameters)  # those that forward requires: the same for all
+    ways = tuple((fused, variant.guards, unchanged(variant.reads)) for variant, fused in variants)
 
     @functools.wraps(traced)  # torch.fx reads the names of the parameters through it
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        expected = len(args) == count and not kwargs and all(isinstance(a, Tensor) for a in args)
-        if (
-            expected
-            and original.forward is traced
-            and not torch.jit.is_tracing()
-            and guards_hold(self, guards)
-        ):
-            return fused(self, *args)
+        expected = len(args) == count and not kwargs and _tensors(args)
+        if expected and original.forward is traced and not torch.jit.is_tracing():
+            for fused, guards, holds in ways:
+                if guards_hold(self, guards) and (holds is None or holds()):
+                    return fused(self, *args)
         return original.forward(self, *args, **kwargs)
 
     return forward
 
 
+# These two run with every call, and all() takes longer.
+def _tensors(args: tuple[Any, ...]) -> bool:
+    for a in args:  # noqa: SIM110
+        if not isinstance(a, Tensor):
+            return False
+    return True
+
+
 def guards_hold(block: nn.Module, guards: tuple[Condition, ...]) -> bool:
-    for guard in guards:  # noqa: SIM110 - this runs with every call, and all() takes longer
+    for guard in guards:  # noqa: SIM110
         if not guard.holds(block):
             return False
     return True
@@ -129,16 +171,19 @@ def unfuse(model: nn.Module) -> nn.Module:
 
 def live_sites(block: FusedBlock) -> tuple[list[Site], dict[str, str]]:
     """The sites of a block that a call of it fuses, and why it passes the others by, by layer."""
-    changed = [guard.what for guard in block._bnfast_guards if not guard.holds(block)]
+    variants = block._bnfast_variants
     cls: Any = type(block)
     if "forward" in block.__dict__ or cls._bnfast_original.forward is not cls.forward.__wrapped__:
-        changed.insert(0, "forward")
-    if changed:
-        return [], dict.fromkeys(
-            (site.norm for site in block._bnfast_sites), f"its block's {changed[0]} has changed"
-        )
+        changed: str | None = "its block's forward"
+        variant = variants[0]
+    else:
+        near = sorted(variants, key=lambda v: (v.changed(block) is not None, not v.of_mode(block)))
+        variant = near[0]
+        changed = variant.changed(block)
+    if changed is not None:
+        return [], dict.fromkeys((site.norm for site in variant.sites), f"{changed} has changed")
     live, reasons = [], {}
-    for site in block._bnfast_sites:
+    for site in variant.sites:
         norm, *modules = (block.get_submodule(name) for name in (site.norm, *site.modules))
         reason = why_unfused(site, norm, tuple(modules))
         if reason is None:

@@ -55,10 +55,11 @@ def site_of(match: Match) -> Site:
 
 
 def rewrite(graph: Graph, match: Match, site: Site) -> None:
-    """One call in place of a match's nodes: where the layer's call stood, or, with a residual, the add."""
+    """One call in place of a match's nodes: where the layer's call stood, or, with a residual, the add. It
+    takes its inputs from the graph as it is now: an input that the match knows may have been rewritten."""
     with graph.inserting_before(match.add or match.norm):
         modules = [graph.get_attr(name) for name in (site.norm, *site.modules)]
-        tensors = (match.norm.args[0], match.residual)
+        tensors = (match.norm.args[0], match.residual_now())
         call = graph.call_function(caller(site), (modules[0], *tensors, *modules[1:]))
     last = match.steps[-1]
     last.replace_all_uses_with(call)
@@ -83,7 +84,7 @@ def why_unfused(site: Site, norm: nn.Module, modules: tuple[nn.Module, ...]) -> 
         return reason
     for i, module in enumerate(modules):
         if hooked(module):
-            return "there are hooks on what follows it"
+            return "there are hooks on what follows it, or it has a forward or a compiled call of its own"
         if site.activates and i == len(modules) - 1:
             if not activations.still(module, site.activation):
                 return "its activation was changed"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 from torch.nn.modules import module as torch_module
 
@@ -14,13 +16,27 @@ NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, DropIn)
 def hooked(module: nn.Module) -> bool:
     """Whether anything else runs when the module is called than its forward as its class has it."""
     held = module.__dict__  # with every call of a fused block, where attributes take twice the time
+    kind: Any = type(module)
     return bool(
         held["_forward_hooks"]
         or held["_forward_pre_hooks"]
         or held["_backward_hooks"]
         or held["_backward_pre_hooks"]
         or "forward" in held
+        or "_call_impl" in held
+        or held.get("_compiled_call_impl") is not None
+        or kind.__call__ is not _CALL
+        or kind._call_impl is not _CALL_IMPL
     )
+
+
+_CALL, _CALL_IMPL = nn.Module._wrapped_call_impl, nn.Module._call_impl  # __call__ is the first
+
+
+def called_as_torch_does(cls: type) -> bool:
+    """Whether calling an object of a class runs what torch.nn.Module's own way of calling does."""
+    kind: Any = cls
+    return kind.__call__ is _CALL and kind._call_impl is _CALL_IMPL
 
 
 def hooked_everywhere() -> bool:
@@ -40,5 +56,7 @@ def why_not_ours(norm: nn.Module) -> str | None:
     if type(norm).forward is not DropIn.forward:
         return f"{type(norm).__name__} has a forward of its own"
     if hooked(norm):
-        return "it has hooks"
+        if not called_as_torch_does(type(norm)):
+            return f"{type(norm).__name__} has a __call__ or a _call_impl of its own"
+        return "it has hooks, or a forward or a compiled call of its own"
     return None if norm.activation is None else "it has an activation of its own"

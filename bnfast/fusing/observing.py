@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import dis
 import sys
 from collections.abc import Callable, Iterator
-from types import CodeType, FrameType, MethodType
+from types import MethodType
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from torch import nn
 from torch.fx import Proxy
 
 from .guards import Absent, Children, Guard, Refusal, children, guard, original_class
+from .layers import called_as_torch_does
 from .subclassing import subclass
 
 Seen = dict[tuple[object, ...], Guard | Children]
@@ -46,6 +46,8 @@ def observed(
             if issubclass(cls, torch.jit.ScriptModule):
                 continue  # compiled, as are its attributes
             members = _spy(cls, tuple(name.split(".")) if name else (), module in sequences, seen)
+            if not called_as_torch_does(cls):  # a leaf with all that it does around torch's way of calling it
+                members["__call__"] = lambda self, *args, **kwargs: nn.Module.__call__(self, *args, **kwargs)
             members["_bnfast_original"] = original_class(cls)  # for guards, which note the classes of modules
             if module is block:
                 members["forward"] = _forward_of(original_class(cls), parameters)
@@ -63,36 +65,11 @@ def observed(
         raise Refusal(f"forward writes to {written[0]}")
 
 
-@contextlib.contextmanager
-def no_types_asked() -> Iterator[None]:
-    """Refuses a forward some function of which asks for types, its own methods and what they call: it would
-    find subclasses, and symbols for tensors."""
-    run: set[CodeType] = set()
-
-    def note(frame: FrameType, event: str, argument: Any) -> None:
-        if event == "call" and frame.f_globals.get("__name__", "").partition(".")[0] not in _OTHERS:
-            run.add(frame.f_code)
-
-    before = sys.getprofile()
-    sys.setprofile(note)
-    try:
-        yield
-    finally:
-        sys.setprofile(before)
-    for code in run:
-        for instruction in dis.get_instructions(code):
-            if (instruction.opname, instruction.argval) in _ASKS_FOR_TYPES:
-                raise Refusal(f"{code.co_name} asks for the type of something")
-
-
-_OTHERS = {"torch", "bnfast", *sys.stdlib_module_names}
-_ASKS_FOR_TYPES = {("LOAD_GLOBAL", "type"), ("LOAD_ATTR", "__class__"), ("LOAD_METHOD", "__class__")}
-
-
 def _forward_of(cls: Any, parameters: tuple[str, ...]) -> Callable[..., Any]:
     """torch.fx asks the code of a forward for its parameters."""
     names = ", ".join(("self", *parameters))
-    forward: Callable[..., Any] = eval(f"lambda {names}: forward({names})", {"forward": cls.forward})
+    scope = {"forward": cls.forward, "__name__": __name__}
+    forward: Callable[..., Any] = eval(f"lambda {names}: forward({names})", scope)
     return forward
 
 

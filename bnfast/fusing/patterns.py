@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -13,9 +13,11 @@ from torch.fx import Graph, Node
 from ..activation import Activation
 from ..modules.drop_in import DropIn
 from . import activations
-from .layers import NORMS, hooked, why_not_ours
+from .guards import original_class
+from .layers import NORMS, called_as_torch_does, hooked, why_not_ours
 from .symbols import add_in_place
 
+THE_OUTPUT = "its output is the block's"
 _ADDS = (operator.add, add_in_place, torch.add, "add", "add_")
 _ADDS_IN_PLACE = (add_in_place, "add_")
 
@@ -28,6 +30,13 @@ class Match(NamedTuple):
     add: Node | None
     residual: Node | None
     activation: Activation
+
+    def residual_now(self) -> Any:
+        """The residual, or what has taken its place in the graph since."""
+        if self.add is None:
+            return None
+        place = self.steps.index(self.add)
+        return _other_operand(self.add, self.steps[place - 1] if place else self.norm)
 
 
 def find(graph: Graph, modules: dict[str, nn.Module]) -> tuple[list[Match], dict[Node, str]]:
@@ -88,7 +97,7 @@ def _follow(norm: Node, modules: dict[str, nn.Module]) -> Match | str:
 
 def _followed_by(node: Node, modules: dict[str, nn.Module]) -> str:
     if node.op == "output":
-        return "its output is the block's"
+        return THE_OUTPUT
     if node.op == "call_module":
         return f"{type(modules[str(node.target)]).__name__} ({node.target}) follows it, and no activation"
     return f"{getattr(node.target, '__name__', node.target)} follows it, and no activation"
@@ -162,10 +171,14 @@ _READS = (getattr, operator.add, operator.sub, operator.mul, operator.truediv, o
 
 def _known(module: nn.Module) -> bool:
     """Ours and torch.nn's forwards write to nothing but buffers of theirs, unless they say inplace."""
-    return isinstance(module, DropIn) or type(module).forward.__module__.startswith("torch.nn.")
+    kind: Any = original_class(type(module))
+    theirs = kind.forward.__module__.startswith("torch.nn.") or kind.forward is DropIn.forward
+    return theirs and called_as_torch_does(kind)
 
 
 def _returns_new(module: nn.Module) -> bool:
+    if hooked(module) or not _known(module):
+        return False
     if isinstance(module, nn.Sequential) and len(module):
         return _returns_new(module[-1])
     return isinstance(module, (DropIn, nn.modules.conv._ConvNd, nn.Linear))

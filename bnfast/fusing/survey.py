@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import contextlib
+import logging
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 from torch import nn
-from torch.fx import Node
 
 from . import blocks
-from .call_site import Site, rewrite, site_of
+from .blocks import Built
+from .call_site import Site, site_of
+from .guards import Guard
 from .layers import NORMS, hooked
 from .patterns import Match, find
 from .tracing import Traced, Untraceable, is_sequence, trace
+
+_LOG = logging.getLogger("bnfast")
 
 
 class Plan(NamedTuple):
     """What was found out about one block; paths of layers are the block's."""
 
-    traced: Traced | None
-    matches: list[Match]
+    built: Built | None  # None where there is nothing to fuse
     sites: tuple[Site, ...]
     skipped: dict[str, str]
+    left: str | None = None  # why the whole block is
+    reads_mode: bool = False  # whether it may be another in training, or out of it
 
 
 def norms_within_reach(block: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
@@ -42,28 +48,43 @@ def plan(block: nn.Module, claimed: set[nn.Module]) -> Plan | None:
     if not reach:
         return None
     reason = blocks.why_not_subclassed(block)
+    if reason is not None:
+        return _left(reach, reason)
     try:
-        if reason is not None:
-            raise Untraceable(reason)
-        traced, matches, skipped = _trace_with_sequences(block)
+        traced, matches, reasons = _trace_with_sequences(block)
     except Untraceable as why:
-        return Plan(None, [], (), dict.fromkeys(reach, f"its block is left as it is: {why}"))
+        return _left(reach, str(why))._replace(reads_mode=True)
     modules = dict(block.named_modules(remove_duplicate=False))
     kept = [match for match in matches if modules[str(match.norm.target)] not in claimed]
-    reasons = {str(node.target): why for node, why in skipped.items()}
-    return Plan(traced, kept, tuple(map(site_of, kept)), reasons)
+    reads_mode = any(isinstance(guard, Guard) and guard.name == "training" for guard in traced.guards)
+    if not kept:
+        return Plan(None, (), reasons, None, reads_mode)
+    sites = tuple(map(site_of, kept))
+    try:
+        return Plan(blocks.build(traced, kept, sites), sites, reasons, None, reads_mode)
+    except Exception as why:
+        words = f"the forward that bnfast made of it cannot be built: {type(why).__name__}: {why}"
+        _LOG.warning("fuse: %s is left as it is: %s", type(block).__name__, words)
+        return _left(reach, words)
 
 
-def _trace_with_sequences(block: nn.Module) -> tuple[Traced, list[Match], dict[Node, str]]:
-    """A Sequential that ends in a layer becomes part of the block's graph if an activation follows there."""
+def _left(norms: Iterable[str], reason: str) -> Plan:
+    return Plan(None, (), dict.fromkeys(norms, f"its block is left as it is: {reason}"), reason)
+
+
+def _trace_with_sequences(block: nn.Module) -> tuple[Traced, list[Match], dict[str, str]]:
+    """A Sequential that ends in a layer becomes part of the block's graph if an activation follows there. The
+    reasons, by layer, are those of all such layers."""
+    reasons: dict[str, str] = {}
     modules = dict(block.named_modules(remove_duplicate=False))
     inlined = {module for _, _, chain in _trailing(block) for module in chain}
     while True:
         traced = trace(block, inlined)
         matches, skipped = find(traced.graph, modules)
+        reasons |= {str(node.target): why for node, why in skipped.items()}
         useful = {m for match in matches for m in _around(str(match.norm.target), modules)} & inlined
         if useful == inlined:
-            return traced, matches, skipped
+            return traced, matches, reasons
         inlined = useful
 
 
@@ -85,13 +106,32 @@ def _around(path: str, modules: dict[str, nn.Module]) -> Iterator[nn.Module]:
     return (modules[".".join(parts[:i])] for i in range(1, len(parts)))
 
 
-def fuse_block(block: nn.Module, claimed: set[nn.Module] | None = None) -> None:
-    """Rewrites one block's call sites, where it has any. claimed: grows by the layers that it takes over."""
+def fuse_block(block: nn.Module, claimed: set[nn.Module] | None = None) -> str | None:
+    """Rewrites one block's call sites, where it has any, for training and for inference where these differ.
+    claimed: grows by the layers that it takes over. Returns why the block is left as it is, if it is."""
     claimed = set() if claimed is None else claimed
     found = plan(block, claimed)
-    if found is None or found.traced is None or not found.sites:
-        return
-    claimed |= {block.get_submodule(site.norm) for site in found.sites}
-    for match, site in zip(found.matches, found.sites, strict=True):
-        rewrite(found.traced.graph, match, site)
-    blocks.install(block, found.traced, found.sites)
+    if found is None:
+        return None
+    plans = [found]
+    if found.reads_mode:
+        with _in_mode(block, not block.training):
+            plans.append(plan(block, claimed) or found)
+    variants = tuple(p.built for p in plans if p.built is not None)
+    if variants:
+        claimed |= {block.get_submodule(site.norm) for p in plans for site in p.sites}
+        blocks.install(block, variants)
+    return found.left
+
+
+@contextlib.contextmanager
+def _in_mode(block: nn.Module, training: bool) -> Iterator[None]:
+    """All of it in training, or none, as `train` would have it, which may do more, though."""
+    before = [(m.__dict__, m.__dict__["training"]) for m in block.modules() if "training" in m.__dict__]
+    try:
+        for held, _ in before:
+            held["training"] = training
+        yield
+    finally:
+        for held, was in before:
+            held["training"] = was

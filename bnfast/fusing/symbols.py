@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -11,8 +12,10 @@ from torch.fx import Proxy
 from torch.fx.proxy import Attribute
 
 from .guards import Refusal
+from .instructions import at
 from .observing import by_torch
 
+_ASKING = ("isinstance", "issubclass", "getattr", "hasattr", "type")
 _NONE_OR_NOT = ("grad", "grad_fn", "_base")
 
 
@@ -23,7 +26,13 @@ class Symbol(Proxy):
     @property  # type: ignore[misc]
     def __class__(self) -> type:
         if not by_torch(1):
-            raise Refusal("forward asks for the type of its input")
+            frame = sys._getframe(1)
+            place = at(frame.f_code, frame.f_lasti)
+            called = place.called() if place is not None else None
+            if called is None or called in _ASKING:
+                raise Refusal("forward asks for the type of its input")
+            what = "something of its input, which torch.fx does not record there"
+            raise Refusal(f"forward gives {called} {what}")
         return type(self)
 
     def __getattr__(self, name: str) -> Any:

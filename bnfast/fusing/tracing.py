@@ -18,8 +18,11 @@ from torch.fx.proxy import TraceError
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .guards import Condition, Inlined, Refusal, Shared, original_class
-from .observing import Seen, no_types_asked, observed
+from .layers import called_as_torch_does
+from .observing import Seen, observed
+from .outside import Read
 from .symbols import Symbol
+from .watching import Reads, watched
 
 
 class Untraceable(Exception):
@@ -30,11 +33,16 @@ class Traced(NamedTuple):
     graph: Graph
     parameters: tuple[str, ...]  # the tensors that forward takes
     guards: tuple[Condition, ...]
+    reads: tuple[Read, ...]
 
 
 def is_sequence(module: nn.Module) -> bool:
     """Whether it calls its children one after another, and nothing else."""
-    return isinstance(module, nn.Sequential) and original_class(type(module)).forward is nn.Sequential.forward
+    return (
+        isinstance(module, nn.Sequential)
+        and original_class(type(module)).forward is nn.Sequential.forward
+        and called_as_torch_does(original_class(type(module)))
+    )
 
 
 def trace(block: nn.Module, inlined: set[nn.Module]) -> Traced:
@@ -46,8 +54,9 @@ def trace(block: nn.Module, inlined: set[nn.Module]) -> Traced:
     parameters = _required_parameters(block)
     sequences = {module for module in (block, *inlined) if is_sequence(module)}
     seen: Seen = {}
+    reads: Reads = {}
     try:
-        graphs = [_run(block, parameters, inlined, sequences, seen, on) for on in (False, True)]
+        graphs = [_run(block, parameters, inlined, sequences, seen, reads, on) for on in (False, True)]
     except (Refusal, TraceError) as why:
         raise Untraceable(str(why).strip().splitlines()[0]) from why
     except Exception as why:  # a forward may fail in any way on what is no tensor
@@ -63,7 +72,8 @@ def trace(block: nn.Module, inlined: set[nn.Module]) -> Traced:
         for name, module in block.named_modules()
         if module in sequences
     ]
-    return Traced(graphs[0], parameters, (*seen.values(), *known, *_shared(block, used)))
+    guards = (*seen.values(), *known, *_shared(block, used))
+    return Traced(graphs[0], parameters, guards, tuple(reads.values()))
 
 
 def _required_parameters(block: nn.Module) -> tuple[str, ...]:
@@ -84,6 +94,7 @@ def _run(
     inlined: set[nn.Module],
     sequences: set[nn.Module],
     seen: Seen,
+    reads: Reads,
     inference: bool,
 ) -> Graph:
     with _for_inference(inference):
@@ -92,7 +103,7 @@ def _run(
             observed(block, parameters, sequences, seen),
             _no_random_numbers(),
             _NoTensors(),
-            no_types_asked(),
+            watched(reads),
         ):
             return tracer.trace(block)
 

@@ -1,0 +1,99 @@
+"""What one of Python's instructions is about, as those around it tell."""
+
+from __future__ import annotations
+
+import dis
+import functools
+import importlib.util
+from collections.abc import Iterator
+from types import CodeType
+from typing import Any, NamedTuple
+
+ATTRIBUTE = ("LOAD_ATTR", "LOAD_METHOD")
+_SUPER_ATTRIBUTE = (*ATTRIBUTE, "LOAD_SUPER_ATTR", "LOAD_SUPER_METHOD")
+_LOADS = (*ATTRIBUTE, "LOAD_GLOBAL", "LOAD_FAST", "LOAD_DEREF")
+_PREFIXES = ("EXTENDED_ARG", "PRECALL")
+_SILENT = ("CACHE", "PUSH_NULL", "NOP", "COPY", "DUP_TOP")
+
+
+class Place(NamedTuple):
+    """One instruction of a function."""
+
+    instructions: tuple[dis.Instruction, ...]
+    place: int
+
+    @property
+    def op(self) -> str:
+        return self.instructions[self.place].opname
+
+    @property
+    def name(self) -> Any:
+        return self.instructions[self.place].argval
+
+    def attributes(self) -> Iterator[str]:
+        """Those that are read on what this one loads, one after another."""
+        for x in self.instructions[self.place + 1 :]:
+            if x.opname not in ATTRIBUTE:
+                return
+            yield x.argval
+
+    def sets(self) -> str | None:
+        """The attribute that is set or deleted on what this one loads."""
+        after = next((x for x in self.instructions[self.place + 1 :] if x.opname not in ATTRIBUTE), None)
+        return after.argval if after is not None and after.opname in ("STORE_ATTR", "DELETE_ATTR") else None
+
+    def imported_from(self, package: str) -> str:
+        """For IMPORT_FROM, the name of the module."""
+        i = max(i for i in range(self.place) if self.instructions[i].opname == "IMPORT_NAME")
+        level = self.instructions[i - 2].argval
+        return importlib.util.resolve_name("." * level + self.instructions[i].argval, package)
+
+    def asked_by_name(self) -> tuple[str | None] | None:
+        """The name that getattr or hasattr is called with, if this loads what they are called for. (None,)
+        stands for a name that is no constant."""
+        before = self.instructions[self.place - 1] if self.place else None
+        if before is None or before.opname != "LOAD_GLOBAL" or before.argval not in ("getattr", "hasattr"):
+            return None
+        name = self.instructions[self.place + 1]
+        return (name.argval if isinstance(name.argval, str) and name.opname == "LOAD_CONST" else None,)
+
+    def called(self) -> str | None:
+        """For a call, what is called, as it is written; None where Python does not say where that begins."""
+        start = _start(self.instructions[self.place])
+        if start is None or not self.op.startswith("CALL"):
+            return None
+        loads = (x for x in self.instructions[: self.place] if x.opname in _LOADS and _start(x) == start)
+        return ".".join(str(x.argval) for x in loads) or None
+
+    def super_attribute(self) -> str | None:
+        """What is read on a super() that begins here."""
+        near = self.instructions[self.place : self.place + 8]
+        return next((x.argval for x in near if x.opname in _SUPER_ATTRIBUTE), None)
+
+
+def _start(instruction: dis.Instruction) -> tuple[int, int] | None:
+    """The line and column where what it computes begins: Python 3.11 and newer know."""
+    positions = getattr(instruction, "positions", None)
+    return None if positions is None or positions.lineno is None else (positions.lineno, positions.col_offset)
+
+
+def at(code: CodeType, offset: int) -> Place | None:
+    """The instruction there; None for those that only Python's interpreter knows."""
+    instructions, places = _read(code)
+    index = places.get(offset)
+    return None if index is None else Place(instructions, index)
+
+
+@functools.lru_cache(maxsize=256)
+def _read(code: CodeType) -> tuple[tuple[dis.Instruction, ...], dict[int, int]]:
+    places: dict[int, int] = {}
+    kept: list[dis.Instruction] = []
+    prefixes: list[int] = []
+    for x in dis.get_instructions(code):
+        if x.opname in _PREFIXES:  # Python may say that it is there, and not at what follows
+            prefixes.append(x.offset)
+        elif x.opname not in _SILENT:
+            places.update(dict.fromkeys((*prefixes, x.offset), len(kept)))
+            prefixes = []
+            kept.append(x)
+    return tuple(kept), places

@@ -1,0 +1,230 @@
+"""What a forward reads that is no input of it and not held by its block: globals, closure variables, and what
+modules, classes, default arguments and other objects hold. A traced forward holds while all is as it was."""
+
+from __future__ import annotations
+
+import enum
+import functools
+import logging
+import re
+import sys
+import types
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.fx import Proxy
+
+from .guards import Refusal
+
+_STDLIB = frozenset(sys.stdlib_module_names)
+OTHERS = _STDLIB | {"torch", "bnfast", "numpy"}  # their own code is not watched
+_PLAIN = (
+    bool, int, float, complex, str, bytes, range, type(None), type(...),
+    torch.dtype, torch.device, torch.memory_format, torch.layout, types.BuiltinFunctionType,
+)  # fmt: skip
+# Compared by identity: what these hold is read under a name of its own, or does not matter here.
+_KNOWN_BY_IDENTITY = (
+    type, types.ModuleType, types.FunctionType, types.MethodDescriptorType, types.WrapperDescriptorType,
+    types.GetSetDescriptorType, types.MemberDescriptorType, property,
+    functools._lru_cache_wrapper, enum.Enum, logging.Logger, re.Pattern, nn.Module,
+)  # fmt: skip
+_MOST = 1000  # items of a value, which are compared with every call
+
+
+class Same:
+    """An object that is compared by identity."""
+
+    def __init__(self, it: Any) -> None:
+        self.it = it
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Same) and self.it is other.it
+
+    def __hash__(self) -> int:
+        return id(self.it)
+
+
+class Frozen(NamedTuple):
+    """A value as it was when it was read. kind: its class. identity: the object that it has to be, where it
+    has to be the same one. content: the value itself, if that cannot change, or what it held, frozen."""
+
+    kind: Any
+    identity: Same | None
+    content: Any
+
+
+class Read(NamedTuple):
+    """One value that forward's code has read. where: "global" for the variable of that name in the holder, a
+    dict; "closure" for the variable whose cell the holder is; "object" for the holder itself. path: the
+    attributes that lead from there to the value."""
+
+    where: str
+    holder: Same
+    name: str
+    path: tuple[str, ...]
+    expected: Frozen
+
+    @property
+    def what(self) -> str:
+        return ".".join((self.name, *self.path))
+
+    def owner(self) -> Any:
+        """What holds the value as the last of its attributes; the value itself if it has no path."""
+        found = self.holder.it
+        if self.where == "global":
+            found = found[self.name]
+        elif self.where == "closure":
+            found = found.cell_contents
+        for name in self.path[:-1]:
+            found = getattr(found, name)
+        return found
+
+    def holds(self) -> bool:
+        try:
+            value = self.owner()
+            value = getattr(value, self.path[-1]) if self.path else value
+        except (KeyError, ValueError, AttributeError):
+            return False
+        return same(value, self.expected)
+
+
+def frozen(value: Any, name: str) -> Frozen:
+    """Raises Refusal, which names the value, for what may change unseen."""
+    left = [_MOST]
+
+    def freeze(value: Any, around: tuple[int, ...]) -> Frozen:
+        if isinstance(value, Proxy):  # first, for it does not like to be asked whether it is anything else
+            raise Refusal(f"forward keeps a tensor in {name}")
+        left[0] -= 1
+        if left[0] < 0:
+            raise Refusal(f"forward reads {name}, which holds more than {_MOST} values")
+        kind: Any = type(value)
+        if isinstance(value, enum.Enum) or id(value) in around:
+            return Frozen(kind, Same(value), None)
+        if kind in _PLAIN:
+            return Frozen(kind, None, value)
+        within = (*around, id(value))
+        if isinstance(value, (list, tuple)):
+            return Frozen(kind, None, tuple([freeze(item, within) for item in value]))
+        if isinstance(value, dict):
+            items = [(freeze(key, within), freeze(item, within)) for key, item in value.items()]
+            return Frozen(kind, None, tuple(items))
+        if isinstance(value, (set, frozenset)) and all(type(item) in _PLAIN for item in value):
+            return Frozen(kind, None, frozenset(value))
+        if kind is types.MethodType:
+            return Frozen(kind, None, (Same(value.__func__), freeze(value.__self__, within)))
+        root = kind.__module__.partition(".")[0]
+        if kind is functools.partial:
+            parts = [freeze(part, within) for part in (value.func, value.args, value.keywords)]
+            return Frozen(kind, None, tuple(parts))
+        if isinstance(value, _KNOWN_BY_IDENTITY) or root in ("torch", "typing"):
+            return Frozen(kind, Same(value), None)
+        if kind.__module__ == "numpy" and kind.__name__ != "ndarray":
+            return Frozen(kind, Same(value), None)
+        if root in _STDLIB or root == "numpy" or type(getattr(value, "__dict__", None)) is not dict:
+            what = f"{name}, which is or holds a {kind.__name__}"
+            raise Refusal(f"forward reads {what}, and that may change unseen")
+        return Frozen(kind, Same(value), freeze(value.__dict__, within))
+
+    return freeze(value, ())
+
+
+def same(value: Any, expected: Frozen) -> bool:
+    """Whether a value is still what was frozen. torch.compile reads this, too."""
+    kind, identity, content = expected
+    if identity is not None:
+        return value is identity.it and (content is None or same(value.__dict__, content))
+    if type(value) is not kind:
+        return False
+    if issubclass(kind, (list, tuple)):
+        if len(value) != len(content):
+            return False
+        for item, was in zip(value, content, strict=True):  # noqa: SIM110 - it runs with every call
+            if not same(item, was):
+                return False
+        return True
+    if issubclass(kind, dict):
+        if len(value) != len(content):
+            return False
+        for (key, item), (key_was, was) in zip(value.items(), content, strict=True):
+            if not (same(key, key_was) and same(item, was)):
+                return False
+        return True
+    if kind is types.MethodType:
+        return value.__func__ is content[0].it and same(value.__self__, content[1])
+    if kind is functools.partial:
+        function, args, keywords = content
+        return same(value.func, function) and same(value.args, args) and same(value.keywords, keywords)
+    return bool(value == content)
+
+
+def unchanged(reads: tuple[Read, ...]) -> Callable[[], bool] | None:
+    """A function that says whether all of them hold; None for none. It reads the names as Python code does,
+    which is the fastest way, and which torch.compile has guards of its own for."""
+    spaces: dict[int, list[Read]] = {}
+    anywhere = [read for read in reads if read.where != "global"]
+    for read in reads:
+        if read.where == "global":
+            spaces.setdefault(id(read.holder.it), []).append(read)
+    if not spaces and anywhere:
+        spaces[0] = []
+    checks = []
+    for group in spaces.values():
+        checks.append(_compiled(group + anywhere))
+        anywhere = []
+    if len(checks) < 2:
+        return checks[0] if checks else None
+
+    def all_unchanged() -> bool:
+        for check in checks:  # noqa: SIM110 - it runs with every call, and all() takes longer
+            if not check():
+                return False
+        return True
+
+    return all_unchanged
+
+
+def _compiled(reads: list[Read]) -> Callable[[], bool]:
+    """For reads of globals of one module, and others."""
+    constants: list[Any] = []
+    cells: dict[str, types.CellType] = {}
+
+    def constant(value: Any) -> str:
+        constants.append(value)
+        return f"_bnfast_{len(constants) - 1}"
+
+    def condition_of(read: Read) -> str:
+        name = read.name
+        if read.where == "closure":
+            name = next((known for known, cell in cells.items() if cell is read.holder.it), "")
+            if not name:
+                name = f"_bnfast_cell_{len(cells)}"
+                cells[name] = read.holder.it
+        elif read.where == "object":
+            name = constant(read.holder.it)
+        value = ".".join((name, *read.path))
+        kind, identity, content = read.expected
+        if identity is not None and content is None:
+            return f"{value} is {constant(identity.it)}"
+        test = f"{constant(same)}({value}, {constant(read.expected)})"
+        return f"({value} is {constant(content)} or {test})" if kind in _PLAIN else test
+
+    condition = " and ".join(map(condition_of, reads))
+    given = ", ".join(f"_bnfast_{i}" for i in range(len(constants)))
+    source = f"""
+def make({", ".join(cells)}):
+    def unchanged({given}):
+        try:
+            return {condition}
+        except (NameError, AttributeError):
+            return False
+    return unchanged
+"""
+    scope: dict[str, Any] = {}
+    exec(source, scope)
+    code = scope["make"](*cells).__code__
+    space: dict[str, Any] = next((read.holder.it for read in reads if read.where == "global"), scope)
+    closure = tuple(cells[name] for name in code.co_freevars)
+    return types.FunctionType(code, space, "unchanged", tuple(constants), closure)

@@ -1,0 +1,115 @@
+"""What of a model's normalization layers is fused, and why the rest is not."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from ..activation import Activation
+from ..convert import _counterpart, _obstacle
+from ..modules.drop_in import DropIn
+from .blocks import FusedBlock, live_sites
+from .layers import NORMS
+from .patterns import THE_OUTPUT
+from .survey import norms_within_reach, plan
+
+
+class Fused(NamedTuple):
+    """A layer that applies what follows it. norm: its name in the model. residual: whether an add comes
+    before the activation. block: the module whose forward calls the layer, "" for the model itself, and None
+    for an activation that is the layer's own, whoever calls it."""
+
+    norm: str
+    activation: Activation
+    residual: bool
+    block: str | None
+
+    def __str__(self) -> str:
+        if self.block is None:
+            return f"{self.norm}: {self.activation.name} is built in"
+        add = "add, " if self.residual else ""
+        place = self.block or "the model"
+        return f"{self.norm}: {add}{self.activation.name} fused in, in the forward of {place}"
+
+
+class Skipped(NamedTuple):
+    """A layer that runs by itself, and why."""
+
+    norm: str
+    reason: str
+
+
+class FusionReport(NamedTuple):
+    """Every normalization layer of a model once, in the model's order."""
+
+    fused: tuple[Fused, ...]
+    skipped: tuple[Skipped, ...]
+
+    def __str__(self) -> str:
+        """How many are fused; how many are not, for each reason; and then each one that is."""
+        names: defaultdict[str, list[str]] = defaultdict(list)
+        for norm, reason in self.skipped:
+            names[reason].append(norm)
+        reasons = sorted(names.items(), key=lambda item: -len(item[1]))
+        return "\n".join(
+            [
+                f"{len(self.fused)} fused, {len(self.skipped)} not",
+                *(f"{len(norms)} not: {reason}: {', '.join(norms)}" for reason, norms in reasons),
+                *map(str, self.fused),
+            ]
+        )
+
+
+def report(model: nn.Module) -> FusionReport:
+    norms: dict[nn.Module, str] = {m: name for name, m in model.named_modules() if isinstance(m, NORMS)}
+    built_in = ((norm, _own_activation(norm)) for norm in norms)
+    fused = {norm: Fused(norms[norm], own, False, None) for norm, own in built_in if own is not None}
+    reasons = {norm: reason for norm in norms if (reason := _why_not_converted(norm)) is not None}
+    last: dict[nn.Module, str] = {}
+    for name, block in model.named_modules():
+        if isinstance(block, FusedBlock):
+            live, lost = live_sites(block)
+            for site in live:
+                norm = block.get_submodule(site.norm)
+                fused.setdefault(norm, Fused(norms[norm], site.activation, site.residual, name))
+            for path, reason in lost.items():
+                reasons.setdefault(block.get_submodule(path), reason)
+    for block in reversed(list(model.modules())):
+        if any(norm not in fused and norm not in reasons for _, norm in norms_within_reach(block)):
+            _explain(block, reasons, last)
+    reasons = last | reasons
+    left = ((norm, name) for norm, name in norms.items() if norm not in fused)
+    skipped = tuple(Skipped(name, reasons.get(norm, "no block calls it")) for norm, name in left)
+    return FusionReport(tuple(fused[norm] for norm in norms if norm in fused), skipped)
+
+
+def _explain(block: nn.Module, reasons: dict[nn.Module, str], last: dict[nn.Module, str]) -> None:
+    """Adds what a block tells of its layers. A Sequential, which comes first, knows more of its own than what
+    is around it, except for what becomes of its output: that goes to `last`."""
+    found = plan(block, set())
+    if found is None:
+        return
+    possible = {site.norm: "not fused: bnfast.fuse does it" for site in found.sites}
+    for path, reason in (found.skipped | possible).items():
+        (last if reason == THE_OUTPUT else reasons).setdefault(block.get_submodule(path), reason)
+
+
+def _why_not_converted(norm: nn.Module) -> str | None:
+    """For a layer that is none of bnfast's but could be, or could if it were not for something of its own."""
+    target = _counterpart(type(norm))
+    if target is None:
+        return None
+    obstacle = _obstacle(norm, target)
+    if obstacle is not None:
+        return f"it is left as it is: {obstacle}"
+    return "bnfast.fuse (or bnfast.convert) has not been called"
+
+
+def _own_activation(norm: nn.Module) -> Activation | None:
+    """The activation that a layer's own forward applies."""
+    if not isinstance(norm, DropIn) or type(norm).forward is not DropIn.forward:
+        return None
+    layer: Any = norm
+    return Activation.of(layer.activation)

@@ -1,0 +1,289 @@
+"""Watches the code that runs while a forward is traced, instruction by instruction: what it reads that is no
+input of it and not held by its block."""
+
+from __future__ import annotations
+
+import builtins
+import contextlib
+import copy
+import datetime
+import gc
+import sys
+import types
+from collections.abc import Callable, Iterator
+from types import CodeType, FrameType
+from typing import Any
+
+from torch import nn
+from torch.fx import Proxy
+
+from .guards import Refusal, original_class
+from .instructions import ATTRIBUTE, Place, at
+from .outside import OTHERS, Read, Same, frozen
+
+Reads = dict[tuple[object, ...], Read]
+
+# Functions of these ask the clock, the system or chance.
+_CHANGING = {
+    "os", "posix", "nt", "time", "_io", "io", "uuid", "secrets", "_random", "socket", "_socket", "platform",
+    "subprocess", "tempfile", "genericpath", "getpass", "locale", "pathlib",
+}  # fmt: skip
+_TELL_ALL = ("globals", "vars", "eval", "exec", "__import__")
+_NOW = ("now", "today", "utcnow")
+_HOLDERS = (types.ModuleType, type, nn.Module)  # whose attributes are followed one by one
+_NOTHING = object()
+
+
+@contextlib.contextmanager
+def watched(reads: Reads) -> Iterator[None]:
+    """While it lasts, what watched code reads is noted in `reads`, as it was at first.
+
+    Raises Refusal at the end for what may change unseen, for what the code has written, and for code that
+    asks for types: it would find subclasses, and symbols for tensors."""
+    watch = _Watch(reads)
+    before = sys.gettrace()
+    sys.settrace(watch.enter)
+    try:
+        yield
+    finally:
+        sys.settrace(before)
+        written = watch.put_back()
+    if watch.refusal is not None:
+        raise watch.refusal
+    if written is not None:
+        raise Refusal(f"forward writes to {written}")
+
+
+def _foreign(frame: FrameType | None) -> bool:
+    """Whether it runs code of torch, bnfast or Python itself, which is not watched."""
+    module = frame.f_globals.get("__name__", "") if frame is not None else "torch"
+    return module.partition(".")[0] in OTHERS or module.startswith("namedtuple_")
+
+
+class _Watch:
+    def __init__(self, reads: Reads) -> None:
+        self.reads = reads
+        self.refusal: Refusal | None = None
+        self.codes: dict[int, CodeType] = {}
+        self.functions: dict[CodeType, list[types.FunctionType]] = {}
+        self.values: dict[tuple[object, ...], Any] = {}  # by the keys of reads
+        self.copies: list[tuple[Any, Any]] = []  # lists, dicts and sets as they were
+        self.bound: dict[tuple[int, str], tuple[Any, str, Any]] = {}  # what is set by its name, as it was
+
+    def enter(self, frame: FrameType, event: str, argument: Any) -> Any:
+        if _foreign(frame):
+            module = frame.f_globals.get("__name__", "")
+            if module in _CHANGING and not _foreign(frame.f_back):
+                self._guarded(self._refuse_call, frame)
+            return None
+        frame.f_trace_opcodes, frame.f_trace_lines = True, False
+        self.codes[id(frame.f_code)] = frame.f_code
+        self._guarded(self._note_defaults, frame)
+        return self.step
+
+    def step(self, frame: FrameType, event: str, argument: Any) -> Any:
+        if event == "opcode":
+            self._guarded(self._note, frame)
+        return self.step
+
+    def _guarded(self, note: Callable[[FrameType], None], frame: FrameType) -> None:
+        """What is raised here would end the watch, and surface in a forward, which may catch it."""
+        if self.refusal is None:
+            try:
+                note(frame)
+            except Refusal as why:
+                self.refusal = why
+            except Exception as why:
+                self.refusal = Refusal(f"what forward reads cannot be told: {type(why).__name__}: {why}")
+
+    def _refuse_call(self, frame: FrameType) -> None:
+        name = f"{frame.f_globals['__name__']}.{frame.f_code.co_name}"
+        raise Refusal(f"forward calls {name}, whose answer may change")
+
+    def _note(self, frame: FrameType) -> None:
+        code = frame.f_code
+        place = at(code, frame.f_lasti)
+        if place is None:
+            return
+        op, name = place.op, place.name
+        free = name in code.co_freevars and name != "__class__"
+        if op == "LOAD_GLOBAL":
+            self._note_global(frame, place)
+        elif op == "LOAD_DEREF" and free:
+            for cell in self._cells(frame, name):
+                self._note_chain("closure", cell, name, frame.f_locals[name], place)
+        elif op.startswith("LOAD_FAST"):
+            self._note_local(frame, place)
+        elif op in ATTRIBUTE and name == "__class__":
+            raise Refusal(f"{code.co_name} asks for the type of something")
+        elif op == "IMPORT_FROM":
+            module = place.imported_from(frame.f_globals.get("__package__") or "")
+            self._note_import(sys.modules[module], name)
+        elif op in ("STORE_GLOBAL", "DELETE_GLOBAL"):
+            space = frame.f_globals
+            self.bound.setdefault((id(space), name), (space, name, space.get(name, _NOTHING)))
+        elif op == "STORE_DEREF" and free:
+            for cell in self._cells(frame, name):
+                self.bound.setdefault((id(cell), name), (cell, name, cell.cell_contents))
+
+    def _note_global(self, frame: FrameType, place: Place) -> None:
+        name = place.name
+        if name in frame.f_globals:
+            self._note_chain("global", frame.f_globals, name, frame.f_globals[name], place)
+            return
+        value = getattr(builtins, name, None)
+        if value is type:
+            raise Refusal(f"{frame.f_code.co_name} asks for the type of something")
+        _refuse_changing(value, name)
+        if name in _TELL_ALL:
+            raise Refusal(f"forward calls {name}, which tells of more than can be guarded")
+        if value is super:
+            self._note_super(frame, place.super_attribute())
+
+    def _note_local(self, frame: FrameType, place: Place) -> None:
+        """A module or a class under another name: `cls` of a class method, what is imported in a function."""
+        value = frame.f_locals.get(place.name)
+        if isinstance(value, Proxy):  # first, for it does not like to be asked whether it is anything else
+            return
+        if isinstance(value, type):
+            value = original_class(value)
+        if isinstance(value, (types.ModuleType, type)):
+            self._note_chain("object", value, value.__name__, value, place)
+        elif isinstance(value, (types.FunctionType, types.BuiltinFunctionType)):
+            _refuse_changing(value, value.__name__)
+        else:
+            self._note_class_of(value, next(place.attributes(), None))
+
+    def _note_class_of(self, it: Any, name: str | None) -> None:
+        """An attribute of an object that its class has, and not the object itself."""
+        kind: Any = type(it)
+        if name is None or isinstance(it, _HOLDERS) or kind.__module__.partition(".")[0] in OTHERS:
+            return
+        owner = next((c for c in kind.__mro__ if name in vars(c)), None)
+        if owner is not None and name not in getattr(it, "__dict__", ()):
+            self._add("object", owner, owner.__name__, (name,), getattr(owner, name))
+
+    def _note_import(self, module: types.ModuleType, name: str) -> None:
+        value = getattr(module, name, None)
+        _refuse_changing(value, name)
+        if hasattr(module, name) and module.__name__.partition(".")[0] not in OTHERS:
+            self._add("object", module, module.__name__, (name,), value)
+
+    def _note_super(self, frame: FrameType, name: str | None) -> None:
+        """super().name: on the class that has it."""
+        cls, this = frame.f_locals.get("__class__"), frame.f_locals.get((*frame.f_code.co_varnames, "")[0])
+        if name is None or cls is None:
+            return
+        kind = original_class(this if isinstance(this, type) else type(this))
+        after = kind.__mro__[kind.__mro__.index(cls) + 1 :] if cls in kind.__mro__ else ()
+        owner = next((c for c in after if name in vars(c)), None)
+        if owner is not None and owner.__module__.partition(".")[0] not in OTHERS:
+            self._add("object", owner, owner.__name__, (name,), getattr(owner, name))
+
+    def _note_chain(self, where: str, holder: Any, name: str, value: Any, place: Place) -> None:
+        """Follows attributes of modules and classes to what is read in the end."""
+        root: Any = value
+        path: tuple[str, ...] = ()
+        outside = isinstance(root, types.ModuleType) and root.__name__.partition(".")[0] in OTHERS
+        asked = place.asked_by_name()
+        if asked and isinstance(root, _HOLDERS) and not outside and not hasattr(root, asked[0] or ""):
+            raise Refusal(f"forward asks {name} for {asked[0] or 'an attribute by a name that it computes'}")
+        for step in asked or place.attributes():
+            followed = isinstance(value, (*_HOLDERS, types.FunctionType))
+            if step is None or not followed or not hasattr(value, step):
+                self._note_class_of(value, step)
+                break
+            value, path = getattr(value, step), (*path, step)
+        _refuse_changing(value, ".".join((name, *path)))
+        sets = place.sets()
+        if sets is not None and isinstance(value, (types.ModuleType, type)):
+            was = vars(value).get(sets, _NOTHING)
+            self.bound.setdefault((id(value), sets), (value, ".".join((name, *path, sets)), was))
+        if outside and not isinstance(value, (bool, int, float, str, list, dict, set)):
+            path, value = (), root  # the functions and classes of these stay what they are
+        if where != "object" or path:
+            self._add(where, holder, name, path, value)
+
+    def _add(self, where: str, holder: Any, name: str, path: tuple[str, ...], value: Any) -> None:
+        key = (where, id(holder), name, path)
+        if key not in self.reads:
+            self.reads[key] = Read(where, Same(holder), name, path, frozen(value, ".".join((name, *path))))
+        if key not in self.values:
+            self.values[key] = value
+            held = value if isinstance(value, (list, dict, set)) else getattr(value, "__dict__", None)
+            if isinstance(held, (list, dict, set)) and not isinstance(value, (types.FunctionType, *_HOLDERS)):
+                self.copies.append((held, copy.copy(held)))
+
+    def _note_defaults(self, frame: FrameType) -> None:
+        """Defaults of arguments, where they are objects that may change."""
+        code = frame.f_code
+        for name in code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]:
+            value = frame.f_locals.get(name)
+            if isinstance(value, (Proxy, *_HOLDERS, types.FunctionType)):
+                continue
+            if type(value) not in (list, dict, set) and not hasattr(value, "__dict__"):
+                continue
+            for function in self._functions(code):
+                defaults = (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values())
+                if any(value is default for default in defaults):
+                    self._add("object", value, f"{function.__name__}'s default {name}", (), value)
+                    break
+
+    def _cells(self, frame: FrameType, name: str) -> list[types.CellType]:
+        """Of a variable of a function around; none if that one runs in forward itself."""
+        code, value = frame.f_code, frame.f_locals[name]
+        while True:
+            around = next((c for c in self.codes.values() if any(x is code for x in c.co_consts)), None)
+            if around is None:
+                break
+            if name in around.co_cellvars:
+                return []
+            code = around
+        found = [(f.__closure__ or ())[code.co_freevars.index(name)] for f in self._functions(code)]
+        cells = [cell for cell in found if cell.cell_contents is value]
+        if not cells:
+            raise Refusal(f"forward reads {name}, a variable of a function around it that cannot be found")
+        return cells
+
+    def _functions(self, code: CodeType) -> list[types.FunctionType]:
+        if code not in self.functions:
+            users = gc.get_referrers(code)
+            self.functions[code] = [f for f in users if type(f) is types.FunctionType and f.__code__ is code]
+        return self.functions[code]
+
+    def put_back(self) -> str | None:
+        """The name of something that watched code has written, if it has; all that is as it was."""
+        written = [self.reads[key] for key in self.values if not self.reads[key].holds()]
+        names = [read.what for read in written] + [name for _, name, _ in self.bound.values()]
+        for held, before in self.copies:
+            if isinstance(held, list):
+                held[:] = before
+            else:
+                held.clear()
+                held.update(before)
+        for holder, name, value in self.bound.values():
+            if isinstance(holder, types.CellType):
+                holder.cell_contents = value
+            elif isinstance(holder, dict):
+                holder.update({name: value})
+                if value is _NOTHING:
+                    del holder[name]
+            elif value is _NOTHING:
+                delattr(holder, name.rpartition(".")[2])
+            else:
+                setattr(holder, name.rpartition(".")[2], value)
+        for key, value in self.values.items():
+            read = self.reads[key]
+            if read in written and read.path:
+                setattr(read.owner(), read.path[-1], value)
+        return names[0] if names else None
+
+
+def _refuse_changing(value: Any, name: str) -> None:
+    if isinstance(value, (types.FunctionType, types.BuiltinFunctionType)):
+        owner = getattr(value, "__self__", None)
+        clock = isinstance(owner, type) and issubclass(owner, datetime.date) and value.__name__ in _NOW
+        if value.__module__ in _CHANGING or clock:
+            raise Refusal(f"forward calls {name}, whose answer may change")
+    elif type(value).__module__ in _CHANGING:
+        raise Refusal(f"forward reads {name}, which may change unseen")

@@ -1,0 +1,159 @@
+"""What runs when a module is called, beside its forward: fused or not, it runs once."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import bnfast
+from tests.support.block_forms import CHANNELS, Block, conv_norm_act
+from tests.support.fused import data, fused_count, pair
+from tests.support.training import assert_same_training, record
+
+pytestmark = pytest.mark.usefixtures("plain_torch")
+
+
+class Doubled:
+    def __call__(self, *args: Any) -> Any:
+        return super().__call__(*args) * 2  # type: ignore[misc]
+
+
+class DoubledInside:
+    def _call_impl(self, *args: Any) -> Any:
+        return super()._call_impl(*args) * 2  # type: ignore[misc]
+
+    _wrapped_call_impl = _call_impl
+
+
+def _kind(base: type, how: type) -> Any:
+    """A subclass, called in a way that stands two classes above it."""
+    return type("Derived", (type("Between", (how, base), {}),), {})
+
+
+def _wrapped(module: nn.Module, how: type) -> nn.Module:
+    """As a library does it that wraps what it is given."""
+    module.__class__ = type(type(module).__name__, (how, type(module)), {})
+    return module
+
+
+CONV = (CHANNELS, CHANNELS, 1)
+# name: (block, sites)
+MODELS: dict[str, tuple[Callable[[type], nn.Module], int]] = {
+    "convolution": (
+        lambda how: nn.Sequential(nn.BatchNorm2d(CHANNELS), nn.ReLU(), _kind(nn.Conv2d, how)(*CONV)), 1,
+    ),
+    "wrapped convolution": (
+        lambda how: nn.Sequential(nn.BatchNorm2d(CHANNELS), nn.ReLU(), _wrapped(nn.Conv2d(*CONV), how)), 1,
+    ),
+    "activation": (lambda how: conv_norm_act(_kind(nn.ReLU, how)()), 0),
+    "activation added after": (lambda how: nn.Sequential(*conv_norm_act(), _kind(nn.ReLU, how)()), 1),
+    "identity": (
+        lambda how: nn.Sequential(nn.BatchNorm2d(CHANNELS), _kind(nn.Identity, how)(), nn.ReLU()), 0,
+    ),
+    "layer": (lambda how: nn.Sequential(_kind(bnfast.BatchNorm2d, how)(CHANNELS), nn.ReLU()), 0),
+    "wrapped layer": (lambda how: nn.Sequential(_wrapped(bnfast.BatchNorm2d(CHANNELS), how), nn.ReLU()), 0),
+    "shortcut": (
+        lambda how: Block(lambda b, y, x: F.relu(y + b.other(x)), other=_kind(nn.Conv2d, how)(*CONV)), 0,
+    ),
+    "Sequential": (
+        lambda how: Block(
+            lambda b, y, x: F.relu(b.other(x)), other=_kind(nn.Sequential, how)(*conv_norm_act()[:2])
+        ),
+        0,
+    ),
+    "block": (lambda how: nn.Sequential(_kind(nn.Sequential, how)(*conv_norm_act()), nn.Tanh()), 1),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("how", [Doubled, DoubledInside])
+@pytest.mark.parametrize("name", MODELS)
+def test_called_once(name: str, how: type) -> None:
+    make, sites = MODELS[name]
+    ours, theirs = pair(lambda: make(how))
+    assert fused_count(ours) == sites
+    assert_same_training(record(ours, data()), record(theirs, data()))
+
+
+def test_the_reason() -> None:
+    model = bnfast.fuse(MODELS["layer"][0](Doubled))
+    assert [s.reason for s in bnfast.fusion_report(model).skipped] == [
+        "Derived has a __call__ or a _call_impl of its own"
+    ]
+
+
+def _own_call_impl(module: nn.Module) -> None:
+    original = module._call_impl
+    module._call_impl = lambda *args: original(*args) * 2  # type: ignore[assignment]
+
+
+def _compiled(module: nn.Module) -> None:
+    original = module._call_impl
+    module._compiled_call_impl = lambda *args: original(*args) * 2
+
+
+# What may become of a child afterwards, and whether the site goes.
+@pytest.mark.parametrize("change", [_own_call_impl, _compiled, lambda m: _wrapped(m, Doubled)])
+@pytest.mark.parametrize("child", [0, 1, 2])
+@pytest.mark.parametrize("before", [True, False], ids=["before", "since"])
+def test_called_otherwise(change: Callable[[nn.Module], None], child: int, before: bool) -> None:
+    theirs = bnfast.convert(conv_norm_act().double())
+    ours = copy.deepcopy(theirs)
+    if before:
+        change(ours[child])
+    bnfast.fuse(ours)
+    if not before:
+        change(ours[child])
+    change(theirs[child])
+    assert fused_count(ours) == (child == 0)
+    torch.testing.assert_close(ours(data()), theirs(data()))
+
+
+def test_all_calls_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours, theirs = pair(conv_norm_act)
+    call = nn.Module.__call__
+    seen: list[nn.Module] = []
+    monkeypatch.setattr(nn.Module, "__call__", lambda self, *args: (seen.append(self), call(self, *args))[1])
+    assert fused_count(ours) == 0
+    torch.testing.assert_close(ours(data()), theirs(data()))
+    assert [type(m) for m in seen[:4]] == [type(ours), nn.Conv2d, bnfast.BatchNorm2d, nn.ReLU]
+
+
+@pytest.mark.parametrize("child", [Doubled, DoubledInside])
+def test_compiles_in_one_graph(child: type) -> None:
+    ours, theirs = pair(lambda: MODELS["convolution"][0](child))
+    torch._dynamo.reset()
+    torch.testing.assert_close(torch.compile(ours, fullgraph=True, backend="eager")(data()), theirs(data()))
+
+
+def test_fused_once_compiled_in_place() -> None:
+    model, theirs = conv_norm_act().double().eval(), conv_norm_act().double().eval()
+    model.load_state_dict(theirs.state_dict())
+    torch._dynamo.reset()
+    model.compile(backend="eager", fullgraph=True)
+    model(data())
+    bnfast.fuse(model)
+    torch.testing.assert_close(model(data()), theirs(data()))
+
+
+class Returned(nn.Conv2d):
+    """No new tensor, for all that its class says."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+
+def test_an_add_in_place_to_what_a_child_returns() -> None:
+    def tail(b: Any, y: Tensor, x: Tensor) -> Tensor:
+        shortcut = x * 2
+        out = b.other(shortcut)
+        out += y
+        return F.relu(out) * shortcut
+
+    ours, theirs = pair(lambda: Block(tail, other=Returned(*CONV)))
+    assert_same_training(record(ours, data()), record(theirs, data()))
