@@ -91,7 +91,7 @@ def says_what_it_takes(init: Callable[_P, None]) -> Callable[_P, None]:
             try:
                 takes.bind(*args, **kwargs)
             except TypeError as wrong:
-                layer = next(c.__name__ for c in type(args[0]).__mro__ if _ours(c))
+                layer = next(c.__name__ for c in type(args[0]).__mro__ if is_ours(c))
                 unknown = next((name for name in kwargs if name not in names), None)
                 help = "" if unknown is None else f": {_meant(unknown, names)}"
                 raise TypeError(f"{layer}() {wrong}{help}") from None
