@@ -81,8 +81,8 @@ def with_every_numpy() -> Iterator[None]:
 
 @contextlib.contextmanager
 def conditions_kept() -> Iterator[None]:
-    """Within, a comparison of scalars stays one where it is broadcast, and can be a part of a mask. Triton makes
-    integers of it, which 3.9's loads and stores refuse."""
+    """Within, a comparison of scalars stays one where it is broadcast, and can be a part of a mask. Triton
+    makes integers of it, which 3.9's loads and stores refuse."""
     builder = interpreter.interpreter_builder
     original = builder.create_splat
 

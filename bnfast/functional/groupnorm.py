@@ -65,7 +65,7 @@ def group_norm(
         or not 2 <= input.dim() <= 5
         or num_groups <= 0
         or input.size(1) % num_groups
-        or input.numel() == num_groups  # one value a group: torch's ValueError
+        or input.numel() in (0, num_groups)  # one value a group: torch's ValueError; newer ones' for none
         or not vectors_fit(way, input, weight, bias)
         or (residual is not None and not residual_fits(way, residual))
     ):
