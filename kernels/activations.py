@@ -27,9 +27,12 @@ def sigmoid(v):
 
 @triton.jit
 def exp_minus_1(v):
-    """For v <= 0."""
-    t = tanh(0.5 * v)
-    return 2.0 * t / (1.0 - t)
+    """For v <= 0. Near 0 the series, which keeps the digits that exp(v) - 1 loses there."""
+    TERMS: tl.constexpr = 15 if v.dtype == tl.float64 else 8  # the next is below half a unit of the first
+    near = 1.0 + v * (1.0 / TERMS)
+    for k in tl.static_range(TERMS - 1, 1, -1):
+        near = 1.0 + near * (v * (1.0 / k))
+    return tl.where(v > -0.5, v * near, tl.exp(v) - 1.0)
 
 
 @triton.jit

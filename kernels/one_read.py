@@ -127,12 +127,10 @@ def group_norm_kernel(
         y = a * (held[k].to(ACC) - by_row(mean, ROWS)) + b
         if z_ptr is not None:
             y += tl.load(z_ptr + base + offs, mask=mask, other=0.0, eviction_policy="evict_first").to(ACC)
+        activated = activate(y, NAME, PARAMETER).to(y_ptr.dtype.element_ty)
+        tl.store(y_ptr + base + offs, activated, mask=mask, eviction_policy="evict_first")
         if signs_ptr is not None:
             tl.store(signs_ptr + base // 8 + byte_of(offs), pack(y > 0), mask=mask)
-        y = activate(y, NAME, PARAMETER)
-        tl.store(
-            y_ptr + base + offs, y.to(y_ptr.dtype.element_ty), mask=mask, eviction_policy="evict_first"
-        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=PARAMETERS)

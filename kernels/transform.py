@@ -70,10 +70,10 @@ def transform_kernel(
         y = a * (x - p) + b if CENTRED else a * x
         if z_ptr is not None:
             y += tl.load(z_ptr + base + offs, mask=mask, other=0.0, eviction_policy="evict_first").to(ACC)
-        if signs_ptr is not None:
+        activated = activate(y, NAME, PARAMETER).to(y_ptr.dtype.element_ty)
+        tl.store(y_ptr + base + offs, activated, mask=mask, eviction_policy="evict_first")
+        if signs_ptr is not None:  # behind the other store: before it, Triton 3.9 spills a register [sass]
             byte_base, byte_offs, byte_mask = byte_tile(
                 block, index, rows, pitch_v, width_v, pieces, total_v, MODE, VEC, ROWS_A_TILE, LANES
             )  # fmt: skip
             tl.store(signs_ptr + start // 8 + byte_base + byte_offs, pack(y > 0), mask=byte_mask)
-        y = activate(y, NAME, PARAMETER)
-        tl.store(y_ptr + base + offs, y.to(y_ptr.dtype.element_ty), mask=mask, eviction_policy="evict_first")
