@@ -1,6 +1,6 @@
 """`python3 -m tests`: everything that can be checked on this machine, in one command that sets itself up.
 
-    python3 -m tests                all of it, and with the oldest PyTorch and Triton what covers every kernel
+    python3 -m tests                all of it; with the oldest PyTorch and Triton, what covers every kernel
     python3 -m tests --all          all of it with every Triton, and with the oldest PyTorch
     python3 -m tests --quick        what takes no time: in Triton's interpreter and in plain torch only
     python3 -m tests -- -k running  what follows the two dashes goes to every pytest
@@ -30,6 +30,11 @@ OLDEST = "requirements-oldest.txt"
 TRITONS = ("3.6.0", "3.7.1", "3.8.0", "3.9.0")  # benchmarks/budgets.csv has columns of each
 # With the oldest: the static tests that compile every kernel, and what touches most of PyTorch and of Triton
 COVERING = ("tests/static/test_budgets.py",)
+LIBRARIES_TIER = [
+    f"tests/test_{name}.py"
+    for name in ("carrying_subclasses", "convert_models", "folding", "fuse_models", "fuse_report", "opacus")
+    + ("registries", "timm_tools")
+]
 OLDEST_TIER = [f"tests/test_{name}.py" for name in ("kernels_run", "compile", "fx_and_script", "modules")]
 NO_TESTS = 5  # pytest's exit code for "nothing collected"
 
@@ -154,6 +159,19 @@ def with_oldest(everything: bool, extra: list[str]) -> list[Outcome]:
     )
 
 
+def with_libraries(extra: list[str]) -> list[Outcome]:
+    """Other libraries' tools and models with bnfast's layers. Where they are missing, these tests skip."""
+    own = environment.venv_folder()
+
+    def tiers(python: str) -> list[Outcome]:
+        name = "with other libraries"
+        return [suite(name, LIBRARIES_TIER, extra, python=python, interpret=True, may_be_empty=bool(extra))]
+
+    pins = list(environment.pinned("requirements-libraries.txt").values())
+    folder = own.with_name(f"{own.name}-libraries")
+    return elsewhere("timm, Opacus and other libraries", lambda: environment.layered(folder, pins), tiers)
+
+
 def without_gpu(extra: list[str], everything: bool) -> list[Outcome]:
     """In this environment, and beside it with the newest Triton and the oldest pair, or with all."""
     here, newest = metadata.version("triton"), TRITONS[-1]
@@ -169,7 +187,7 @@ def without_gpu(extra: list[str], everything: bool) -> list[Outcome]:
     found += with_triton(newest, on_newest)
     for triton in TRITONS[1:-1] if everything else ():
         found += with_triton(triton, lambda python, triton=triton: [compiled(extra, triton, python)])
-    return found + with_oldest(everything, extra)
+    return [*found, *with_libraries(extra), *with_oldest(everything, extra)]
 
 
 def on_gpu(extra: list[str]) -> Outcome:

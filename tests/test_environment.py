@@ -10,7 +10,7 @@ import pytest
 
 from benchmarks import environment
 from benchmarks.environment import Step
-from tests.__main__ import TRITONS
+from tests.__main__ import COVERING, LIBRARIES_TIER, OLDEST_TIER, TRITONS
 
 REQUIREMENTS = (environment.ROOT / "requirements.txt").read_text(encoding="utf-8")
 
@@ -213,3 +213,15 @@ def test_layered_environments_find_both(tmp_path: Path) -> None:
         [str(environment.python_of(folder)), "-c", script], capture_output=True, text=True, check=True
     )
     assert done.stdout.split() == ["own", "lower"]
+
+
+def test_no_library_brings_its_own_of_what_is_pinned() -> None:
+    assert (
+        environment.pinned("requirements-libraries.txt")
+        .keys()
+        .isdisjoint(environment.pinned("requirements.txt", "requirements-oldest.txt"))
+    )
+
+
+def test_the_files_of_the_tiers_exist() -> None:
+    assert all((environment.ROOT / name).exists() for name in (*OLDEST_TIER, *LIBRARIES_TIER, *COVERING))
