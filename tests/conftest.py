@@ -3,10 +3,32 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--sample",
+        type=int,
+        default=1,
+        metavar="N",
+        help="of each test's cases only every Nth, from the first",
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    step, seen, left_out = config.getoption("--sample"), Counter[str](), []
+    for item in [*items] if step > 1 else ():
+        test = item.nodeid.partition("[")[0]
+        if seen[test] % step:
+            items.remove(item)
+            left_out.append(item)
+        seen[test] += 1
+    config.hook.pytest_deselected(items=left_out)
 
 
 @pytest.fixture(autouse=True)

@@ -16,6 +16,8 @@ import torch
 from benchmarks import __main__, battery, processes, records, session
 from benchmarks.records import CANNOT, MEASURED, Record
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 
 

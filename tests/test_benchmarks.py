@@ -14,6 +14,8 @@ from torch import nn
 import bnfast
 from benchmarks import LAYERS, agreement, digits, kernels_in_training, normalizers, plots, report
 
+pytestmark = pytest.mark.slow
+
 SMALL = digits.Recipe(epochs=1, batch=8, width=4, steps=3)
 
 

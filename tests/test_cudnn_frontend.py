@@ -20,6 +20,8 @@ from benchmarks.cases import Case
 from benchmarks.records import CANNOT
 from tests.support import fake_cudnn
 
+pytestmark = pytest.mark.slow
+
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 CASE = Case("suite", "network", "BatchNorm", (4, 16, 6, 6), 0, torch.float32, False, "relu", True)
 (FRONTEND,) = baselines.get(["cudnn-frontend"])

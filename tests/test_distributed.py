@@ -14,6 +14,8 @@ from torch.testing import assert_close
 
 import bnfast
 
+pytestmark = pytest.mark.slow
+
 RANKS = 2
 
 

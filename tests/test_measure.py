@@ -17,6 +17,8 @@ from benchmarks.baselines.contender import Baseline, Contender
 from benchmarks.cases import Case
 from benchmarks.records import CANNOT, MEASURED, Record
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 QUICK = measure.Method(rounds=5, stopwatch=stopwatch.on_host)
 BATCH = Case("suite", "network", "BatchNorm", (4, 8, 6, 6), 0, torch.float32, True, "relu", True)

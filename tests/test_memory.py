@@ -10,6 +10,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from benchmarks import memory
 from benchmarks.resnet import Bottleneck, resnet50
 
+pytestmark = pytest.mark.slow
+
 
 def network(activation: str) -> nn.Module:
     act = memory.ACTIVATIONS[activation]

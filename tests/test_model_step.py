@@ -27,7 +27,7 @@ from tests.support.steps import (
     measured,
 )
 
-pytestmark = pytest.mark.usefixtures("plain_torch_in_one_thread")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("plain_torch_in_one_thread")]
 
 
 # what is trained

@@ -20,6 +20,8 @@ from bnfast import dispatch
 from bnfast.kernels import steps
 from tests.support.trace import Trace, trace
 
+pytestmark = pytest.mark.slow
+
 BF16, FP32 = torch.bfloat16, torch.float32
 AFTER = ((None, False), ("relu", False), ("relu", True), ("silu", True), (None, True), ("gelu", False))
 NETWORKS = [(suite, network) for suite, networks in SUITES.items() for network in networks]

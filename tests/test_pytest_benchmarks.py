@@ -6,7 +6,11 @@ import os
 import subprocess
 import sys
 
+import pytest
+
 from benchmarks.environment import ROOT
+
+pytestmark = pytest.mark.slow
 
 
 def test_a_case_is_timed_by_pytest_benchmark() -> None:
