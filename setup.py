@@ -35,8 +35,8 @@ setup(
     packages=["bnfast", *(f"bnfast.{part}" for part in PARTS), "bnfast.kernels"],
     package_dir={"bnfast.kernels": "kernels"},
     package_data={"bnfast": ["py.typed"]},
-    # Tested: PyTorch 2.11.0 with Triton 3.6.0 and 2.15.0 with 3.9.0, which the requirements files pin, and the
-    # machine code of Triton 3.7.1 and 3.8.0.
+    # Tested: PyTorch 2.11.0 with Triton 3.6.0 and 2.15.0 with 3.9.0, which the requirements files pin;
+    # and the machine code of Triton 3.7.1 and 3.8.0.
     install_requires=["torch>=2.11"],
     extras_require={
         # Not required: without Triton or without a GPU, layers run on plain torch. Torch's own CUDA builds
