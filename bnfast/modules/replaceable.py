@@ -6,6 +6,8 @@ import sys
 import warnings
 from types import FrameType
 
+import torch
+
 from .drop_in import DropIn
 
 # Functions that build another layer in the place of whatever is one of torch.nn's BatchNorms: torch's and
@@ -24,9 +26,10 @@ class Replaceable(DropIn):
     def affine(self) -> bool:
         """torch.nn's attribute. No forward reads it, but all of those functions do: they build a bare layer
         from a BatchNorm's attributes, and none of them asks the BatchNorm in any other way."""
-        caller = sys._getframe(1)
-        if caller.f_code.co_name in _TO_ANOTHER or caller.f_globals.get("__name__") == _MKLDNN:
-            self._replaced_by(caller)
+        if not torch.compiler.is_compiling():  # Dynamo knows no frames
+            caller = sys._getframe(1)
+            if caller.f_code.co_name in _TO_ANOTHER or caller.f_globals.get("__name__") == _MKLDNN:
+                self._replaced_by(caller)
         try:
             return bool(self.__dict__["affine"])
         except KeyError:
