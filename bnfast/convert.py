@@ -22,6 +22,7 @@ from . import modules
 from .adopted import activation_of, both, is_adopted
 from .fusing.blocks import unfuse
 from .fusing.layers import NORMS, hooked
+from .importing import catch_up
 from .modules import plain
 from .modules.drop_in import DropIn
 from .modules.frozenbatchnorm import TorchFrozenBatchNorm2d
@@ -67,6 +68,7 @@ def convert(model: nn.Module) -> nn.Module:
     Returns the model. Logs what was converted, and what was left alone and why, to the logger "bnfast" at
     level INFO. Raises TypeError for anything but a torch.nn.Module."""
     log = _Log("convert", model)
+    catch_up()
     for name, module in list(model.named_modules()):
         target = _counterpart(type(module))
         if target is None:

@@ -2,49 +2,102 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 import sys
+import threading
 from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from typing import Any
 
 _LOG = logging.getLogger("bnfast")
-_awaited: dict[str, Callable[[Any], None]] = {}
+
+
+@dataclass
+class _Awaited:
+    name: str
+    then: Callable[[Any], None]
+    done: bool = False
+    told: bool = False  # that it could not be done
+
+    def do(self, module: Any) -> None:
+        """Another release of a library may have nothing of what is looked for, which must not stop its
+        import."""
+        self.done = True
+        try:
+            self.then(module)
+        except Exception as why:
+            self.done = False
+            if not self.told:
+                _LOG.warning(
+                    "%s, in the installed version, does not get to know bnfast's layers (%s: %s): use "
+                    "bnfast.revert(model) before you give it a model", self.name, type(why).__name__, why,
+                )  # fmt: skip
+            self.told = True
+        else:
+            if self.told:
+                _LOG.info("%s gets to know bnfast's layers after all", self.name)
+            self.told = False
+
+
+_awaited: dict[str, _Awaited] = {}
 
 
 def when_imported(name: str, then: Callable[[Any], None]) -> None:
-    """Calls `then` with the module of this name: at once if it is imported, else right after it is."""
-    if name in sys.modules:
-        _do(then, sys.modules[name])
-        return
-    _awaited[name] = then
+    """Calls `then` with the module of this name: at once if it is imported, else right after it is, and again
+    when it is reloaded."""
+    _awaited[name] = _Awaited(name, then)
     if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Finder())
+    if _is_begun(sys.modules.get(name)):
+        with suppress(Exception):  # which whoever imports it gets as well
+            importlib.import_module(name)  # waits for another thread
+    _catch_up(name)
 
 
-def _do(then: Callable[[Any], None], module: Any) -> None:
-    """Another release of a library may have nothing of what is looked for: that must not stop its import."""
-    try:
-        then(module)
-    except Exception as why:
-        _LOG.warning(
-            "%s, in the installed version, does not get to know bnfast's layers (%s: %s): use "
-            "bnfast.revert(model) before you give it a model", module.__name__, type(why).__name__, why,
-        )  # fmt: skip
+def catch_up() -> None:
+    """For modules that were filled since, or came here past the finder."""
+    for name in list(_awaited):
+        _catch_up(name)
+
+
+def _catch_up(name: str) -> None:
+    awaited, module = _awaited[name], sys.modules.get(name)
+    if module is None or awaited.done or _is_begun(module):
+        return
+    if type(module).__name__ != "_LazyModule":  # importlib's, which any question would have loaded
+        awaited.do(module)
+
+
+def _is_begun(module: Any) -> bool:
+    """Whether its import has begun and is not over."""
+    if type(module).__name__ == "_LazyModule":
+        return False
+    return getattr(getattr(module, "__spec__", None), "_initializing", False) is True
 
 
 class _Finder(MetaPathFinder):
     """Finds the awaited modules as the other finders do, and no other module."""
 
+    def __init__(self) -> None:
+        self._within = threading.local()
+
     def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
-        if fullname not in _awaited:
+        if fullname not in _awaited or getattr(self._within, "asks", False):
             return None
-        others = (finder for finder in sys.meta_path if not isinstance(finder, _Finder))
-        specs = (finder.find_spec(fullname, path, target) for finder in others)
-        spec = next((spec for spec in specs if spec is not None), None)
-        if spec is not None and spec.loader is not None:
-            spec.loader = _Loader(spec.loader)
+        self._within.asks = True
+        try:
+            find: Any = importlib._bootstrap._find_spec  # type: ignore[attr-defined]
+            spec: ModuleSpec | None = find(fullname, path, target)
+            if hasattr(spec.loader if spec else None, "exec_module"):
+                spec.loader = _Loader(spec.loader)  # type: ignore[union-attr]
+        except Exception:  # the import goes on without this finder, and gets it as well
+            return None
+        finally:
+            self._within.asks = False
         return spec
 
 
@@ -55,12 +108,16 @@ class _Loader(Loader):
         self.own = own
 
     def __getattr__(self, name: str) -> Any:
+        if name == "own":  # while it is copied
+            raise AttributeError(name)
         return getattr(self.own, name)
 
     def create_module(self, spec: ModuleSpec) -> Any:
         return self.own.create_module(spec)
 
     def exec_module(self, module: Any) -> None:
+        name = module.__spec__.name
         module.__loader__ = module.__spec__.loader = self.own
         self.own.exec_module(module)
-        _do(_awaited[module.__name__], module)
+        if name in _awaited:
+            _awaited[name].do(module)

@@ -26,9 +26,9 @@ Enter = Callable[[type[DropIn]], None]
 def refuse_activations(fusion: Any) -> None:
     """fuse_conv_bn_eval and fuse_linear_bn_eval get a layer, read its tensors and call one of these functions
     of their own module, which is the same for all who have imported them."""
-    for name in ("fuse_conv_bn", "fuse_linear_bn"):
-        weights = f"{name}_weights"
-        setattr(fusion, weights, _checked(getattr(fusion, weights), f"{name}_eval"))
+    names = ("fuse_conv_bn", "fuse_linear_bn")
+    for name, function in [(name, getattr(fusion, f"{name}_weights")) for name in names]:
+        setattr(fusion, f"{name}_weights", _checked(function, f"{name}_eval"))
 
 
 def _checked(function: Callable[..., Any], caller: str) -> Callable[..., Any]:

@@ -14,6 +14,7 @@ from torch.fx import Proxy
 from torch.fx.proxy import TraceError
 
 from ..activation import Activation
+from ..importing import catch_up
 
 _P = ParamSpec("_P")
 WHEN_SUBCLASSED: list[Callable[[type], None]] = []  # each is given every new class of layers
@@ -26,6 +27,7 @@ class DropIn(nn.Module):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
+        catch_up()
         for enter in WHEN_SUBCLASSED:
             enter(cls)
 
@@ -85,6 +87,7 @@ def says_what_it_takes(init: Callable[_P, None]) -> Callable[_P, None]:
 
     @wraps(init)
     def explained(*args: _P.args, **kwargs: _P.kwargs) -> None:
+        catch_up()
         try:
             init(*args, **kwargs)
         except TypeError:

@@ -1,0 +1,236 @@
+"""Libraries that are imported in odd ways: beside other finders, in another thread, in part, anew."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import logging
+import subprocess
+import sys
+import threading
+import types
+from collections.abc import Iterator
+from importlib.machinery import ModuleSpec, PathFinder
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import bnfast
+from bnfast import importing
+from bnfast.importing import catch_up, when_imported
+
+NAME = "odd_library.registry"
+
+
+@pytest.fixture(autouse=True)
+def library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A package with a module `registry` that holds a table; the module's file."""
+    package = tmp_path / "odd_library"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    (package / "registry.py").write_text("TABLE = {}\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(importing, "_awaited", {})
+    monkeypatch.setattr(sys, "meta_path", [f for f in sys.meta_path if type(f) is not importing._Finder])
+    yield package / "registry.py"
+    for name in [name for name in sys.modules if name.startswith("odd_library")]:
+        del sys.modules[name]
+
+
+def enter(module: Any) -> None:
+    module.TABLE["ours"] = True
+
+
+def entered() -> bool:
+    return importlib.import_module(NAME).TABLE == {"ours": True}
+
+
+def test_none_in_its_place_means_that_it_is_missing(caplog: pytest.LogCaptureFixture) -> None:
+    sys.modules[NAME] = None  # type: ignore[assignment]
+    when_imported(NAME, enter)
+    with pytest.raises(ModuleNotFoundError):
+        importlib.import_module(NAME)
+    catch_up()
+    assert not caplog.records
+    del sys.modules[NAME]
+    assert entered()
+
+
+class Old:
+    """As before Python 3.4; later ones pass it over, or ask it by another name."""
+
+    def find_module(self, fullname: str, path: Any = None) -> None:
+        return None
+
+
+class Delegating:
+    """Asks the other finders, whichever these are, as bnfast's does."""
+
+    def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+        others = (f for f in sys.meta_path if f is not self and hasattr(f, "find_spec"))
+        return next(filter(None, (finder.find_spec(fullname, path, target) for finder in others)), None)
+
+
+class Bypassing:
+    def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+        return PathFinder.find_spec(fullname, path, target)
+
+
+@pytest.mark.filterwarnings("ignore::ImportWarning")
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("kind", [Old, Delegating, Bypassing])
+def test_beside_other_finders(kind: Any, first: bool) -> None:
+    if not first:
+        sys.meta_path.insert(0, kind())
+    when_imported(NAME, enter)
+    if first:
+        sys.meta_path.insert(0, kind())
+    importlib.import_module(NAME)
+    catch_up()  # which is needed where bnfast's was not asked
+    assert entered()
+
+
+def test_a_finder_that_forbids_it_is_heard() -> None:
+    class Forbidding:
+        def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> None:
+            if fullname == NAME:
+                raise ImportError("forbidden here")
+
+    when_imported(NAME, enter)
+    sys.meta_path.insert(1, Forbidding())  # type: ignore[arg-type]
+    with pytest.raises(ImportError, match="forbidden here"):
+        importlib.import_module(NAME)
+    del sys.meta_path[1]
+    assert entered()
+
+
+def test_a_loader_of_the_old_kind() -> None:
+    class Loading:
+        def load_module(self, fullname: str) -> Any:
+            module = sys.modules[fullname] = types.ModuleType(fullname)
+            module.TABLE = {}  # type: ignore[attr-defined]
+            return module
+
+        def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+            return ModuleSpec(fullname, Loading()) if fullname == NAME else None  # type: ignore[arg-type]
+
+    when_imported(NAME, enter)
+    sys.meta_path.insert(1, Loading())
+    with pytest.warns(ImportWarning):
+        importlib.import_module(NAME)
+    bnfast.BatchNorm2d(2)
+    assert entered()
+
+
+def test_while_another_thread_imports_it(library: Path) -> None:
+    """Which is waited for."""
+    library.write_text("import threading\nstarted.set()\ngo.wait(60)\nTABLE = {}\n".replace("import ", "from "
+        "odd_library import started, go\nimport "))  # fmt: skip
+    package: Any = importlib.import_module("odd_library")
+    package.started, package.go = threading.Event(), threading.Event()
+    thread = threading.Thread(target=importlib.import_module, args=(NAME,))
+    thread.start()
+    assert package.started.wait(60)
+    threading.Timer(0.2, package.go.set).start()
+    when_imported(NAME, enter)
+    assert sys.modules[NAME].TABLE == {"ours": True}  # type: ignore[attr-defined]
+    thread.join()
+
+
+def test_from_within_it(library: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """As where it imports what imports bnfast."""
+    library.write_text("import odd_library\nodd_library.call()\nTABLE = {}\n")
+    importlib.import_module("odd_library").call = lambda: when_imported(NAME, enter)  # type: ignore[attr-defined]
+    importlib.import_module(NAME)
+    bnfast.convert(bnfast.BatchNorm2d(2))
+    assert entered()
+    assert not caplog.records
+
+
+@pytest.mark.parametrize(
+    "then",
+    [
+        lambda: bnfast.BatchNorm2d(2),
+        lambda: bnfast.FrozenBatchNorm2d(2),
+        lambda: bnfast.convert(bnfast.modules.plain.BatchNorm2d(2)),
+        lambda: type("Mine", (bnfast.LayerNorm,), {}),
+    ],
+    ids=["construction", "of constants", "convert", "subclass"],
+)
+def test_filled_after_it_was_there(then: Any, caplog: pytest.LogCaptureFixture) -> None:
+    module: Any = types.ModuleType(NAME)
+    sys.modules[NAME] = module
+    when_imported(NAME, enter)
+    catch_up()
+    (record,) = caplog.records  # one for the two
+    assert "does not get to know" in record.getMessage()
+    module.TABLE = {}
+    with caplog.at_level(logging.INFO, "bnfast"):
+        then()
+    assert module.TABLE == {"ours": True}
+    assert "gets to know bnfast's layers after all" in caplog.text
+    module.TABLE.clear()
+    then()
+    assert not module.TABLE  # it is done once
+
+
+def test_reloaded() -> None:
+    module = importlib.import_module(NAME)
+    when_imported(NAME, enter)
+    assert entered()
+    importlib.reload(module)
+    assert entered()
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_loaded_lazily(before: bool) -> None:
+    def lazy() -> Any:
+        spec = importlib.util.find_spec(NAME)
+        assert spec is not None
+        assert spec.loader is not None
+        spec.loader = importlib.util.LazyLoader(spec.loader)
+        module = sys.modules[NAME] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+
+    importlib.import_module("odd_library")
+    if not before:
+        when_imported(NAME, enter)
+    module = lazy()
+    if before:
+        when_imported(NAME, enter)
+    catch_up()
+    assert "TABLE" not in object.__getattribute__(module, "__dict__")
+    assert module.__name__ == NAME
+    catch_up()
+    assert module.TABLE == {"ours": True}
+
+
+def test_its_spec_is_copied() -> None:
+    when_imported(NAME, enter)
+    spec: Any = copy.deepcopy(importlib.util.find_spec(NAME))
+    assert spec.loader.get_filename(NAME).endswith("registry.py")
+    assert not hasattr(spec.loader, "unheard_of")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert module.TABLE == {"ours": True}
+
+
+PATCHED = """
+import importlib, sys, torch
+import torch.nn.utils.fusion as fusion, torch.fx.experimental.optimization as optimization
+sys.modules["captum.attr._core.deep_lift"] = None
+import bnfast
+for module in (fusion, optimization):
+    importlib.reload(module)
+matches = optimization.matches_module_pattern
+for function in (fusion.fuse_conv_bn_weights, fusion.fuse_linear_bn_weights, matches):
+    assert function.__wrapped__.__module__ == function.__module__
+    assert not hasattr(function.__wrapped__, "__wrapped__")
+"""
+
+
+def test_torchs_own_in_a_new_process() -> None:
+    done = subprocess.run([sys.executable, "-c", PATCHED], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
