@@ -148,7 +148,9 @@ def test_freezing_by_replacement() -> None:
 
 def convert_syncbn_model(module: Any) -> nn.Module:
     """apex's, by what it reads."""
-    return nn.SyncBatchNorm(module.num_features, module.eps, module.momentum, module.affine)
+    synced = nn.SyncBatchNorm(module.num_features, module.eps, module.momentum, module.affine)
+    synced.running_mean, synced.running_var = module.running_mean, module.running_var
+    return synced
 
 
 def freeze_batch_norm_2d(module: Any) -> nn.Module:
@@ -156,6 +158,7 @@ def freeze_batch_norm_2d(module: Any) -> nn.Module:
     frozen = DetectronFrozen(module.num_features, module.eps)
     if module.affine:
         frozen.weight.data = module.weight.data.clone()
+    frozen.running_mean.data, frozen.running_var.data = module.running_mean.data, module.running_var.data
     return frozen
 
 
@@ -167,6 +170,24 @@ def test_others_that_replace_layers(replace: Any) -> None:
     for layer in layers:
         with pytest.raises(RuntimeError, match=f"applies (relu|ReLU) itself.* {replace.__name__} "):
             replace(layer)
+
+
+@pytest.mark.parametrize("name", ["freeze_batch_norm_2d", "convert_frozen_batchnorm", "convert_syncbn_model"])
+def test_somebodys_function_of_the_same_name(name: str) -> None:
+    """Which builds nothing of what it reads."""
+    functions: dict[str, Any] = {}
+    exec(f"def {name}(layer):\n    return layer.eval().affine and layer.num_features", functions)
+    for layer in (bnfast.BatchNorm2d(4, activation="relu"), bnfast.BatchRenorm2d(4)):
+        assert functions[name](layer) == 4
+
+
+def test_the_warning_is_where_the_converter_is_called() -> None:
+    model = nn.Sequential(bnfast.BatchNorm2d(4), nn.Sequential(nn.Sequential(bnfast.BatchNorm2d(4))))
+    with pytest.warns(UserWarning, match="puts a SyncBatchNorm") as seen:
+        nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        nn.SyncBatchNorm.convert_sync_batchnorm(bnfast.BatchNorm2d(4))
+    assert {warning.filename for warning in seen} == {__file__}
+    assert len({warning.lineno for warning in seen}) == 2
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")

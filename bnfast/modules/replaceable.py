@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import warnings
-from types import FrameType
+from types import CodeType, FrameType
 
 import torch
 
@@ -15,6 +15,7 @@ from .drop_in import DropIn
 TO_SYNC = ("convert_sync_batchnorm", "convert_syncbn_model")
 _TO_ANOTHER = (*TO_SYNC, "convert_frozen_batchnorm", "freeze_batch_norm_2d", "convert_splitbn_model")
 _MKLDNN = "torch.utils.mkldnn"
+_TAKEN = {"num_features", "running_mean", "running_var"}  # what each of them reads besides
 
 
 class Replaceable(DropIn):
@@ -28,7 +29,7 @@ class Replaceable(DropIn):
         from a BatchNorm's attributes, and none of them asks the BatchNorm in any other way."""
         if not torch.compiler.is_compiling():  # Dynamo knows no frames
             caller = sys._getframe(1)
-            if caller.f_code.co_name in _TO_ANOTHER or caller.f_globals.get("__name__") == _MKLDNN:
+            if _builds_another(caller.f_code) or caller.f_globals.get("__name__") == _MKLDNN:
                 self._replaced_by(caller)
         try:
             return bool(self.__dict__["affine"])
@@ -49,7 +50,7 @@ class Replaceable(DropIn):
                 f"{by} puts a SyncBatchNorm in the place of bnfast's BatchNorms: it computes the same, but "
                 "not on bnfast's kernels, and what bnfast.fuse had put inside their calls runs by itself "
                 "again. bnfast.revert(model) first says that this is meant",
-                stacklevel=4,
+                stacklevel=3 + _calls_of_itself(caller),
             )
 
     def _lost_in(self, by: str, caller: FrameType) -> str | None:
@@ -60,3 +61,18 @@ class Replaceable(DropIn):
             f"applies {self.activation.name} itself, which the layer that {by} builds in its place does not: "
             "make it without activation= and apply that in a module behind it, which bnfast.fuse takes in"
         )
+
+
+def _builds_another(code: CodeType) -> bool:
+    """Whether a function is one of those, and not somebody's of the same name. The first is often copied, and
+    goes by its name alone."""
+    name = code.co_name
+    return name == TO_SYNC[0] or (name in _TO_ANOTHER and _TAKEN.issubset(code.co_names))
+
+
+def _calls_of_itself(frame: FrameType) -> int:
+    """How many calls of a function stand above its caller's."""
+    calls, above = 1, frame.f_back
+    while above is not None and above.f_code is frame.f_code:
+        calls, above = calls + 1, above.f_back
+    return calls
