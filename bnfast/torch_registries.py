@@ -11,15 +11,17 @@ import logging
 import sys
 from collections.abc import Callable, Iterable
 from typing import Any
+from weakref import WeakSet
 
 from torch import nn
 
 from .activation import Activation
-from .adopted import as_module
+from .adopted import Applying, as_module
 from .modules.drop_in import DropIn, is_ours
-from .twins import has_twin, refuse_activation, torchs_class, twin
+from .twins import has_twin, refuse_activation, torchs_class, twin, way_out
 
 _LOG = logging.getLogger("bnfast")
+_FOLDED_INTO = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 Enter = Callable[[type[DropIn]], None]
 
 
@@ -45,6 +47,7 @@ def _checked(function: Callable[..., Any], caller: str) -> Callable[..., Any]:
 def match_ours(optimization: Any) -> None:
     """optimization.fuse compares classes in one function."""
     matches = optimization.matches_module_pattern
+    told: WeakSet[Any] = WeakSet()  # each call has a graph of its own
 
     @functools.wraps(matches)
     def matches_ours(pattern: Iterable[type], node: Any, modules: dict[str, Any]) -> bool:
@@ -55,16 +58,32 @@ def match_ours(optimization: Any) -> None:
         pattern = [kind if expected is torchs_class(kind) else expected for expected in pattern]
         found = bool(matches(pattern, node, modules))
         if found and layer.activation is not None:
-            _LOG.warning(
-                "torch.fx's optimizer does not fold %s into the layer before it: it applies an activation "
-                "itself. Make it without activation= and apply that in a module behind it, which bnfast.fuse "
-                "takes in",
-                node.target,
-            )
+            if node.graph not in told:
+                told.add(node.graph)
+                _tell_what_is_left(node.graph, modules)
             return False
         return found
 
     optimization.matches_module_pattern = matches_ours
+
+
+def _tell_what_is_left(graph: Any, modules: dict[str, Any]) -> None:
+    def called(node: Any) -> Any:
+        return modules.get(node.target) if getattr(node, "op", None) == "call_module" else None
+
+    left = {
+        node.target: called(node)
+        for node in graph.nodes
+        if has_twin(called(node))
+        and called(node).activation is not None
+        and type(called(node.args[0])) in _FOLDED_INTO
+    }
+    timms = any(isinstance(layer, Applying) for layer in left.values())
+    _LOG.warning(
+        "torch.fx's optimizer does not fold %d layer%s (%s) into the %s, which would lose an activation. %s",
+        len(left), "s" * (len(left) > 1), ", ".join(left),
+        "ones before them" if len(left) > 1 else "one before it", way_out(timms),
+    )  # fmt: skip
 
 
 def fuser_methods(mappings: Any) -> Enter:

@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from . import modules
+from .adopted import Applying
 from .modules.batchrenorm import _BatchRenorm
 from .modules.drop_in import DropIn, is_ours
 
@@ -54,6 +55,18 @@ def refuse_activation(layer: object, by: str) -> None:
     if activation is not None:
         name = getattr(activation, "name", type(activation).__name__)
         raise RuntimeError(
-            f"{by} would lose an activation: {type(layer).__name__} applies {name} itself. Make the layer "
-            "without activation= and apply that in a module behind it, which bnfast.fuse takes in"
+            f"{by} would lose an activation: {type(layer).__name__} applies {name} itself. "
+            f"{way_out(isinstance(layer, Applying))}"
         )
+
+
+def way_out(timms: bool) -> str:
+    """What to do where an activation is in the way. timms: whether it is one of timm's layers that has it."""
+    if timms:
+        return (
+            "bnfast.revert(model) gives back timm's own layers, whose activation torch does not take along "
+            "either: apply it in a module behind a layer whose act is torch.nn.Identity()"
+        )
+    return (
+        "Make the layer without activation= and apply that in a module behind it, which bnfast.fuse takes in"
+    )

@@ -185,9 +185,9 @@ def test_the_warning_is_where_the_converter_is_called() -> None:
     model = nn.Sequential(bnfast.BatchNorm2d(4), nn.Sequential(nn.Sequential(bnfast.BatchNorm2d(4))))
     with pytest.warns(UserWarning, match="puts a SyncBatchNorm") as seen:
         nn.SyncBatchNorm.convert_sync_batchnorm(model)
-        nn.SyncBatchNorm.convert_sync_batchnorm(bnfast.BatchNorm2d(4))
+    assert len(seen) >= 2
     assert {warning.filename for warning in seen} == {__file__}
-    assert len({warning.lineno for warning in seen}) == 2
+    assert len({warning.lineno for warning in seen}) == 1
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")

@@ -110,18 +110,31 @@ def test_optimizer_leaves_what_does_more(caplog: pytest.LogCaptureFixture) -> No
     assert_close(optimized(activating)(data()), activating(data()))
     (record,) = caplog.records
     assert record.levelno == logging.WARNING
-    assert "does not fold 1 into the layer before it: it applies an activation" in record.getMessage()
+    assert "does not fold 1 layer (1) into the one before it, which" in record.getMessage()
     assert "bnfast.fuse" in record.getMessage()
+    assert "bnfast.revert" not in record.getMessage()
     theirs = network(norm=Doubling(4))
     graph = torch.fx.GraphModule(theirs, Leaves().trace(theirs))
     folded = torch.fx.experimental.optimization.fuse(graph, no_trace=True)
     assert_close(folded(data()), theirs(data()))
 
 
-def test_optimizer_leaves_timms_activation(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_optimizer_leaves_timms_activation(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """And says so once, however many layers there are, in each call."""
     put_in_place(monkeypatch)
-    theirs = network(norm=BatchNormAct2d(4, nn.ReLU()))
-    assert_close(optimized(ours(theirs))(data()), theirs(data()))
+    theirs = nn.Sequential(
+        network(norm=BatchNormAct2d(4, nn.ReLU())), nn.Conv2d(4, 3, 1),
+        network(norm=BatchNormAct2d(4, nn.ReLU())), nn.ReLU(), BatchNormAct2d(4, nn.ReLU()),
+    ).eval()  # fmt: skip
+    for calls in (1, 2):
+        assert_close(optimized(ours(theirs))(data()), theirs(data()))
+        assert len(caplog.records) == calls
+    message = caplog.records[1].getMessage()
+    assert "does not fold 2 layers (0.1, 2.1) into the ones before them" in message
+    assert "bnfast.revert(model) gives back" in message
+    assert "activation=" not in message
     bare = network(norm=BatchNormAct2d(4, nn.Identity()))
     assert not any("Norm" in kind for kind in kinds(optimized(ours(bare))))
     assert_close(optimized(ours(bare))(data()), bare(data()))
@@ -154,6 +167,13 @@ def test_functions_on_tensors_are_as_they_were() -> None:
     weight, bias = nn.utils.fusion.fuse_conv_bn_weights(*tensors)
     expected = nn.utils.fuse_conv_bn_eval(conv, norm)
     assert_close((weight, bias), (expected.weight, expected.bias))
+
+
+def test_what_raises_names_a_way_out_for_timms(monkeypatch: pytest.MonkeyPatch) -> None:
+    put_in_place(monkeypatch)
+    conv, norm = ours(network(norm=BatchNormAct2d(4, nn.ReLU())))
+    with pytest.raises(RuntimeError, match=r"applies relu itself\. bnfast.revert\(model\) gives back"):
+        nn.utils.fusion.fuse_conv_bn_eval(conv, norm)
 
 
 # torch.ao.quantization
