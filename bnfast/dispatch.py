@@ -66,9 +66,12 @@ def carries(kind: type) -> bool:
     )
 
 
-def ordinary(*tensors: torch.Tensor | None) -> list[Any] | None:
+def ordinary(way: int, *tensors: torch.Tensor | None) -> list[Any] | None:
     """The ordinary tensors that these are; None if they are that already, or if the first would take the
-    plain-torch path as one too, and in torch.compile, which sees through torch's functions alone."""
+    plain-torch path as one too, and in torch.compile, which sees through torch's functions alone. way: what
+    path() says of the first as it is."""
+    if way == TORCH and type(tensors[0]) in PLAIN:
+        return None
     subclasses = [t for t in tensors if t is not None and type(t) not in PLAIN]
     if not subclasses or torch.compiler.is_compiling() or not any(carries(type(t)) for t in subclasses):
         return None

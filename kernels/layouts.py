@@ -58,7 +58,7 @@ def ordered(
     """x itself where it is in its format, with that format's strides throughout; else a view, where only
     strides of sizes of 1 differ, or a copy."""
     if 1 in x.shape:
-        return _with_own_strides(x, format_of(x))
+        return x if _is_in_order(x) else _with_own_strides(x, format_of(x))
     return x if _is_dense(x) else x.contiguous(memory_format=format_of(x))
 
 
@@ -73,12 +73,26 @@ def ordered_like(
 
 def contiguous(x: torch.Tensor) -> torch.Tensor:
     """x.contiguous(), with the strides of that throughout: see `ordered`."""
-    return _with_own_strides(x, torch.contiguous_format) if 1 in x.shape else x.contiguous()
+    if 1 not in x.shape:
+        return x.contiguous()
+    return x if _is_in_order(x) else _with_own_strides(x, torch.contiguous_format)
+
+
+def _is_in_order(x: torch.Tensor) -> bool:
+    """Whether x is contiguous with the strides of that throughout, for which strides ask for no other format."""
+    step = 1
+    for size, stride in zip(x.shape[::-1], x.stride()[::-1], strict=True):
+        if stride != step:
+            return False
+        step *= size
+    return True
 
 
 def _with_own_strides(x: torch.Tensor, memory_format: torch.memory_format) -> torch.Tensor:
     x, step = x.contiguous(memory_format=memory_format), 1
     sizes, strides = x.shape, x.stride()
+    if x.numel() == 1:  # whose stride a view keeps, unless it has no dimensions
+        return x.view(()).view(sizes)
     last = memory_format is not torch.contiguous_format
     for d in (1, *range(x.dim() - 1, 1, -1), 0) if last else range(x.dim() - 1, -1, -1):
         if strides[d] != step:

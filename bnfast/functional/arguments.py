@@ -76,13 +76,33 @@ def _autocasting(x: Tensor) -> bool:
 def in_format_of(x: Tensor, y: Tensor, format_of: Callable[[Tensor], torch.memory_format]) -> Tensor:
     """y in the format that x is to be returned in, which torch does not keep everywhere. vmap's tensors
     cannot be asked for theirs."""
-    if x.dim() not in FORMATS or transforming() or x.layout is not torch.strided or x.is_contiguous():
+    if x.layout is not torch.strided or x.is_contiguous() or x.dim() not in FORMATS or transforming():
         return y
     return y.contiguous(memory_format=format_of(x))
+
+
+def wants_gradient(*tensors: Tensor | None) -> bool:
+    """Whether autograd records what is made of these."""
+    if torch.is_grad_enabled():
+        for t in tensors:
+            if isinstance(t, Tensor) and t.requires_grad:
+                return True
+    return False
+
+
+def seen_as_graph() -> bool:
+    """Whether the operators of this call may run again, on tensors that want gradients, or run beneath a
+    transform, whose tensors do not say what they want."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or transforming():
+        return True
+    return torch._C._len_torch_dispatch_stack() > 0
 
 
 def flat(x: Tensor) -> Tensor:
     """[N, C, *] -> [N, C, S]. On a CPU the backward of torch's batch_norm, which is its instance_norm's too,
     takes memory for contiguous that is channels_last, where sizes of 1 (instance_norm: one sample) give the
     gradient strides that pass for both. There is no channels_last in three dimensions."""
-    return x.flatten(2) if x.dim() > 3 else x
+    if x.dim() <= 3:
+        return x
+    n, c, *_ = x.shape
+    return x.view(n, c, -1) if x.is_contiguous() and n * c else x.flatten(2)

@@ -107,7 +107,7 @@ def counting_batch_norm(
         )  # fmt: skip
         if y is not None:
             return y
-    bare = ordinary(input, running_mean, running_var, weight, bias, residual)
+    bare = ordinary(way, input, running_mean, running_var, weight, bias, residual)
     if bare is not None:
         carried = (input, running_mean, running_var, weight, bias, residual)
         if has_torch_function_variadic(*carried):  # a layer's call: the function's has been handled

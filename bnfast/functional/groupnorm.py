@@ -72,7 +72,7 @@ def group_norm(
         y = autograd.normalize(ordered(input), weight, bias, residual, (way, after, num_groups, eps))
         if y is not None:
             return y
-    bare = ordinary(input, weight, bias, residual)
+    bare = ordinary(way, input, weight, bias, residual)
     if bare is not None:
         x, weight, bias, residual = bare
         return group_norm(x, num_groups, weight, bias, eps, activation=after, residual=residual)

@@ -22,7 +22,9 @@ from .arguments import (
     in_format_of,
     needs_float,
     residual_fits,
+    seen_as_graph,
     vectors_fit,
+    wants_gradient,
 )
 from .batchnorm import counting_batch_norm
 
@@ -97,7 +99,7 @@ def instance_norm(
                 if running_mean is not None and running_var is not None:
                     _track(input.detach(), running_mean, running_var, momentum)
                 return y
-    bare = ordinary(input, running_mean, running_var, weight, bias, residual)
+    bare = ordinary(way, input, running_mean, running_var, weight, bias, residual)
     if bare is not None:
         *given, residual = bare
         given += (use_input_stats, momentum, eps)
@@ -162,7 +164,10 @@ def _torch_instance_norm(
     wide, given = x, (running_mean, running_var, weight, bias)
     if needs_float(x, weight, bias):
         wide, given = x.float(), (running_mean, running_var, as_float(weight), as_float(bias))
-    if use_input_stats:
-        verify_spatial_size(x.size())  # of x as it came
-    y = F.instance_norm(flat(wide), *given, use_input_stats, momentum, eps).view(x.shape)
-    return in_format_of(x, y.to(x.dtype), format_in_instance_norm)
+    if x.dim() > 3 and (wants_gradient(x, weight, bias) or seen_as_graph()):
+        if use_input_stats:
+            verify_spatial_size(x.size())  # of x as it came
+        y = F.instance_norm(flat(wide), *given, use_input_stats, momentum, eps).view(x.shape)
+    else:
+        y = F.instance_norm(wide, *given, use_input_stats, momentum, eps)
+    return in_format_of(x, y if wide is x else y.to(x.dtype), format_in_instance_norm)

@@ -60,7 +60,7 @@ def layer_norm(
         y = autograd.normalize(contiguous(input), weight, bias, residual, options)
         if y is not None:
             return y
-    bare = ordinary(input, weight, bias, residual)
+    bare = ordinary(way, input, weight, bias, residual)
     if bare is not None:
         x, weight, bias, residual = bare
         return layer_norm(x, normalized_shape, weight, bias, eps, activation=after, residual=residual)

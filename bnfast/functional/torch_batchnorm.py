@@ -13,7 +13,7 @@ from ..dispatch import is_exporting, refuse_dtensor, transforming
 from ..kernels.layouts import dense, format_in_batch_norm, ordered
 from ..reference import batchnorm as reference
 from ..reference.batchrenorm import Limits, batch_renorm
-from .arguments import flat
+from .arguments import flat, seen_as_graph, wants_gradient
 
 # more than one value a channel, or torch's ValueError
 verify_batch_size: Callable[[torch.Size], None] = getattr(F, "_verify_batch_size")  # noqa: B009
@@ -56,6 +56,7 @@ def torch_batch_norm(
     statistics.
     """
     refuse_dtensor(x, running_mean, running_var, weight, bias)
+    device = x.device
     for name, t in (
         ("weight", weight),
         ("bias", bias),
@@ -63,7 +64,7 @@ def torch_batch_norm(
         ("running_var", running_var),
     ):
         # torch finds out after it has updated the statistics
-        if isinstance(t, Tensor) and t.device != x.device:
+        if isinstance(t, Tensor) and t.device != device:
             raise RuntimeError(
                 f"Tensor on device {t.device} is not on the expected device {x.device}! "
                 f"({name}, beside the input)"
@@ -108,29 +109,29 @@ def _batch_norm(
     as torch's backward is handed these again. Graphs to keep stay as they are, for what looks for batch_norm
     behind convolutions in them."""
     rest = (weight, bias, training, momentum, eps)
-    if not torch.is_grad_enabled() or torch.jit.is_tracing() or is_exporting():
+    recorded = wants_gradient(x, weight, bias)
+    if not (recorded or (torch.is_grad_enabled() and seen_as_graph())):
         return F.batch_norm(x, running_mean, running_var, *rest)
-    mean, variance = running_mean, running_var
-    if (
-        isinstance(mean, Tensor)
-        and isinstance(variance, Tensor)
-        and any(isinstance(t, Tensor) and t.requires_grad for t in (x, weight, bias))
-        and not (training and _seen_by_torch(mean, variance))
-    ):
-        if training:  # the same memory, but torch's backward, which does not read it, does not see it change
-            mean, variance = mean.data, variance.data
-        else:
+    if torch.jit.is_tracing() or is_exporting():
+        return F.batch_norm(x, running_mean, running_var, *rest)
+    mean, variance, aliased = running_mean, running_var, False
+    if recorded and isinstance(mean, Tensor) and isinstance(variance, Tensor):
+        if not training:
             mean, variance = mean.clone(), variance.clone()
-    planes = x.dim() > 3 and 1 in x.shape
+        elif not _seen_by_torch(mean, variance):
+            # the same memory, but torch's backward, which does not read it, does not see it change
+            mean, variance, aliased = mean.data, variance.data, True
+    shape = x.shape
+    planes = len(shape) > 3 and 1 in shape
     if planes and (transforming() or x.is_contiguous()):
-        if training:
-            verify_batch_size(x.size())  # of x as it came
-        y = F.batch_norm(flat(x), mean, variance, *rest).view(x.shape)
+        if training and shape[0] == 1:
+            verify_batch_size(shape)  # of x as it came
+        y = F.batch_norm(flat(x), mean, variance, *rest).view(shape)
     else:
         if planes and dense(x) is x:  # channels_last: in strides that cannot pass for contiguous ones
             x = ordered(x, format_in_batch_norm)
         y = F.batch_norm(x, mean, variance, *rest)
-    if training and mean is not running_mean and running_mean is not None and running_var is not None:
+    if aliased:
         torch.autograd.graph.increment_version((running_mean, running_var))  # for whoever else has saved them
     return y
 
@@ -138,9 +139,14 @@ def _batch_norm(
 def _seen_by_torch(mean: Tensor, variance: Tensor) -> bool:
     """Whether torch's batch_norm has to see the statistics themselves: in a graph, or to refuse to write to
     them."""
-    if torch.compiler.is_compiling() or transforming():
-        return True
-    return any(t.requires_grad or t.is_inference() for t in (mean, variance))
+    return (
+        torch.compiler.is_compiling()
+        or transforming()
+        or mean.requires_grad
+        or variance.requires_grad
+        or mean.is_inference()
+        or variance.is_inference()
+    )
 
 
 def _torch_cumulative(
