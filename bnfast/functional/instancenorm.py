@@ -167,7 +167,7 @@ def _torch_instance_norm(
     if x.dim() > 3 and (wants_gradient(x, weight, bias) or seen_as_graph()):
         if use_input_stats:
             verify_spatial_size(x.size())  # of x as it came
-        y = F.instance_norm(flat(wide), *given, use_input_stats, momentum, eps).view(x.shape)
+        y = F.instance_norm(flat(wide), *given, use_input_stats, momentum, eps).view_as(x)
     else:
         y = F.instance_norm(wide, *given, use_input_stats, momentum, eps)
     return in_format_of(x, y if wide is x else y.to(x.dtype), format_in_instance_norm)

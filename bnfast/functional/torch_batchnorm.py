@@ -126,7 +126,7 @@ def _batch_norm(
     if planes and (transforming() or x.is_contiguous()):
         if training and shape[0] == 1:
             verify_batch_size(shape)  # of x as it came
-        y = F.batch_norm(flat(x), mean, variance, *rest).view(shape)
+        y = F.batch_norm(flat(x), mean, variance, *rest).view_as(x)  # quicker than view(shape)
     else:
         if planes and dense(x) is x:  # channels_last: in strides that cannot pass for contiguous ones
             x = ordered(x, format_in_batch_norm)
