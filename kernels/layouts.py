@@ -79,7 +79,7 @@ def contiguous(x: torch.Tensor) -> torch.Tensor:
 
 
 def _is_in_order(x: torch.Tensor) -> bool:
-    """Whether x is contiguous with the strides of that throughout, for which strides ask for no other format."""
+    """Whether x has the strides of a contiguous tensor throughout: they ask for no other format."""
     step = 1
     for size, stride in zip(x.shape[::-1], x.stride()[::-1], strict=True):
         if stride != step:

@@ -93,9 +93,9 @@ def wants_gradient(*tensors: Tensor | None) -> bool:
 def seen_as_graph() -> bool:
     """Whether the operators of this call may run again, on tensors that want gradients, or run beneath a
     transform, whose tensors do not say what they want."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or transforming():
+    if torch.compiler.is_compiling():  # which does not see through the last of these
         return True
-    return torch._C._len_torch_dispatch_stack() > 0
+    return torch._C._is_tracing() or transforming() or torch._C._len_torch_dispatch_stack() > 0
 
 
 def flat(x: Tensor) -> Tensor:

@@ -109,22 +109,26 @@ def _batch_norm(
     as torch's backward is handed these again. Graphs to keep stay as they are, for what looks for batch_norm
     behind convolutions in them."""
     rest = (weight, bias, training, momentum, eps)
-    recorded = wants_gradient(x, weight, bias)
-    if not (recorded or (torch.is_grad_enabled() and seen_as_graph())):
-        return F.batch_norm(x, running_mean, running_var, *rest)
-    if torch.jit.is_tracing() or is_exporting():
+    recorded, graph = wants_gradient(x, weight, bias), seen_as_graph()
+    if not (recorded or graph) or (graph and _kept()):
         return F.batch_norm(x, running_mean, running_var, *rest)
     mean, variance, aliased = running_mean, running_var, False
     if recorded and isinstance(mean, Tensor) and isinstance(variance, Tensor):
         if not training:
             mean, variance = mean.clone(), variance.clone()
-        elif not _seen_by_torch(mean, variance):
+        elif not (
+            (graph and (torch.compiler.is_compiling() or transforming()))  # which see what torch sees
+            or mean.requires_grad
+            or variance.requires_grad
+            or mean.is_inference()  # not to be written to, as torch finds
+            or variance.is_inference()
+        ):
             # the same memory, but torch's backward, which does not read it, does not see it change
             mean, variance, aliased = mean.data, variance.data, True
     shape = x.shape
     planes = len(shape) > 3 and 1 in shape
-    if planes and (transforming() or x.is_contiguous()):
-        if training and shape[0] == 1:
+    if planes and ((graph and transforming()) or x.is_contiguous()):
+        if training and x.numel() == shape[1]:
             verify_batch_size(shape)  # of x as it came
         y = F.batch_norm(flat(x), mean, variance, *rest).view_as(x)  # quicker than view(shape)
     else:
@@ -136,17 +140,9 @@ def _batch_norm(
     return y
 
 
-def _seen_by_torch(mean: Tensor, variance: Tensor) -> bool:
-    """Whether torch's batch_norm has to see the statistics themselves: in a graph, or to refuse to write to
-    them."""
-    return (
-        torch.compiler.is_compiling()
-        or transforming()
-        or mean.requires_grad
-        or variance.requires_grad
-        or mean.is_inference()
-        or variance.is_inference()
-    )
+def _kept() -> bool:
+    """Whether this call goes into a graph to keep, or autograd is off."""
+    return not torch.is_grad_enabled() or torch.jit.is_tracing() or is_exporting()
 
 
 def _torch_cumulative(
