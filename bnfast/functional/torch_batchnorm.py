@@ -112,7 +112,8 @@ def _batch_norm(
     recorded, graph = wants_gradient(x, weight, bias), seen_as_graph()
     if not (recorded or graph) or (graph and _kept()):
         return F.batch_norm(x, running_mean, running_var, *rest)
-    mean, variance, aliased = running_mean, running_var, False
+    mean, variance = running_mean, running_var
+    written: tuple[Tensor, Tensor] | None = None
     if recorded and isinstance(mean, Tensor) and isinstance(variance, Tensor):
         if not training:
             mean, variance = mean.clone(), variance.clone()
@@ -124,7 +125,8 @@ def _batch_norm(
             or variance.is_inference()
         ):
             # the same memory, but torch's backward, which does not read it, does not see it change
-            mean, variance, aliased = mean.data, variance.data, True
+            written = (mean, variance)
+            mean, variance = mean.data, variance.data
     shape = x.shape
     planes = len(shape) > 3 and 1 in shape
     if planes and ((graph and transforming()) or x.is_contiguous()):
@@ -135,8 +137,8 @@ def _batch_norm(
         if planes and dense(x) is x:  # channels_last: in strides that cannot pass for contiguous ones
             x = ordered(x, format_in_batch_norm)
         y = F.batch_norm(x, mean, variance, *rest)
-    if aliased:
-        torch.autograd.graph.increment_version((running_mean, running_var))  # for whoever else has saved them
+    if written is not None:
+        torch.autograd.graph.increment_version(written)  # for whoever else has saved them
     return y
 
 
