@@ -101,7 +101,7 @@ class Residual(nn.Module):
 def test_in_a_fused_block(change: str | None) -> None:
     theirs = nn.Sequential(nn.Conv2d(3, 4, 1), Residual()).double()
     ours = bnfast.fuse(copy.deepcopy(theirs))
-    assert [site.norm for site in bnfast.fusion_report(ours).fused] == ["1.bn2"]
+    assert [site.norm for site in bnfast.fusion_report(ours).fused if site.block is not None] == ["1.bn2"]
     if change is not None:
         for model in (theirs, ours):
             CHANGES[change](model[1].bn2)

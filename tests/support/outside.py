@@ -234,8 +234,8 @@ GUARDED: dict[str, tuple[Callable[[], nn.Module], Patch]] = {
     "partial": (lambda: Block(lambda b, y, x: partly(F.relu(y))), _item(SIZES, 0, 4.0)),
     "attribute of a function": (times(lambda: by_default.factor), _attribute(by_default, "factor", 4.0)),
     "torch's setting": (
-        times(lambda: 2 if torch.backends.cudnn.benchmark else 3),
-        _attribute(torch.backends.cudnn, "benchmark", not torch.backends.cudnn.benchmark),
+        times(lambda: 2 if torch.backends.opt_einsum.enabled else 3),
+        _attribute(torch.backends.opt_einsum, "enabled", not torch.backends.opt_einsum.enabled),
     ),
 }  # fmt: skip
 
