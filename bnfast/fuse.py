@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 
 from torch import nn
 
@@ -14,6 +15,7 @@ from .fusing.survey import fuse_block
 __all__ = ["Fused", "FusionReport", "Skipped", "fuse", "fusion_report", "unfuse"]
 
 _LOG = logging.getLogger("bnfast")
+_ONE_THREAD = threading.RLock()  # torch.fx exchanges torch.nn.Module's __call__ while it traces
 
 
 def fuse(model: nn.Module) -> nn.Module:
@@ -33,17 +35,21 @@ def fuse(model: nn.Module) -> nn.Module:
     something, that write to what is not theirs, or that read what may change unseen (the environment, the
     clock, files, random numbers) are left, and `fusion_report` lists them.
 
+    Threads may fuse, or ask for reports, at once; but no other thread may call a model meanwhile, of whatever
+    kind, for torch.fx replaces the call of all modules while it traces.
+
     Returns the model (a new one only if it is itself a layer that was converted). Logs what `convert` logs,
     and which blocks were left as they are and why, to the logger "bnfast" at level INFO. Raises TypeError for
     anything but a torch.nn.Module.
     """
     _check("fuse", model)
-    model = blocks.unfuse(convert(model))
-    claimed: set[nn.Module] = set()
-    for name, module in list(model.named_modules()):
-        reason = fuse_block(module, claimed)
-        if reason is not None:
-            _LOG.info("fuse: %s is left as it is: %s", name or "the model", reason)
+    with _ONE_THREAD:
+        model = blocks.unfuse(convert(model))
+        claimed: set[nn.Module] = set()
+        for name, module in list(model.named_modules()):
+            reason = fuse_block(module, claimed)
+            if reason is not None:
+                _LOG.info("fuse: %s is left as it is: %s", name or "the model", reason)
     return model
 
 
@@ -59,7 +65,8 @@ def fusion_report(model: nn.Module) -> FusionReport:
     """What a call of the model would fuse as it stands now, and why its other layers run by themselves.
     Raises TypeError for anything but a torch.nn.Module."""
     _check("fusion_report", model)
-    return report(model)
+    with _ONE_THREAD:
+        return report(model)
 
 
 def _check(name: str, model: object) -> None:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from types import BuiltinFunctionType, FunctionType, MethodType
+import collections
+import datetime
+import operator
+import random
+from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -13,8 +17,15 @@ from .layers import hooked
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 _PLAIN = (
     bool, int, float, complex, str, bytes, type(None),
-    torch.dtype, torch.device, torch.memory_format, FunctionType, BuiltinFunctionType,
+    torch.dtype, torch.device, torch.memory_format, FunctionType,
 )  # fmt: skip
+# Functions of these ask the clock, the system or chance.
+CHANGING = {
+    "os", "posix", "nt", "time", "_io", "io", "uuid", "secrets", "_random", "socket", "_socket", "platform",
+    "subprocess", "tempfile", "genericpath", "getpass", "locale", "pathlib",
+}  # fmt: skip
+_NOW = ("now", "today", "utcnow")
+_NO_ATTRIBUTES = (collections.OrderedDict, collections.Counter, collections.defaultdict)  # as a rule
 
 
 class Refusal(BaseException):
@@ -58,7 +69,7 @@ class Guard(NamedTuple):
             return bool(self.expected == (type(value), tuple(value)))
         if type(value) is MethodType:
             value = value.__func__
-        return type(value) is type(self.expected) and value == self.expected
+        return type(value) is type(self.expected) and equal(value, self.expected)
 
     def put_back(self, block: nn.Module) -> bool:
         """Whether what a list or dict holds had been changed; it is as it was then."""
@@ -127,6 +138,40 @@ class Inlined(NamedTuple):
         )
 
 
+def equal(value: Any, other: Any) -> bool:
+    """For two of the same class. 0.0 and -0.0 are not."""
+    return bool(value == other and (value or not isinstance(value, float) or str(value) == str(other)))
+
+
+def refuse_changing(value: Any, name: str) -> None:
+    """Raises Refusal for what asks the clock, the system or chance, or is of their kind, and for a builtin
+    method of an object, which no guard sees."""
+    if isinstance(value, (FunctionType, BuiltinFunctionType)):
+        owner = getattr(value, "__self__", None)
+        clock = isinstance(owner, type) and issubclass(owner, datetime.date) and value.__name__ in _NOW
+        if value.__module__ in CHANGING or value.__module__ == "sys" or clock:
+            raise Refusal(f"forward calls {name}, whose answer may change")
+        if value.__name__.startswith("_has_torch_function"):  # torch.overrides.has_torch_function
+            raise Refusal(f"forward calls {name}, which tells symbols from tensors")
+        if isinstance(owner, random.Random):
+            raise Refusal(f"forward calls {name}: it draws random numbers")
+        if isinstance(value, BuiltinFunctionType) and not isinstance(owner, (type(None), ModuleType, type)):
+            what = f"{value.__name__}, which belongs to a {type(owner).__name__}"
+            raise Refusal(f"forward reads {name}, and that is {what}: it may change unseen")
+    elif value is operator.attrgetter:
+        raise Refusal(f"forward calls {name}, and what that reads cannot be told")
+    elif type(value).__module__ in CHANGING:
+        raise Refusal(f"forward reads {name}, which may change unseen")
+
+
+def refuse_attributes(value: Any, name: str) -> None:
+    """Raises Refusal for a list, a dict or another plain value that has attributes beside what it holds."""
+    held = getattr(value, "__dict__", None)
+    if held or (held is not None and type(value) not in _NO_ATTRIBUTES):
+        kind = f"a {type(value).__name__}"
+        raise Refusal(f"forward reads {name}, which is or holds {kind}, which has attributes of its own")
+
+
 Condition = Guard | Children | Shared | Inlined
 
 
@@ -172,6 +217,8 @@ def _held(block: nn.Module, name: str) -> object:
 
 def _frozen(value: Any, name: str = "") -> Any:
     """A value that stays as it is: for lists and dicts, their kind and what they hold."""
+    if isinstance(value, (list, dict)):
+        refuse_attributes(value, name)
     if isinstance(value, dict):
         return type(value), tuple((key, _unchanging(item, name)) for key, item in value.items())
     if isinstance(value, list):
@@ -180,13 +227,15 @@ def _frozen(value: Any, name: str = "") -> Any:
 
 
 def _unchanging(value: Any, name: str) -> Any:
+    refuse_changing(value, name)
     if isinstance(value, tuple):
+        refuse_attributes(value, name)
         for item in value:
             _unchanging(item, name)
         return value
     # A class may hold settings, but one of modules is for comparing
     if (
-        isinstance(value, _PLAIN)
+        isinstance(value, (*_PLAIN, BuiltinFunctionType))
         or value is Absent
         or (isinstance(value, type) and issubclass(value, nn.Module))
     ):

@@ -39,6 +39,16 @@ def called_as_torch_does(cls: type) -> bool:
     return kind.__call__ is _CALL and kind._call_impl is _CALL_IMPL
 
 
+def why_not_called(module: nn.Module) -> str:
+    """Why a call of a module that is hooked cannot be left out."""
+    base: Any = nn.Module
+    if base.__call__ is not _CALL or base._call_impl is not _CALL_IMPL:
+        return "torch.nn.Module's __call__ or _call_impl has been replaced"
+    if not called_as_torch_does(type(module)):
+        return "{} has a __call__ or a _call_impl of its own"
+    return "{} has hooks, or a forward or a compiled call of its own"
+
+
 def hooked_everywhere() -> bool:
     """Whether there are hooks on the calls of all modules."""
     return bool(
@@ -56,7 +66,6 @@ def why_not_ours(norm: nn.Module) -> str | None:
     if type(norm).forward is not DropIn.forward:
         return f"{type(norm).__name__} has a forward of its own"
     if hooked(norm):
-        if not called_as_torch_does(type(norm)):
-            return f"{type(norm).__name__} has a __call__ or a _call_impl of its own"
-        return "it has hooks, or a forward or a compiled call of its own"
+        called = called_as_torch_does(type(norm))
+        return why_not_called(norm).format("it" if called else type(norm).__name__)
     return None if norm.activation is None else "it has an activation of its own"

@@ -16,19 +16,19 @@ import torch
 from torch import nn
 from torch.fx import Proxy
 
-from .guards import Refusal
+from .guards import Refusal, equal, refuse_attributes, refuse_changing
 
 _STDLIB = frozenset(sys.stdlib_module_names)
 OTHERS = _STDLIB | {"torch", "bnfast", "numpy"}  # their own code is not watched
 _PLAIN = (
     bool, int, float, complex, str, bytes, range, type(None), type(...),
-    torch.dtype, torch.device, torch.memory_format, torch.layout, types.BuiltinFunctionType,
+    torch.dtype, torch.device, torch.memory_format, torch.layout,
 )  # fmt: skip
 # Compared by identity: what these hold is read under a name of its own, or does not matter here.
 _KNOWN_BY_IDENTITY = (
     type, types.ModuleType, types.FunctionType, types.MethodDescriptorType, types.WrapperDescriptorType,
     types.GetSetDescriptorType, types.MemberDescriptorType, property,
-    functools._lru_cache_wrapper, enum.Enum, logging.Logger, re.Pattern, nn.Module,
+    enum.Enum, logging.Logger, re.Pattern, nn.Module,
 )  # fmt: skip
 _MOST = 1000  # items of a value, which are compared with every call
 
@@ -105,7 +105,12 @@ def frozen(value: Any, name: str) -> Frozen:
             return Frozen(kind, Same(value), None)
         if kind in _PLAIN:
             return Frozen(kind, None, value)
+        if kind is types.BuiltinFunctionType:
+            refuse_changing(value, name)
+            return Frozen(kind, Same(value), None)
         within = (*around, id(value))
+        if isinstance(value, (list, tuple, dict, set, frozenset)):
+            refuse_attributes(value, name)
         if isinstance(value, (list, tuple)):
             return Frozen(kind, None, tuple([freeze(item, within) for item in value]))
         if isinstance(value, dict):
@@ -157,7 +162,7 @@ def same(value: Any, expected: Frozen) -> bool:
     if kind is functools.partial:
         function, args, keywords = content
         return same(value.func, function) and same(value.args, args) and same(value.keywords, keywords)
-    return bool(value == content)
+    return equal(value, content)
 
 
 def unchanged(reads: tuple[Read, ...]) -> Callable[[], bool] | None:

@@ -14,7 +14,7 @@ from ..activation import Activation
 from ..modules.drop_in import DropIn
 from . import activations
 from .guards import original_class
-from .layers import NORMS, called_as_torch_does, hooked, why_not_ours
+from .layers import NORMS, called_as_torch_does, hooked, why_not_called, why_not_ours
 from .symbols import add_in_place
 
 THE_OUTPUT = "its output is the block's"
@@ -72,8 +72,8 @@ def _follow(norm: Node, modules: dict[str, nn.Module]) -> Match | str:
         if len(current.users) != 1:
             return "its output has another use" if current.users else "its output is not used"
         current, previous = next(iter(current.users)), current
-        if current.op == "call_module" and hooked(modules[str(current.target)]):
-            return f"there are hooks on {current.target}"
+        if current.op == "call_module" and hooked(called := modules[str(current.target)]):
+            return why_not_called(called).format(f"{type(called).__name__} ({current.target})")
         if current.args and current.args[0] is previous:
             activation = activations.of_node(current, modules)
             if activation is not None:

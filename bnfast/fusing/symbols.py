@@ -13,26 +13,30 @@ from torch.fx.proxy import Attribute
 
 from .guards import Refusal
 from .instructions import at
-from .observing import by_torch
+from .observing import asked_by
 
+# torch.nn.Parameter's own isinstance asks for whoever called it.
+_ON_BEHALF = "torch.nn.parameter"
 _ASKING = ("isinstance", "issubclass", "getattr", "hasattr", "type")
 _NONE_OR_NOT = ("grad", "grad_fn", "_base")
 
 
 class Symbol(Proxy):
-    """Refuses what a tensor would answer, and a symbol cannot or would answer in another way. torch may ask
-    whether it is a tensor, for it knows what to do if not."""
+    """Refuses what a tensor would answer, and a symbol cannot or would answer in another way. Only torch.fx
+    may ask whether it is a tensor, for it knows what to do if not."""
 
     @property  # type: ignore[misc]
     def __class__(self) -> type:
-        if not by_torch(1):
+        if not _by_fx(1):
             frame = sys._getframe(1)
             place = at(frame.f_code, frame.f_lasti)
             called = place.called() if place is not None else None
+            asking = asked_by(1)
+            who = asking if asking.partition(".")[0] == "torch" else "forward"
             if called is None or called in _ASKING:
-                raise Refusal("forward asks for the type of its input")
+                raise Refusal(f"{who} asks for the type of its input")
             what = "something of its input, which torch.fx does not record there"
-            raise Refusal(f"forward gives {called} {what}")
+            raise Refusal(f"{who} gives {called} {what}")
         return type(self)
 
     def __getattr__(self, name: str) -> Any:
@@ -41,9 +45,15 @@ class Symbol(Proxy):
         return _Of(self, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if not by_torch(1):
+        if not _by_fx(1):
             raise Refusal(f"forward sets {name} of a tensor")
         object.__setattr__(self, name, value)
+
+
+def _by_fx(depth: int) -> bool:
+    while asked_by(depth + 1) == _ON_BEHALF:
+        depth += 1
+    return f"{asked_by(depth + 1)}.".startswith("torch.fx.")
 
 
 class _Of(Symbol, Attribute):
@@ -57,7 +67,10 @@ def _refuses(name: str) -> None:
     setattr(Symbol, name, refuse)
 
 
-for _name in ("__int__", "__float__", "__index__", "__len__", "__contains__", "__setitem__", "__delitem__"):
+for _name in (
+    "__int__", "__float__", "__index__", "__len__", "__contains__", "__setitem__", "__delitem__",
+    "__repr__", "__str__", "__format__",
+):  # fmt: skip
     _refuses(_name)
 
 

@@ -6,7 +6,6 @@ from __future__ import annotations
 import builtins
 import contextlib
 import copy
-import datetime
 import gc
 import sys
 import types
@@ -17,19 +16,13 @@ from typing import Any
 from torch import nn
 from torch.fx import Proxy
 
-from .guards import Refusal, original_class
+from .guards import CHANGING, Refusal, original_class, refuse_changing
 from .instructions import ATTRIBUTE, Place, at
 from .outside import OTHERS, Read, Same, frozen
 
 Reads = dict[tuple[object, ...], Read]
 
-# Functions of these ask the clock, the system or chance.
-_CHANGING = {
-    "os", "posix", "nt", "time", "_io", "io", "uuid", "secrets", "_random", "socket", "_socket", "platform",
-    "subprocess", "tempfile", "genericpath", "getpass", "locale", "pathlib",
-}  # fmt: skip
 _TELL_ALL = ("globals", "vars", "eval", "exec", "__import__")
-_NOW = ("now", "today", "utcnow")
 _HOLDERS = (types.ModuleType, type, nn.Module)  # whose attributes are followed one by one
 _NOTHING = object()
 
@@ -73,7 +66,7 @@ class _Watch:
     def enter(self, frame: FrameType, event: str, argument: Any) -> Any:
         if _foreign(frame):
             module = frame.f_globals.get("__name__", "")
-            if module in _CHANGING and not _foreign(frame.f_back):
+            if module in CHANGING and not _foreign(frame.f_back):
                 self._guarded(self._refuse_call, frame)
             return None
         frame.f_trace_opcodes, frame.f_trace_lines = True, False
@@ -131,10 +124,14 @@ class _Watch:
         if name in frame.f_globals:
             self._note_chain("global", frame.f_globals, name, frame.f_globals[name], place)
             return
-        value = getattr(builtins, name, None)
+        if not hasattr(builtins, name):
+            raise Refusal(f"forward reads {name}, which is not defined")
+        value = getattr(builtins, name)
         if value is type:
             raise Refusal(f"{frame.f_code.co_name} asks for the type of something")
-        _refuse_changing(value, name)
+        if value is callable:  # a symbol is, and a tensor is not
+            raise Refusal(f"{frame.f_code.co_name} asks whether something is callable")
+        refuse_changing(value, name)
         if name in _TELL_ALL:
             raise Refusal(f"forward calls {name}, which tells of more than can be guarded")
         if value is super:
@@ -150,7 +147,7 @@ class _Watch:
         if isinstance(value, (types.ModuleType, type)):
             self._note_chain("object", value, value.__name__, value, place)
         elif isinstance(value, (types.FunctionType, types.BuiltinFunctionType)):
-            _refuse_changing(value, value.__name__)
+            refuse_changing(value, value.__name__)
         else:
             self._note_class_of(value, next(place.attributes(), None))
 
@@ -165,7 +162,7 @@ class _Watch:
 
     def _note_import(self, module: types.ModuleType, name: str) -> None:
         value = getattr(module, name, None)
-        _refuse_changing(value, name)
+        refuse_changing(value, name)
         if hasattr(module, name) and module.__name__.partition(".")[0] not in OTHERS:
             self._add("object", module, module.__name__, (name,), value)
 
@@ -194,7 +191,10 @@ class _Watch:
                 self._note_class_of(value, step)
                 break
             value, path = getattr(value, step), (*path, step)
-        _refuse_changing(value, ".".join((name, *path)))
+        owner = getattr(value, "__self__", None)
+        if isinstance(owner, (list, dict, set)):  # refused below, but forward goes on until it ends
+            self.copies.append((owner, copy.copy(owner)))
+        refuse_changing(value, ".".join((name, *path)))
         sets = place.sets()
         if sets is not None and isinstance(value, (types.ModuleType, type)):
             was = vars(value).get(sets, _NOTHING)
@@ -277,13 +277,3 @@ class _Watch:
             if read in written and read.path:
                 setattr(read.owner(), read.path[-1], value)
         return names[0] if names else None
-
-
-def _refuse_changing(value: Any, name: str) -> None:
-    if isinstance(value, (types.FunctionType, types.BuiltinFunctionType)):
-        owner = getattr(value, "__self__", None)
-        clock = isinstance(owner, type) and issubclass(owner, datetime.date) and value.__name__ in _NOW
-        if value.__module__ in _CHANGING or clock:
-            raise Refusal(f"forward calls {name}, whose answer may change")
-    elif type(value).__module__ in _CHANGING:
-        raise Refusal(f"forward reads {name}, which may change unseen")

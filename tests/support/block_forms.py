@@ -222,7 +222,7 @@ NOT_FUSABLE: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "another module": (lambda: Block(lambda b, y, x: b.pool(y), pool=nn.MaxPool2d(2)), "MaxPool2d"),
     "dropout": (lambda: Block(lambda b, y, x: F.relu(b.drop(y)), drop=nn.Dropout()), "Dropout"),
     "function between": (lambda: Block(lambda b, y, x: F.relu(F.dropout(y, 0.5, b.training))), "dropout"),
-    "hook": (_hooked, "hooks on 2"),
+    "hook": (_hooked, "(2) has hooks"),
     "another use": (lambda: Block(_used_twice), "another use"),
     "itself added": (lambda: Block(lambda b, y, x: F.relu(y + y)), "no other tensor"),
     "number added": (lambda: Block(lambda b, y, x: F.relu(y + 1)), "no other tensor"),
@@ -240,7 +240,7 @@ NOT_FUSABLE: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "branch on a value": (lambda: Block(lambda b, y, x: F.relu(y) if y.sum() > 0 else y), "left as it is"),
     "branch on a type": (lambda: Block(lambda b, y, x: F.relu(y) if isinstance(x, Tensor) else y), "type of"),
     "attribute set": (lambda: Block(_remembers), "sets last"),
-    "checkpointed part": (lambda: Block(_checkpointed), "how tensors are saved"),
+    "checkpointed part": (lambda: Block(_checkpointed), "torch.utils.checkpoint asks for the type"),
     "checkpointed part, reentrant": (lambda: Block(_checkpointed_reentrant), "left as it is"),
     "tensor made": (lambda: Block(lambda b, y, x: F.relu(y) * torch.ones(1)), "a tensor of its own"),
 }  # fmt: skip
