@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -157,3 +159,22 @@ def test_an_add_in_place_to_what_a_child_returns() -> None:
 
     ours, theirs = pair(lambda: Block(tail, other=Returned(*CONV)))
     assert_same_training(record(ours, data()), record(theirs, data()))
+
+
+def test_what_the_garbage_collector_calls_is_no_part_of_a_forward() -> None:
+    """Some libraries have it tell them of each run, and look at the clock then."""
+    run: list[float] = []
+
+    def note(phase: str, info: dict[str, int]) -> None:
+        run.append(time.perf_counter())
+
+    before = gc.get_threshold()
+    gc.callbacks.append(note)
+    gc.set_threshold(1)
+    try:
+        model = bnfast.fuse(conv_norm_act())
+    finally:
+        gc.set_threshold(*before)
+        gc.callbacks.remove(note)
+    assert run
+    assert len(bnfast.fusion_report(model).fused) == 1

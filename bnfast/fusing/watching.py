@@ -34,12 +34,15 @@ def watched(reads: Reads) -> Iterator[None]:
     Raises Refusal at the end for what may change unseen, for what the code has written, and for code that
     asks for types: it would find subclasses, and symbols for tensors."""
     watch = _Watch(reads)
-    before = sys.gettrace()
+    before, collecting = sys.gettrace(), gc.isenabled()
+    gc.disable()  # whose callbacks and finalizers, which may run at any time, are none of the forward's code
     sys.settrace(watch.enter)
     try:
         yield
     finally:
         sys.settrace(before)
+        if collecting:
+            gc.enable()
         written = watch.put_back()
     if watch.refusal is not None:
         raise watch.refusal
