@@ -8,6 +8,7 @@ from __future__ import annotations
 import pytest
 
 from benchmarks.static.sass import bytes_in_flight_per_sm
+from bnfast import dispatch
 from bnfast.kernels import row_norm, row_plan
 from tests.support.compiled import compiled
 from tests.support.row_cases import ITEMSIZES, SMS, call, sized
@@ -98,6 +99,13 @@ def test_parameters_of_another_dtype(kind: str, parameters: str) -> None:
         assert parameters == "fp64" or (report.spills, report.stack) == (0, 0)  # nobody trains so
 
 
+# Bytes a thread that Triton keeps in memory on sm_100, for want of two registers (3.7.1, 3.9.0) or of four
+# (3.8.0). Fewer rows under way would cure it, and halve what is in flight, everywhere.
+LACKING = {("gradients", 8192): 8}
+if str(dispatch.TRITON_VERSION).startswith("3.8."):
+    LACKING = {("gradients", 8192): 16, ("column_gradients", 50000): 8}
+
+
 @pytest.mark.parametrize("target", ["sm_80", "sm_100", "gfx942"])
 @pytest.mark.parametrize(
     ("kind", "width"),
@@ -110,9 +118,7 @@ def test_other_gpus(kind: str, width: int, target: str) -> None:
     c = call(kind, ROWS, width, "bf16")
     assert c is not None
     report = compiled(c, target)
-    # with two rows of 8192 under way, Triton 3.7.1 lacks two registers on sm_100; one row would halve what is
-    # in flight, everywhere
-    assert report.stack <= (8 if (width, target) == (8192, "sm_100") else 0)
+    assert report.stack <= (LACKING.get((kind, width), 0) if target == "sm_100" else 0)
     assert kind == "column_sums" or report.loads.get(16, 0) > 0
 
 
