@@ -35,7 +35,11 @@ LIBRARIES_TIER = [
     for name in ("carrying_subclasses", "convert_models", "folding", "fuse_models", "fuse_report", "opacus")
     + ("registries", "timm_tools")
 ]
-OLDEST_TIER = [f"tests/test_{name}.py" for name in ("kernels_run", "compile", "fx_and_script", "modules")]
+OLDEST_TIER = [
+    f"tests/test_{name}.py"
+    for name in ("kernels_run", "numerics", "modules", "functional", "autograd", "compile", "fx_and_script")
+    + ("fuse", "convert", "converters", "folding", "strides", "plain_layouts", "buffers_between")
+]
 NO_TESTS = 5  # pytest's exit code for "nothing collected"
 
 
