@@ -144,7 +144,8 @@ def same(value: Any, expected: Frozen) -> bool:
             return value is identity.it
         if not torch.compiler.is_compiling():
             return same(value.__dict__, content)
-        for key, was in content.content:  # up to torch 2.11, torch.compile knows of no object's __dict__
+        # up to torch 2.11, torch.compile knows of no object's __dict__
+        for key, was in content.content:  # noqa: SIM110 - as below
             if not same(getattr(value, key.content), was):
                 return False
         return True
