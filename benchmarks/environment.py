@@ -315,5 +315,6 @@ def ensure(wanted: Mapping[str, str] = TO_BENCHMARK) -> list[str]:
     if not (folder / STAMP).exists():
         say(f"this Python ({sys.executable}) lacks {', '.join(lacking)}.")
         say(f"Preparing an environment in {folder}: once, some minutes. BNFAST_NO_SETUP=1 prevents it.")
-    build(folder, steps(mode, folder, lacking, wanted), below, fingerprint())
+    # with what either command wants: the environment serves both
+    build(folder, steps(mode, folder, missing(TO_TEST), TO_TEST), below, fingerprint())
     restart(python_of(folder))

@@ -164,6 +164,22 @@ def test_ensure_restarts_in_the_environment(monkeypatch: pytest.MonkeyPatch, tmp
     assert restarts == [environment.python_of(tmp_path)]
 
 
+def test_one_environment_upon_another_python_serves_both_commands(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The first one makes it with what the other needs, too: the second takes it as it is."""
+    todo: list[Step] = []
+    monkeypatch.delenv("BNFAST_NO_SETUP", raising=False)
+    monkeypatch.delenv(environment.RESTARTED, raising=False)
+    monkeypatch.setenv("BNFAST_VENV", str(tmp_path))
+    monkeypatch.setattr(environment, "missing", lambda wanted: [m for m in ("tqdm", "ruff") if m in wanted])
+    monkeypatch.setattr(environment, "torch_version", lambda: environment.OLDEST_TORCH)
+    monkeypatch.setattr(environment, "build", lambda folder, steps, *rest: todo.extend(steps))
+    monkeypatch.setattr(environment, "restart", lambda python: None)
+    environment.ensure(environment.TO_BENCHMARK)
+    assert any("tqdm" in step.title and "ruff" in step.title for step in todo)
+
+
 @pytest.mark.parametrize("variable", ["BNFAST_NO_SETUP", environment.RESTARTED])
 def test_ensure_sets_up_no_second_time_nor_against_ones_will(
     monkeypatch: pytest.MonkeyPatch, variable: str
