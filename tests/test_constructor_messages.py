@@ -77,7 +77,7 @@ def test_a_subclass_hears_whose_arguments_they_are() -> None:
 
 
 def test_other_errors_pass_through() -> None:
-    with pytest.raises(TypeError, match="^empty\\(\\).*'dtype' must be torch.dtype"):
+    with pytest.raises(TypeError, match="^empty\\(\\)"):
         bnfast.BatchNorm2d(8, dtype="nonsense")  # type: ignore[arg-type]
 
 

@@ -13,6 +13,7 @@ from tests.support import outside
 from tests.support.fused import data, fused_count, pair
 from tests.support.outside import GUARDED, LEFT
 from tests.support.training import assert_same_training, record
+from tests.support.versions import TORCH
 
 pytestmark = pytest.mark.usefixtures("plain_torch")
 
@@ -67,6 +68,8 @@ def test_blocks_alike_share_a_class() -> None:
     ["number", "nested", "function", "object", "attribute of a base", "closure", "default", "set", "partial"],
 )
 def test_compiles_in_one_graph(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if TORCH < (2, 14) and name in ("attribute of a base", "default"):
+        pytest.skip("2.11's Dynamo has no guards for what this reads")
     make, change = GUARDED[name]
     ours, theirs = pair(make)
     torch._dynamo.reset()

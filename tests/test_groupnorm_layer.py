@@ -22,6 +22,7 @@ from bnfast.functional import group_norm
 from bnfast.reference import groupnorm as reference
 from tests.support.alike import same_error
 from tests.support.group_cases import given, random
+from tests.support.versions import WITHOUT_BIAS
 
 OPERATORS = torch.ops.bnfast
 CLOSE = {"rtol": 1e-5, "atol": 3e-5}
@@ -59,7 +60,7 @@ def step(module: Callable[[Tensor], Tensor], x: Tensor) -> dict[str, Tensor | No
 @every_path
 @BOTH
 @pytest.mark.parametrize("arguments", [
-    {}, {"eps": 0.1}, {"affine": False}, {"bias": False}, {"dtype": torch.float64, "device": "cpu"},
+    {}, {"eps": 0.1}, {"affine": False}, {"dtype": torch.float64, "device": "cpu"}, *WITHOUT_BIAS,
 ], ids=str)  # fmt: skip
 def test_trains_like_torch(arguments: dict[str, Any], layout: Any, path: str, launches: list[Any]) -> None:
     ours, theirs = pair(3, 6, **arguments)

@@ -22,6 +22,7 @@ from bnfast.functional import instance_norm
 from tests.support.alike import same_error
 from tests.support.buffers import bit_identical, nan_filled_allocations
 from tests.support.group_cases import FORMATS, check, given, random, run
+from tests.support.versions import WITHOUT_BIAS
 
 CLOSE = {"rtol": 1e-5, "atol": 3e-5}
 SHAPES = {"1d": (3, 4, 9), "2d": (3, 4, 5, 6), "3d": (2, 4, 3, 4, 3)}
@@ -72,8 +73,9 @@ def test_numbers(shape: tuple[int, ...], dtype: torch.dtype, layout: str) -> Non
 @EVERY
 @BOTH
 @pytest.mark.parametrize("arguments", [
-    {}, {"affine": True}, {"affine": True, "bias": False}, {"track_running_stats": True, "momentum": 0.3},
-    {"track_running_stats": True, "momentum": None, "affine": True}, {"eps": 0.1},
+    {}, {"affine": True}, {"track_running_stats": True, "momentum": 0.3}, {"eps": 0.1},
+    {"track_running_stats": True, "momentum": None, "affine": True},
+    *({"affine": True, **without} for without in WITHOUT_BIAS),
 ], ids=str)  # fmt: skip
 def test_like_torch(
     arguments: dict[str, Any], dims: str, layout: str, path: str, launches: list[Any]

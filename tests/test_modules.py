@@ -4,7 +4,6 @@ same behaviour under all that handles modules. On the kernels (interpreted) and 
 from __future__ import annotations
 
 import copy
-import inspect
 import io
 import pickle
 from collections.abc import Callable
@@ -17,6 +16,7 @@ from torch.testing import assert_close
 from torch.testing._internal.common_modules import module_db
 
 import bnfast
+from tests.support.versions import WITHOUT_BIAS
 
 SHAPE = (3, 4, 3, 2)
 PAIRS = {
@@ -34,8 +34,7 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     "eps=0.1": {"eps": 0.1},
     "float64": {"dtype": torch.float64, "device": "cpu"},
 }
-if "bias" in inspect.signature(nn.BatchNorm2d).parameters:  # since torch 2.13
-    ARGUMENTS["bias=False"] = {"bias": False}
+ARGUMENTS |= {str(without): without for without in WITHOUT_BIAS}
 every_path = pytest.mark.parametrize("path", ["kernels", "torch"], indirect=True)
 
 

@@ -15,6 +15,7 @@ from .drop_in import DropIn
 TO_SYNC = ("convert_sync_batchnorm", "convert_syncbn_model")
 _TO_ANOTHER = (*TO_SYNC, "convert_frozen_batchnorm", "freeze_batch_norm_2d", "convert_splitbn_model")
 _MKLDNN = "torch.utils.mkldnn"
+_IN_GRAPHS = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 14)
 _TAKEN = {"num_features", "running_mean", "running_var"}  # what each of them reads besides
 
 
@@ -27,7 +28,10 @@ class Replaceable(DropIn):
     def affine(self) -> bool:
         """torch.nn's attribute. No forward reads it, but all of those functions do: they build a bare layer
         from a BatchNorm's attributes, and none of them asks the BatchNorm in any other way."""
-        if not torch.compiler.is_compiling():  # Dynamo knows no frames
+        if torch.compiler.is_compiling():  # Dynamo knows no frames
+            if not _IN_GRAPHS:  # 2.11's takes a look into __dict__ for a call of this property
+                return self.weight is not None
+        else:
             caller = sys._getframe(1)
             if _builds_another(caller.f_code) or caller.f_globals.get("__name__") == _MKLDNN:
                 self._replaced_by(caller)
