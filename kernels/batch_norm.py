@@ -127,7 +127,8 @@ def forward(
 
 def inference(
     x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None,
-    running_mean: torch.Tensor, running_var: torch.Tensor, eps: float, keep: bool, after: Fused = NOTHING,
+    running_mean: torch.Tensor | None, running_var: torch.Tensor | None, eps: float, keep: bool,
+    after: Fused = NOTHING,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:  # fmt: skip
     """Eval: -> (y, table [4, C] if `keep`, for a backward, else an empty one, signs if any). One launch."""
     index, stream, elsewhere = where(x)

@@ -121,7 +121,7 @@ def forward(size: Rows) -> tuple[str, RowSweep]:
         lanes = LONG_WARPS * size.line
         size.check(size.rows, 1, LONG_LOADS * lanes)
         registers = LONG_REGISTERS[size.itemsize] if size.vectors else 128
-        constants = (size.vec, LONG_LOADS, lanes)
+        constants: tuple[Any, ...] = (size.vec, LONG_LOADS, lanes)
         sizes = (size.rows, size.width // size.vec)
         return "long", RowSweep(
             size.rows, sizes, constants, LONG_WARPS, registers, loads=LONG_LOADS, vec=size.vec

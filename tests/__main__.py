@@ -220,7 +220,8 @@ def main(arguments: list[str]) -> int:
     if options.quick:
         outcomes = [in_interpreter(extra, metadata.version("triton"), sys.executable, quick=True)]
     else:
-        outcomes = [check("ruff", "ruff", "check", "."), check("mypy", "mypy")]
+        checks = {"ruff": "ruff check .", "ruff format": "ruff format --check .", "mypy": "mypy"}
+        outcomes = [check(name, *command.split()) for name, command in checks.items()]
         outcomes += [*without_gpu(extra, options.all), on_gpu(extra)]
 
     headline("summary")

@@ -114,7 +114,7 @@ def gradients(
     found: Any = None
     if not (torch.is_grad_enabled() or batched(dy)):
         wanted = (need_dx, weight_dtype, bias_dtype, bias)
-        after = NOTHING if activation is None else Fused(*activation, kept)
+        after = NOTHING if activation is None else Fused(activation.name, activation.parameter, kept)
         if activation is None and not (need_dx or need_dweight or need_dbias):
             found = (None, None, None, None)
         elif watched(x) or type(dy) is not Tensor:

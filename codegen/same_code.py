@@ -1,0 +1,78 @@
+"""`python3 -m codegen.same_code`: whether a change of the sources changed any kernel's machine code.
+
+    python3 -m codegen.same_code save before      at the old commit: the machine code of every budget's kernel
+    python3 -m codegen.same_code compare before   at the new one: names each kernel whose code differs
+
+Run both with each Triton in question. Two codes are the same if their instructions are, in the same
+order, with the same registers and immediate values. Names, labels, and the offsets at which a kernel finds
+its parameters do not count: they change with the list of arguments.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import json
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import triton
+from tqdm import tqdm
+
+from benchmarks.budget_cases import ENTRIES
+from benchmarks.static import launches, sass
+
+LINE = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(.*?)\s*;")
+PARAMETER = re.compile(r"c\[0x0\]\[(?:0x[0-9a-f]+|(U?R\d+)(?:\+0x[0-9a-f]+)?)\]")
+LABEL = re.compile(r"`\([^)]*\)")
+FIRST_DIFFERENCES = 12  # lines shown of a kernel that differs
+
+
+def instructions(text: str) -> list[str]:
+    """The instructions of a disassembly, without what may change though the code is the same."""
+    lines = (found[1] for found in map(LINE.search, text.splitlines()) if found)
+    return [LABEL.sub("LABEL", PARAMETER.sub("PARAMETER", line)) for line in lines]
+
+
+def kernels() -> Iterator[tuple[str, list[str]]]:
+    """(which launch of which case, its instructions) of every budget's kernels, for the Triton that runs."""
+    for entry in tqdm(ENTRIES, f"compiling with Triton {triton.__version__}", unit="case"):
+        for direction, several in launches.of_case(entry.case, entry.training).items():
+            for number, launched in enumerate(several, 1):
+                key = f"{entry}, {direction} {number}"
+                yield key, instructions(sass.report(launched.code).text)
+
+
+def differences(before: dict[str, list[str]], after: dict[str, list[str]]) -> list[str]:
+    """A line for each kernel that is not the same in both, with the first lines that differ."""
+    found = [f"{key}: only {'before' if key in before else 'after'}" for key in before.keys() ^ after.keys()]
+    for key in before.keys() & after.keys():
+        if before[key] != after[key]:
+            lines = list(difflib.unified_diff(before[key], after[key], "before", "after", n=0, lineterm=""))
+            counts = f"{len(before[key])} instructions before, {len(after[key])} after"
+            found.append("\n    ".join([f"{key}: {counts}", *lines[2 : 2 + FIRST_DIFFERENCES]]))
+    return sorted(found)
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python3 -m codegen.same_code", description=__doc__.splitlines()[0])
+    parser.add_argument("action", choices=["save", "compare"])
+    parser.add_argument("folder", type=Path, help="has one file for each Triton")
+    options = parser.parse_args(arguments)
+    path = options.folder / f"triton-{triton.__version__}.json"
+    now = dict(kernels())
+    if options.action == "save":
+        options.folder.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(now), encoding="utf-8")
+        print(f"{len(now)} kernels saved in {path}")
+        return 0
+    found = differences(json.loads(path.read_text(encoding="utf-8")), now)
+    print("\n".join(found))
+    print(f"Triton {triton.__version__}: {len(now)} kernels, {len(found)} differ")
+    return int(bool(found))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
