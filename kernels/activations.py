@@ -6,8 +6,6 @@ elu's alpha). At their corners, and at NaN, they do as torch does."""
 import triton
 import triton.language as tl
 
-from .tiles import tile
-
 
 @triton.jit
 def tanh(v):
@@ -134,20 +132,6 @@ def before_activation(
     if z_ptr is not None:
         v += tl.load(z_ptr + offs, mask=mask, other=0.0, eviction_policy="evict_first").to(ACC)
     return times_slope(g.to(ACC), v, NAME, PARAMETER)
-
-
-@triton.jit
-def byte_tile(
-    block, index, rows, pitch_v, width_v, pieces, total_v,
-    MODE: tl.constexpr, VEC: tl.constexpr, ROWS_A_TILE: tl.constexpr, LANES: tl.constexpr,
-):  # fmt: skip
-    """tiles.tile of the bytes that hold a tile's signs: the same walk over memory an eighth as large. There
-    are signs only where everything that an address is made of is a multiple of 8 elements: views.packs."""
-    base, offs, mask, _ = tile(
-        block, index, rows, pitch_v * VEC // 8, width_v * VEC // 8, pieces,
-        tl.cast(total_v, tl.int64) * VEC // 8, MODE, 1, ROWS_A_TILE, LANES // 8,
-    )  # fmt: skip
-    return base, offs, mask
 
 
 @triton.jit

@@ -11,8 +11,7 @@ from typing import Any
 
 import torch
 
-from . import plan
-from .fused import NOTHING, Fused, Gradients, address
+from .fused import NO_ACTIVATION, NOTHING, Fused, Gradients, address
 from .gradients import gradient_sums_kernel, gradient_transform_kernel
 from .launch import workspace
 from .layouts import dense, dense_like
@@ -23,34 +22,43 @@ from .transform import transform_kernel
 # Batch Renormalization: ((r_max, d_max, warmup, r_steps, d_steps), guarded), see renorm.py
 Renorm = tuple[tuple[float, float, float, float, float], bool]
 _NO_LIMITS: Renorm = ((0.0,) * 5, False)
-_FORWARD = "x weight bias running_mean running_var batches y table partials arrivals z signs none"
-_INFERENCE = "x weight bias running_mean running_var y table z signs none"
-_BACKWARD = "x dy dx dweight dbias table z signs dz partials arrivals gradients none"
+# the tensors that launches pick from, by the names that kernels know them by
+_FORWARD = (
+    "x", "weight", "bias", "running_mean", "running_var", "batches", "y", "table", "partials", "arrivals",
+    "z", "signs", "none",
+)  # fmt: skip
+_INFERENCE = ("x", "weight", "bias", "running_mean", "running_var", "y", "table", "z", "signs", "none")
+_BACKWARD = (
+    "x", "dy", "dx", "dweight", "dbias", "table", "z", "signs", "dz", "partials", "arrivals", "gradients",
+    "none",
+)  # fmt: skip
+_OF_CHANNELS = ("weight", "bias", "running_mean", "running_var")
 
 
 def _train(
     sizes: Sizes, cumulative: bool, renorm: bool, guarded: bool, name: str, parameter: float, z: bool,
     *rest: Any,
 ) -> Step:  # fmt: skip
-    takes = "x y table none none none none batches z signs"
-    transform = sizes.mapping(transform_kernel, 1 + z, _FORWARD, takes, plan.TABLE, True, name, parameter)
+    after = {"NAME": name, "PARAMETER": parameter}
+    transform = sizes.mapping(
+        transform_kernel, 1 + z, _FORWARD, {"SOURCE": "table", "CENTRED": True, **after}, without=_OF_CHANNELS
+    )
     # read by the first, for the cumulative average and Batch Renorm's schedule, counted by the second
-    batches = "batches" if cumulative or renorm else "none"
-    takes = f"x partials arrivals table weight bias running_mean running_var {batches}"
-    norm = plan.RENORM if renorm else plan.BATCH
-    return sizes.reducing(statistics_kernel, 1, _FORWARD, takes, norm, cumulative, guarded, then=transform)
+    without = () if cumulative or renorm else ("batches",)
+    norm = {"NORM": "renorm" if renorm else "batch", "CUMULATIVE": cumulative, "GUARDED": guarded}
+    return sizes.reducing(statistics_kernel, 1, _FORWARD, norm, transform, without=without)
 
 
 def _eval(sizes: Sizes, keep: bool, name: str, parameter: float, z: bool, *rest: Any) -> Step:
-    takes = f"x y {'table' if keep else 'none'} weight bias running_mean running_var none z signs"
-    flags = (plan.STATISTICS, True, name, parameter)
-    transform = sizes.mapping(transform_kernel, 1 + z, _INFERENCE, takes, *flags)
+    constants = {"SOURCE": "statistics", "CENTRED": True, "NAME": name, "PARAMETER": parameter}
+    without = () if keep else ("table",)
+    transform = sizes.mapping(transform_kernel, 1 + z, _INFERENCE, constants, without=without)
     return Step(transform, transform, sizes.seed)
 
 
 def _scale(sizes: Sizes, *dtypes: Any) -> Step:
-    takes = "dy dx table none none none none none none none"
-    transform = sizes.mapping(transform_kernel, 1, _BACKWARD, takes, plan.TABLE, False, *NOTHING[:2])
+    constants = {"SOURCE": "table", "CENTRED": False, **NO_ACTIVATION}
+    transform = sizes.mapping(transform_kernel, 1, _BACKWARD, constants, rename={"x": "dy", "y": "dx"})
     return Step(transform, transform, sizes.seed)
 
 
@@ -58,19 +66,17 @@ def _gradients(
     sizes: Sizes, training: bool, renorm: bool, need_dx: bool, name: str, parameter: float, residual: bool,
     z: bool, *rest: Any,
 ) -> Step:  # fmt: skip
-    swept, gradients = ("none", "gradients" if need_dx else "none") if training else ("dx", "none")
-    takes = f"dy x {swept} partials arrivals table {gradients} dweight dbias none none none z signs dz"
+    after = {"NAME": name, "PARAMETER": parameter}
     transform = None
     if training and need_dx:
-        first, *after = ("dz", *NOTHING[:2]) if residual else ("dy", name, parameter)
-        transform = sizes.mapping(
-            gradient_transform_kernel, 2, _BACKWARD, f"{first} x dx table gradients none none", plan.BATCH,
-            *after,
-        )  # fmt: skip
-    norm = plan.RENORM if renorm else plan.BATCH
-    return sizes.reducing(
-        gradient_sums_kernel, 2 + z, _BACKWARD, takes, norm, name, parameter, then=transform
-    )  # fmt: skip
+        constants = {"NORM": "batch", **(NO_ACTIVATION if residual else after)}
+        rename = {"dy": "dz"} if residual else {}
+        transform = sizes.mapping(gradient_transform_kernel, 2, _BACKWARD, constants, rename=rename)
+    without = [] if training and need_dx else ["gradients"]
+    if training:
+        without.append("dx")
+    constants = {"NORM": "renorm" if renorm else "batch", **after}
+    return sizes.reducing(gradient_sums_kernel, 2 + z, _BACKWARD, constants, transform, without=without)
 
 
 def forward(

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
 from .plan import INT32, WARP
+from .records import CellGeometry, CellTile
 from .views import VECTOR_BYTES, ceil_div, floor_power_of_two, power_of_two
 
 # Tiles that a program holds of each input without spills, in 128 registers a thread [sass, both Tritons]:
@@ -18,16 +19,8 @@ HELD_WHOLE = {1: 10, 2: 4}
 class CellSweep:
     """One launch of a kernel that holds whole cells."""
 
-    cells: int
-    group: int  # channels a cell
-    inner: int  # positions a channel
-    in_sample: int  # cells a sample
-    vec: int
-    groups: int  # cells a program
-    channels: int  # a tile, of each cell
-    span: int  # vectors of a channel in a tile
-    pieces: int  # tiles that a channel is cut into
-    tiles: int
+    tile: CellTile
+    geometry: CellGeometry
     warps: int
     inputs: int
     itemsize: int
@@ -35,20 +28,14 @@ class CellSweep:
 
     @cached_property
     def programs(self) -> int:
-        return ceil_div(self.cells, self.groups)
-
-    @cached_property
-    def sizes(self) -> tuple[int, ...]:
-        return (self.cells, self.group, self.inner // self.vec, self.in_sample)
-
-    @cached_property
-    def constants(self) -> tuple[int, ...]:
-        return (self.vec, self.groups, self.channels, self.span, self.pieces, self.tiles)
+        return ceil_div(self.geometry.cells, self.tile.groups)
 
     @cached_property
     def bytes_a_program(self) -> int:
         """Bytes a program has in flight: all that it holds."""
-        return self.inputs * self.groups * self.group * self.inner * self.itemsize
+        g, t = self.geometry, self.tile
+        elements: int = t.groups * g.group * g.inner_v * t.vec
+        return self.inputs * elements * self.itemsize
 
 
 @lru_cache(maxsize=4096)
@@ -83,8 +70,7 @@ def cell_sweep(
             held = held * 3 // 4 * VECTOR_BYTES // narrow
         if tiles <= held:
             needed = max(1, groups * channels * width // WARP)
-            return CellSweep(
-                cells, group, inner, in_sample, vec, groups, channels, width, pieces, tiles,
-                min(warps, floor_power_of_two(needed)), inputs, itemsize,
-            )  # fmt: skip
+            tile = CellTile(vec, groups, channels, width, pieces, tiles)
+            geometry = CellGeometry(cells, group, inner // vec, in_sample)
+            return CellSweep(tile, geometry, min(warps, floor_power_of_two(needed)), inputs, itemsize)
     return None

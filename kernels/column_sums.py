@@ -15,10 +15,13 @@ RESULTS = ["first_ptr", "second_ptr"]
 def column_sums_kernel(
     partials_ptr, first_ptr, second_ptr,
     rows, columns, blocks,
-    R: tl.constexpr, LANES: tl.constexpr,
+    T: tl.constexpr,
 ):  # fmt: skip
     """partials: [rows, 2, columns], whose halves are summed into first and second [columns], or [rows, 1,
-    columns] where only one of these is given. A program sums LANES columns of one half, R rows a step."""
+    columns] where only one of these is given. A program sums `lanes` columns of one half, `rows` rows a
+    step (see RowTile)."""
+    R: tl.constexpr = T.rows
+    LANES: tl.constexpr = T.lanes
     HALVES: tl.constexpr = (first_ptr is not None) + (second_ptr is not None)
     block = tl.program_id(0) % blocks
     half = tl.program_id(0) // blocks

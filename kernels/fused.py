@@ -46,3 +46,4 @@ class Fused(NamedTuple):
 
 
 NOTHING = Fused()
+NO_ACTIVATION = {"NAME": NOTHING.name, "PARAMETER": NOTHING.parameter}  # compile-time constants of kernels

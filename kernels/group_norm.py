@@ -13,21 +13,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import plan, row_plan
+from . import row_plan
 from .cell_plan import CellSweep
 from .column_sums import column_sums_kernel
-from .fused import NOTHING, Fused, Gradients, address
+from .fused import NO_ACTIVATION, NOTHING, Fused, Gradients, address
 from .gradients import gradient_sums_kernel, gradient_transform_kernel
 from .group_plan import held
 from .launch import Launch, workspace
 from .layouts import dense, dense_like
 from .one_read import group_norm_gradients_kernel, group_norm_kernel
 from .statistics import statistics_kernel
-from .steps import Sizes, Step, picks, step_for, where
+from .steps import Sizes, Step, step_for, where
 from .transform import transform_kernel
 
-_FORWARD = "x weight bias y table z signs partials arrivals none"
-_BACKWARD = "x dy dx weight table dweight dbias bias z signs dz sums partials arrivals gradients none"
+_FORWARD = ("x", "weight", "bias", "y", "table", "z", "signs", "partials", "arrivals", "none")
+_BACKWARD = (
+    "x", "dy", "dx", "weight", "table", "dweight", "dbias", "bias", "z", "signs", "dz", "sums", "partials",
+    "arrivals", "gradients", "none",
+)  # fmt: skip
 
 
 def _held(sizes: Sizes, groups: int, inputs: int, activation: str, kept: str) -> CellSweep | None:
@@ -39,20 +42,18 @@ def _forward(
     sizes: Sizes, groups: int, name: str, parameter: float, signs: bool, z: bool, *rest: Any
 ) -> Step:
     sizes.groups = groups
+    after = {"NAME": name, "PARAMETER": parameter}
     cells = _held(sizes, groups, 1, name, "signs" if signs else "")
     if cells is not None:
-        chosen = picks(_FORWARD, "x y table weight bias z signs")
-        constants = (*cells.constants, name, parameter)
-        only = Launch(group_norm_kernel, cells, chosen, constants, sizes.aligned)
+        only = Launch(group_norm_kernel, cells, _FORWARD, after, sizes.aligned)
         return Step(only, only, sizes.seed)
-    takes = "x y table weight bias none none none z signs"
-    transform = sizes.mapping(transform_kernel, 1 + z, _FORWARD, takes, plan.CELLS, True, name, parameter)
+    transform = sizes.mapping(
+        transform_kernel, 1 + z, _FORWARD, {"SOURCE": "cells", "CENTRED": True, **after}
+    )  # fmt: skip
     by_group = not sizes.channels_last
-    takes = "x partials arrivals table none none none none none"
-    norm = plan.CELL if by_group else sizes.norm
-    return sizes.reducing(
-        statistics_kernel, 1, _FORWARD, takes, norm, False, False, then=transform, by_group=by_group
-    )
+    constants = {"NORM": "cell" if by_group else sizes.norm, "CUMULATIVE": False, "GUARDED": False}
+    without = ("weight", "bias")
+    return sizes.reducing(statistics_kernel, 1, _FORWARD, constants, transform, by_group, without=without)
 
 
 def forward(
@@ -108,29 +109,27 @@ def _backward(
     residual: bool, signs: bool, z: bool, *rest: Any,
 ) -> _Gradients:  # fmt: skip
     sizes.groups = groups
-    parameters = None
+    parameters, after = None, {"NAME": name, "PARAMETER": parameter}
     if need_parameters:
-        columns = row_plan.column_sums(sizes.n, sizes.c, 2)
-        chosen = picks(_BACKWARD, "sums dweight dbias")
-        parameters = Launch(column_sums_kernel, columns, chosen, columns.constants, sizes.aligned)
-    sums = "sums" if parameters is not None else "none"
+        columns, rename = row_plan.column_sums(sizes.n, sizes.c, 2), {"first": "dweight", "second": "dbias"}
+        rename["partials"] = "sums"
+        parameters = Launch(column_sums_kernel, columns, _BACKWARD, {}, sizes.aligned, rename=rename)
+    without = [] if need_parameters else ["sums"]
     kept = "signs" if signs else "z" if z else ""
     cells = _held(sizes, groups, 2, name, kept) if need_dx else None
     if cells is not None:
-        chosen = picks(_BACKWARD, f"dy x dx table weight {sums} bias signs dz")
-        constants = (*cells.constants, name, parameter)
-        only = Launch(group_norm_gradients_kernel, cells, chosen, constants, sizes.aligned)
+        only = Launch(
+            group_norm_gradients_kernel, cells, _BACKWARD, after, sizes.aligned, without=without
+        )  # fmt: skip
         return _Gradients(only, parameters, None, True, sizes.seed)
     transform = None
     if need_dx:
-        first, *after = ("dz", *NOTHING[:2]) if residual else ("dy", name, parameter)
-        transform = sizes.mapping(
-            gradient_transform_kernel, 2, _BACKWARD, f"{first} x dx table gradients weight bias", sizes.norm,
-            *after,
-        )  # fmt: skip
-    gradients = "gradients" if need_dx else "none"
-    takes = f"dy x none partials arrivals table {gradients} none none weight {sums} bias z signs dz"
-    step = sizes.reducing(gradient_sums_kernel, 2 + z, _BACKWARD, takes, sizes.norm, name, parameter)
+        constants = {"NORM": sizes.norm, **(NO_ACTIVATION if residual else after)}
+        rename = {"dy": "dz"} if residual else {}
+        transform = sizes.mapping(gradient_transform_kernel, 2, _BACKWARD, constants, rename=rename)
+    without += ["dx", "dweight", "dbias"] + ([] if need_dx else ["gradients"])
+    constants = {"NORM": sizes.norm, **after}
+    step = sizes.reducing(gradient_sums_kernel, 2 + z, _BACKWARD, constants, without=without)
     return _Gradients(step.first, parameters, transform, False, sizes.seed, step.partials, step.counters)
 
 

@@ -27,7 +27,7 @@ def held(
         return None
     cells = cell_sweep(n, groups, c // groups, s, itemsize, aligned, inputs)
     # of signs, a byte for each vector is written or read
-    return None if cells is not None and kept == "signs" and cells.vec != 8 else cells
+    return None if cells is not None and kept == "signs" and cells.tile.vec != 8 else cells
 
 
 def swept(

@@ -12,7 +12,7 @@ import contextlib
 import ctypes
 import inspect
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from operator import itemgetter
 from typing import Any, Protocol
 
@@ -82,12 +82,14 @@ def hooked() -> bool:
 
 
 class Planned(Protocol):
-    """What a launch needs to know of a plan: plan.Sweep, row_plan.RowSweep."""
+    """What a launch needs to know of a plan: plan.Sweep, cell_plan.CellSweep, row_plan.RowSweep."""
 
     @property
     def programs(self) -> int: ...
     @property
-    def sizes(self) -> tuple[int, ...]: ...  # the kernel's integer arguments, in their order
+    def tile(self) -> Any: ...  # the kernel's T
+    @property
+    def geometry(self) -> Any: ...  # a NamedTuple that has the kernel's integer arguments
     @property
     def warps(self) -> int: ...
     @property
@@ -95,28 +97,51 @@ class Planned(Protocol):
 
 
 class Launch:
-    """One kernel with its grid, sizes and constants fixed. Called with the current stream's handle, the
-    step's tensors (or None), their addresses, and the kernel's scalars; sizes and constants follow by
-    themselves.
+    """One kernel with its grid, sizes and compile-time constants fixed. Called with the current stream's
+    handle, the tensors (or None), their addresses, and the kernel's scalars, in its order.
 
-    picks: which of the step's tensors the kernel takes, in its order. bind_once: the caller vouches that
-    dtypes, None-ness and 16-byte alignment of all tensors are those of the first call."""
+    A kernel finds its arguments by its parameters' names: x_ptr is the tensor "x" of `tensors`, T the plan's
+    tile, an integer the size of this name in the plan's geometry, a constant that of `constants`.
+
+    tensors: the names of what a call hands over, of which the last, "none", is None. rename: what the kernel
+    knows by another name, {its own: the call's}. without: what it is not given, nor what `tensors` does not
+    name. bind_once: the caller vouches that dtypes, None-ness and 16-byte alignment of all tensors are those
+    of the first call."""
 
     __slots__ = ("_bind_once", "_bound", "_grid", "_kernel", "_options", "_pick", "_tail")
 
     def __init__(
-        self, kernel: Any, sweep: Planned, picks: Sequence[int], constants: tuple[Any, ...], bind_once: bool
+        self,
+        kernel: Any,
+        plan: Planned,
+        tensors: Sequence[str],
+        constants: Mapping[str, Any],
+        bind_once: bool,
+        *,
+        rename: Mapping[str, str] | None = None,
+        without: Collection[str] = (),
     ) -> None:
-        self._kernel, self._grid, self._bind_once = kernel, sweep.programs, bind_once
+        self._kernel, self._grid, self._bind_once = kernel, plan.programs, bind_once
+        fixed = {**plan.geometry._asdict(), **constants, "T": plan.tile}
+        pointers = [name.removesuffix("_ptr") for name in kernel.arg_names if name.endswith("_ptr")]
+        given = [(rename or {}).get(name, name) for name in pointers]
+        picks = [
+            tensors.index(to if name not in without and to in tensors else "none")
+            for name, to in zip(pointers, given, strict=True)
+        ]
+        tail = [name for name in kernel.arg_names if name in fixed]
+        head = kernel.arg_names[: len(kernel.arg_names) - len(tail)]
+        assert kernel.arg_names == [*head, *tail], f"{kernel.__name__}: scalars come before sizes"
+        assert {*(rename or ()), *without} <= {*pointers}, f"{kernel.__name__} takes {pointers}"
         self._pick = itemgetter(*picks)
-        self._tail = (*sweep.sizes, *constants)
+        self._tail = tuple(fixed[name] for name in tail)
         self._options: dict[str, int] = {"enable_fp_fusion": FP_FUSION}
         if not INTERPRET:
             target = driver.active.get_current_target()
             # the plan counts warps of 32 threads
-            self._options["num_warps"] = max(1, sweep.warps * 32 // target.warp_size)
+            self._options["num_warps"] = max(1, plan.warps * 32 // target.warp_size)
             if target.backend == "cuda":
-                self._options["maxnreg"] = sweep.registers
+                self._options["maxnreg"] = plan.registers
         self._bound: Any = None  # what a direct launch needs, set in one go: other threads may be looking
 
     def __call__(

@@ -22,10 +22,12 @@ from .plan import VECTOR_BYTES
 from .row_activation import row_activation_kernel
 from .row_gradients import column_gradients_kernel, row_gradients_kernel, wide_gradients_kernel
 from .row_norm import long_row_norm_kernel, row_norm_kernel
-from .steps import multiprocessors, picks, step_for, where
+from .steps import multiprocessors, step_for, where
 
-_FORWARD = "x y table weight bias z none"
-_BACKWARD = "x dy dx dweight dbias table weight bias z dz shares partials none"
+_FORWARD = ("x", "y", "table", "weight", "bias", "z", "none")
+_BACKWARD = (
+    "x", "dy", "dx", "dweight", "dbias", "table", "weight", "bias", "z", "dz", "shares", "partials", "none",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -57,10 +59,9 @@ def _forward(
 ) -> RowStep:
     size = sizes.rows(dims)
     kind, sweep = row_plan.forward(size)
-    takes = picks(_FORWARD, f"x y {'table' if keep else 'none'} weight bias z")
     kernel = row_norm_kernel if kind == "held" else long_row_norm_kernel
-    constants = (*sweep.constants, name, parameter)
-    launch = Launch(kernel, sweep, takes, constants, sizes.aligned and parameters_aligned)
+    after, bound = {"NAME": name, "PARAMETER": parameter}, sizes.aligned and parameters_aligned
+    launch = Launch(kernel, sweep, _FORWARD, after, bound, without=() if keep else ("table",))
     return RowStep((launch,), sizes.seed, size.rows)
 
 
@@ -72,32 +73,35 @@ def _backward(
     size, halves = sizes.rows(dims), weight + bias
     bound = sizes.aligned and parameters_aligned
     rows = row_plan.gradients(size) if need_dx else None
-    shares, launches, dy = 0, [], "dy"
+    shares, launches, rename = 0, [], {}
+    wanted, without = {"WEIGHT": weight, "BIAS": bias}, () if halves else ("partials",)
     if name != "none":
-        dy, sweep = "dz", row_plan.activation(size)
-        takes = picks(_BACKWARD, "dy x z dz table weight bias")
-        constants = (*sweep.constants, name, parameter)
-        launches.append(Launch(row_activation_kernel, sweep, takes, constants, bound))
+        rename, sweep = {"dy": "dz"}, row_plan.activation(size)
+        after = {"NAME": name, "PARAMETER": parameter}
+        launches.append(Launch(row_activation_kernel, sweep, _BACKWARD, after, bound))
     if rows is not None:
-        takes = picks(_BACKWARD, f"{dy} x dx table weight {'partials' if halves else 'none'}")
-        launches.append(Launch(row_gradients_kernel, rows, takes, (*rows.constants, weight, bias), bound))
         partials = rows.partials
+        launches.append(
+            Launch(row_gradients_kernel, rows, _BACKWARD, wanted, bound, rename=rename, without=without)
+        )
     else:
         sweep = row_plan.column_gradients(size)
-        shared, summed = "shares" if need_dx else "none", "partials" if halves else "none"
-        takes = picks(_BACKWARD, f"{dy} x table {'weight' if need_dx else 'none'} {shared} {summed}")
-        constants = (*sweep.constants, weight, bias)
-        launches.append(Launch(column_gradients_kernel, sweep, takes, constants, bound))
         partials = sweep.partials
+        without = without if need_dx else (*without, "weight", "shares")
+        launches.append(
+            Launch(column_gradients_kernel, sweep, _BACKWARD, wanted, bound, rename=rename, without=without)
+        )
         if need_dx:
-            shares = sweep.blocks * 2 * size.rows
+            shares = sweep.geometry.blocks * 2 * size.rows
             wide = row_plan.wide_gradients(size)
-            takes = picks(_BACKWARD, f"{dy} x dx table weight shares")
-            launches.append(Launch(wide_gradients_kernel, wide, takes, wide.constants, bound))
+            launches.append(Launch(wide_gradients_kernel, wide, _BACKWARD, {}, bound, rename=rename))
     if halves:
-        sums = row_plan.column_sums(partials, size.width, halves)
-        takes = picks(_BACKWARD, f"partials {'dweight' if weight else 'none'} {'dbias' if bias else 'none'}")
-        launches.append(Launch(column_sums_kernel, sums, takes, sums.constants, bound))
+        sums, rename = row_plan.column_sums(partials, size.width, halves), {"first": "dweight"}
+        rename["second"] = "dbias"
+        without = () if halves == 2 else ("second",) if weight else ("first",)
+        launches.append(
+            Launch(column_sums_kernel, sums, _BACKWARD, {}, bound, rename=rename, without=without)
+        )
     return RowStep(tuple(launches), sizes.seed, size.rows, shares, partials * halves * size.width)
 
 

@@ -5,6 +5,8 @@ A mean travels as an unevaluated sum, pivot + shift: rounded to one fp32 at mean
 mean would be off by 5e-4, and the variance that is merged from their differences by 1e-5. A NaN or inf in
 the data stays visible: `where` instead of `maximum`, which drops NaN."""
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
@@ -44,6 +46,22 @@ def product_in_tile(a, b, VEC: tl.constexpr, THREADS: tl.constexpr = 32):
     return result
 
 
+class Moments(NamedTuple):
+    """Of `count` values: their mean, pivot + shift, and M2."""
+
+    count: Any
+    pivot: Any
+    shift: Any
+    m2: Any
+
+
+@triton.jit
+def no_moments(ROWS: tl.constexpr, COLUMNS: tl.constexpr, ACC: tl.constexpr):
+    """Moments of no values, [ROWS, COLUMNS] of them."""
+    zeros = tl.zeros((ROWS, COLUMNS), ACC)
+    return Moments(zeros, zeros, zeros, zeros)
+
+
 @triton.jit
 def from_pivoted_sums(count, total, squares):
     """(shift, M2) from sums of (x - pivot) and (x - pivot)^2 over `count` values; zeros where count is 0."""
@@ -53,26 +71,27 @@ def from_pivoted_sums(count, total, squares):
 
 
 @triton.jit
-def merge(count, pivot, shift, m2, count_b, pivot_b, shift_b, m2_b):
+def merge(a, b):
     """Two sets of moments into one."""
-    total = count + count_b
-    share = count_b / tl.where(total > 0, total, 1.0)
-    pivot = tl.where(count > 0, pivot, pivot_b)
-    delta = tl.where(count_b > 0, (pivot_b - pivot) + (shift_b - shift), 0.0)
+    total = a.count + b.count
+    share = b.count / tl.where(total > 0, total, 1.0)
+    pivot = tl.where(a.count > 0, a.pivot, b.pivot)
+    delta = tl.where(b.count > 0, (b.pivot - pivot) + (b.shift - a.shift), 0.0)
+    shift = a.shift + delta * share
     # (delta * (count * share)) * delta, in this order: delta^2 alone overflows for means near 1e20 while
     # count is 0
-    return total, pivot, shift + delta * share, m2 + m2_b + (delta * (count * share)) * delta
+    return Moments(total, pivot, shift, a.m2 + b.m2 + (delta * (a.count * share)) * delta)
 
 
 @triton.jit
-def merge_along(count, pivot, shift, m2, AXIS: tl.constexpr):
+def merge_along(m, AXIS: tl.constexpr):
     """All sets of moments along an axis into one. Two steps, both about a value close to the mean, so that
-    nothing cancels.
-    """
-    some = count > 0
-    total = tl.sum(count, AXIS)
-    centre = finite_or_zero(tl.max(tl.where(some, pivot, float("-inf")), AXIS))
-    distance = tl.where(some, (pivot - tl.expand_dims(centre, AXIS)) + shift, 0.0)
-    moved = tl.sum(product(count, distance), AXIS) / tl.where(total > 0, total, 1.0)
+    nothing cancels."""
+    some = m.count > 0
+    total = tl.sum(m.count, AXIS)
+    centre = finite_or_zero(tl.max(tl.where(some, m.pivot, float("-inf")), AXIS))
+    distance = tl.where(some, (m.pivot - tl.expand_dims(centre, AXIS)) + m.shift, 0.0)
+    moved = tl.sum(product(m.count, distance), AXIS) / tl.where(total > 0, total, 1.0)
     rest = tl.where(some, distance - tl.expand_dims(moved, AXIS), 0.0)
-    return total, centre, moved, tl.sum(tl.where(some, m2, 0.0) + count * rest * rest, AXIS)
+    m2 = tl.sum(tl.where(some, m.m2, 0.0) + m.count * rest * rest, AXIS)
+    return Moments(total, centre, moved, m2)

@@ -1,43 +1,40 @@
 """Cells that a program can hold: contiguous groups of channels within a sample, each read once and kept in
 registers, forward and backward.
 
-A program takes GROUPS cells (one, unless they are tiny), as TILES tiles of one 16-byte vector a thread, so
-that all of its loads are under way at once and 16-bit data stays packed until it is used. A tile is CHANNELS
-channels of SPAN vectors each; a channel longer than a tile is cut into PIECES. What is left of a tile where
-sizes are no powers of two is masked: it costs registers, not traffic."""
+A program takes the cells of a CellTile (one, unless they are tiny), as `tiles` tiles of one 16-byte vector a
+thread, so that all of its loads are under way at once and 16-bit data stays packed until it is used. What is
+left of a tile where sizes are no powers of two is masked: it costs registers, not traffic."""
 
 import triton
 import triton.language as tl
 
 from .activations import activate, before_activation, pack, unpack
-from .coefficients import cell_rstd, load_or, slopes
+from .coefficients import GradientSums, cell_rstd, load_or, slopes
+from .geometry import as_scalar
 from .moments import not_negative, product, product_in_tile
-from .tiles import as_scalar
+from .records import CellGeometry
 
-SIZES = ["cells", "group", "inner_v", "in_sample"]
+SIZES = list(CellGeometry._fields)
 PARAMETERS = ["weight_ptr", "bias_ptr"]
 THREADS = tl.constexpr(128)  # of the smallest program: see cell_plan.py
 
 
 @triton.jit
-def vectors(
-    first, K: tl.constexpr, cells, group, inner_v,
-    VEC: tl.constexpr, GROUPS: tl.constexpr, CHANNELS: tl.constexpr, SPAN: tl.constexpr, PIECES: tl.constexpr,
-):  # fmt: skip
-    """Tile K of the cells from `first` on: element offsets [rows, VEC] from the first cell's start, mask
-    [rows, 1], and (channel in its cell, cell - first) of each of the tile's GROUPS * CHANNELS channels."""
-    row = tl.arange(0, GROUPS * CHANNELS * SPAN)
-    channel = (row // SPAN) % CHANNELS + (K // PIECES) * CHANNELS
-    cell = row // (SPAN * CHANNELS)
-    vector = row % SPAN + (K % PIECES) * SPAN
-    mask = (channel < group) & (vector < inner_v) & (first + cell < cells)
-    start = ((cell * group + channel) * inner_v + vector) * VEC
-    lane = tl.arange(0, GROUPS * CHANNELS)
+def vectors(first, K: tl.constexpr, g, T: tl.constexpr):
+    """Tile K of the cells from `first` on: element offsets [rows, vec] from the first cell's start, mask
+    [rows, 1], and (channel in its cell, cell - first) of each of the tile's groups * channels channels."""
+    row = tl.arange(0, T.rows)
+    channel = (row // T.span) % T.channels + (K // T.pieces) * T.channels
+    cell = row // (T.span * T.channels)
+    vector = row % T.span + (K % T.pieces) * T.span
+    mask = (channel < g.group) & (vector < g.inner_v) & (first + cell < g.cells)
+    start = ((cell * g.group + channel) * g.inner_v + vector) * T.vec
+    lane = tl.arange(0, T.groups * T.channels)
     return (
-        start[:, None] + tl.arange(0, VEC)[None, :],
+        start[:, None] + tl.arange(0, T.vec)[None, :],
         mask[:, None],
-        lane % CHANNELS + (K // PIECES) * CHANNELS,
-        lane // CHANNELS,
+        lane % T.channels + (K // T.pieces) * T.channels,
+        lane // T.channels,
     )
 
 
@@ -80,33 +77,37 @@ def group_norm_kernel(
     x_ptr, y_ptr, table_ptr, weight_ptr, bias_ptr, z_ptr, signs_ptr,
     eps: tl.float64,
     cells, group, inner_v, in_sample,
-    VEC: tl.constexpr, GROUPS: tl.constexpr, CHANNELS: tl.constexpr, SPAN: tl.constexpr, PIECES: tl.constexpr,
-    TILES: tl.constexpr, NAME: tl.constexpr, PARAMETER: tl.constexpr,
+    T: tl.constexpr, NAME: tl.constexpr, PARAMETER: tl.constexpr,
 ):  # fmt: skip
-    """table: [2, cells] mean and rstd. in_sample: cells a sample. z, signs (with VEC 8 only), NAME and
+    """table: [2, cells] mean and rstd. in_sample: cells a sample. z, signs (with vec 8 only), NAME and
     PARAMETER: as in transform.py."""
     ACC: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
-    ROWS: tl.constexpr = GROUPS * CHANNELS * SPAN
+    ROWS: tl.constexpr = T.rows
+    TILES: tl.constexpr = T.tiles
+    GROUPS: tl.constexpr = T.groups
+    CHANNELS: tl.constexpr = T.channels
+    SPAN: tl.constexpr = T.span
+    g = CellGeometry(cells, group, inner_v, in_sample)
     first = tl.program_id(0) * GROUPS
-    base = tl.cast(first, tl.int64) * group * (tl.cast(inner_v, tl.int64) * VEC)
+    base = tl.cast(first, tl.int64) * group * (tl.cast(inner_v, tl.int64) * T.vec)
     held = ()
     total = tl.zeros((GROUPS,), ACC)
     for k in tl.static_range(TILES):
-        offs, mask, _, _ = vectors(first, k, cells, group, inner_v, VEC, GROUPS, CHANNELS, SPAN, PIECES)
+        offs, mask, _, _ = vectors(first, k, g, T)
         x = tl.load(x_ptr + base + offs, mask=mask, other=0.0, eviction_policy="evict_first")
         held = held + (x,)
     for k in tl.static_range(TILES):
         total += sum_by_channel(held[k].to(ACC), GROUPS, CHANNELS * SPAN)
-    count = as_scalar(1.0, ACC) * group * inner_v * VEC
+    count = as_scalar(1.0, ACC) * group * inner_v * T.vec
     mean = total / count
     moved = tl.zeros((GROUPS,), ACC)
     squares = tl.zeros((GROUPS,), ACC)
     for k in tl.static_range(TILES):
-        _, mask, _, _ = vectors(first, k, cells, group, inner_v, VEC, GROUPS, CHANNELS, SPAN, PIECES)
+        _, mask, _, _ = vectors(first, k, g, T)
         distance = tl.where(mask, held[k].to(ACC) - by_row(mean, ROWS), 0.0)
         moved += sum_by_channel(distance, GROUPS, CHANNELS * SPAN)
         squares += sum_by_channel(
-            product_in_tile(distance, distance, VEC, THREADS), GROUPS, CHANNELS * SPAN
+            product_in_tile(distance, distance, T.vec, THREADS), GROUPS, CHANNELS * SPAN
         )  # fmt: skip
     # the sum of large values has lost digits that the sum of their distances has
     shift = moved / count
@@ -117,9 +118,7 @@ def group_norm_kernel(
     tl.store(table_ptr + offs_cell, mean, mask=offs_cell < cells)
     tl.store(table_ptr + cells + offs_cell, rstd, mask=offs_cell < cells)
     for k in tl.static_range(TILES):
-        offs, mask, channel, cell = vectors(
-            first, k, cells, group, inner_v, VEC, GROUPS, CHANNELS, SPAN, PIECES
-        )  # fmt: skip
+        offs, mask, channel, cell = vectors(first, k, g, T)
         offs_c = (first + cell) % in_sample * group + channel
         there = channel < group
         a = by_row(load_or(weight_ptr, offs_c, there, 1.0, ACC), ROWS) * by_row(rstd, ROWS)
@@ -137,20 +136,24 @@ def group_norm_kernel(
 def group_norm_gradients_kernel(
     dy_ptr, x_ptr, dx_ptr, table_ptr, weight_ptr, sums_ptr, bias_ptr, signs_ptr, dz_ptr,
     cells, group, inner_v, in_sample,
-    VEC: tl.constexpr, GROUPS: tl.constexpr, CHANNELS: tl.constexpr, SPAN: tl.constexpr, PIECES: tl.constexpr,
-    TILES: tl.constexpr, NAME: tl.constexpr, PARAMETER: tl.constexpr,
+    T: tl.constexpr, NAME: tl.constexpr, PARAMETER: tl.constexpr,
 ):  # fmt: skip
     """sums, where given: [samples, 2, channels], what each sample adds to dgamma and dbeta. dx as in
     coefficients.slopes. Of activations only those whose slope is 0 or 1: dy times it takes no more bits than
     dy, and there is no room for more (others are swept: see group_norm.py)."""
     ACC: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
-    ROWS: tl.constexpr = GROUPS * CHANNELS * SPAN
+    ROWS: tl.constexpr = T.rows
+    TILES: tl.constexpr = T.tiles
+    GROUPS: tl.constexpr = T.groups
+    CHANNELS: tl.constexpr = T.channels
+    SPAN: tl.constexpr = T.span
+    g = CellGeometry(cells, group, inner_v, in_sample)
     first = tl.program_id(0) * GROUPS
-    base = tl.cast(first, tl.int64) * group * (tl.cast(inner_v, tl.int64) * VEC)
+    base = tl.cast(first, tl.int64) * group * (tl.cast(inner_v, tl.int64) * T.vec)
     xs = ()
     gs = ()
     for k in tl.static_range(TILES):
-        offs, mask, _, _ = vectors(first, k, cells, group, inner_v, VEC, GROUPS, CHANNELS, SPAN, PIECES)
+        offs, mask, _, _ = vectors(first, k, g, T)
         gs = gs + (tl.load(dy_ptr + base + offs, mask=mask, other=0.0, eviction_policy="evict_first"),)
         xs = xs + (tl.load(x_ptr + base + offs, mask=mask, other=0.0, eviction_policy="evict_first"),)
     offs_cell = first + tl.arange(0, GROUPS)
@@ -163,27 +166,25 @@ def group_norm_gradients_kernel(
     tl.static_assert(NAME == "none" or NAME == "relu" or NAME == "relu6")
     masked = ()
     for k in tl.static_range(TILES):
-        offs, mask, channel, cell = vectors(
-            first, k, cells, group, inner_v, VEC, GROUPS, CHANNELS, SPAN, PIECES
-        )  # fmt: skip
-        g = gs[k].to(ACC)  # 0 where there is nothing
+        offs, mask, channel, cell = vectors(first, k, g, T)
+        grad = gs[k].to(ACC)  # 0 where there is nothing
         if NAME != "none":
             offs_c = (first + cell) % in_sample * group + channel
             a = by_row(load_or(weight_ptr, offs_c, channel < group, 1.0, ACC), ROWS) * by_row(rstd, ROWS)
             b = by_row(load_or(bias_ptr, offs_c, channel < group, 0.0, ACC), ROWS)
-            g = held_gradient(
+            grad = held_gradient(
                 gs[k], xs[k], by_row(mean, ROWS), a, b, signs_ptr, base, offs, mask,
                 NAME, PARAMETER, ACC,
             )  # fmt: skip
-            masked = masked + (g.to(dy_ptr.dtype.element_ty),)
+            masked = masked + (grad.to(dy_ptr.dtype.element_ty),)
         else:
             masked = masked + (gs[k],)
         if dz_ptr is not None:
-            tl.store(dz_ptr + base + offs, g.to(dz_ptr.dtype.element_ty), mask=mask)
-        channel_g += sum_by_channel(g, GROUPS * CHANNELS, SPAN)
+            tl.store(dz_ptr + base + offs, grad.to(dz_ptr.dtype.element_ty), mask=mask)
+        channel_g += sum_by_channel(grad, GROUPS * CHANNELS, SPAN)
         distance = xs[k].to(ACC) - by_row(mean, ROWS)
-        channel_gd += sum_by_channel(product_in_tile(g, distance, VEC, THREADS), GROUPS * CHANNELS, SPAN)
-        if k % PIECES == PIECES - 1:
+        channel_gd += sum_by_channel(product_in_tile(grad, distance, T.vec, THREADS), GROUPS * CHANNELS, SPAN)
+        if k % T.pieces == T.pieces - 1:
             whole = first + cell
             offs_c = whole % in_sample * group + channel
             there = (channel < group) & (whole < cells)
@@ -197,12 +198,10 @@ def group_norm_gradients_kernel(
                 tl.store(to_ptr + channels, channel_g, mask=there)
             channel_g = tl.zeros((GROUPS * CHANNELS,), ACC)
             channel_gd = tl.zeros((GROUPS * CHANNELS,), ACC)
-    count = as_scalar(1.0, ACC) * group * inner_v * VEC
-    k2, k3 = slopes(rstd, sum_wg, sum_wgd, count)
+    count = as_scalar(1.0, ACC) * group * inner_v * T.vec
+    k2, k3 = slopes(rstd, GradientSums(sum_wg, sum_wgd), count)
     for k in tl.static_range(TILES):
-        offs, mask, channel, cell = vectors(
-            first, k, cells, group, inner_v, VEC, GROUPS, CHANNELS, SPAN, PIECES
-        )  # fmt: skip
+        offs, mask, channel, cell = vectors(first, k, g, T)
         weight = load_or(weight_ptr, (first + cell) % in_sample * group + channel, channel < group, 1.0, ACC)
         distance = xs[k].to(ACC) - by_row(mean, ROWS)
         k1 = by_row(weight, ROWS) * by_row(rstd, ROWS)

@@ -1,6 +1,6 @@
 """Sizes -> what to launch: tiles, warps, splits, grid. Pure Python; needs neither torch nor Triton nor a GPU.
 
-A *sweep* is one kernel's walk over x (tiles.py has the words). Its plan also knows what it costs: bytes in
+A *sweep* is one kernel's walk over x (geometry.py has the words). Its plan also knows what it costs: bytes in
 flight, programs, the tail of the finalising program. Each choice carries its reason; [sass] marks what was
 read off compiled kernels."""
 
@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
 from .fused_plan import NOTHING, After
+from .records import Geometry, Tile
 from .views import (
     VECTOR_BYTES,
     View,
@@ -23,9 +24,6 @@ from .views import (
     strips_view,
 )
 
-MODES = {"rows": 0, "cycles": 1, "planes": 2, "runs": 3}  # as in tiles.py
-BATCH, RENORM, CELL, GROUP = range(4)  # as in coefficients.py
-TABLE, STATISTICS, CELLS = range(3)  # as in transform.py
 INT32 = 2**31
 WARP = 32
 
@@ -79,6 +77,7 @@ class Sweep:
     splits: int  # programs that share a block's tiles
     inputs: int  # tensors read
     itemsize: int
+    reduces: bool
     samples: int = 1  # matrices like the view, one after another: 1 where cells span all samples
     group: int = 1  # channels a cell, where cells lie within a sample
 
@@ -92,10 +91,14 @@ class Sweep:
         return self.samples * (self.view.blocks + 1)
 
     @cached_property
-    def step(self) -> int:
-        """Every how many lanes a channel may begin (the kernels' STEP)."""
+    def tile(self) -> Tile:
+        """What a program is compiled for."""
         v = self.view
-        return self.vec if v.mode == "planes" and v.inner % self.vec == 0 else 1
+        step = self.vec if v.mode == "planes" and v.inner % self.vec == 0 else 1
+        walk = (v.mode, self.vec, self.unroll, self.group_rows, v.lanes, step)
+        if not self.reduces:
+            return Tile(*walk)
+        return Tile(*walk, v.channels_a_block, self.fold, v.positions, self.merge, *self.members)
 
     @cached_property
     def members(self) -> tuple[int, int]:
@@ -126,21 +129,21 @@ class Sweep:
         return min(self.view.channels_a_block, max(1, values * WARP * self.warps // self.view.positions))
 
     @cached_property
-    def sizes(self) -> tuple[int, ...]:
-        """The kernels' integer arguments, in their order. Raises TooLarge where one does not fit 32 bits."""
+    def geometry(self) -> Geometry:
+        """Raises TooLarge where a size does not fit 32 bits."""
         v = self.view
         total = v.total if v.mode == "cycles" or self.samples > 1 else 0
-        sizes = (
+        g = Geometry(
             v.rows, v.pitch // self.vec, v.width // self.vec, v.inner, v.channels,
             self.tiles, v.pieces, total // self.vec, v.blocks, self.splits,
             self.group, self.samples * v.channels // self.group,
         )  # fmt: skip
         # with the lanes that lie beyond the end, which are masked by what they count up to
         in_tile = self.tile_rows * (v.lanes if v.mode == "runs" else v.pitch) + v.lanes
-        narrow = (*sizes[:7], *sizes[8:])  # all but the total, which is widened where it is used
+        narrow = g._replace(total_v=0)  # the total is widened where it is used
         if max(*narrow, in_tile, self.programs, self.samples * v.channels * 6, self.partials) >= INT32:
             raise TooLarge(f"this tensor is too large for 32-bit tile offsets, grid or tables: {v}")
-        return sizes
+        return g
 
     @property
     def values(self) -> int:
@@ -239,7 +242,7 @@ def reduce_sweep(
         splits = _evened(tiles, sms * program.an_sm // (view.blocks * samples))
         warps = _warps(view, group_rows, itemsize, program)
         sweep = Sweep(
-            view, vec, unroll, group_rows, warps, program.registers, tiles, splits, inputs, itemsize,
+            view, vec, unroll, group_rows, warps, program.registers, tiles, splits, inputs, itemsize, True,
             samples, group,
         )  # fmt: skip
         if tiles * view.blocks * samples >= sms * program.an_sm and not _wasteful(view):
@@ -276,7 +279,7 @@ def map_sweep(
     splits = _evened(tiles, ceil_div(sms * program.an_sm, view.blocks * samples))
     warps = _warps(view, group_rows, itemsize, MAP)
     return Sweep(
-        view, vec, unroll, group_rows, warps, program.registers, tiles, splits, inputs, itemsize,
+        view, vec, unroll, group_rows, warps, program.registers, tiles, splits, inputs, itemsize, False,
         samples, group,
     )  # fmt: skip
 

@@ -15,11 +15,13 @@ SIZES = ["rows", "width_v", "splits"]
 def row_activation_kernel(
     dy_ptr, x_ptr, z_ptr, dz_ptr, table_ptr, weight_ptr, bias_ptr,
     rows, width_v, splits,
-    VEC: tl.constexpr, R: tl.constexpr, LANES: tl.constexpr, NAME: tl.constexpr, PARAMETER: tl.constexpr,
+    T: tl.constexpr, NAME: tl.constexpr, PARAMETER: tl.constexpr,
 ):  # fmt: skip
-    """Program (group, split) takes every splits-th tile [R, LANES] of a group of R rows."""
+    """Program (group, split) takes every splits-th tile of a group of rows."""
     ACC: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
-    width = width_v * VEC
+    R: tl.constexpr = T.rows
+    LANES: tl.constexpr = T.lanes
+    width = width_v * T.vec
     first = tl.program_id(0) // splits * R
     base, row, lane, inside = group_of_rows(first, rows, width, R, LANES)
     mean, rstd = load_statistics(table_ptr, rows, first, row, inside)

@@ -79,11 +79,16 @@ def store_sums(
 def row_gradients_kernel(
     dy_ptr, x_ptr, dx_ptr, table_ptr, weight_ptr, partials_ptr,
     rows, width_v, groups, programs,
-    VEC: tl.constexpr, U: tl.constexpr, R: tl.constexpr, LANES: tl.constexpr, PARTS: tl.constexpr,
-    WHOLE: tl.constexpr, WEIGHT: tl.constexpr, BIAS: tl.constexpr,
+    T: tl.constexpr, WEIGHT: tl.constexpr, BIAS: tl.constexpr,
 ):  # fmt: skip
-    """Program p takes the groups p, p + programs ... of U * R rows each, in PARTS tiles of [U * R, LANES]."""
+    """Program p takes the groups p, p + programs ... of unroll * rows rows each."""
     ACC: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
+    VEC: tl.constexpr = T.vec
+    U: tl.constexpr = T.unroll
+    R: tl.constexpr = T.rows
+    LANES: tl.constexpr = T.lanes
+    PARTS: tl.constexpr = T.parts
+    WHOLE: tl.constexpr = T.whole
     width = width_v * VEC
     count = width.to(ACC)
     sums_w = ()
@@ -147,13 +152,15 @@ def row_gradients_kernel(
 def column_gradients_kernel(
     dy_ptr, x_ptr, table_ptr, weight_ptr, shares_ptr, partials_ptr,
     rows, width_v, groups, programs, blocks,
-    VEC: tl.constexpr, U: tl.constexpr, R: tl.constexpr, LANES: tl.constexpr,
-    WEIGHT: tl.constexpr, BIAS: tl.constexpr,
+    T: tl.constexpr, WEIGHT: tl.constexpr, BIAS: tl.constexpr,
 ):  # fmt: skip
-    """Program (block, p) takes the groups p, p + programs ... of U * R rows, and of them a block of LANES
+    """Program (block, p) takes the groups p, p + programs ... of unroll * rows rows, and of them a block of
     columns. shares, where given: [blocks, 2, rows], each block's part of a row's sums of g and g * xhat."""
     ACC: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
-    width = width_v * VEC
+    U: tl.constexpr = T.unroll
+    R: tl.constexpr = T.rows
+    LANES: tl.constexpr = T.lanes
+    width = width_v * T.vec
     block = tl.program_id(0) % blocks
     program = tl.program_id(0) // blocks
     column = block * LANES + tl.arange(0, LANES)[None, :]
@@ -186,12 +193,15 @@ def column_gradients_kernel(
 def wide_gradients_kernel(
     dy_ptr, x_ptr, dx_ptr, table_ptr, weight_ptr, shares_ptr,
     rows, width_v, blocks, splits,
-    VEC: tl.constexpr, U: tl.constexpr, LANES: tl.constexpr, MERGE: tl.constexpr,
+    T: tl.constexpr,
 ):  # fmt: skip
     """dx of row r by programs (r, split), each of which takes the pieces split, split + splits ... of
-    U * LANES elements, from the row's end: that is what the sweep before left in L2."""
+    unroll * lanes elements, from the row's end: that is what the sweep before left in L2."""
     ACC: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
-    width = width_v * VEC
+    U: tl.constexpr = T.unroll
+    LANES: tl.constexpr = T.lanes
+    MERGE: tl.constexpr = T.merge
+    width = width_v * T.vec
     row = tl.program_id(0) // splits
     split = tl.program_id(0) % splits
     base = tl.cast(row, tl.int64) * width

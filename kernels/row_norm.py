@@ -1,16 +1,16 @@
 """Forward of a normalization whose cell is a row: x is [rows, width], statistics are of each row, weight and
 bias of each column. One launch. A row that fits in registers is read once, a longer one twice.
 
-A program holds a group of R rows in PARTS tiles of [R, LANES]. They stay what was loaded, so that 16-bit data
-takes 16 bits a value, and are widened where they are used."""
+A program holds a group of rows in `parts` tiles of [rows, lanes] (see RowTile). They stay what was loaded, so
+that 16-bit data takes 16 bits a value, and are widened where they are used."""
 
 import triton
 import triton.language as tl
 
 from .activations import activate
 from .coefficients import load_or, reciprocal_std
-from .moments import finite_or_zero, merge_along, not_negative, product_in_tile
-from .tiles import as_scalar
+from .geometry import as_scalar
+from .moments import Moments, finite_or_zero, merge_along, not_negative, product_in_tile
 
 SIZES = ["rows", "width_v"]
 TABLES = ["table_ptr"]  # of two numbers a row: loaded and stored as well without alignment
@@ -56,12 +56,15 @@ def row_norm_kernel(
     x_ptr, y_ptr, table_ptr, weight_ptr, bias_ptr, z_ptr,
     eps: tl.float64,
     rows, width_v,
-    VEC: tl.constexpr, R: tl.constexpr, LANES: tl.constexpr, PARTS: tl.constexpr, WHOLE: tl.constexpr,
-    NAME: tl.constexpr, PARAMETER: tl.constexpr,
+    T: tl.constexpr, NAME: tl.constexpr, PARAMETER: tl.constexpr,
 ):  # fmt: skip
     """One group a program. table: [2, rows], mean and rstd. z, NAME, PARAMETER: as in transform.py."""
     ACC: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
-    width = width_v * VEC
+    R: tl.constexpr = T.rows
+    LANES: tl.constexpr = T.lanes
+    PARTS: tl.constexpr = T.parts
+    WHOLE: tl.constexpr = T.whole
+    width = width_v * T.vec
     count = width.to(ACC)
     first = tl.program_id(0) * R
     base, row, lane, inside = group_of_rows(first, rows, width, R, LANES)
@@ -88,7 +91,7 @@ def row_norm_kernel(
         if not (WHOLE or part < PARTS - 1):
             distance = tl.where(exists, distance, 0.0)
         off += distance
-        squares += product_in_tile(distance, distance, VEC)
+        squares += product_in_tile(distance, distance, T.vec)
     sum_off = tl.sum(off, 1)[:, None]
     shift = sum_off / count
     variance = not_negative(tl.sum(squares, 1)[:, None] - shift * sum_off) / count
@@ -122,15 +125,17 @@ def long_row_norm_kernel(
     x_ptr, y_ptr, table_ptr, weight_ptr, bias_ptr, z_ptr,
     eps: tl.float64,
     rows, width_v,
-    VEC: tl.constexpr, U: tl.constexpr, LANES: tl.constexpr, NAME: tl.constexpr, PARAMETER: tl.constexpr,
+    T: tl.constexpr, NAME: tl.constexpr, PARAMETER: tl.constexpr,
 ):  # fmt: skip
-    """One row a program, read twice, U * LANES values a step. table: [2, rows], mean and rstd.
+    """One row a program, read twice, unroll * lanes values a step. table: [2, rows], mean and rstd.
 
     Each lane has moments of its own, updated step by step (Youngs and Cramer 1971) about its own mean so far:
     a row may begin far from where it goes on, and one pivot for all of it would cost its digits."""
     ACC: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
+    U: tl.constexpr = T.unroll
+    LANES: tl.constexpr = T.lanes
     STEP: tl.constexpr = U * LANES
-    width = width_v * VEC
+    width = width_v * T.vec
     row = tl.program_id(0)
     base = tl.cast(row, tl.int64) * width
     offs = tl.arange(0, U)[:, None] * LANES + tl.arange(0, LANES)[None, :]
@@ -159,11 +164,11 @@ def long_row_norm_kernel(
     count = (whole * U + tl.sum(left.to(tl.int32), 0)).to(ACC)
     moved = total / count
     squares = not_negative(squares + (tl.sum(distance * distance, 0) - moved * total))
-    count, pivot, shift, squares = merge_along(count, tl.reshape(pivot, (LANES,)), shift + moved, squares, 0)
-    rstd = reciprocal_std(squares / count, as_scalar(eps, ACC), ACC)
+    m = merge_along(Moments(count, tl.reshape(pivot, (LANES,)), shift + moved, squares), 0)
+    rstd = reciprocal_std(m.m2 / m.count, as_scalar(eps, ACC), ACC)
     if table_ptr is not None:
         one = tl.arange(0, 1)
-        tl.store(table_ptr + row + one, tl.full((1,), pivot + shift, ACC))
+        tl.store(table_ptr + row + one, tl.full((1,), m.pivot + m.shift, ACC))
         tl.store(table_ptr + rows + row + one, rstd)
     # half a step at a time: beside x there are gamma and beta now
     HALF: tl.constexpr = U // 2
@@ -173,7 +178,7 @@ def long_row_norm_kernel(
         column = (steps - 1 - step) * (HALF * LANES) + offs
         exists = column < width
         again = tl.load(x_ptr + base + column, mask=exists, other=0.0, eviction_policy="evict_first").to(ACC)
-        y = normalized((again - pivot) - shift, rstd[None, :], column, exists, weight_ptr, bias_ptr, ACC)
+        y = normalized((again - m.pivot) - m.shift, rstd[None, :], column, exists, weight_ptr, bias_ptr, ACC)
         if z_ptr is not None:
             y += tl.load(z_ptr + base + column, mask=exists, other=0.0, eviction_policy="evict_first").to(ACC)
         y = activate(y, NAME, PARAMETER)

@@ -11,9 +11,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 from math import gcd
-from typing import Any
 
 from .plan import INT32, WARP, TooLarge
+from .records import ColumnGeometry, RowGeometry, RowTile
 from .views import VECTOR_BYTES, ceil_div, power_of_two
 
 LINE = WARP * VECTOR_BYTES  # bytes that a warp loads at once
@@ -54,14 +54,16 @@ class RowSweep:
     """One kernel's walk over rows: what a Launch needs to know of it."""
 
     programs: int
-    sizes: tuple[int, ...]  # the kernel's integer arguments, in their order
-    constants: tuple[Any, ...]  # its compile-time ones, as far as sizes decide them
+    tile: RowTile
+    geometry: RowGeometry | ColumnGeometry
     warps: int
     registers: int
     partials: int = 0  # rows of partial sums that it leaves, one or two values a column in each
-    blocks: int = 1  # of columns
     loads: int = 0  # vectors that a thread has under way at a time, over all inputs
-    vec: int = 1
+
+    @property
+    def vec(self) -> int:
+        return self.tile.vec
 
 
 @dataclass(frozen=True)
@@ -101,6 +103,9 @@ class Rows:
     def whole(self, lanes: int, parts: int) -> bool:
         return lanes * parts == self.width
 
+    def geometry(self, **more: int) -> RowGeometry:
+        return RowGeometry(self.rows, self.width // self.vec, **more)
+
     def check(self, programs: int, rows_at_once: int, step: int) -> None:
         """Raises TooLarge where a number does not fit the 32 bits that the kernels have for it."""
         within = max(self.width * max(2, rows_at_once), 2 * self.width + step)
@@ -121,11 +126,8 @@ def forward(size: Rows) -> tuple[str, RowSweep]:
         lanes = LONG_WARPS * size.line
         size.check(size.rows, 1, LONG_LOADS * lanes)
         registers = LONG_REGISTERS[size.itemsize] if size.vectors else 128
-        constants: tuple[Any, ...] = (size.vec, LONG_LOADS, lanes)
-        sizes = (size.rows, size.width // size.vec)
-        return "long", RowSweep(
-            size.rows, sizes, constants, LONG_WARPS, registers, loads=LONG_LOADS, vec=size.vec
-        )
+        tile = RowTile(size.vec, 1, lanes, LONG_LOADS)
+        return "long", RowSweep(size.rows, tile, size.geometry(), LONG_WARPS, registers, loads=LONG_LOADS)
     across, lanes, parts = shared
     at_once = max(1, max(FORWARD_WARPS, across) * size.line // lanes)
     unroll = max(1, LOADS // parts) if size.vectors else 1  # short vectors are several loads already
@@ -135,12 +137,9 @@ def forward(size: Rows) -> tuple[str, RowSweep]:
     programs = ceil_div(size.rows, group)
     size.check(programs, group, lanes)
     warps = _warps(lanes, group, size.itemsize, max(FORWARD_WARPS, across))
-    constants = (size.vec, group, lanes, parts, size.whole(lanes, parts))
-    sizes = (size.rows, size.width // size.vec)
+    tile = RowTile(size.vec, group, lanes, parts=parts, whole=size.whole(lanes, parts))
     loads = parts * max(1, group // at_once)
-    return "held", RowSweep(
-        programs, sizes, constants, warps, FORWARD_REGISTERS, loads=loads, vec=size.vec
-    )  # fmt: skip
+    return "held", RowSweep(programs, tile, size.geometry(), warps, FORWARD_REGISTERS, loads=loads)
 
 
 @lru_cache(maxsize=4096)
@@ -163,10 +162,9 @@ def gradients(size: Rows) -> RowSweep | None:
     programs = _evened(groups, an_sm * size.sms)
     size.check(programs, unroll * group, lanes)
     warps = _warps(lanes, group, size.itemsize, warps)
-    constants = (size.vec, unroll, group, lanes, parts, whole)
-    sizes = (size.rows, size.width // size.vec, groups, programs)
-    loads = 2 * parts * unroll
-    return RowSweep(programs, sizes, constants, warps, registers, programs, loads=loads, vec=size.vec)
+    tile = RowTile(size.vec, group, lanes, unroll, parts, whole)
+    geometry = size.geometry(groups=groups, programs=programs)
+    return RowSweep(programs, tile, geometry, warps, registers, programs, loads=2 * parts * unroll)
 
 
 @lru_cache(maxsize=4096)
@@ -180,27 +178,25 @@ def column_gradients(size: Rows) -> RowSweep:
     programs = _evened(groups, ceil_div(COLUMN_AN_SM * size.sms, blocks))
     size.check(blocks * programs, unroll * group, lanes)
     warps = _warps(lanes, group, size.itemsize, COLUMN_WARPS)
-    constants = (size.vec, unroll, group, lanes)
-    sizes = (size.rows, size.width // size.vec, groups, programs, blocks)
+    tile = RowTile(size.vec, group, lanes, unroll)
+    geometry = size.geometry(groups=groups, programs=programs, blocks=blocks)
     return RowSweep(
-        blocks * programs, sizes, constants, warps, COLUMN_REGISTERS, programs, blocks, 2 * unroll, size.vec
+        blocks * programs, tile, geometry, warps, COLUMN_REGISTERS, programs, loads=2 * unroll
     )  # fmt: skip
 
 
 @lru_cache(maxsize=4096)
 def wide_gradients(size: Rows) -> RowSweep:
     """The plan of dx from the shares that column_gradients left."""
-    blocks = column_gradients(size).blocks
+    blocks = column_gradients(size).geometry.blocks
     lanes = WIDE_WARPS * size.line
     pieces = ceil_div(size.width, WIDE_LOADS * lanes)
     splits = max(1, min(pieces, WIDE_SPLITS, ceil_div(WIDE_AN_SM * size.sms, size.rows)))
     size.check(size.rows * splits, 1, WIDE_LOADS * lanes)
-    constants = (size.vec, WIDE_LOADS, lanes, MERGE)
-    sizes = (size.rows, size.width // size.vec, blocks, splits)
+    tile = RowTile(size.vec, 1, lanes, WIDE_LOADS, merge=MERGE)
+    geometry = size.geometry(blocks=blocks, splits=splits)
     registers = WIDE_REGISTERS if size.vectors and size.itemsize < 8 else 128
-    return RowSweep(
-        size.rows * splits, sizes, constants, WIDE_WARPS, registers, loads=2 * WIDE_LOADS, vec=size.vec
-    )  # fmt: skip
+    return RowSweep(size.rows * splits, tile, geometry, WIDE_WARPS, registers, loads=2 * WIDE_LOADS)
 
 
 @lru_cache(maxsize=4096)
@@ -212,10 +208,8 @@ def activation(size: Rows) -> RowSweep:
     splits = max(1, min(ceil_div(size.width, lanes), ceil_div(WIDE_AN_SM * size.sms, groups)))
     size.check(groups * splits, group, lanes)
     warps = _warps(lanes, group, size.itemsize, WIDE_WARPS)
-    sizes = (size.rows, size.width // size.vec, splits)
-    return RowSweep(
-        groups * splits, sizes, (size.vec, group, lanes), warps, FORWARD_REGISTERS, loads=2, vec=size.vec
-    )  # fmt: skip
+    tile = RowTile(size.vec, group, lanes)
+    return RowSweep(groups * splits, tile, size.geometry(splits=splits), warps, FORWARD_REGISTERS, loads=2)
 
 
 @lru_cache(maxsize=4096)
@@ -227,7 +221,8 @@ def column_sums(rows: int, columns: int, halves: int) -> RowSweep:
     if max(rows + at_once, 2 * columns + lanes) >= INT32:
         raise TooLarge(f"{rows} partial sums of {columns} columns are too many for 32-bit offsets")
     warps = max(1, min(SUM_WARPS, at_once * lanes // (4 * WARP)))
-    return RowSweep(halves * blocks, (rows, columns, blocks), (at_once, lanes), warps, SUM_REGISTERS)
+    tile, geometry = RowTile(1, at_once, lanes), ColumnGeometry(rows, columns, blocks)
+    return RowSweep(halves * blocks, tile, geometry, warps, SUM_REGISTERS)
 
 
 def launches(size: Rows) -> tuple[int, int]:

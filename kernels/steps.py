@@ -4,7 +4,7 @@ signature, so that a call is a lookup, a few allocations and the launches."""
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
@@ -83,8 +83,8 @@ def forget_plans() -> None:
 class Sizes:
     """What a signature says of x, and the launches that follow from it.
 
-    groups: 0 where a cell is a channel over all samples; else a sample's cells, which are groups of channels.
-    order, takes: names of the step's tensors, and of those that a kernel takes, each in its order."""
+    groups: 0 where a cell is a channel over all samples; else a sample's cells, which are groups of
+    channels."""
 
     def __init__(self, x: Tensor, index: int, aligned: bool) -> None:
         self.aligned, self.groups = aligned, 0
@@ -102,36 +102,23 @@ class Sizes:
         return swept(make, self.n, self.c, self.s, self.groups, by_group, *self._rest, inputs, activation)
 
     @property
-    def norm(self) -> int:
+    def norm(self) -> str:
         """How cells within a sample are merged, where the kernel sees channels."""
-        return plan.CELL if self.groups == self.c else plan.GROUP
+        return "cell" if self.groups == self.c else "group"
 
-    def mapping(self, kernel: Any, inputs: int, order: str, takes: str, *flags: Any) -> Launch:
-        """A kernel that maps x element by element. flags: its last two are the activation's name and
-        parameter."""
-        sweep = self._sweep(plan.map_sweep, inputs, False, flags[-2])
-        mode, lanes = plan.MODES[sweep.view.mode], sweep.view.lanes
-        constants = (mode, sweep.vec, sweep.tile_rows, lanes, sweep.step, *flags)
-        return Launch(kernel, sweep, picks(order, takes), constants, self.aligned)
+    def mapping(
+        self, kernel: Any, inputs: int, tensors: Sequence[str], constants: dict[str, Any], **how: Any
+    ) -> Launch:
+        """A kernel that maps x element by element. constants, how: as Launch's."""
+        sweep = self._sweep(plan.map_sweep, inputs, False, constants["NAME"])
+        return Launch(kernel, sweep, tensors, constants, self.aligned, **how)
 
     def reducing(
-        self, kernel: Any, inputs: int, order: str, takes: str, norm: int, *flags: Any,
-        then: Launch | None = None, by_group: bool = False,
+        self, kernel: Any, inputs: int, tensors: Sequence[str], constants: dict[str, Any],
+        then: Launch | None = None, by_group: bool = False, **how: Any,
     ) -> Step:  # fmt: skip
         """A kernel that reduces x, and the launch that follows it. by_group: contiguous groups are runs of
-        memory, and reduced as such. flags: with several inputs, they end as mapping's."""
-        sweep = self._sweep(plan.reduce_sweep, inputs, by_group, flags[-2] if inputs > 1 else "none")
-        view, mode = sweep.view, plan.MODES[sweep.view.mode]
-        constants: tuple[Any, ...] = (mode, sweep.vec, sweep.unroll, sweep.group_rows, view.lanes)
-        if inputs > 1:
-            constants += (sweep.step,)
-        constants += (view.channels_a_block, sweep.fold, view.positions, sweep.merge)
-        constants += (norm, *sweep.members, *flags)
-        first = Launch(kernel, sweep, picks(order, takes), constants, self.aligned)
+        memory, and reduced as such. constants, how: as Launch's."""
+        sweep = self._sweep(plan.reduce_sweep, inputs, by_group, constants.get("NAME", "none"))
+        first = Launch(kernel, sweep, tensors, constants, self.aligned, **how)
         return Step(first, then or first, self.seed, sweep.partials, sweep.counters)
-
-
-def picks(order: str, takes: str) -> list[int]:
-    """Where in `order` the names in `takes` are."""
-    names = order.split()
-    return [names.index(name) for name in takes.split()]

@@ -4,20 +4,16 @@ one, once; writes y once."""
 import triton
 import triton.language as tl
 
-from .activations import activate, byte_tile, pack
-from .coefficients import from_cells, from_running_statistics, store_table
+from .activations import activate, pack
+from .coefficients import Channels, Parameters, from_cells, from_running_statistics, store_table
+from .geometry import by_lane, lanes_and_channels, place, start_of, tile
+from .records import Geometry
 from .statistics import PARAMETERS, SIZES
-from .tiles import PLANES, RUNS, by_lane, lanes_and_channels, place, start_of, tile
-
-# where the coefficients of a transform come from
-TABLE = tl.constexpr(0)  # [3 and more, channels]: p, a, b
-STATISTICS = tl.constexpr(1)  # eval: the running statistics; a table_ptr receives them for the backward
-CELLS = tl.constexpr(2)  # [2, cells] mean and rstd, weight and bias
 
 
 @triton.jit
-def load_coefficient(table_ptr, row: tl.constexpr, offs_c, mask_c, channels):
-    return tl.load(table_ptr + row * channels + offs_c, mask=mask_c, other=0.0)
+def load_coefficient(table_ptr, row: tl.constexpr, c, g):
+    return tl.load(table_ptr + row * g.channels + c.offs, mask=c.mask, other=0.0)
 
 
 @triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=PARAMETERS)
@@ -26,54 +22,53 @@ def transform_kernel(
     weight_ptr, bias_ptr, running_mean_ptr, running_var_ptr, batches_ptr, z_ptr, signs_ptr,
     eps: tl.float64,
     rows, pitch_v, width_v, inner, channels, tiles, pieces, total_v, blocks, splits, group, cells,
-    MODE: tl.constexpr, VEC: tl.constexpr, ROWS_A_TILE: tl.constexpr, LANES: tl.constexpr,
-    STEP: tl.constexpr, SOURCE: tl.constexpr, CENTRED: tl.constexpr,
+    T: tl.constexpr, SOURCE: tl.constexpr, CENTRED: tl.constexpr,
     NAME: tl.constexpr, PARAMETER: tl.constexpr,
 ):  # fmt: skip
-    """SOURCE: where the coefficients come from, see below. not CENTRED: y = a * x, which is the whole
-    backward of eval when no parameter needs a gradient. NAME, PARAMETER: of the activation, see
-    activations.py. signs: a bit for each element of x, 1 where relu lets it through."""
+    """SOURCE, where the coefficients come from: "table", [3 and more, channels] p, a, b; "statistics", the
+    running ones, as in eval, where a table_ptr receives them for the backward; "cells", a table [2, cells] of
+    mean and rstd, and weight and bias. not CENTRED: y = a * x, which is the whole backward of eval when no
+    parameter needs a gradient. NAME, PARAMETER: of the activation, see activations.py. signs: a bit for each
+    element of x, 1 where relu lets it through."""
     ACC: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
-    block, split, sample = place(tl.program_id(0), blocks, splits)
-    offs_c, mask_c = lanes_and_channels(block, pitch_v, width_v, inner, channels, MODE, VEC, LANES, STEP)
-    if SOURCE == STATISTICS:
-        p, a, b, rstd = from_running_statistics(
-            offs_c, mask_c, weight_ptr, bias_ptr, running_mean_ptr, running_var_ptr, eps, ACC
-        )  # fmt: skip
+    g = Geometry(
+        rows, pitch_v, width_v, inner, channels, tiles, pieces, total_v, blocks, splits, group, cells
+    )
+    of = Parameters(weight_ptr, bias_ptr, running_mean_ptr, running_var_ptr, batches_ptr)
+    block, split, sample = place(tl.program_id(0), g)
+    offs_c, mask_c = lanes_and_channels(block, g, T)
+    c = Channels(offs_c, mask_c)
+    if SOURCE == "statistics":
+        p, a, b, rstd = from_running_statistics(c, of, eps, ACC)
         if table_ptr is not None:
             first = mask_c & (split == 0)
-            if MODE == PLANES:  # a channel has many lanes: the first one speaks for it
-                first = first & ((block * (width_v * VEC) + tl.arange(0, LANES // STEP) * STEP) % inner == 0)
-            elif MODE != RUNS:
-                first = first & (block * (width_v * VEC) + tl.arange(0, LANES) < channels)
-            store_table(table_ptr, offs_c, first, channels, p, a, b, rstd)
-    elif SOURCE == CELLS:
-        p, a, b = from_cells(
-            offs_c, mask_c, sample, channels, group, cells, table_ptr, weight_ptr, bias_ptr, ACC
-        )  # fmt: skip
+            if T.mode == "planes":  # a channel has many lanes: the first one speaks for it
+                lane = tl.arange(0, T.lanes // T.step) * T.step
+                first = first & ((block * (g.width_v * T.vec) + lane) % g.inner == 0)
+            elif T.mode != "runs":
+                first = first & (block * (g.width_v * T.vec) + tl.arange(0, T.lanes) < g.channels)
+            store_table(table_ptr, offs_c, first, g.channels, p, a, b, rstd)
+    elif SOURCE == "cells":
+        p, a, b = from_cells(c, sample, table_ptr, of, g, ACC)
     else:
-        p = load_coefficient(table_ptr, 0, offs_c, mask_c, channels)
-        a = load_coefficient(table_ptr, 1, offs_c, mask_c, channels)
-        b = load_coefficient(table_ptr, 2, offs_c, mask_c, channels)
-    p, a, b = by_lane(p, LANES, STEP), by_lane(a, LANES, STEP), by_lane(b, LANES, STEP)
+        p = load_coefficient(table_ptr, 0, c, g)
+        a = load_coefficient(table_ptr, 1, c, g)
+        b = load_coefficient(table_ptr, 2, c, g)
+    p, a, b = by_lane(p, T), by_lane(a, T), by_lane(b, T)
     if batches_ptr is not None:  # num_batches_tracked: read by the first launch, so written here
         if tl.program_id(0) == 0:
             tl.store(batches_ptr, tl.load(batches_ptr) + 1)
-    start = start_of(sample, total_v, VEC)
-    for step in tl.range(split, tiles, splits):
-        index = tiles - 1 - step  # backwards: the end of x is what the first launch left in L2
-        base, offs, mask, _ = tile(
-            block, index, rows, pitch_v, width_v, pieces, total_v, MODE, VEC, ROWS_A_TILE, LANES
-        )  # fmt: skip
-        base += start
-        x = tl.load(x_ptr + base + offs, mask=mask, other=0.0, eviction_policy="evict_first").to(ACC)
+    start = start_of(sample, g, T)
+    for step in tl.range(split, g.tiles, g.splits):
+        index = g.tiles - 1 - step  # backwards: the end of x is what the first launch left in L2
+        t = tile(block, index, g, T)
+        base = t.base + start
+        x = tl.load(x_ptr + base + t.offs, mask=t.mask, other=0.0, eviction_policy="evict_first").to(ACC)
         y = a * (x - p) + b if CENTRED else a * x
         if z_ptr is not None:
-            y += tl.load(z_ptr + base + offs, mask=mask, other=0.0, eviction_policy="evict_first").to(ACC)
+            y += tl.load(z_ptr + base + t.offs, mask=t.mask, other=0.0, eviction_policy="evict_first").to(ACC)
         activated = activate(y, NAME, PARAMETER).to(y_ptr.dtype.element_ty)
-        tl.store(y_ptr + base + offs, activated, mask=mask, eviction_policy="evict_first")
+        tl.store(y_ptr + base + t.offs, activated, mask=t.mask, eviction_policy="evict_first")
         if signs_ptr is not None:  # behind the other store: before it, Triton 3.9 spills a register [sass]
-            byte_base, byte_offs, byte_mask = byte_tile(
-                block, index, rows, pitch_v, width_v, pieces, total_v, MODE, VEC, ROWS_A_TILE, LANES
-            )  # fmt: skip
-            tl.store(signs_ptr + start // 8 + byte_base + byte_offs, pack(y > 0), mask=byte_mask)
+            bits = tile(block, index, g, T, False, True)
+            tl.store(signs_ptr + start // 8 + bits.base + bits.offs, pack(y > 0), mask=bits.mask)

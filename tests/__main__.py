@@ -165,10 +165,12 @@ def with_oldest(everything: bool, extra: list[str]) -> list[Outcome]:
 
 def with_libraries(extra: list[str]) -> list[Outcome]:
     """Other libraries' tools and models with bnfast's layers. Where they are missing, these tests skip."""
-    own = environment.venv_folder()
+    own, name = environment.venv_folder(), "with other libraries"
+    built_for = environment.pinned("requirements.txt")["torch"].partition("==")[2]
+    if metadata.version("torch").partition("+")[0] != built_for:
+        return [Outcome(name, note=f"not run: torchvision, as pinned, is built for PyTorch {built_for}")]
 
     def tiers(python: str) -> list[Outcome]:
-        name = "with other libraries"
         return [suite(name, LIBRARIES_TIER, extra, python=python, interpret=True, may_be_empty=bool(extra))]
 
     pins = list(environment.pinned("requirements-libraries.txt").values())

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 import bnfast
 from bnfast.functional import batch_renorm
 from tests.support.buffers import bit_identical
+from tests.support.versions import TORCH
 
 every_path = pytest.mark.parametrize("path", ["kernels", "torch"], indirect=True)
 
@@ -144,7 +145,8 @@ def test_operator(momentum: float | None) -> None:
 @every_path
 @pytest.mark.parametrize("inside", [True, False], ids=["compiled inside", "compiled around"])
 def test_recomputation_is_refused_in_compiled_code_too(inside: bool, path: str) -> None:
-    """Where what the call is part of shows only when it runs."""
+    """Where what the call is part of shows only when it runs. (PyTorch 2.11's compiler keeps what the kernels
+    have made in such a part, and computes nothing again.)"""
     torch._dynamo.reset()
     module = bnfast.BatchRenorm2d(3, warmup_steps=0, r_max_steps=1, d_max_steps=1)
     x = torch.randn(4, 3, 2, 2, requires_grad=True)
@@ -155,8 +157,14 @@ def test_recomputation_is_refused_in_compiled_code_too(inside: bool, path: str) 
         compiled = torch.compile(lambda x: checkpoint(module, x, use_reentrant=False), backend="aot_eager")
         y = compiled(x)
     state = copy.deepcopy(module.state_dict())
-    with pytest.raises(RuntimeError, match="within a backward"):
-        y.square().sum().backward()
+    if TORCH == (2, 11) and path == "kernels" and not inside:
+        twin = bnfast.BatchRenorm2d(3, warmup_steps=0, r_max_steps=1, d_max_steps=1)
+        (expected,) = torch.autograd.grad(twin(x).square().sum(), x)
+        (dx,) = torch.autograd.grad(y.square().sum(), x)
+        assert bit_identical(dx, expected)
+    else:
+        with pytest.raises(RuntimeError, match="within a backward"):
+            y.square().sum().backward()
     for name, value in module.state_dict().items():
         assert bit_identical(value, state[name]), name
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 import bnfast
+from bnfast.interpreted import prepared
 
 pytestmark = pytest.mark.slow
 
@@ -52,7 +53,8 @@ def worker(rank: int, folder: str) -> None:
         timeout=datetime.timedelta(seconds=50),
     )
     try:
-        results = {"ours": train(bnfast, rank), "theirs": train(nn, rank)}
+        with prepared():
+            results = {"ours": train(bnfast, rank), "theirs": train(nn, rank)}
     finally:
         torch.distributed.destroy_process_group()
     torch.save(results, Path(folder, f"{rank}.pt"))

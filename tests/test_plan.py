@@ -38,7 +38,6 @@ def test_any_sizes_are_covered(size: tuple[int, int, int, int, bool], aligned: b
         assert view.pitch % sweep.vec == view.width % sweep.vec == 0
         assert sweep.vec == 1 or aligned
         assert view.total == size[0] * size[1] * size[2]
-        assert len(sweep.sizes) == 12
         # the extents of tiles and grids are powers of two, as Triton wants them
         for extent in (
             sweep.unroll,
@@ -81,12 +80,12 @@ def test_bytes_of_a_step() -> None:
 def test_more_than_2_to_the_31_elements() -> None:
     for n, c, s in ((1, 1, 2**31 + 4096), (2**15, 64, 2048), (3, 2**10, 2**20)):
         for sweep in sweeps(n, c, s, 2, False, True, SMS):
-            assert max(sweep.sizes) < 2**31
+            assert max(sweep.geometry) < 2**31
 
 
 def test_sizes_that_do_not_fit_are_refused() -> None:
     with pytest.raises(ValueError, match="too large"):
-        _ = plan.batch_norm(2, 2**31, 1, 2, True).statistics.sizes
+        _ = plan.batch_norm(2, 2**31, 1, 2, True).statistics.geometry
 
 
 @pytest.mark.parametrize("itemsize", [2, 4])
@@ -99,8 +98,8 @@ def test_lanes_beyond_the_end_do_not_wrap(c: int, itemsize: int) -> None:
         view = sweep.view
         last = (view.blocks - 1) * view.width + view.lanes
         if last < 2**31:
-            assert sweep.sizes
+            assert sweep.geometry
         else:
             with pytest.raises(plan.TooLarge):
-                _ = sweep.sizes
+                _ = sweep.geometry
     assert last < 2**31, "no size was small enough"

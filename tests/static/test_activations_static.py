@@ -9,6 +9,7 @@ import pytest
 from benchmarks.static.sass import bytes_in_flight_per_sm, compile_kernel
 from bnfast.activation import NAMES
 from bnfast.kernels.one_read import group_norm_gradients_kernel, group_norm_kernel
+from bnfast.kernels.records import CellTile
 from tests.support.compiled import compiled
 from tests.support.kernel_cases import After, Shape, call
 from tests.support.row_cases import call as row_call
@@ -78,10 +79,8 @@ def test_held_groups(kernel: object, name: str, residual: str) -> None:
     if residual == "signs" and name != "relu":
         return
     forward = kernel is group_norm_kernel
-    constexprs = {
-        "VEC": 8, "GROUPS": 1, "CHANNELS": 4, "SPAN": 128, "PIECES": 1, "TILES": 8 if forward else 4,
-        "NAME": name, "PARAMETER": 0.0,
-    }  # fmt: skip
+    tile = CellTile(vec=8, groups=1, channels=4, span=128, pieces=1, tiles=8 if forward else 4)
+    constexprs = {"T": tile, "NAME": name, "PARAMETER": 0.0}
     if not forward and (residual == "z" or name == "gelu"):
         return  # swept
     absent = {"signs_ptr", "z_ptr"} - {f"{residual}_ptr"} - ({"z_ptr"} if forward and residual else set())

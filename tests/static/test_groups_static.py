@@ -64,8 +64,7 @@ def held() -> list[tuple[cell_plan.CellSweep, int, str]]:
 def test_held_cells(sweep: cell_plan.CellSweep, inputs: int, dtype: str) -> None:
     """All that a program holds is loaded before any of it is used, in whole vectors where sizes allow it."""
     kernel = one_read.group_norm_kernel if inputs == 1 else one_read.group_norm_gradients_kernel
-    names = ("VEC", "GROUPS", "CHANNELS", "SPAN", "PIECES", "TILES")
-    constexprs = {**dict(zip(names, sweep.constants, strict=True)), "NAME": "none", "PARAMETER": 0.0}
+    constexprs = {"T": sweep.tile, "NAME": "none", "PARAMETER": 0.0}
     absent = {"z_ptr", "signs_ptr", "dz_ptr"} | ({"bias_ptr"} if inputs == 2 else set())
     signature: dict[str, str | None] = {}
     for name in kernel.arg_names:
@@ -83,8 +82,8 @@ def test_held_cells(sweep: cell_plan.CellSweep, inputs: int, dtype: str) -> None
     )
     assert report.spills == 0
     assert report.registers <= sweep.registers
-    assert report.loads.get(sweep.vec * ITEMSIZES[dtype], 0) >= inputs * sweep.tiles
-    assert report.stores.get(sweep.vec * ITEMSIZES[dtype], 0) >= sweep.tiles
+    assert report.loads.get(sweep.tile.vec * ITEMSIZES[dtype], 0) >= inputs * sweep.tile.tiles
+    assert report.stores.get(sweep.tile.vec * ITEMSIZES[dtype], 0) >= sweep.tile.tiles
 
 
 def test_what_is_held() -> None:

@@ -71,10 +71,10 @@ class Shape:
         """Whether a kernel sees contiguous groups as runs."""
         return kind == "statistics" and self.groups > 0 and not self.channels_last
 
-    def norm(self, kind: str) -> int:
+    def norm(self, kind: str) -> str:
         if not self.groups:
-            return plan.RENORM if self.renorm else plan.BATCH
-        return plan.CELL if self.by_group(kind) or self.groups == self.c else plan.GROUP
+            return "renorm" if self.renorm else "batch"
+        return "cell" if self.by_group(kind) or self.groups == self.c else "group"
 
     def sweep(self, kind: str, dtype: str, after: After) -> plan.Sweep:
         if self.groups or after != After():
@@ -113,31 +113,21 @@ def call(kind: str, shape: Shape, dtype: str, evaluating: bool = False, after: A
     backward sweep).
     """
     kernel, sweep = KERNELS[kind], shape.sweep(kind, dtype, after)
-    view, accumulator = sweep.view, "fp64" if dtype == "fp64" else "fp32"
-    constexprs: dict[str, Any] = {"MODE": plan.MODES[view.mode], "VEC": sweep.vec, "LANES": view.lanes}
-    if kind in ("statistics", "gradient_sums"):
-        groups, members = sweep.members
-        constexprs |= {
-            "U": sweep.unroll, "R": sweep.group_rows, "CHANNELS": view.channels_a_block, "FOLD": sweep.fold,
-            "POSITIONS": view.positions, "MERGE": sweep.merge, "NORM": shape.norm(kind), "GROUPS": groups,
-            "MEMBERS": members,
-        }  # fmt: skip
-    else:
-        constexprs |= {"ROWS_A_TILE": sweep.tile_rows}
-    if kind != "statistics":
-        constexprs |= {"STEP": sweep.step}
+    accumulator = "fp64" if dtype == "fp64" else "fp32"
+    constexprs: dict[str, Any] = {"T": sweep.tile}
     parameters, running = {"weight_ptr", "bias_ptr"}, {"running_mean_ptr", "running_var_ptr", "batches_ptr"}
     within = shape.groups > 0
     if kind == "statistics":
-        constexprs |= {"CUMULATIVE": False, "GUARDED": shape.renorm}
+        constexprs |= {"NORM": shape.norm(kind), "CUMULATIVE": False, "GUARDED": shape.renorm}
         absent = running | parameters if within else set() if shape.renorm else {"batches_ptr"}
     elif kind == "transform":
-        source = plan.CELLS if within else plan.STATISTICS if evaluating else plan.TABLE
+        source = "cells" if within else "statistics" if evaluating else "table"
         constexprs |= {"SOURCE": source, "CENTRED": True}
         absent = running if within else {"batches_ptr"} if evaluating else (running | parameters)
         if not within and not evaluating:
             absent -= {"batches_ptr"}
     elif kind == "gradient_sums":
+        constexprs |= {"NORM": shape.norm(kind)}
         absent = {"dx_ptr", "dweight_ptr", "dbias_ptr"} if within else {"weight_ptr", "sums_ptr"}
         if not within:
             absent |= {"gradients_ptr" if evaluating else "dx_ptr"}

@@ -70,7 +70,7 @@ def call(
     if sweep is None:
         return None
     names = [p.name for p in kernel.params if p.is_constexpr]
-    constexprs = dict(zip(names, (*sweep.constants, *flags), strict=True))
+    constexprs = dict(zip(names, (sweep.tile, *flags), strict=True))
     signature: dict[str, Any] = {}
     for parameter in kernel.params:
         name = parameter.name
