@@ -38,15 +38,16 @@ def planned(case: Case, sms: int = SMS) -> Planned:
         raise ValueError(
             f"a case's norm must be one of {', '.join(PLANNED)} to be planned, not {case.norm!r}"
         )
-    from bnfast.kernels import fused_plan, group_plan, plan
+    from bnfast.kernels import group_plan, plan
+    from bnfast.kernels.epilogue import EpiloguePlan
 
     n, c, s = case.shape[0], case.shape[1], prod(case.shape[2:])
     # where both layouts describe x, the kernels see it as layouts.is_channels_last does
     memory = (case.dtype.itemsize, s == 1 or (case.channels_last and c > 1))
-    after = fused_plan.after(case.activation or "none", case.residual, c, s, *memory)
+    epilogue = EpiloguePlan.of(case.activation or "none", case.residual, c, s, memory)
     if case.groups:
-        return group_plan.group_norm(n, c, s, case.groups, *memory, sms=sms, after=after)
-    return plan.batch_norm(n, c, s, *memory, sms=sms, after=after)
+        return group_plan.group_norm(n, c, s, case.groups, *memory, sms=sms, epilogue=epilogue)
+    return plan.batch_norm(n, c, s, *memory, sms=sms, epilogue=epilogue)
 
 
 def counted(case: Case, direction: str, sms: int = SMS) -> tuple[int, int]:

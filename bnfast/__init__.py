@@ -12,9 +12,9 @@ CUDA tensors run the Triton kernels. Everything else runs plain torch, with the 
 bnfast info` says which and why."""
 
 from . import functional, modules
-from .activation import Activation
 from .convert import convert, revert
 from .fuse import fuse, fusion_report, unfuse
+from .kernels.epilogue import Activation
 from .modules import *  # noqa: F403
 from .registries import fill
 

@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .activation import Activation
 from .fusing.activations import of_module
 from .fusing.layers import hooked, hooked_everywhere
+from .kernels.epilogue import Activation
 from .modules.drop_in import DropIn
 from .modules.replaceable import Replaceable
 

@@ -13,10 +13,10 @@ from typing import Any
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from . import torch_registries
-from .activation import Activation
 from .adopted import Applying
 from .convert import convert
 from .importing import when_imported
+from .kernels.epilogue import Activation
 from .modules.drop_in import WHEN_SUBCLASSED, DropIn, is_ours
 from .modules.frozenbatchnorm import TorchFrozenBatchNorm2d
 from .twins import torchs_class, twin

@@ -15,8 +15,8 @@ from weakref import WeakSet
 
 from torch import nn
 
-from .activation import Activation
 from .adopted import Applying, as_module
+from .kernels.epilogue import Activation
 from .modules.drop_in import DropIn, is_ours
 from .twins import has_twin, refuse_activation, torchs_class, twin, way_out
 

@@ -1,7 +1,7 @@
 """Activations, each with its derivative: elementwise functions of v = a * (x - p) + b + z, in v's own type.
 
-NAME is a compile-time string (bnfast.activation.NAMES), PARAMETER a compile-time number (leaky_relu's slope,
-elu's alpha). At their corners, and at NaN, they do as torch does."""
+ACT is an epilogue.Activation at compile time: one of its NAMES, with leaky_relu's slope or elu's alpha. At
+their corners, and at NaN, they do as torch does."""
 
 import triton
 import triton.language as tl
@@ -54,69 +54,69 @@ def gelu_exponent(v):
 
 
 @triton.jit
-def activate(v, NAME: tl.constexpr, PARAMETER: tl.constexpr):
-    if NAME == "none":
+def activate(v, ACT: tl.constexpr):
+    if ACT.name == "none":
         y = v
-    elif NAME == "relu":
+    elif ACT.name == "relu":
         y = tl.where(v <= 0, 0.0, v)
-    elif NAME == "relu6":
+    elif ACT.name == "relu6":
         y = tl.where(v <= 0, 0.0, tl.where(v >= 6.0, 6.0, v))
-    elif NAME == "leaky_relu":
-        y = tl.where(v > 0, v, PARAMETER * v)
-    elif NAME == "elu":
-        y = tl.where(v > 0, v, PARAMETER * exp_minus_1(v))
-    elif NAME == "silu":
+    elif ACT.name == "leaky_relu":
+        y = tl.where(v > 0, v, ACT.parameter * v)
+    elif ACT.name == "elu":
+        y = tl.where(v > 0, v, ACT.parameter * exp_minus_1(v))
+    elif ACT.name == "silu":
         y = v * sigmoid(v)
-    elif NAME == "gelu":
+    elif ACT.name == "gelu":
         y = v * normal_cdf(v)
-    elif NAME == "gelu_tanh":
+    elif ACT.name == "gelu_tanh":
         y = v * sigmoid(gelu_exponent(v))
-    elif NAME == "hardswish":
+    elif ACT.name == "hardswish":
         y = v * (tl.where(v <= -3.0, 0.0, tl.where(v >= 3.0, 6.0, v + 3.0)) / 6.0)
-    elif NAME == "hardsigmoid":
+    elif ACT.name == "hardsigmoid":
         y = tl.where(v <= -3.0, 0.0, tl.where(v >= 3.0, 6.0, v + 3.0)) / 6.0
-    elif NAME == "mish":
+    elif ACT.name == "mish":
         y = v * tanh_of_softplus(v)
-    elif NAME == "sigmoid":
+    elif ACT.name == "sigmoid":
         y = sigmoid(v)
     else:
-        tl.static_assert(NAME == "tanh")
+        tl.static_assert(ACT.name == "tanh")
         y = tanh(v)
     return y
 
 
 @triton.jit
-def times_slope(g, v, NAME: tl.constexpr, PARAMETER: tl.constexpr):
+def times_slope(g, v, ACT: tl.constexpr):
     """The gradient of `activate` at v, g of its result being given. Where the slope is 0 it is 0 whatever g
     is, an infinity too, as in torch."""
-    if NAME == "relu":
+    if ACT.name == "relu":
         d = tl.where(v <= 0, 0.0, g)
-    elif NAME == "relu6":
+    elif ACT.name == "relu6":
         d = tl.where((v <= 0) | (v >= 6.0), 0.0, g)
-    elif NAME == "leaky_relu":
-        d = tl.where(v > 0, g, PARAMETER * g)
-    elif NAME == "elu":
-        d = tl.where(v <= 0, g * (PARAMETER * tl.exp(v)), g)
-    elif NAME == "silu":
+    elif ACT.name == "leaky_relu":
+        d = tl.where(v > 0, g, ACT.parameter * g)
+    elif ACT.name == "elu":
+        d = tl.where(v <= 0, g * (ACT.parameter * tl.exp(v)), g)
+    elif ACT.name == "silu":
         s = sigmoid(v)
         d = g * (s * (1.0 + v * (1.0 - s)))
-    elif NAME == "gelu":
+    elif ACT.name == "gelu":
         d = g * (normal_cdf(v) + v * 0.3989422804014327 * tl.exp(-0.5 * v * v))  # 1 / sqrt(2 pi)
-    elif NAME == "gelu_tanh":
+    elif ACT.name == "gelu_tanh":
         s = sigmoid(gelu_exponent(v))
         d = g * (s + s * (1.0 - s) * v * (1.5957691216057308 + 0.21406444881780074 * v * v))
-    elif NAME == "hardswish":
+    elif ACT.name == "hardswish":
         d = tl.where(v <= -3.0, 0.0, tl.where(v < 3.0, g * (v / 3.0 + 0.5), g))
-    elif NAME == "hardsigmoid":
+    elif ACT.name == "hardsigmoid":
         d = tl.where((v > -3.0) & (v < 3.0), g / 6.0, 0.0)
-    elif NAME == "mish":
+    elif ACT.name == "mish":
         t = tanh_of_softplus(v)
         d = g * (t + v * sigmoid(v) * (1.0 - t * t))
-    elif NAME == "sigmoid":
+    elif ACT.name == "sigmoid":
         s = sigmoid(v)
         d = g * (s * (1.0 - s))
     else:
-        tl.static_assert(NAME == "tanh")
+        tl.static_assert(ACT.name == "tanh")
         t = tanh(v)
         d = g * (1.0 - t * t)
     return d
@@ -124,14 +124,14 @@ def times_slope(g, v, NAME: tl.constexpr, PARAMETER: tl.constexpr):
 
 @triton.jit
 def before_activation(
-    g, x, p, a, b, z_ptr, offs, mask, NAME: tl.constexpr, PARAMETER: tl.constexpr, ACC: tl.constexpr
+    g, x, p, a, b, z_ptr, offs, mask, ACT: tl.constexpr, ACC: tl.constexpr
 ):  # fmt: skip
     """The gradient g of act(v) -> that of v = a * (x - p) + b + z, recomputed from x. z_ptr: of what offs
     count from, or None."""
     v = a * (x.to(ACC) - p) + b
     if z_ptr is not None:
         v += tl.load(z_ptr + offs, mask=mask, other=0.0, eviction_policy="evict_first").to(ACC)
-    return times_slope(g.to(ACC), v, NAME, PARAMETER)
+    return times_slope(g.to(ACC), v, ACT)
 
 
 @triton.jit

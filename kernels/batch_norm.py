@@ -11,12 +11,12 @@ from typing import Any
 
 import torch
 
-from .fused import NO_ACTIVATION, NOTHING, Fused, Gradients, address
+from .epilogue import IDENTITY, NO_EPILOGUE, Activation, Epilogue
 from .gradients import gradient_sums_kernel, gradient_transform_kernel
 from .launch import workspace
 from .layouts import dense, dense_like
 from .statistics import statistics_kernel
-from .steps import Sizes, Step, step_for, where
+from .steps import Gradients, Sizes, Step, address, step_for, where
 from .transform import transform_kernel
 
 # Batch Renormalization: ((r_max, d_max, warmup, r_steps, d_steps), guarded), see renorm.py
@@ -36,46 +36,42 @@ _OF_CHANNELS = ("weight", "bias", "running_mean", "running_var")
 
 
 def _train(
-    sizes: Sizes, cumulative: bool, renorm: bool, guarded: bool, name: str, parameter: float, z: bool,
-    *rest: Any,
+    sizes: Sizes, cumulative: bool, renorm: bool, guarded: bool, activation: Activation, z: bool, *rest: Any,
 ) -> Step:  # fmt: skip
-    after = {"NAME": name, "PARAMETER": parameter}
-    transform = sizes.mapping(
-        transform_kernel, 1 + z, _FORWARD, {"SOURCE": "table", "CENTRED": True, **after}, without=_OF_CHANNELS
-    )
+    constants = {"SOURCE": "table", "CENTRED": True, "ACT": activation}
+    transform = sizes.mapping(transform_kernel, 1 + z, _FORWARD, constants, without=_OF_CHANNELS)
     # read by the first, for the cumulative average and Batch Renorm's schedule, counted by the second
     without = () if cumulative or renorm else ("batches",)
     norm = {"NORM": "renorm" if renorm else "batch", "CUMULATIVE": cumulative, "GUARDED": guarded}
     return sizes.reducing(statistics_kernel, 1, _FORWARD, norm, transform, without=without)
 
 
-def _eval(sizes: Sizes, keep: bool, name: str, parameter: float, z: bool, *rest: Any) -> Step:
-    constants = {"SOURCE": "statistics", "CENTRED": True, "NAME": name, "PARAMETER": parameter}
+def _eval(sizes: Sizes, keep: bool, activation: Activation, z: bool, *rest: Any) -> Step:
+    constants = {"SOURCE": "statistics", "CENTRED": True, "ACT": activation}
     without = () if keep else ("table",)
     transform = sizes.mapping(transform_kernel, 1 + z, _INFERENCE, constants, without=without)
     return Step(transform, transform, sizes.seed)
 
 
 def _scale(sizes: Sizes, *dtypes: Any) -> Step:
-    constants = {"SOURCE": "table", "CENTRED": False, **NO_ACTIVATION}
+    constants = {"SOURCE": "table", "CENTRED": False, "ACT": IDENTITY}
     transform = sizes.mapping(transform_kernel, 1, _BACKWARD, constants, rename={"x": "dy", "y": "dx"})
     return Step(transform, transform, sizes.seed)
 
 
 def _gradients(
-    sizes: Sizes, training: bool, renorm: bool, need_dx: bool, name: str, parameter: float, residual: bool,
+    sizes: Sizes, training: bool, renorm: bool, need_dx: bool, activation: Activation, residual: bool,
     z: bool, *rest: Any,
 ) -> Step:  # fmt: skip
-    after = {"NAME": name, "PARAMETER": parameter}
     transform = None
     if training and need_dx:
-        constants = {"NORM": "batch", **(NO_ACTIVATION if residual else after)}
+        constants = {"NORM": "batch", "ACT": IDENTITY if residual else activation}
         rename = {"dy": "dz"} if residual else {}
         transform = sizes.mapping(gradient_transform_kernel, 2, _BACKWARD, constants, rename=rename)
     without = [] if training and need_dx else ["gradients"]
     if training:
         without.append("dx")
-    constants = {"NORM": "renorm" if renorm else "batch", **after}
+    constants = {"NORM": "renorm" if renorm else "batch", "ACT": activation}
     return sizes.reducing(gradient_sums_kernel, 2 + z, _BACKWARD, constants, transform, without=without)
 
 
@@ -83,7 +79,7 @@ def forward(
     x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None,
     running_mean: torch.Tensor | None, running_var: torch.Tensor | None, batches: torch.Tensor | None,
     cumulative: bool, momentum: float, eps: float, own: bool = False, renorm: Renorm | None = None,
-    after: Fused = NOTHING,
+    epilogue: Epilogue = NO_EPILOGUE,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:  # fmt: skip
     """Training: -> (y, table [4, C], [6, C] for Batch Renormalization, signs if there are any). Updates the
     running statistics and the batch counter in place. Two launches."""
@@ -92,7 +88,7 @@ def forward(
         with torch.cuda.device(x.device):
             return forward(
                 x, weight, bias, running_mean, running_var, batches, cumulative, momentum, eps, own, renorm,
-                after,
+                epilogue,
             )  # fmt: skip
     # on the path of every call, so one by one: a comprehension costs a third of a microsecond
     x_at = x.data_ptr()
@@ -106,12 +102,12 @@ def forward(
     limits, guarded = renorm or _NO_LIMITS
     z = signs = z_at = signs_at = None
     vectors = x_at
-    if after is not NOTHING:
-        z, signs = after.residual(x)
+    if epilogue is not NO_EPILOGUE:
+        z, signs = epilogue.in_forward(x)
         z_at, signs_at = address(z), address(signs)
         vectors |= z_at or 0
     step = step_for(
-        _train, x, index, vectors, cumulative, renorm is not None, guarded, after[0], after[1],
+        _train, x, index, vectors, cumulative, renorm is not None, guarded, epilogue.activation,
         z is not None, signs is None, weight_type, bias_type, mean_type, var_type, batches is None,
     )  # fmt: skip
     y = torch.empty_like(x)
@@ -134,19 +130,21 @@ def forward(
 def inference(
     x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None,
     running_mean: torch.Tensor | None, running_var: torch.Tensor | None, eps: float, keep: bool,
-    after: Fused = NOTHING,
+    epilogue: Epilogue = NO_EPILOGUE,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:  # fmt: skip
     """Eval: -> (y, table [4, C] if `keep`, for a backward, else an empty one, signs if any). One launch."""
     index, stream, elsewhere = where(x)
     if elsewhere:
         with torch.cuda.device(x.device):
-            return inference(x, weight, bias, running_mean, running_var, eps, keep, after)
-    z, signs = after.residual(x)
+            return inference(x, weight, bias, running_mean, running_var, eps, keep, epilogue)
+    z, signs = epilogue.in_forward(x)
     given = (x, weight, bias, running_mean, running_var)
     addresses = [address(t) for t in given]
     dtypes = [None if t is None else t.dtype for t in given]
     vectors = x.data_ptr() | (address(z) or 0)
-    step = step_for(_eval, x, index, vectors, keep, after[0], after[1], z is not None, signs is None, *dtypes)
+    step = step_for(
+        _eval, x, index, vectors, keep, epilogue.activation, z is not None, signs is None, *dtypes
+    )
     y = torch.empty_like(x)
     table = step.seed.new_empty((4, x.shape[1]) if keep else 0)
     tensors = (*given, y, table, z, signs, None)
@@ -158,7 +156,7 @@ def inference(
 def backward(
     x: torch.Tensor, dy: torch.Tensor, table: torch.Tensor, training: bool,
     need_dx: bool, weight_dtype: torch.dtype | None, bias_dtype: torch.dtype | None, own: bool = False,
-    after: Fused = NOTHING,
+    epilogue: Epilogue = NO_EPILOGUE,
 ) -> Gradients:  # fmt: skip
     """-> (dx, dweight, dbias, dz), None where not wanted (a dtype of None: that parameter's gradient is not),
     or, dz, where it is dy.
@@ -168,12 +166,12 @@ def backward(
     index, stream, elsewhere = where(x)
     if elsewhere:
         with torch.cuda.device(x.device):
-            return backward(x, dy, table, training, need_dx, weight_dtype, bias_dtype, own, after)
+            return backward(x, dy, table, training, need_dx, weight_dtype, bias_dtype, own, epilogue)
     # saved tensors come back from their hooks in any shape of memory
     x, table = dense(x), table.contiguous()
     dy = dense_like(dy, x)
     channels, dtypes = x.shape[1], (dy.dtype, weight_dtype, bias_dtype)
-    z, signs = after.kept(x)
+    z, signs = epilogue.in_backward(x)
     residual = z is not None or signs is not None
     dx = torch.empty_like(x) if need_dx else None
     dz = torch.empty_like(x) if residual else None
@@ -182,13 +180,13 @@ def backward(
     given = (x, dy, dx, dweight, dbias, table, z, signs, dz)
     addresses = [None if t is None else t.data_ptr() for t in given]
     vectors = x.data_ptr() | dy.data_ptr() | table.data_ptr() | (addresses[6] or 0)
-    if not training and dweight is None and dbias is None and after is NOTHING:
+    if not training and dweight is None and dbias is None and epilogue is NO_EPILOGUE:
         step = step_for(_scale, x, index, vectors, dtypes)
         step.first(stream, (*given, None, None, None, None), (*addresses, None, None, None, None), 0.0)
         return dx, None, None, None
     renorm = table.shape[0] == 6
     step = step_for(
-        _gradients, x, index, vectors, training, renorm, need_dx, after[0], after[1], residual,
+        _gradients, x, index, vectors, training, renorm, need_dx, epilogue.activation, residual,
         z is not None, dtypes,
     )  # fmt: skip
     gradients = table.new_empty_strided((3, channels), (channels, 1)) if training and need_dx else None

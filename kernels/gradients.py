@@ -92,7 +92,7 @@ def gradient_sums_kernel(
     weight_ptr, sums_ptr, bias_ptr, z_ptr, signs_ptr, dz_ptr,
     count: tl.float64,
     rows, pitch_v, width_v, inner, channels, tiles, pieces, total_v, blocks, splits, group, cells,
-    T: tl.constexpr, NORM: tl.constexpr, NAME: tl.constexpr, PARAMETER: tl.constexpr,
+    T: tl.constexpr, NORM: tl.constexpr, ACT: tl.constexpr,
 ):  # fmt: skip
     """partials, of each sample: [splits, 2, channels]. dx_ptr is given in eval only (dx = a * g),
     gradients_ptr in training only. Cells within a sample: weight_ptr too, and sums_ptr, [samples, 2,
@@ -107,7 +107,7 @@ def gradient_sums_kernel(
     offs_lane, mask_lane = lanes_and_channels(block, g, T)
     lanes = Channels(offs_lane, mask_lane)
     p = by_lane(load_centre(lanes, sample, table_ptr, g, NORM), T)
-    SLOPED: tl.constexpr = NAME != "none" and signs_ptr is None
+    SLOPED: tl.constexpr = ACT.name != "none" and signs_ptr is None
     if dx_ptr is not None or SLOPED:
         if NORM == "batch" or NORM == "renorm":
             a = load_coefficient(table_ptr, 1, lanes, g)
@@ -125,7 +125,7 @@ def gradient_sums_kernel(
         x = tl.load(x_ptr + base + t.offs, mask=t.mask, other=0.0, eviction_policy="evict_last")
         if SLOPED:
             grad = before_activation(
-                grad, x, p, a, b, None if z_ptr is None else z_ptr + base, t.offs, t.mask, NAME, PARAMETER,
+                grad, x, p, a, b, None if z_ptr is None else z_ptr + base, t.offs, t.mask, ACT,
                 ACC,
             )  # fmt: skip
         elif signs_ptr is not None:
@@ -191,7 +191,7 @@ def gradient_sums_kernel(
 def gradient_transform_kernel(
     dy_ptr, x_ptr, dx_ptr, table_ptr, gradients_ptr, weight_ptr, bias_ptr,
     rows, pitch_v, width_v, inner, channels, tiles, pieces, total_v, blocks, splits, group, cells,
-    T: tl.constexpr, NORM: tl.constexpr, NAME: tl.constexpr, PARAMETER: tl.constexpr,
+    T: tl.constexpr, NORM: tl.constexpr, ACT: tl.constexpr,
 ):  # fmt: skip
     """dx, from the coefficients that gradient_sums_kernel has left."""
     ACC: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
@@ -212,7 +212,7 @@ def gradient_transform_kernel(
         k1 = load_or(weight_ptr, offs_c, mask_c, 1.0, ACC) * rstd
         k2 = tl.load(gradients_ptr + offs_cell, mask=mask_c, other=0.0)
         k3 = tl.load(gradients_ptr + g.cells + offs_cell, mask=mask_c, other=0.0)
-    if NAME != "none":
+    if ACT.name != "none":
         if NORM == "batch" or NORM == "renorm":
             b = load_coefficient(table_ptr, 2, lanes, g)
         else:
@@ -225,9 +225,9 @@ def gradient_transform_kernel(
         base = t.base + start_element
         grad = tl.load(dy_ptr + base + t.offs, mask=t.mask, other=0.0, eviction_policy="evict_first").to(ACC)
         x = tl.load(x_ptr + base + t.offs, mask=t.mask, other=0.0, eviction_policy="evict_first").to(ACC)
-        if NAME != "none":
+        if ACT.name != "none":
             grad = before_activation(
-                grad, x, p, k1, b, None, t.offs, t.mask, NAME, PARAMETER, ACC
+                grad, x, p, k1, b, None, t.offs, t.mask, ACT, ACC
             )  # fmt: skip  # k1 is a
         dx = k1 * grad + k2 * (x - p) + k3
         tl.store(

@@ -16,14 +16,14 @@ from torch import Tensor
 from . import row_plan
 from .cell_plan import CellSweep
 from .column_sums import column_sums_kernel
-from .fused import NO_ACTIVATION, NOTHING, Fused, Gradients, address
+from .epilogue import IDENTITY, NO_EPILOGUE, Activation, Epilogue
 from .gradients import gradient_sums_kernel, gradient_transform_kernel
 from .group_plan import held
 from .launch import Launch, workspace
 from .layouts import dense, dense_like
 from .one_read import group_norm_gradients_kernel, group_norm_kernel
 from .statistics import statistics_kernel
-from .steps import Sizes, Step, step_for, where
+from .steps import Gradients, Sizes, Step, address, step_for, where
 from .transform import transform_kernel
 
 _FORWARD = ("x", "weight", "bias", "y", "table", "z", "signs", "partials", "arrivals", "none")
@@ -38,17 +38,15 @@ def _held(sizes: Sizes, groups: int, inputs: int, activation: str, kept: str) ->
     return held(sizes.n, sizes.c, sizes.s, groups, *rest, activation, kept)
 
 
-def _forward(
-    sizes: Sizes, groups: int, name: str, parameter: float, signs: bool, z: bool, *rest: Any
-) -> Step:
+def _forward(sizes: Sizes, groups: int, activation: Activation, signs: bool, z: bool, *rest: Any) -> Step:
     sizes.groups = groups
-    after = {"NAME": name, "PARAMETER": parameter}
-    cells = _held(sizes, groups, 1, name, "signs" if signs else "")
+    act = {"ACT": activation}
+    cells = _held(sizes, groups, 1, activation.name, "mask" if signs else "")
     if cells is not None:
-        only = Launch(group_norm_kernel, cells, _FORWARD, after, sizes.aligned)
+        only = Launch(group_norm_kernel, cells, _FORWARD, act, sizes.aligned)
         return Step(only, only, sizes.seed)
     transform = sizes.mapping(
-        transform_kernel, 1 + z, _FORWARD, {"SOURCE": "cells", "CENTRED": True, **after}
+        transform_kernel, 1 + z, _FORWARD, {"SOURCE": "cells", "CENTRED": True, **act}
     )  # fmt: skip
     by_group = not sizes.channels_last
     constants = {"NORM": "cell" if by_group else sizes.norm, "CUMULATIVE": False, "GUARDED": False}
@@ -58,22 +56,22 @@ def _forward(
 
 def forward(
     x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float, own: bool = False,
-    after: Fused = NOTHING,
+    epilogue: Epilogue = NO_EPILOGUE,
 ) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
     """-> (y, table [2, N * groups], signs if any). One launch and one read of x where a cell fits a program,
     else two."""
     index, stream, elsewhere = where(x)
     if elsewhere:
         with torch.cuda.device(x.device):
-            return forward(x, groups, weight, bias, eps, own, after)
-    z, signs = after.residual(x)
+            return forward(x, groups, weight, bias, eps, own, epilogue)
+    z, signs = epilogue.in_forward(x)
     given = (x, weight, bias)
     addresses = [None if t is None else t.data_ptr() for t in given]
     dtypes = [None if t is None else t.dtype for t in given]
     z_at, signs_at = address(z), address(signs)
     vectors = x.data_ptr() | (z_at or 0)
     step = step_for(
-        _forward, x, index, vectors, groups, after[0], after[1], signs is not None, z is not None, *dtypes
+        _forward, x, index, vectors, groups, epilogue.activation, signs is not None, z is not None, *dtypes
     )  # fmt: skip
     y = torch.empty_like(x)
     cells = x.shape[0] * groups
@@ -105,30 +103,30 @@ class _Gradients:
 
 
 def _backward(
-    sizes: Sizes, groups: int, need_dx: bool, need_parameters: bool, name: str, parameter: float,
+    sizes: Sizes, groups: int, need_dx: bool, need_parameters: bool, activation: Activation,
     residual: bool, signs: bool, z: bool, *rest: Any,
 ) -> _Gradients:  # fmt: skip
     sizes.groups = groups
-    parameters, after = None, {"NAME": name, "PARAMETER": parameter}
+    parameters, act = None, {"ACT": activation}
     if need_parameters:
         columns, rename = row_plan.column_sums(sizes.n, sizes.c, 2), {"first": "dweight", "second": "dbias"}
         rename["partials"] = "sums"
         parameters = Launch(column_sums_kernel, columns, _BACKWARD, {}, sizes.aligned, rename=rename)
     without = [] if need_parameters else ["sums"]
-    kept = "signs" if signs else "z" if z else ""
-    cells = _held(sizes, groups, 2, name, kept) if need_dx else None
+    kept = "mask" if signs else "residual" if z else ""
+    cells = _held(sizes, groups, 2, activation.name, kept) if need_dx else None
     if cells is not None:
         only = Launch(
-            group_norm_gradients_kernel, cells, _BACKWARD, after, sizes.aligned, without=without
+            group_norm_gradients_kernel, cells, _BACKWARD, act, sizes.aligned, without=without
         )  # fmt: skip
         return _Gradients(only, parameters, None, True, sizes.seed)
     transform = None
     if need_dx:
-        constants = {"NORM": sizes.norm, **(NO_ACTIVATION if residual else after)}
+        constants = {"NORM": sizes.norm, "ACT": IDENTITY if residual else activation}
         rename = {"dy": "dz"} if residual else {}
         transform = sizes.mapping(gradient_transform_kernel, 2, _BACKWARD, constants, rename=rename)
     without += ["dx", "dweight", "dbias"] + ([] if need_dx else ["gradients"])
-    constants = {"NORM": sizes.norm, **after}
+    constants = {"NORM": sizes.norm, **act}
     step = sizes.reducing(gradient_sums_kernel, 2 + z, _BACKWARD, constants, without=without)
     return _Gradients(step.first, parameters, transform, False, sizes.seed, step.partials, step.counters)
 
@@ -136,7 +134,7 @@ def _backward(
 def backward(
     x: Tensor, dy: Tensor, table: Tensor, weight: Tensor | None, groups: int,
     need_dx: bool, weight_dtype: torch.dtype | None, bias_dtype: torch.dtype | None, own: bool = False,
-    bias: Tensor | None = None, after: Fused = NOTHING,
+    bias: Tensor | None = None, epilogue: Epilogue = NO_EPILOGUE,
 ) -> Gradients:  # fmt: skip
     """-> (dx, dweight, dbias, dz), None where not wanted (a dtype of None: that parameter's gradient is not),
     or, dz, where it is dy. bias: needed where there is an activation."""
@@ -144,7 +142,7 @@ def backward(
     if elsewhere:
         with torch.cuda.device(x.device):
             return backward(
-                x, dy, table, weight, groups, need_dx, weight_dtype, bias_dtype, own, bias, after
+                x, dy, table, weight, groups, need_dx, weight_dtype, bias_dtype, own, bias, epilogue
             )  # fmt: skip
     # saved tensors come back from their hooks in any shape of memory
     x, table = dense(x), table.contiguous()
@@ -157,7 +155,7 @@ def backward(
     if weight_dtype is not None or bias_dtype is not None:  # both come from one launch
         dweight = table.new_empty(c, dtype=weight_dtype or table.dtype)
         dbias = table.new_empty(c, dtype=bias_dtype or table.dtype)
-    z, signs = after.kept(x)
+    z, signs = epilogue.in_backward(x)
     residual = z is not None or signs is not None
     dz = torch.empty_like(x) if residual else None
     given = (x, dy, dx, weight, table, dweight, dbias, bias, z, signs, dz)
@@ -166,7 +164,7 @@ def backward(
     wanted = (need_dx, dweight is not None)
     vectors = x.data_ptr() | dy.data_ptr() | table.data_ptr() | (address(z) or 0)
     step = step_for(
-        _backward, x, index, vectors, groups, *wanted, after[0], after[1], residual, signs is not None,
+        _backward, x, index, vectors, groups, *wanted, epilogue.activation, residual, signs is not None,
         z is not None, dtypes,
     )  # fmt: skip
     sums = None if step.parameters is None else table.new_empty((n, 2, c))

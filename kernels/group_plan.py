@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from .cell_plan import CellSweep, cell_sweep
-from .fused_plan import NOTHING, After
+from .epilogue import NO_EPILOGUE_PLAN, EpiloguePlan
 from .plan import Sweep, map_sweep, reduce_sweep
 
 
@@ -19,15 +19,15 @@ def held(
 ) -> CellSweep | None:  # fmt: skip
     """The plan of one launch, for cells that a program can hold of each of `inputs` tensors (1: a forward, 2:
     a backward). None: they are swept twice, as all are where they are no runs of memory. kept: of a residual,
-    for the backward: "z", "signs" or ""."""
+    for the backward: "residual", "mask" or ""."""
     if channels_last and s > 1:
         return None
     # held in full precision, dy times any other slope takes more registers than there are [sass]
-    if inputs > 1 and activation != "none" and (activation not in ("relu", "relu6") or kept == "z"):
+    if inputs > 1 and activation != "none" and (activation not in ("relu", "relu6") or kept == "residual"):
         return None
     cells = cell_sweep(n, groups, c // groups, s, itemsize, aligned, inputs)
     # of signs, a byte for each vector is written or read
-    return None if cells is not None and kept == "signs" and cells.tile.vec != 8 else cells
+    return None if cells is not None and kept == "mask" and cells.tile.vec != 8 else cells
 
 
 def swept(
@@ -53,7 +53,7 @@ class GroupNormPlan:
     itemsize: int
     forward: CellSweep | tuple[Sweep, Sweep]
     backward: CellSweep | tuple[Sweep, Sweep]
-    after: After = NOTHING
+    epilogue: EpiloguePlan = NO_EPILOGUE_PLAN
 
     @property
     def forward_launches(self) -> int:
@@ -73,7 +73,7 @@ class GroupNormPlan:
         """x once, or twice with what sweeps hand over; y once; the table of all cells, written, and read by
         the second sweep; what follows adds its own. Weight and bias are not counted, nor what several
         programs read of the table."""
-        more = self.after.forward_bytes(self.n * self.c * self.s, self.itemsize)
+        more = self.epilogue.forward_bytes(self.n * self.c * self.s, self.itemsize)
         if isinstance(self.forward, CellSweep):
             return 2 * self.x_bytes + more + self._table_bytes
         return 3 * self.x_bytes + more + 2 * self._handed_bytes(self.forward[0]) + 2 * self._table_bytes
@@ -84,7 +84,7 @@ class GroupNormPlan:
         another one out and back; what each sample gives for weight and bias, out and back; what follows
         adds its own."""
         given = 2 * 2 * self.n * self.c * self._wide
-        given += self.after.backward_bytes(self.n * self.c * self.s, self.itemsize)
+        given += self.epilogue.backward_bytes(self.n * self.c * self.s, self.itemsize)
         if isinstance(self.backward, CellSweep):
             return 3 * self.x_bytes + self._table_bytes + given
         return 5 * self.x_bytes + 2 * self._handed_bytes(self.backward[0]) + 3 * self._table_bytes + given
@@ -107,7 +107,7 @@ class GroupNormPlan:
 
 def group_norm(
     n: int, c: int, s: int, groups: int, itemsize: int, channels_last: bool,
-    sms: int = 132, aligned: bool = True, after: After = NOTHING,
+    sms: int = 132, aligned: bool = True, epilogue: EpiloguePlan = NO_EPILOGUE_PLAN,
 ) -> GroupNormPlan:  # fmt: skip
     channels_last = channels_last or s == 1
     size, rest = (n, c, s, groups), (itemsize, channels_last, aligned)
@@ -115,12 +115,12 @@ def group_norm(
     def sweep(make: Callable[..., Sweep], by_group: bool, inputs: int, activation: str) -> Sweep:
         return swept(make, *size, by_group, *rest, sms, inputs, activation)
 
-    forward = held(*size, *rest, 1, kept=after.kept) or (
+    forward = held(*size, *rest, 1, kept=epilogue.kept) or (
         sweep(reduce_sweep, not channels_last, 1, "none"),
-        sweep(map_sweep, False, 1 + after.residual, after.activation),
+        sweep(map_sweep, False, 1 + epilogue.residual, epilogue.activation),
     )
-    backward = held(*size, *rest, 2, after.activation, after.kept) or (
-        sweep(reduce_sweep, False, 2 + (after.kept == "z"), after.activation),
-        sweep(map_sweep, False, 2, after.activation_of_dx),
+    backward = held(*size, *rest, 2, epilogue.activation, epilogue.kept) or (
+        sweep(reduce_sweep, False, 2 + (epilogue.kept == "residual"), epilogue.activation),
+        sweep(map_sweep, False, 2, epilogue.activation_of_dx),
     )
-    return GroupNormPlan(*size, itemsize, forward, backward, after)
+    return GroupNormPlan(*size, itemsize, forward, backward, epilogue)

@@ -15,14 +15,14 @@ import torch
 
 from . import row_plan
 from .column_sums import column_sums_kernel
-from .fused import NOTHING, Fused, Gradients, address
+from .epilogue import NO_EPILOGUE, Activation, Epilogue
 from .launch import Launch
 from .layouts import accumulator, dense_like
 from .plan import VECTOR_BYTES
 from .row_activation import row_activation_kernel
 from .row_gradients import column_gradients_kernel, row_gradients_kernel, wide_gradients_kernel
 from .row_norm import long_row_norm_kernel, row_norm_kernel
-from .steps import multiprocessors, step_for, where
+from .steps import Gradients, address, multiprocessors, step_for, where
 
 _FORWARD = ("x", "y", "table", "weight", "bias", "z", "none")
 _BACKWARD = (
@@ -55,19 +55,19 @@ class RowSizes:
 
 
 def _forward(
-    sizes: RowSizes, dims: int, keep: bool, parameters_aligned: bool, name: str, parameter: float, *rest: Any
+    sizes: RowSizes, dims: int, keep: bool, parameters_aligned: bool, activation: Activation, *rest: Any
 ) -> RowStep:
     size = sizes.rows(dims)
     kind, sweep = row_plan.forward(size)
     kernel = row_norm_kernel if kind == "held" else long_row_norm_kernel
-    after, bound = {"NAME": name, "PARAMETER": parameter}, sizes.aligned and parameters_aligned
-    launch = Launch(kernel, sweep, _FORWARD, after, bound, without=() if keep else ("table",))
+    act, bound = {"ACT": activation}, sizes.aligned and parameters_aligned
+    launch = Launch(kernel, sweep, _FORWARD, act, bound, without=() if keep else ("table",))
     return RowStep((launch,), sizes.seed, size.rows)
 
 
 def _backward(
     sizes: RowSizes, dims: int, need_dx: bool, weight: bool, bias: bool, parameters_aligned: bool,
-    name: str, parameter: float, *rest: Any,
+    activation: Activation, *rest: Any,
 ) -> RowStep:  # fmt: skip
     """weight, bias: whether their gradients are wanted."""
     size, halves = sizes.rows(dims), weight + bias
@@ -75,10 +75,9 @@ def _backward(
     rows = row_plan.gradients(size) if need_dx else None
     shares, launches, rename = 0, [], {}
     wanted, without = {"WEIGHT": weight, "BIAS": bias}, () if halves else ("partials",)
-    if name != "none":
+    if activation.name != "none":
         rename, sweep = {"dy": "dz"}, row_plan.activation(size)
-        after = {"NAME": name, "PARAMETER": parameter}
-        launches.append(Launch(row_activation_kernel, sweep, _BACKWARD, after, bound))
+        launches.append(Launch(row_activation_kernel, sweep, _BACKWARD, {"ACT": activation}, bound))
     if rows is not None:
         partials = rows.partials
         launches.append(
@@ -107,26 +106,26 @@ def _backward(
 
 def forward(
     x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None,
-    dims: int, eps: float, keep: bool = True, after: Fused = NOTHING,
+    dims: int, eps: float, keep: bool = True, epilogue: Epilogue = NO_EPILOGUE,
 ) -> tuple[torch.Tensor, torch.Tensor, None]:  # fmt: skip
     """-> (y, table [2, rows] of mean and rstd if `keep`, for a backward, else an empty one, no signs). One
     launch."""
     index, stream, elsewhere = where(x)
     if elsewhere:
         with torch.cuda.device(x.device):
-            return forward(x, weight, bias, dims, eps, keep, after)
+            return forward(x, weight, bias, dims, eps, keep, epilogue)
     # on the path of every call, so without what costs tenths of microseconds
     x_at = x.data_ptr()
     weight_at, weight_dtype = (None, None) if weight is None else (weight.data_ptr(), weight.dtype)
     bias_at, bias_dtype = (None, None) if bias is None else (bias.data_ptr(), bias.dtype)
     aligned = ((weight_at or 0) | (bias_at or 0)) % VECTOR_BYTES == 0
-    name, parameter, z, _ = after
+    activation, z, _ = epilogue
     z_at = None
     if z is not None:
         z = dense_like(z, x)
         z_at = z.data_ptr()
     step = step_for(
-        _forward, x, index, x_at | (z_at or 0), dims, keep, aligned, name, parameter, z is None,
+        _forward, x, index, x_at | (z_at or 0), dims, keep, aligned, activation, z is None,
         weight_dtype, bias_dtype, sizes=RowSizes,
     )  # fmt: skip
     y = torch.empty_like(x)
@@ -140,7 +139,7 @@ def forward(
 def backward(
     x: torch.Tensor, dy: torch.Tensor, weight: torch.Tensor | None, table: torch.Tensor, dims: int,
     need_dx: bool, weight_dtype: torch.dtype | None, bias_dtype: torch.dtype | None,
-    bias: torch.Tensor | None = None, after: Fused = NOTHING,
+    bias: torch.Tensor | None = None, epilogue: Epilogue = NO_EPILOGUE,
 ) -> Gradients:  # fmt: skip
     """-> (dx, dweight, dbias, dz), None where not wanted (a dtype of None: that parameter's gradient is not),
     or, dz, where it is dy. bias: needed where there is an activation.
@@ -152,14 +151,14 @@ def backward(
     if elsewhere:
         with torch.cuda.device(x.device):
             return backward(
-                x, dy, weight, table, dims, need_dx, weight_dtype, bias_dtype, bias, after
+                x, dy, weight, table, dims, need_dx, weight_dtype, bias_dtype, bias, epilogue
             )  # fmt: skip
     # saved tensors come back from their hooks in any shape of memory
     x, table = x.contiguous(), table.contiguous()
-    through = after is not NOTHING
+    through = epilogue is not NO_EPILOGUE
     weight = weight.contiguous() if weight is not None and (need_dx or through) else None
     bias = bias.contiguous() if bias is not None and through else None
-    z = None if after.z is None else dense_like(after.z, x)
+    z = None if epilogue.residual is None else dense_like(epilogue.residual, x)
     dz = torch.empty_like(x) if through else None
     dy = dense_like(dy, x)
     shape = x.shape[-dims:]
@@ -172,7 +171,7 @@ def backward(
     aligned = ((addresses[6] or 0) | (addresses[7] or 0)) % VECTOR_BYTES == 0
     step = step_for(
         _backward, x, index, vectors, dims, need_dx, dweight is not None, dbias is not None, aligned,
-        after[0], after[1], z is None, dy.dtype, weight_dtype, bias_dtype,
+        epilogue.activation, z is None, dy.dtype, weight_dtype, bias_dtype,
         *(None if t is None else t.dtype for t in (weight, bias)), sizes=RowSizes,
     )  # fmt: skip
     shares = step.seed.new_empty(step.shares) if step.shares else None

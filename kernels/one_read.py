@@ -54,14 +54,14 @@ def byte_of(offs):
 @triton.jit
 def held_gradient(
     g, x, mean, a, b, signs_ptr, base, offs, mask,
-    NAME: tl.constexpr, PARAMETER: tl.constexpr, ACC: tl.constexpr,
+    ACT: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """dy of a tile -> the gradient of what the activation was applied to."""
     if signs_ptr is not None:
         signs = tl.load(signs_ptr + base // 8 + byte_of(offs), mask=mask, other=0)
         g = tl.where(unpack(signs), g, 0.0).to(ACC)
     else:
-        g = before_activation(g, x, mean, a, b, None, offs, mask, NAME, PARAMETER, ACC)
+        g = before_activation(g, x, mean, a, b, None, offs, mask, ACT, ACC)
     return g
 
 
@@ -77,10 +77,10 @@ def group_norm_kernel(
     x_ptr, y_ptr, table_ptr, weight_ptr, bias_ptr, z_ptr, signs_ptr,
     eps: tl.float64,
     cells, group, inner_v, in_sample,
-    T: tl.constexpr, NAME: tl.constexpr, PARAMETER: tl.constexpr,
+    T: tl.constexpr, ACT: tl.constexpr,
 ):  # fmt: skip
-    """table: [2, cells] mean and rstd. in_sample: cells a sample. z, signs (with vec 8 only), NAME and
-    PARAMETER: as in transform.py."""
+    """table: [2, cells] mean and rstd. in_sample: cells a sample. z, signs (with vec 8 only), ACT:
+    as in transform.py."""
     ACC: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
     ROWS: tl.constexpr = T.rows
     TILES: tl.constexpr = T.tiles
@@ -126,7 +126,7 @@ def group_norm_kernel(
         y = a * (held[k].to(ACC) - by_row(mean, ROWS)) + b
         if z_ptr is not None:
             y += tl.load(z_ptr + base + offs, mask=mask, other=0.0, eviction_policy="evict_first").to(ACC)
-        activated = activate(y, NAME, PARAMETER).to(y_ptr.dtype.element_ty)
+        activated = activate(y, ACT).to(y_ptr.dtype.element_ty)
         tl.store(y_ptr + base + offs, activated, mask=mask, eviction_policy="evict_first")
         if signs_ptr is not None:
             tl.store(signs_ptr + base // 8 + byte_of(offs), pack(y > 0), mask=mask)
@@ -136,7 +136,7 @@ def group_norm_kernel(
 def group_norm_gradients_kernel(
     dy_ptr, x_ptr, dx_ptr, table_ptr, weight_ptr, sums_ptr, bias_ptr, signs_ptr, dz_ptr,
     cells, group, inner_v, in_sample,
-    T: tl.constexpr, NAME: tl.constexpr, PARAMETER: tl.constexpr,
+    T: tl.constexpr, ACT: tl.constexpr,
 ):  # fmt: skip
     """sums, where given: [samples, 2, channels], what each sample adds to dgamma and dbeta. dx as in
     coefficients.slopes. Of activations only those whose slope is 0 or 1: dy times it takes no more bits than
@@ -163,18 +163,18 @@ def group_norm_gradients_kernel(
     sum_wgd = tl.zeros((GROUPS,), ACC)
     channel_g = tl.zeros((GROUPS * CHANNELS,), ACC)
     channel_gd = tl.zeros((GROUPS * CHANNELS,), ACC)
-    tl.static_assert(NAME == "none" or NAME == "relu" or NAME == "relu6")
+    tl.static_assert(ACT.name == "none" or ACT.name == "relu" or ACT.name == "relu6")
     masked = ()
     for k in tl.static_range(TILES):
         offs, mask, channel, cell = vectors(first, k, g, T)
         grad = gs[k].to(ACC)  # 0 where there is nothing
-        if NAME != "none":
+        if ACT.name != "none":
             offs_c = (first + cell) % in_sample * group + channel
             a = by_row(load_or(weight_ptr, offs_c, channel < group, 1.0, ACC), ROWS) * by_row(rstd, ROWS)
             b = by_row(load_or(bias_ptr, offs_c, channel < group, 0.0, ACC), ROWS)
             grad = held_gradient(
                 gs[k], xs[k], by_row(mean, ROWS), a, b, signs_ptr, base, offs, mask,
-                NAME, PARAMETER, ACC,
+                ACT, ACC,
             )  # fmt: skip
             masked = masked + (grad.to(dy_ptr.dtype.element_ty),)
         else:

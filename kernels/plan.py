@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
-from .fused_plan import NOTHING, After
+from .epilogue import ACTIVATIONS, NO_EPILOGUE_PLAN, EpiloguePlan
 from .records import Geometry, Tile
 from .views import (
     VECTOR_BYTES,
@@ -56,11 +56,14 @@ REDUCE_ROW = (Program(4, 8, 64, 2), Program(4, 8, 64, 0))
 # Elementwise programs have nothing to merge: small ones start and end more smoothly.
 MAP = Program(4, 7, 72, 4)
 # Activations take registers: corners (and signs) a few, curves, whose terms are all under way at once, many.
-# By EFFORTS [sass].
+# By their cost in the table of activations [sass].
 MAPS = (MAP, Program(4, 6, 80, 4), Program(4, 5, 96, 4))
 REDUCE_CURVED = (Program(4, 3, 168, 8), *REDUCE[2:])
 REDUCE_RUNS_ACTIVATED = (Program(8, 3, 80, 4), Program(4, 6, 80, 4), Program(4, 6, 80, 0))
-EFFORTS = {"none": 0, "relu": 1, "relu6": 1, "leaky_relu": 1, "hardswish": 1, "hardsigmoid": 1}  # others: 2
+
+
+def _cost(activation: str) -> int:
+    return ACTIVATIONS[activation].cost if activation in ACTIVATIONS else 0
 
 
 @dataclass(frozen=True)
@@ -228,9 +231,9 @@ def reduce_sweep(
 ) -> Sweep:  # fmt: skip
     """The plan of a kernel that reduces x, `samples` times [n, c, s], over n and s. activation: whose slope
     it takes on the way."""
-    effort = EFFORTS.get(activation, 2)
-    by_runs = REDUCE_RUNS_ACTIVATED if effort else REDUCE_RUNS
-    otherwise = REDUCE if effort < 2 else REDUCE_CURVED
+    cost = _cost(activation)
+    by_runs = REDUCE_RUNS_ACTIVATED if cost else REDUCE_RUNS
+    otherwise = REDUCE if cost < 2 else REDUCE_CURVED
     runs = not channels_last and s > 2 * REDUCE[0].warps * WARP * (VECTOR_BYTES // itemsize)
     one_row = not channels_last and not runs and n == 1
     sweep = None
@@ -258,7 +261,7 @@ def map_sweep(
 ) -> Sweep:  # fmt: skip
     """The plan of a kernel that maps x, `samples` times [n, c, s], element by element with coefficients by
     channel. activation: which one it then applies, or the slope of."""
-    vector, program = VECTOR_BYTES // itemsize, MAPS[EFFORTS.get(activation, 2)]
+    vector, program = VECTOR_BYTES // itemsize, MAPS[_cost(activation)]
     lanes = MAP.warps * WARP * vector
     if channels_last:
         view = rows_view(n * s, c, itemsize)
@@ -292,7 +295,7 @@ class BatchNormPlan:
     transform: Sweep
     gradient_sums: Sweep
     gradient_transform: Sweep
-    after: After = NOTHING
+    epilogue: EpiloguePlan = NO_EPILOGUE_PLAN
     forward_launches: int = 2
     backward_launches: int = 2
 
@@ -306,13 +309,13 @@ class BatchNormPlan:
         """x twice, y once, and the partials out and back; what follows adds its own. Tables of a few floats a
         channel are not counted.
         """
-        more = self.after.forward_bytes(self.statistics.view.total, self.statistics.itemsize)
+        more = self.epilogue.forward_bytes(self.statistics.view.total, self.statistics.itemsize)
         return 3 * self.x_bytes + more + 2 * self._partial_bytes(self.statistics)
 
     @property
     def backward_bytes(self) -> int:
         """dy and x twice, dx once, and the partials; what follows adds its own."""
-        more = self.after.backward_bytes(self.statistics.view.total, self.statistics.itemsize)
+        more = self.epilogue.backward_bytes(self.statistics.view.total, self.statistics.itemsize)
         return 5 * self.x_bytes + more + 2 * self._partial_bytes(self.gradient_sums)
 
     @staticmethod
@@ -322,16 +325,16 @@ class BatchNormPlan:
 
 def batch_norm(
     n: int, c: int, s: int, itemsize: int, channels_last: bool, sms: int = 132, aligned: bool = True,
-    after: After = NOTHING,
+    epilogue: EpiloguePlan = NO_EPILOGUE_PLAN,
 ) -> BatchNormPlan:  # fmt: skip
     """n, c, s: batch, channels, spatial positions (1 for 2-D input). itemsize: bytes an element of x.
     channels_last: C is the fastest dimension (2-D input counts as that). aligned: every tensor starts on 16
-    bytes. sms: of the GPU. after: what follows, from fused_plan.after."""
+    bytes. sms: of the GPU. epilogue: what follows, from EpiloguePlan.of."""
     size = (n, c, s, itemsize, channels_last, aligned, sms)
     return BatchNormPlan(
         reduce_sweep(*size, 1),
-        map_sweep(*size, 1 + after.residual, activation=after.activation),
-        reduce_sweep(*size, 2 + (after.kept == "z"), activation=after.activation),
-        map_sweep(*size, 2, activation=after.activation_of_dx),
-        after,
+        map_sweep(*size, 1 + epilogue.residual, activation=epilogue.activation),
+        reduce_sweep(*size, 2 + (epilogue.kept == "residual"), activation=epilogue.activation),
+        map_sweep(*size, 2, activation=epilogue.activation_of_dx),
+        epilogue,
     )

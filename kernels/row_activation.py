@@ -15,7 +15,7 @@ SIZES = ["rows", "width_v", "splits"]
 def row_activation_kernel(
     dy_ptr, x_ptr, z_ptr, dz_ptr, table_ptr, weight_ptr, bias_ptr,
     rows, width_v, splits,
-    T: tl.constexpr, NAME: tl.constexpr, PARAMETER: tl.constexpr,
+    T: tl.constexpr, ACT: tl.constexpr,
 ):  # fmt: skip
     """Program (group, split) takes every splits-th tile of a group of rows."""
     ACC: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
@@ -35,5 +35,5 @@ def row_activation_kernel(
         v = normalized(x - mean, rstd, wide, exists, weight_ptr, bias_ptr, ACC)
         if z_ptr is not None:
             v += tl.load(z_ptr + offs, mask=mask, other=0.0, eviction_policy="evict_first").to(ACC)
-        g = times_slope(g, v, NAME, PARAMETER)
+        g = times_slope(g, v, ACT)
         tl.store(dz_ptr + offs, g.to(dz_ptr.dtype.element_ty), mask=mask)

@@ -56,9 +56,9 @@ def row_norm_kernel(
     x_ptr, y_ptr, table_ptr, weight_ptr, bias_ptr, z_ptr,
     eps: tl.float64,
     rows, width_v,
-    T: tl.constexpr, NAME: tl.constexpr, PARAMETER: tl.constexpr,
+    T: tl.constexpr, ACT: tl.constexpr,
 ):  # fmt: skip
-    """One group a program. table: [2, rows], mean and rstd. z, NAME, PARAMETER: as in transform.py."""
+    """One group a program. table: [2, rows], mean and rstd. z, ACT: as in transform.py."""
     ACC: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
     R: tl.constexpr = T.rows
     LANES: tl.constexpr = T.lanes
@@ -113,7 +113,7 @@ def row_norm_kernel(
                 z_ptr + base + (row * width + column), mask=inside & exists, other=0.0,
                 eviction_policy="evict_first",
             ).to(ACC)  # fmt: skip
-        y = activate(y, NAME, PARAMETER)
+        y = activate(y, ACT)
         tl.store(
             y_ptr + base + (row * width + column), y.to(y_ptr.dtype.element_ty), mask=inside & exists,
             eviction_policy="evict_first",
@@ -125,7 +125,7 @@ def long_row_norm_kernel(
     x_ptr, y_ptr, table_ptr, weight_ptr, bias_ptr, z_ptr,
     eps: tl.float64,
     rows, width_v,
-    T: tl.constexpr, NAME: tl.constexpr, PARAMETER: tl.constexpr,
+    T: tl.constexpr, ACT: tl.constexpr,
 ):  # fmt: skip
     """One row a program, read twice, unroll * lanes values a step. table: [2, rows], mean and rstd.
 
@@ -181,7 +181,7 @@ def long_row_norm_kernel(
         y = normalized((again - m.pivot) - m.shift, rstd[None, :], column, exists, weight_ptr, bias_ptr, ACC)
         if z_ptr is not None:
             y += tl.load(z_ptr + base + column, mask=exists, other=0.0, eviction_policy="evict_first").to(ACC)
-        y = activate(y, NAME, PARAMETER)
+        y = activate(y, ACT)
         tl.store(
             y_ptr + base + column, y.to(y_ptr.dtype.element_ty), mask=exists, eviction_policy="evict_first"
         )

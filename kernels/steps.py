@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from . import plan
+from .epilogue import IDENTITY
 from .group_plan import swept
 from .launch import INTERPRET, Launch, current_stream
 from .layouts import accumulator, is_channels_last
@@ -27,6 +28,14 @@ def multiprocessors(index: int) -> int:
     if INTERPRET or index < 0:
         return int(os.environ.get("BNFAST_INTERPRETER_SMS", "2"))
     return torch.cuda.get_device_properties(index).multi_processor_count
+
+
+# of x, gamma, beta and the residual
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+
+
+def address(t: Tensor | None) -> int | None:
+    return None if t is None else t.data_ptr()
 
 
 def where(x: Tensor) -> tuple[int, int, bool]:
@@ -110,7 +119,7 @@ class Sizes:
         self, kernel: Any, inputs: int, tensors: Sequence[str], constants: dict[str, Any], **how: Any
     ) -> Launch:
         """A kernel that maps x element by element. constants, how: as Launch's."""
-        sweep = self._sweep(plan.map_sweep, inputs, False, constants["NAME"])
+        sweep = self._sweep(plan.map_sweep, inputs, False, constants["ACT"].name)
         return Launch(kernel, sweep, tensors, constants, self.aligned, **how)
 
     def reducing(
@@ -119,6 +128,6 @@ class Sizes:
     ) -> Step:  # fmt: skip
         """A kernel that reduces x, and the launch that follows it. by_group: contiguous groups are runs of
         memory, and reduced as such. constants, how: as Launch's."""
-        sweep = self._sweep(plan.reduce_sweep, inputs, by_group, constants.get("NAME", "none"))
+        sweep = self._sweep(plan.reduce_sweep, inputs, by_group, constants.get("ACT", IDENTITY).name)
         first = Launch(kernel, sweep, tensors, constants, self.aligned, **how)
         return Step(first, then or first, self.seed, sweep.partials, sweep.counters)

@@ -23,12 +23,12 @@ def transform_kernel(
     eps: tl.float64,
     rows, pitch_v, width_v, inner, channels, tiles, pieces, total_v, blocks, splits, group, cells,
     T: tl.constexpr, SOURCE: tl.constexpr, CENTRED: tl.constexpr,
-    NAME: tl.constexpr, PARAMETER: tl.constexpr,
+    ACT: tl.constexpr,
 ):  # fmt: skip
     """SOURCE, where the coefficients come from: "table", [3 and more, channels] p, a, b; "statistics", the
     running ones, as in eval, where a table_ptr receives them for the backward; "cells", a table [2, cells] of
     mean and rstd, and weight and bias. not CENTRED: y = a * x, which is the whole backward of eval when no
-    parameter needs a gradient. NAME, PARAMETER: of the activation, see activations.py. signs: a bit for each
+    parameter needs a gradient. ACT: of the activation, see activations.py. signs: a bit for each
     element of x, 1 where relu lets it through."""
     ACC: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
     g = Geometry(
@@ -67,7 +67,7 @@ def transform_kernel(
         y = a * (x - p) + b if CENTRED else a * x
         if z_ptr is not None:
             y += tl.load(z_ptr + base + t.offs, mask=t.mask, other=0.0, eviction_policy="evict_first").to(ACC)
-        activated = activate(y, NAME, PARAMETER).to(y_ptr.dtype.element_ty)
+        activated = activate(y, ACT).to(y_ptr.dtype.element_ty)
         tl.store(y_ptr + base + t.offs, activated, mask=t.mask, eviction_policy="evict_first")
         if signs_ptr is not None:  # behind the other store: before it, Triton 3.9 spills a register [sass]
             bits = tile(block, index, g, T, False, True)

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import bnfast
-from bnfast.activation import NAMES, PARAMETERS, Activation
 from bnfast.functional import batch_norm
+from bnfast.kernels.epilogue import NAMES, PARAMETERS, Activation
 
 INF, NAN = float("inf"), float("nan")
 LARGEST = torch.finfo(torch.float32).max

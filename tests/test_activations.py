@@ -13,8 +13,8 @@ from torch import Tensor
 from triton.runtime import interpreter
 
 import bnfast
-from bnfast.activation import NAMES, Activation
 from bnfast.functional import batch_norm
+from bnfast.kernels.epilogue import NAMES, Activation
 from bnfast.reference import activations as reference
 
 ALL = (*NAMES, ("leaky_relu", 0.2), ("leaky_relu", -1.5), ("elu", 0.5), ("elu", -0.5))

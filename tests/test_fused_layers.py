@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 import bnfast
-from bnfast.activation import NAMES
 from bnfast.functional import batch_norm, batch_renorm
+from bnfast.kernels.epilogue import NAMES
 from tests.support.buffers import bit_identical, nan_filled_allocations
 from tests.support.fused_cases import LAYERS, Named, check, given, ours, run, theirs
 

@@ -9,7 +9,7 @@ from benchmarks.baselines.contender import Baseline, Contender
 from benchmarks.baselines.given import EPS, MOMENTUM, given
 from benchmarks.baselines.pytorch import after
 from benchmarks.cases import Case
-from bnfast.activation import Activation
+from bnfast.kernels.epilogue import Activation
 
 
 def _unable(case: Case, device: torch.device) -> str | None:

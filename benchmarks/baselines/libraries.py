@@ -15,7 +15,7 @@ from benchmarks.baselines.contender import Baseline, Contender, lacks
 from benchmarks.baselines.given import EPS, given
 from benchmarks.baselines.pytorch import after
 from benchmarks.cases import Case
-from bnfast.activation import Activation
+from bnfast.kernels.epilogue import Activation
 
 
 def _unable(module: str, case: Case, device: torch.device) -> str | None:

@@ -13,7 +13,7 @@ import bnfast
 from benchmarks.baselines.contender import Baseline, Contender
 from benchmarks.baselines.given import EPS, MOMENTUM, Given, given
 from benchmarks.cases import Case
-from bnfast.activation import Activation
+from bnfast.kernels.epilogue import Activation
 
 Forward = Callable[[Tensor, Tensor | None], Tensor]
 

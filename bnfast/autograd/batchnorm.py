@@ -8,10 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..activation import Activation
 from ..dispatch import KERNELS
 from ..kernels import batch_norm as kernels
-from ..kernels.fused import Fused
+from ..kernels.epilogue import Activation, Epilogue
 from ..ops import batchnorm as ops
 from ..reference import batchnorm as reference
 from ..reference.batchrenorm import Limits
@@ -43,17 +42,19 @@ class BatchNorm(torch.autograd.Function):
 
 def _direct(
     x: Tensor, dy: Tensor, table: Tensor, weight: Tensor | None, fixed: Any, need_dx: bool,
-    weight_dtype: Any, bias_dtype: Any, bias: Tensor | None, after: Fused,
+    weight_dtype: Any, bias_dtype: Any, bias: Tensor | None, epilogue: Epilogue,
 ) -> Any:  # fmt: skip
     """gamma and beta are in the table."""
-    return kernels.backward(x, dy, table, fixed[0], need_dx, weight_dtype, bias_dtype, False, after)
+    return kernels.backward(x, dy, table, fixed[0], need_dx, weight_dtype, bias_dtype, False, epilogue)
 
 
 def _operator(
     x: Tensor, dy: Tensor, table: Tensor, weight: Tensor | None, fixed: Any, need_dx: bool,
-    weight_dtype: Any, bias_dtype: Any, bias: Tensor | None, after: Fused,
+    weight_dtype: Any, bias_dtype: Any, bias: Tensor | None, epilogue: Epilogue,
 ) -> Any:  # fmt: skip
-    return ops.backward(x, dy, table, fixed[0], need_dx, weight_dtype, bias_dtype, *after[:3])
+    return ops.backward(
+        x, dy, table, fixed[0], need_dx, weight_dtype, bias_dtype, *epilogue.activation, epilogue.residual
+    )
 
 
 def _statistics(table: Tensor, fixed: Any) -> tuple[Any, Any, float]:
@@ -79,20 +80,26 @@ def run(
 ) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
     """The forward, without autograd: (y, coefficient table, signs)."""
     way, activation, training, cumulative, momentum, eps, renorm, buffers = options
-    after = shared.followed(activation, residual, keep)
+    epilogue = shared.epilogue(activation, residual, keep)
     if way == KERNELS:
         if training:
-            made = kernels.forward(x, weight, bias, *buffers, cumulative, momentum, eps, False, renorm, after)
+            made = kernels.forward(
+                x, weight, bias, *buffers, cumulative, momentum, eps, False, renorm, epilogue
+            )
             if not torch.is_inference_mode_enabled():  # whoever has saved them is to know
                 torch._C._increment_version([t for t in buffers if t is not None])
             return made
-        return kernels.inference(x, weight, bias, buffers[0], buffers[1], eps, keep, after)
+        return kernels.inference(x, weight, bias, buffers[0], buffers[1], eps, keep, epilogue)
     if not training:
-        return shared.checked(ops.evaluate(x, weight, bias, buffers[0], buffers[1], eps, keep, *after))
+        return shared.checked(
+            ops.evaluate(x, weight, bias, buffers[0], buffers[1], eps, keep, *shared.flat(epilogue))
+        )
     if renorm is not None:
-        made = ops.train_renorm(x, weight, bias, *buffers, cumulative, momentum, eps, *renorm, *after)
+        made = ops.train_renorm(
+            x, weight, bias, *buffers, cumulative, momentum, eps, *renorm, *shared.flat(epilogue)
+        )
     else:
-        made = ops.train(x, weight, bias, *buffers, cumulative, momentum, eps, *after)
+        made = ops.train(x, weight, bias, *buffers, cumulative, momentum, eps, *shared.flat(epilogue))
     return shared.checked(made)
 
 

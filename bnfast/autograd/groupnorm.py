@@ -8,10 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..activation import Activation
 from ..dispatch import KERNELS
 from ..kernels import group_norm as kernels
-from ..kernels.fused import Fused
+from ..kernels.epilogue import Activation, Epilogue
 from ..ops import groupnorm as ops
 from ..reference import groupnorm as reference
 from . import shared
@@ -40,18 +39,20 @@ class GroupNorm(torch.autograd.Function):
 
 def _direct(
     x: Tensor, dy: Tensor, table: Tensor, weight: Tensor | None, fixed: Any, need_dx: bool,
-    weight_dtype: Any, bias_dtype: Any, bias: Tensor | None, after: Fused,
+    weight_dtype: Any, bias_dtype: Any, bias: Tensor | None, epilogue: Epilogue,
 ) -> Any:  # fmt: skip
     wanted = (need_dx, weight_dtype, bias_dtype)
-    return kernels.backward(x, dy, table, weight, fixed[0], *wanted, False, bias, after)
+    return kernels.backward(x, dy, table, weight, fixed[0], *wanted, False, bias, epilogue)
 
 
 def _operator(
     x: Tensor, dy: Tensor, table: Tensor, weight: Tensor | None, fixed: Any, need_dx: bool,
-    weight_dtype: Any, bias_dtype: Any, bias: Tensor | None, after: Fused,
+    weight_dtype: Any, bias_dtype: Any, bias: Tensor | None, epilogue: Epilogue,
 ) -> Any:  # fmt: skip
     wanted = (need_dx, weight_dtype, bias_dtype)
-    return ops.backward(x, dy, table, weight, fixed[0], *wanted, bias, *after[:3])
+    return ops.backward(
+        x, dy, table, weight, fixed[0], *wanted, bias, *epilogue.activation, epilogue.residual
+    )
 
 
 def _plain(dy: Tensor, x: Tensor, weight: Tensor | None, table: Tensor, fixed: Any) -> Any:
@@ -68,10 +69,10 @@ def run(
 ) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
     """The forward, without autograd: (y, table of mean and rstd, which comes by the way, signs)."""
     way, activation, groups, eps = options
-    after = shared.followed(activation, residual, keep)
+    epilogue = shared.epilogue(activation, residual, keep)
     if way == KERNELS:
-        return kernels.forward(x, groups, weight, bias, eps, False, after)
-    return shared.checked(ops.forward(x, groups, weight, bias, eps, *after))
+        return kernels.forward(x, groups, weight, bias, eps, False, epilogue)
+    return shared.checked(ops.forward(x, groups, weight, bias, eps, *shared.flat(epilogue)))
 
 
 normalize = partial(shared.normalize, GroupNorm, shared.without_functorch(GroupNorm), run)

@@ -8,10 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..activation import Activation
 from ..dispatch import KERNELS
 from ..kernels import layer_norm as kernels
-from ..kernels.fused import Fused
+from ..kernels.epilogue import Activation, Epilogue
 from ..ops import layernorm as ops
 from ..reference import layernorm as reference
 from . import shared
@@ -40,18 +39,20 @@ class LayerNorm(torch.autograd.Function):
 
 def _direct(
     x: Tensor, dy: Tensor, table: Tensor, weight: Tensor | None, fixed: Any, need_dx: bool,
-    weight_dtype: Any, bias_dtype: Any, bias: Tensor | None, after: Fused,
+    weight_dtype: Any, bias_dtype: Any, bias: Tensor | None, epilogue: Epilogue,
 ) -> Any:  # fmt: skip
     wanted = (need_dx, weight_dtype, bias_dtype)
-    return kernels.backward(x, dy, weight, table, fixed[0], *wanted, bias, after)
+    return kernels.backward(x, dy, weight, table, fixed[0], *wanted, bias, epilogue)
 
 
 def _operator(
     x: Tensor, dy: Tensor, table: Tensor, weight: Tensor | None, fixed: Any, need_dx: bool,
-    weight_dtype: Any, bias_dtype: Any, bias: Tensor | None, after: Fused,
+    weight_dtype: Any, bias_dtype: Any, bias: Tensor | None, epilogue: Epilogue,
 ) -> Any:  # fmt: skip
     wanted = (need_dx, weight_dtype, bias_dtype)
-    return ops.backward(x, dy, weight, table, fixed[0], *wanted, bias, *after[:3])
+    return ops.backward(
+        x, dy, weight, table, fixed[0], *wanted, bias, *epilogue.activation, epilogue.residual
+    )
 
 
 def _plain(dy: Tensor, x: Tensor, weight: Tensor | None, table: Tensor, fixed: Any) -> Any:
@@ -68,10 +69,10 @@ def run(
 ) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
     """The forward, without autograd: (y, table of mean and rstd if `keep`, signs)."""
     way, activation, dims, eps = options
-    after = shared.followed(activation, residual, keep)
+    epilogue = shared.epilogue(activation, residual, keep)
     if way == KERNELS:
-        return kernels.forward(x, weight, bias, dims, eps, keep, after)
-    return shared.checked(ops.forward(x, weight, bias, dims, eps, keep, *after))
+        return kernels.forward(x, weight, bias, dims, eps, keep, epilogue)
+    return shared.checked(ops.forward(x, weight, bias, dims, eps, keep, *shared.flat(epilogue)))
 
 
 normalize = partial(shared.normalize, LayerNorm, shared.without_functorch(LayerNorm), run)

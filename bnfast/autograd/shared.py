@@ -15,11 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..activation import Activation
 from ..dispatch import KERNELS, batched, watched
-from ..kernels.fused import NOTHING, Fused
+from ..kernels.epilogue import IDENTITY, NO_EPILOGUE, Activation, Epilogue
 from ..kernels.plan import TooLarge
-from ..reference.activations import slope
 from ..reference.batchnorm import wide
 
 
@@ -63,12 +61,17 @@ def normalize(
     return None
 
 
-def followed(activation: Activation | None, residual: Tensor | None, keep: bool) -> Fused:
+def epilogue(activation: Activation | None, residual: Tensor | None, keep: bool) -> Epilogue:
     """What the kernels are told of it. keep: for a backward."""
     if activation is None and residual is None:
-        return NOTHING
-    name, parameter = activation or NOTHING[:2]
-    return Fused(name, parameter, residual, keep and name == "relu")
+        return NO_EPILOGUE
+    activation = activation or IDENTITY
+    return Epilogue(activation, residual, keep and activation.name == "relu")
+
+
+def flat(epilogue: Epilogue) -> tuple[Any, ...]:
+    """As operators take it."""
+    return *epilogue.activation, epilogue.residual, epilogue.mask
 
 
 def checked(made: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -98,8 +101,8 @@ def gradients(
     """(dx, dweight, dbias, dresidual), None where not needed.
 
     direct, operator: the kernels' backward, (x, dy, table, weight, what is fixed, need_dx, dtypes of
-    dweight and dbias or None, bias, Fused). plain: (dy, x, weight, table, what is fixed), differentiable, for
-    create_graph=True, for a vmap over the backward, and where dy is too much for the kernels (huge, and
+    dweight and dbias or None, bias, Epilogue). plain: (dy, x, weight, table, what is fixed), differentiable,
+    for create_graph=True, for a vmap over the backward, and where dy is too much for the kernels (huge, and
     without whole vectors). normalized: (x, weight, bias, table, what is fixed), likewise, what the
     activation was applied to but for the residual."""
     x, weight, table, *rest = ctx.saved_tensors
@@ -114,14 +117,14 @@ def gradients(
     found: Any = None
     if not (torch.is_grad_enabled() or batched(dy)):
         wanted = (need_dx, weight_dtype, bias_dtype, bias)
-        after = NOTHING if activation is None else Fused(activation.name, activation.parameter, kept)
+        epilogue = NO_EPILOGUE if activation is None else Epilogue(activation, kept)
         if activation is None and not (need_dx or need_dweight or need_dbias):
             found = (None, None, None, None)
         elif watched(x) or type(dy) is not Tensor:
-            found = operator(x, dy, table, weight, fixed, *wanted, after)
+            found = operator(x, dy, table, weight, fixed, *wanted, epilogue)
         else:
             with contextlib.suppress(TooLarge):
-                found = direct(x, dy, table, weight, fixed, *wanted, after)
+                found = direct(x, dy, table, weight, fixed, *wanted, epilogue)
     if found is None:
         g = dy
         if activation is not None:
@@ -146,4 +149,4 @@ def _before_activation(
         bits = (kept[:, None] >> torch.arange(8, device=x.device, dtype=torch.uint8)) & 1
         return wide(dy) * bits.flatten().as_strided(x.shape, x.stride())
     v = normalized(x, *rest)
-    return wide(dy) * slope(v if kept is None else v + wide(kept), activation)
+    return wide(dy) * activation.slope(v if kept is None else v + wide(kept))

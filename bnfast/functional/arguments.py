@@ -7,8 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..activation import Activation
 from ..dispatch import KERNEL_DTYPES, KERNELS, PLAIN, known, transforming
+from ..kernels.epilogue import Activation
 from ..kernels.layouts import FORMATS
 
 _HALVES = (torch.float16, torch.bfloat16)

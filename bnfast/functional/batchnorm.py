@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from ..activation import Activation, ActivationLike
 from ..dispatch import KERNELS, TORCH, TRITON, ordinary, path
+from ..kernels.epilogue import Activation, ActivationLike
 from ..kernels.layouts import format_in_batch_norm, ordered
 from ..reference.batchrenorm import Limits
 from .arguments import check_residual, followed_by, residual_fits, vectors_fit

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from ..activation import Activation, ActivationLike
+from ..kernels.epilogue import Activation, ActivationLike
 from ..reference.batchrenorm import Limits, refuse_recomputation
 from .batchnorm import counting_batch_norm
 

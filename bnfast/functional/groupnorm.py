@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from ..activation import Activation, ActivationLike
 from ..dispatch import TORCH, TRITON, ordinary, path, refuse_dtensor
+from ..kernels.epilogue import Activation, ActivationLike
 from ..kernels.layouts import ordered, suggested
 from .arguments import (
     as_float,

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from ..activation import Activation, ActivationLike
 from ..dispatch import KERNEL_DTYPES, KERNELS, PLAIN, TORCH, TRITON, ordinary, path, refuse_dtensor
+from ..kernels.epilogue import Activation, ActivationLike
 from ..kernels.layouts import contiguous
 from .arguments import as_float, check_residual, followed_by, needs_float, residual_fits
 

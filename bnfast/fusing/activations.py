@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 from torch.fx import Node
 
-from ..activation import FUNCTIONS, Activation, Form, of_module
+from ..kernels.epilogue import FUNCTIONS, Activation, Form, of_module
 
 
 def still(module: object, activation: Activation) -> bool:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Graph, Node
 
-from ..activation import Activation
+from ..kernels.epilogue import Activation
 from . import activations
 from .layers import hooked, hooked_everywhere, why_not_ours
 from .patterns import Match

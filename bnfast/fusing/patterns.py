@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.fx import Graph, Node
 
-from ..activation import Activation
+from ..kernels.epilogue import Activation
 from ..modules.drop_in import DropIn
 from . import activations
 from .guards import original_class

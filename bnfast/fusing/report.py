@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from ..activation import Activation
 from ..convert import _counterpart, _obstacle
+from ..kernels.epilogue import Activation
 from ..modules.drop_in import DropIn
 from .blocks import FusedBlock, live_sites
 from .layers import NORMS

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..activation import Activation, ActivationLike
 from ..functional.batchrenorm import scheduled_batch_renorm
+from ..kernels.epilogue import Activation, ActivationLike
 from .drop_in import OptionalBias, says_what_it_takes
 from .replaceable import TO_SYNC, Replaceable
 

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 from torch.fx.proxy import TraceError
 
-from ..activation import Activation
 from ..importing import catch_up
+from ..kernels.epilogue import Activation
 
 _P = ParamSpec("_P")
 WHEN_SUBCLASSED: list[Callable[[type], None]] = []  # each is given every new class of layers

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..activation import Activation, ActivationLike
 from ..functional.batchnorm import counting_batch_norm
+from ..kernels.epilogue import Activation, ActivationLike
 from .drop_in import DropIn, says_what_it_takes
 
 

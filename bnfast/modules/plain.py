@@ -5,8 +5,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from ..activation import Activation
 from ..functional.arguments import check_residual, followed_by
+from ..kernels.epilogue import Activation
 from .drop_in import DropIn
 from .frozenbatchnorm import TorchFrozenBatchNorm2d
 from .replaceable import Replaceable

@@ -14,7 +14,7 @@ import torch
 from ..kernels import batch_norm as kernels
 from ..kernels import layouts
 from ..reference.batchrenorm import refuse_recomputation
-from .followed import BACKWARD, FORWARD, define, fused, gradients_like, present, signs_like, with_signs
+from .followed import BACKWARD, FORWARD, define, epilogue, gradients_like, present, signs_like, with_signs
 
 
 def _ordered(x: torch.Tensor) -> torch.Tensor:
@@ -25,7 +25,7 @@ def _train(  # type: ignore[no-untyped-def]
     x, weight, bias, running_mean, running_var, batches, cumulative, momentum, eps, activation="none",
     parameter=0.0, residual=None, signs=False, renorm=None,
 ):  # fmt: skip
-    after = fused(activation, parameter, residual, signs)
+    after = epilogue(activation, parameter, residual, signs)
     return with_signs(
         kernels.forward(
             _ordered(x), weight, bias, running_mean, running_var, batches, cumulative, momentum, eps,
@@ -48,7 +48,7 @@ def _eval(  # type: ignore[no-untyped-def]
     x, weight, bias, running_mean, running_var, eps, keep, activation="none",
     parameter=0.0, residual=None, signs=False,
 ):  # fmt: skip
-    after = fused(activation, parameter, residual, signs)
+    after = epilogue(activation, parameter, residual, signs)
     return with_signs(
         kernels.inference(_ordered(x), weight, bias, running_mean, running_var, eps, keep, after)
     )
@@ -57,7 +57,7 @@ def _eval(  # type: ignore[no-untyped-def]
 def _backward(  # type: ignore[no-untyped-def]
     x, dy, table, training, need_dx, weight_dtype, bias_dtype, activation="none", parameter=0.0, kept=None
 ):
-    after = fused(activation, parameter, kept)
+    after = epilogue(activation, parameter, kept)
     return present(
         x, kernels.backward(x, dy, table, training, need_dx, weight_dtype, bias_dtype, True, after)
     )  # fmt: skip

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from ..kernels import layouts, views
-from ..kernels.fused import NOTHING, Fused
+from ..kernels.epilogue import NO_EPILOGUE, Activation, Epilogue
 
-# of every operator, after its own arguments. signs: whether to return them, see kernels/fused.py
+# of every operator, after its own arguments. signs: whether to return them, see Epilogue.mask
 FORWARD = 'str activation="none", float parameter=0.0, Tensor? residual=None, bool signs=False'
 # kept: the residual, or the signs
 BACKWARD = 'str activation="none", float parameter=0.0, Tensor? kept=None'
@@ -27,8 +27,10 @@ def define(schema: str, real: Any, fake: Any) -> Any:
     return getattr(torch.ops.bnfast, name).default
 
 
-def fused(activation: str, parameter: float, z: Tensor | None, signs: bool = False) -> Fused:
-    return NOTHING if activation == "none" and z is None else Fused(activation, parameter, z, signs)
+def epilogue(activation: str, parameter: float, residual: Tensor | None, signs: bool = False) -> Epilogue:
+    if activation == "none" and residual is None:
+        return NO_EPILOGUE
+    return Epilogue(Activation(activation, parameter), residual, signs)
 
 
 def present(x: Tensor, made: tuple[Tensor | None, ...]) -> tuple[Tensor, ...]:
@@ -42,7 +44,7 @@ def with_signs(made: tuple[Tensor, Tensor, Tensor | None]) -> tuple[Tensor, Tens
 
 
 def signs_like(y: Tensor, residual: Tensor | None, signs: bool) -> Tensor:
-    """As kernels/fused.py decides it, which is given x in y's order."""
+    """As Epilogue.in_forward decides it, which is given x in y's order."""
     c, s = y.shape[1], 1
     for size in y.shape[2:]:
         s = s * size

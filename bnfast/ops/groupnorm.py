@@ -5,13 +5,13 @@ from __future__ import annotations
 
 from ..kernels import group_norm as kernels
 from ..kernels import layouts
-from .followed import BACKWARD, FORWARD, define, fused, gradients_like, present, signs_like, with_signs
+from .followed import BACKWARD, FORWARD, define, epilogue, gradients_like, present, signs_like, with_signs
 
 
 def _forward(  # type: ignore[no-untyped-def]
     x, groups, weight, bias, eps, activation="none", parameter=0.0, residual=None, signs=False
 ):
-    after = fused(activation, parameter, residual, signs)
+    after = epilogue(activation, parameter, residual, signs)
     return with_signs(kernels.forward(layouts.ordered(x), groups, weight, bias, eps, True, after))
 
 
@@ -19,7 +19,7 @@ def _backward(  # type: ignore[no-untyped-def]
     x, dy, table, weight, groups, need_dx, weight_dtype, bias_dtype, bias=None, activation="none",
     parameter=0.0, kept=None,
 ):  # fmt: skip
-    after, wanted = fused(activation, parameter, kept), (need_dx, weight_dtype, bias_dtype)
+    after, wanted = epilogue(activation, parameter, kept), (need_dx, weight_dtype, bias_dtype)
     return present(x, kernels.backward(x, dy, table, weight, groups, *wanted, True, bias, after))
 
 

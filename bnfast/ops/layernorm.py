@@ -7,13 +7,13 @@ import torch
 
 from ..kernels import layer_norm as kernels
 from ..kernels import layouts
-from .followed import BACKWARD, FORWARD, define, fused, gradients_like, present, with_signs
+from .followed import BACKWARD, FORWARD, define, epilogue, gradients_like, present, with_signs
 
 
 def _forward(  # type: ignore[no-untyped-def]
     x, weight, bias, dims, eps, keep, activation="none", parameter=0.0, residual=None, signs=False
 ):
-    after = fused(activation, parameter, residual)
+    after = epilogue(activation, parameter, residual)
     y, table, none = kernels.forward(layouts.contiguous(x), weight, bias, dims, eps, keep, after)
     # not one tensor for all calls
     return with_signs((y, table if keep else x.new_empty(0, dtype=table.dtype), none))
@@ -23,7 +23,7 @@ def _backward(  # type: ignore[no-untyped-def]
     x, dy, weight, table, dims, need_dx, weight_dtype, bias_dtype, bias=None, activation="none",
     parameter=0.0, kept=None,
 ):  # fmt: skip
-    after, wanted = fused(activation, parameter, kept), (need_dx, weight_dtype, bias_dtype)
+    after, wanted = epilogue(activation, parameter, kept), (need_dx, weight_dtype, bias_dtype)
     return present(x, kernels.backward(x, dy, weight, table, dims, *wanted, bias, after))
 
 

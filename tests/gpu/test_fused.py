@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import bnfast
-from bnfast.activation import NAMES
+from bnfast.kernels.epilogue import NAMES
 from tests.support.buffers import bit_identical, nan_filled_allocations
 from tests.support.fused_cases import LAYERS, Named, check, given, ours, run
 

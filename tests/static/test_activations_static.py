@@ -7,7 +7,7 @@ import itertools
 import pytest
 
 from benchmarks.static.sass import bytes_in_flight_per_sm, compile_kernel
-from bnfast.activation import NAMES
+from bnfast.kernels.epilogue import NAMES, Activation
 from bnfast.kernels.one_read import group_norm_gradients_kernel, group_norm_kernel
 from bnfast.kernels.records import CellTile
 from tests.support.compiled import compiled
@@ -80,7 +80,7 @@ def test_held_groups(kernel: object, name: str, residual: str) -> None:
         return
     forward = kernel is group_norm_kernel
     tile = CellTile(vec=8, groups=1, channels=4, span=128, pieces=1, tiles=8 if forward else 4)
-    constexprs = {"T": tile, "NAME": name, "PARAMETER": 0.0}
+    constexprs = {"T": tile, "ACT": Activation(name)}
     if not forward and (residual == "z" or name == "gelu"):
         return  # swept
     absent = {"signs_ptr", "z_ptr"} - {f"{residual}_ptr"} - ({"z_ptr"} if forward and residual else set())

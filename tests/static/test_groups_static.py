@@ -7,6 +7,7 @@ import pytest
 
 from benchmarks.static.sass import compile_kernel
 from bnfast.kernels import cell_plan, one_read
+from bnfast.kernels.epilogue import IDENTITY
 from tests.static.test_kernels_static import check_code, variants
 from tests.support.compiled import compiled
 from tests.support.kernel_cases import ITEMSIZES, Shape, call
@@ -64,7 +65,7 @@ def held() -> list[tuple[cell_plan.CellSweep, int, str]]:
 def test_held_cells(sweep: cell_plan.CellSweep, inputs: int, dtype: str) -> None:
     """All that a program holds is loaded before any of it is used, in whole vectors where sizes allow it."""
     kernel = one_read.group_norm_kernel if inputs == 1 else one_read.group_norm_gradients_kernel
-    constexprs = {"T": sweep.tile, "NAME": "none", "PARAMETER": 0.0}
+    constexprs = {"T": sweep.tile, "ACT": IDENTITY}
     absent = {"z_ptr", "signs_ptr", "dz_ptr"} | ({"bias_ptr"} if inputs == 2 else set())
     signature: dict[str, str | None] = {}
     for name in kernel.arg_names:

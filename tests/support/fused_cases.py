@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bnfast import exact, functional
-from bnfast.activation import Activation
+from bnfast.kernels.epilogue import Activation
 
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 Named = dict[str, Tensor]

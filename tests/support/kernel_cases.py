@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from bnfast.kernels import gradients, plan, statistics, transform
+from bnfast.kernels.epilogue import Activation
 from bnfast.kernels.group_plan import swept
 
 KINDS = ("statistics", "transform", "gradient_sums", "gradient_transform")
@@ -139,7 +140,7 @@ def call(kind: str, shape: Shape, dtype: str, evaluating: bool = False, after: A
     elif kind == "transform":
         absent |= after.absent(kind, within) - {"bias_ptr"}
     if kind != "statistics":
-        constexprs |= {"NAME": after.called(kind), "PARAMETER": 0.0}
+        constexprs |= {"ACT": Activation(after.called(kind))}
     signature: dict[str, Any] = {}
     for name in kernel.arg_names:
         if name in constexprs:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from bnfast.kernels import column_sums, row_activation, row_gradients, row_norm, row_plan
+from bnfast.kernels.epilogue import Activation
 
 KINDS = ("forward", "gradients", "column_gradients", "wide_gradients", "column_sums")
 ITEMSIZES = {"fp16": 2, "bf16": 2, "fp32": 4, "fp64": 8}
@@ -50,10 +51,10 @@ def call(
     if kind == "forward":
         form, sweep = row_plan.forward(size)
         kernel = row_norm.row_norm_kernel if form == "held" else row_norm.long_row_norm_kernel
-        flags = (activation, 0.0)
+        flags = (Activation(activation),)
     elif kind == "activation":
         kernel, sweep = row_activation.row_activation_kernel, row_plan.activation(size)
-        flags = (activation, 0.0)
+        flags = (Activation(activation),)
     elif kind == "gradients":
         kernel, sweep = row_gradients.row_gradients_kernel, row_plan.gradients(size)
         absent = set() if wanted else {"partials_ptr"}

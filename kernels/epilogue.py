@@ -1,0 +1,323 @@
+"""The epilogue: what a layer does to what it has normalized, in the same kernels, act(normalized + residual).
+
+One table has all that is known of an activation but for its kernels, which activations.py has."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Hashable
+from numbers import Real
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .layouts import dense_like, is_channels_last
+from .views import packs
+
+PIECEWISE, SMOOTH = 1, 2  # what an activation costs in registers: see plan.py
+
+
+class Row(NamedTuple):
+    """An activation of the table. slope: its derivative in plain torch, differentiable, with torch's choice
+    at corners. parameter: what it is if none is given; None: it takes none."""
+
+    torch: Callable[..., Tensor]
+    slope: Callable[..., Tensor]
+    cost: int = SMOOTH
+    parameter: float | None = None
+
+
+def _relu_slope(v: Tensor) -> Tensor:
+    return torch.where(v <= 0, 0.0, torch.ones_like(v))
+
+
+def _relu6_slope(v: Tensor) -> Tensor:
+    return torch.where((v <= 0) | (v >= 6), 0.0, torch.ones_like(v))
+
+
+def _leaky_relu_slope(v: Tensor, slope: float) -> Tensor:
+    return torch.where(v > 0, torch.ones_like(v), slope)
+
+
+def _elu_slope(v: Tensor, alpha: float) -> Tensor:
+    return torch.where(v <= 0, alpha * torch.exp(v.clamp(max=0)), 1.0)
+
+
+def _silu_slope(v: Tensor) -> Tensor:
+    s = torch.sigmoid(v)
+    return s * (1 + v * (1 - s))
+
+
+def _gelu_slope(v: Tensor) -> Tensor:
+    density = torch.exp(-0.5 * v * v) / math.sqrt(2 * math.pi)
+    return 0.5 * (1 + torch.erf(v * math.sqrt(0.5))) + v * density
+
+
+def _gelu_tanh(v: Tensor) -> Tensor:
+    return F.gelu(v, approximate="tanh")
+
+
+def _gelu_tanh_slope(v: Tensor) -> Tensor:
+    t = torch.tanh(math.sqrt(2 / math.pi) * (v + 0.044715 * v * v * v))
+    inner = math.sqrt(2 / math.pi) * (1 + 3 * 0.044715 * v * v)
+    return 0.5 * (1 + t) + 0.5 * v * (1 - t * t) * inner
+
+
+def _hardswish_slope(v: Tensor) -> Tensor:
+    return torch.where(v <= -3, 0.0, torch.where(v < 3, v / 3 + 0.5, 1.0))
+
+
+def _hardsigmoid_slope(v: Tensor) -> Tensor:
+    return torch.where((v > -3) & (v < 3), torch.ones_like(v) / 6, 0.0)
+
+
+def _mish_slope(v: Tensor) -> Tensor:
+    t = torch.tanh(F.softplus(v))
+    return t + v * torch.sigmoid(v) * (1 - t * t)
+
+
+def _sigmoid_slope(v: Tensor) -> Tensor:
+    s = torch.sigmoid(v)
+    return s * (1 - s)
+
+
+def _tanh_slope(v: Tensor) -> Tensor:
+    t = torch.tanh(v)
+    return 1 - t * t
+
+
+ACTIVATIONS = {
+    "relu": Row(F.relu, _relu_slope, PIECEWISE),
+    "relu6": Row(F.relu6, _relu6_slope, PIECEWISE),
+    "leaky_relu": Row(F.leaky_relu, _leaky_relu_slope, PIECEWISE, 0.01),  # torch.nn's default
+    "elu": Row(F.elu, _elu_slope, parameter=1.0),
+    "silu": Row(F.silu, _silu_slope),
+    "gelu": Row(F.gelu, _gelu_slope),
+    "gelu_tanh": Row(_gelu_tanh, _gelu_tanh_slope),
+    "hardswish": Row(F.hardswish, _hardswish_slope, PIECEWISE),
+    "hardsigmoid": Row(F.hardsigmoid, _hardsigmoid_slope, PIECEWISE),
+    "mish": Row(F.mish, _mish_slope),
+    "sigmoid": Row(F.sigmoid, _sigmoid_slope),
+    "tanh": Row(F.tanh, _tanh_slope),
+}
+NAMES = tuple(ACTIVATIONS)
+PARAMETERS = {name: row.parameter for name, row in ACTIVATIONS.items() if row.parameter is not None}
+_SPELLINGS = {name.replace("_", ""): name for name in NAMES} | {"swish": "silu"}
+# Kernels compute in fp32, so there it must be a number too. Either sign is right: forward and backward find
+# from x, not from the output, which side of 0 an element is on.
+_LARGEST = torch.finfo(torch.float32).max
+_RANGE = "between -3.4e38 and 3.4e38"
+
+
+class Activation(NamedTuple):
+    """One of NAMES, with its parameter: leaky_relu's slope below 0, elu's alpha, 0 for all others."""
+
+    name: str
+    parameter: float = 0.0
+
+    @classmethod
+    def of(cls, value: Any) -> Activation | None:
+        """What an `activation=` argument means: None; a name, in torch.nn's spelling too; a name with a
+        number, as in ("leaky_relu", 0.2); torch's module, class or function of the activation. Raises
+        ValueError for anything else."""
+        if value is None:
+            return None
+        name, *rest = value if isinstance(value, tuple) and value else (value,)
+        if isinstance(name, str):
+            plain = name.lower().replace("_", "").replace("-", "")
+            name = name if name in ACTIVATIONS else _SPELLINGS.get(plain)
+        elif not rest:
+            found = _of_torch(value)
+            if found is not None:
+                return found
+        if not isinstance(name, str):
+            raise ValueError(
+                f"activation must be None, one of {', '.join(NAMES)}, torch's module, class or function of "
+                f"one of these, or ({' or '.join(map(repr, PARAMETERS))}, number {_RANGE}), but got {value!r}"
+            )
+        if not rest or name not in PARAMETERS:
+            if rest and rest != [0.0]:
+                raise ValueError(f"activation {name!r} takes no parameter, but got {value!r}")
+            return cls(name, PARAMETERS.get(name, 0.0))
+        found = _with_parameter(name, rest[0]) if len(rest) == 1 else None
+        if found is None:
+            raise ValueError(
+                f"activation {name!r} takes as its parameter one number {_RANGE}, but got {value!r}"
+            )
+        return found
+
+    def apply(self, x: Tensor) -> Tensor:
+        """The activation of x, element by element, in plain torch."""
+        rest = (self.parameter,) if self.name in PARAMETERS else ()
+        return ACTIVATIONS[self.name].torch(x, *rest)
+
+    def slope(self, v: Tensor) -> Tensor:
+        """Its derivative at v, likewise."""
+        rest = (self.parameter,) if self.name in PARAMETERS else ()
+        return ACTIVATIONS[self.name].slope(v, *rest)
+
+
+IDENTITY = Activation("none")  # to kernels and plans
+
+
+class Epilogue(NamedTuple):
+    """The epilogue of a call. mask: whether relu's backward may have a bit for each element, 1 where it lets
+    it through, in place of the residual. To a backward, residual is what the forward kept: the residual or
+    these bits."""
+
+    activation: Activation = IDENTITY
+    residual: Tensor | None = None
+    mask: bool = False
+
+    def in_forward(self, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """(the residual in x's order, room for the mask where there is to be one)."""
+        if self.residual is None:
+            return None, None
+        s = x.numel() // max(1, x.shape[0] * x.shape[1])
+        mask = None
+        if self.mask and packs(x.shape[1], s, x.element_size(), is_channels_last(x)):
+            mask = torch.empty(x.numel() // 8, dtype=torch.uint8, device=x.device)
+        return dense_like(self.residual, x), mask
+
+    def in_backward(self, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """(the residual in x's order, None) or (None, the mask)."""
+        kept = self.residual
+        if kept is None:
+            return None, None
+        return (None, kept.contiguous()) if kept.dtype == torch.uint8 else (dense_like(kept, x), None)
+
+
+NO_EPILOGUE = Epilogue()
+
+
+class EpiloguePlan(NamedTuple):
+    """What an epilogue adds to a plan of a training step. mask: the backward has one in place of the
+    residual."""
+
+    activation: str = "none"
+    residual: bool = False
+    mask: bool = False
+
+    @classmethod
+    def of(cls, activation: str, residual: bool, c: int, s: int, memory: tuple[int, bool]) -> EpiloguePlan:
+        """With a mask, where relu's backward has one. activation: its name, or "none"; memory: itemsize and
+        channels_last, as in plan.batch_norm."""
+        return cls(activation, residual, residual and activation == "relu" and packs(c, s, *memory))
+
+    @property
+    def kept(self) -> str:
+        """What the backward reads of the residual: "residual", "mask" or, as without an activation, "" (the
+        residual's gradient is dy)."""
+        if not self.residual or self.activation == "none":
+            return ""
+        return "mask" if self.mask else "residual"
+
+    @property
+    def activation_of_dx(self) -> str:
+        """Whose slope the last pass of a backward takes: with a residual it reads dz, which has it."""
+        return "none" if self.kept else self.activation
+
+    def forward_bytes(self, elements: int, itemsize: int) -> int:
+        """The residual read, and the mask written."""
+        return self.residual * elements * itemsize + self._mask_bytes(elements)
+
+    def backward_bytes(self, elements: int, itemsize: int) -> int:
+        """The residual or the mask read, and dz written; dz is then read in dy's place."""
+        each = elements * itemsize
+        return {"": 0, "residual": 2 * each, "mask": each}[self.kept] + self._mask_bytes(elements)
+
+    def _mask_bytes(self, elements: int) -> int:
+        return elements // 8 if self.kept == "mask" else 0
+
+
+NO_EPILOGUE_PLAN = EpiloguePlan()
+
+# what `activation=` takes
+ActivationLike = (
+    str | tuple[str, float] | nn.Module | type[nn.Module] | Callable[..., Tensor] | Activation | None
+)
+
+
+def _with_parameter(name: str, value: Any) -> Activation | None:
+    number = type(value) is float or (isinstance(value, Real) and not isinstance(value, bool))
+    return Activation(name, float(value)) if number and abs(value) <= _LARGEST else None
+
+
+class Form:
+    """What an activation of torch's is set by, a module's attributes and a function's arguments after its
+    input, with their defaults; and what that makes, None being none of NAMES."""
+
+    def __init__(self, make: Callable[..., Activation | None], **parameters: Any) -> None:
+        self.make, self.parameters = make, parameters
+        self.fixed = None if parameters else make()
+
+
+def _fixed(name: str) -> Form:
+    return Form(lambda: Activation(name))
+
+
+_RELU, _SIGMOID, _TANH = _fixed("relu"), _fixed("sigmoid"), _fixed("tanh")
+_HARDTANH = Form(
+    lambda min_val, max_val: Activation("relu6") if (min_val, max_val) == (0, 6) else None,
+    min_val=-1.0,
+    max_val=1.0,
+)
+_LEAKY = Form(lambda negative_slope: _with_parameter("leaky_relu", negative_slope), negative_slope=0.01)
+_ELU = Form(lambda alpha: _with_parameter("elu", alpha), alpha=1.0)
+_GELU = Form(
+    lambda approximate: Activation("gelu_tanh" if approximate == "tanh" else "gelu"), approximate="none"
+)
+MODULES: dict[type, Form] = {
+    nn.ReLU: _RELU,
+    nn.ReLU6: _HARDTANH,
+    nn.Hardtanh: _HARDTANH,
+    nn.LeakyReLU: _LEAKY,
+    nn.ELU: _ELU,
+    nn.GELU: _GELU,
+    nn.SiLU: _fixed("silu"),
+    nn.Hardswish: _fixed("hardswish"),
+    nn.Hardsigmoid: _fixed("hardsigmoid"),
+    nn.Mish: _fixed("mish"),
+    nn.Sigmoid: _SIGMOID,
+    nn.Tanh: _TANH,
+}
+# and methods of Tensor, by name
+FUNCTIONS: dict[Any, Form] = {
+    **dict.fromkeys((F.relu, F.relu_, torch.relu, torch.relu_, "relu", "relu_"), _RELU),
+    **dict.fromkeys((F.sigmoid, torch.sigmoid, torch.sigmoid_, "sigmoid", "sigmoid_"), _SIGMOID),
+    **dict.fromkeys((F.tanh, torch.tanh, torch.tanh_, "tanh", "tanh_"), _TANH),
+    **dict.fromkeys((F.hardtanh, F.hardtanh_), _HARDTANH),
+    **dict.fromkeys((F.leaky_relu, F.leaky_relu_), _LEAKY),
+    **dict.fromkeys((F.elu, F.elu_), _ELU),
+    F.gelu: _GELU,
+    F.relu6: _fixed("relu6"),
+    F.silu: _fixed("silu"),
+    F.hardswish: _fixed("hardswish"),
+    F.hardsigmoid: _fixed("hardsigmoid"),
+    F.mish: _fixed("mish"),
+}
+
+
+def of_module(module: object) -> Activation | None:
+    """The activation that calling a module is, as its attributes stand now; None for all other modules,
+    subclasses of torch.nn's included."""
+    form = MODULES.get(type(module))
+    if form is None:
+        return None
+    if form.fixed is not None:  # with every call of a fused block
+        return form.fixed
+    return form.make(*[getattr(module, name) for name in form.parameters])
+
+
+def _of_torch(value: Any) -> Activation | None:
+    """What a module, class or function of torch is; None where it is, or does, anything else."""
+    if isinstance(value, nn.Module):
+        held = value.__dict__
+        hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+        return None if "forward" in held or any(held[kind] for kind in hooks) else of_module(value)
+    if isinstance(value, type):
+        return of_module(value()) if value in MODULES else None
+    form = FUNCTIONS.get(value) if callable(value) and isinstance(value, Hashable) else None
+    return form.make(**form.parameters) if form else None
