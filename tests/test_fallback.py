@@ -18,8 +18,8 @@ from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import bnfast
-from bnfast.kernels import batch_norm as kernels
 from bnfast.kernels import plan, steps
+from tests.support import kernel_calls as kernels
 
 ROOT = Path(__file__).resolve().parent.parent
 every_path = pytest.mark.parametrize("path", ["kernels", "torch"], indirect=True)
@@ -77,11 +77,11 @@ def test_planning_refuses_what_is_too_large() -> None:
     x = data(3, 4, 8, 8)
     mean, variance = torch.zeros(4), torch.ones(4)
     with pytest.raises(plan.TooLarge):
-        kernels.forward(x, None, None, mean, variance, None, False, 0.1, 1e-5)
+        kernels.batch_norm_train(x, None, None, mean, variance)
     with pytest.raises(plan.TooLarge):
-        kernels.inference(x, None, None, mean, variance, 1e-5, False)
+        kernels.batch_norm_eval(x, mean, variance, keep=False)
     with pytest.raises(plan.TooLarge):
-        kernels.backward(x, x, torch.zeros(4, 4), True, True, None, None)
+        kernels.batch_norm_backward(x, x, torch.zeros(4, 4), (True, None, None))
     assert not mean.any()
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -13,8 +12,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import bnfast
-from bnfast.kernels import batch_norm, group_norm, plan, steps, views
+from bnfast.kernels import plan, views
 from bnfast.kernels.fused import Fused
+from tests.support import kernel_calls as kernels
 from tests.support.fused_cases import given
 from tests.support.trace import trace
 
@@ -87,14 +87,6 @@ def test_export_is_plain_aten() -> None:
     assert not any("bnfast" in str(node.target) for node in exported.graph.nodes)
 
 
-@pytest.fixture
-def several_programs(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setenv("BNFAST_INTERPRETER_SMS", "2")
-    steps.forget_plans()
-    yield
-    steps.forget_plans()
-
-
 def traffic(t: Any, launches: int, **expected: tuple[float, float]) -> None:
     """Reads and writes of each tensor by name, in units of itself."""
     assert not t.out_of_bounds, t.out_of_bounds
@@ -110,21 +102,19 @@ def test_bytes_of_batch_norm(shape: tuple[int, ...], layout: str) -> None:
     """With relu 3T and 5T; with a residual besides 4T + T/16 and 6T + T/16, of signs; of silu z again."""
     g = given(shape, torch.bfloat16, "train", layout)
     x, dy, z = g["x"], g["dy"], g["z"]
-    state = (None, None, None, False, 0.1, 1e-5, True, None)
-    wanted = (True, True, torch.float32, torch.float32, True)
     with trace(x=x) as t:
-        y, table, none = batch_norm.forward(x, g["weight"], g["bias"], *state, Fused("relu"))
+        y, table, none = kernels.batch_norm_train(x, g["weight"], g["bias"], after=Fused("relu"))
     assert none is None
     traffic(t, 2, x=(2.0, 0.0))
     assert t.of(y).writes == 1.0
     with trace(x=x, dy=dy) as t:
-        dx, *_, none = batch_norm.backward(x, dy, table, *wanted, Fused("relu"))
+        dx, *_, none = kernels.batch_norm_backward(x, dy, table, after=Fused("relu"))
     assert none is None
     traffic(t, 2, x=(2.0, 0.0), dy=(2.0, 0.0))
     assert t.of(dx).writes == 1.0
     for after, again in ((Fused("relu", 0.0, z, True), 0.0), (Fused("silu", 0.0, z), 1.0)):
         with trace(x=x, z=z) as t:
-            y, table, signs = batch_norm.forward(x, g["weight"], g["bias"], *state, after)
+            y, table, signs = kernels.batch_norm_train(x, g["weight"], g["bias"], after=after)
         traffic(t, 2, x=(2.0, 0.0), z=(1.0, 0.0))
         assert (signs is None) == bool(again)
         if signs is not None:
@@ -132,7 +122,7 @@ def test_bytes_of_batch_norm(shape: tuple[int, ...], layout: str) -> None:
             assert t.of(signs).writes == 1.0
         kept = z if signs is None else signs
         with trace(x=x, dy=dy, kept=kept) as t:
-            dx, _, _, dz = batch_norm.backward(x, dy, table, *wanted, Fused(after.name, 0.0, kept))
+            dx, _, _, dz = kernels.batch_norm_backward(x, dy, table, after=Fused(after.name, 0.0, kept))
         traffic(t, 2, x=(2.0, 0.0), dy=(1.0, 0.0), kept=(1.0, 0.0))
         assert (t.of(dz).reads, t.of(dz).writes, t.of(dx).writes) == (1.0, 1.0, 1.0)
 
@@ -143,16 +133,13 @@ def test_bytes_of_group_norm_that_holds_its_groups() -> None:
     g = given((4, 16, 8, 8), torch.bfloat16, "group")
     x, dy, z = g["x"], g["dy"], g["z"]
     with trace(x=x, z=z) as t:
-        y, table, signs = group_norm.forward(
-            x, 2, g["weight"], g["bias"], 1e-5, True, Fused("relu", 0.0, z, True)
-        )
+        y, table, signs = kernels.group_norm(x, 2, g["weight"], g["bias"], Fused("relu", 0.0, z, True))
     traffic(t, 1, x=(1.0, 0.0), z=(1.0, 0.0))
     assert signs is not None
     assert (t.of(y).writes, t.of(signs).writes) == (1.0, 1.0)
     after = Fused("relu", 0.0, signs)
-    wanted = (True, torch.float32, torch.float32, True, g["bias"])
     with trace(x=x, dy=dy, signs=signs) as t:
-        dx, _, _, dz = group_norm.backward(x, dy, table, g["weight"], 2, *wanted, after)
+        dx, _, _, dz = kernels.group_norm_backward(x, dy, table, 2, g["weight"], bias=g["bias"], after=after)
     traffic(t, 2, x=(1.0, 0.0), dy=(1.0, 0.0), signs=(1.0, 0.0))
     assert (t.of(dx).writes, t.of(dz).writes) == (1.0, 1.0)
 

@@ -3,17 +3,14 @@ move is in test_traffic_groups.py, the rest of the function and the layer in tes
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import Tensor
 
 from bnfast import exact
 from bnfast.functional import group_norm
-from bnfast.kernels import group_norm as kernels
-from bnfast.kernels import steps
 from bnfast.kernels.cell_plan import CellSweep, cell_sweep
+from tests.support import kernel_calls as kernels
 from tests.support.buffers import bit_identical, guarded, nan_filled_allocations
 from tests.support.cooperative import shuffled
 from tests.support.group_cases import EPS, by_kernels, check, given, run
@@ -45,14 +42,6 @@ LARGE = {
     "runs of odd length": ((2, 6, 75, 149), 2),
     "a wide row": ((1, 40, 48, 48), 1),
 }
-
-
-@pytest.fixture
-def several_programs(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setenv("BNFAST_INTERPRETER_SMS", "3")
-    steps.forget_plans()
-    yield
-    steps.forget_plans()
 
 
 def passes(shape: tuple[int, ...], groups: int, dtype: torch.dtype = FP32, **options: object) -> None:
@@ -138,8 +127,8 @@ def test_writes_its_outputs_and_nothing_else(shape: tuple[int, ...], groups: int
     x, dy, weight, bias = (h.tensor for h in guards)
     copies = [h.tensor.clone() for h in guards]
     with nan_filled_allocations():
-        y, table, _ = kernels.forward(x, groups, weight, bias, EPS)
-        *gradients, dz = kernels.backward(x, dy, table, weight, groups, True, FP32, FP32)
+        y, table, _ = kernels.group_norm(x, groups, weight, bias)
+        *gradients, dz = kernels.group_norm_backward(x, dy, table, groups, weight)
     assert all(bit_identical(h.tensor, c) for h, c in zip(guards, copies, strict=True))
     assert all(h.intact() for h in guards)
     assert all(t is not None and t.isfinite().all() for t in (y, table, *gradients))
@@ -181,8 +170,8 @@ def test_unaligned_storage(shape: tuple[int, ...], groups: int, layout: str, cut
 
     g = given(shape, groups, layout=layout)
     x, dy, weight, bias = (moved(t) for t in (g.x, g.dy, g.weight, g.bias) if t is not None)
-    y, table, _ = kernels.forward(x, groups, weight, bias, EPS)
-    dx, dweight, dbias, _ = kernels.backward(x, dy, table, weight, groups, True, FP32, FP32)
+    y, table, _ = kernels.group_norm(x, groups, weight, bias)
+    dx, dweight, dbias, _ = kernels.group_norm_backward(x, dy, table, groups, weight)
     assert dx is not None
     assert dweight is not None
     assert dbias is not None

@@ -20,6 +20,7 @@ import bnfast
 from bnfast import exact
 from bnfast.functional import group_norm
 from bnfast.reference import groupnorm as reference
+from tests.support import kernel_calls
 from tests.support.alike import same_error
 from tests.support.group_cases import given, random
 from tests.support.versions import WITHOUT_BIAS
@@ -250,18 +251,9 @@ def test_graphs_without_operators(path: str) -> None:
     assert_close(graph(X), theirs(X), **CLOSE)
 
 
-def test_too_large_goes_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    from bnfast.kernels.plan import TooLarge
-
-    def refuse(*_: Any, **__: Any) -> Any:
-        raise TooLarge("as sizes beyond 32 bits would")
-
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_too_large_goes_to_torch(direction: str) -> None:
     ours, theirs = pair(3, 6)
-    from bnfast.kernels import group_norm as kernels
-
-    backward = kernels.backward
-    monkeypatch.setattr(kernels, "backward", refuse)
-    assert_close(step(ours, X), step(theirs, X), **CLOSE)
-    monkeypatch.setattr(kernels, "backward", backward)
-    monkeypatch.setattr(kernels, "forward", refuse)
-    assert_close(step(ours, X), step(theirs, X), **CLOSE)
+    with kernel_calls.refusing("group", direction):
+        found = step(ours, X)
+    assert_close(found, step(theirs, X), **CLOSE)

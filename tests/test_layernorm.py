@@ -3,7 +3,6 @@ function and the layer is in test_layernorm_layer.py."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -12,8 +11,8 @@ from torch import Tensor
 
 import bnfast
 from bnfast.functional import layer_norm
-from bnfast.kernels import layer_norm as kernels
-from bnfast.kernels import row_plan, steps
+from bnfast.kernels import row_plan
+from tests.support import kernel_calls as kernels
 from tests.support.buffers import bit_identical, guarded, nan_filled_allocations
 from tests.support.cooperative import shuffled
 from tests.support.row_oracle import check, given, run
@@ -142,20 +141,12 @@ def test_writes_its_outputs_and_nothing_else(shape: tuple[int, int]) -> None:
     x, dy, weight, bias = (h.tensor for h in held)
     copies = [h.tensor.clone() for h in held]
     with nan_filled_allocations():
-        y, table, _ = kernels.forward(x, weight, bias, 1, 1e-5)
-        *gradients, dz = kernels.backward(x, dy, weight, table, 1, True, FP32, FP32)
+        y, table, _ = kernels.layer_norm(x, weight, bias)
+        *gradients, dz = kernels.layer_norm_backward(x, dy, table, weight)
     assert all(bit_identical(h.tensor, c) for h, c in zip(held, copies, strict=True))
     assert all(h.intact() for h in held)
     assert all(t is not None and t.isfinite().all() for t in (y, table, *gradients))
     assert dz is None
-
-
-@pytest.fixture
-def several_programs(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setenv("BNFAST_INTERPRETER_SMS", "3")
-    steps.forget_plans()
-    yield
-    steps.forget_plans()
 
 
 @pytest.mark.usefixtures("several_programs")
@@ -164,8 +155,8 @@ def test_same_bits_in_any_order(shape: tuple[int, int]) -> None:
     g = given(shape, BF16)
 
     def step() -> list[Tensor]:
-        y, table, _ = kernels.forward(g.x, g.weight, g.bias, 1, 1e-5)
-        dx, dweight, dbias, _ = kernels.backward(g.x, g.dy, g.weight, table, 1, True, FP32, FP32)
+        y, table, _ = kernels.layer_norm(g.x, g.weight, g.bias)
+        dx, dweight, dbias, _ = kernels.layer_norm_backward(g.x, g.dy, table, g.weight)
         assert dx is not None
         assert dweight is not None
         assert dbias is not None
@@ -196,13 +187,13 @@ def test_traffic(rows: int, width: int, dtype: torch.dtype, forward: float, back
     g = given((rows, width), dtype)
     x, dy = g.x, g.dy
     with trace(x=x) as t:
-        y, table, _ = kernels.forward(x, g.weight, g.bias, 1, 1e-5)
+        y, table, _ = kernels.layer_norm(x, g.weight, g.bias)
     clean(t, 1)
     assert (t["x"].reads, t["x"].writes, t.of(y).writes, t.of(y).reads) == (forward, 0.0, 1.0, 0.0)
     assert t.of(y).unique_written == t.of(y).size
     assert t.of(table).unique_written == t.of(table).size
     with trace(x=x, dy=dy) as b:
-        dx, dweight, dbias, _ = kernels.backward(x, dy, g.weight, table, 1, True, FP32, FP32)
+        dx, dweight, dbias, _ = kernels.layer_norm_backward(x, dy, table, g.weight)
     assert dx is not None
     assert dweight is not None
     assert dbias is not None
@@ -220,16 +211,16 @@ def test_traffic(rows: int, width: int, dtype: torch.dtype, forward: float, back
 def test_only_what_is_wanted(rows: int, width: int) -> None:
     """Without a table where no backward follows; one sweep without dx; dbeta alone never reads x."""
     g = given((rows, width), FP32)
-    y, table, _ = kernels.forward(g.x, g.weight, g.bias, 1, 1e-5)
+    y, table, _ = kernels.layer_norm(g.x, g.weight, g.bias)
     with trace(x=g.x) as t:
-        again, none, _ = kernels.forward(g.x, g.weight, g.bias, 1, 1e-5, False)
+        again, none, _ = kernels.layer_norm(g.x, g.weight, g.bias, keep=False)
     clean(t, 1)
     assert none.numel() == 0
     assert bit_identical(again, y)
-    full = kernels.backward(g.x, g.dy, g.weight, table, 1, True, FP32, FP32)
+    full = kernels.layer_norm_backward(g.x, g.dy, table, g.weight)
     for wanted in ((True, None, None), (False, FP32, None), (False, None, FP32), (True, None, FP32)):
         with trace(x=g.x, dy=g.dy) as b:
-            found = kernels.backward(g.x, g.dy, g.weight, table, 1, *wanted)
+            found = kernels.layer_norm_backward(g.x, g.dy, table, g.weight, wanted)
         need_dx = wanted[0]
         twice = need_dx and width == 8201
         sums = wanted[1] is not None or wanted[2] is not None
@@ -253,10 +244,10 @@ def test_unaligned_storage(cut: int) -> None:
     x, dy = moved(g.x), moved(g.dy)
     weight, bias = moved(g.weight), moved(g.bias)  # type: ignore[arg-type]
     with trace(x=x, weight=weight) as t:
-        y, table, _ = kernels.forward(x, weight, bias, 1, 1e-5)
+        y, table, _ = kernels.layer_norm(x, weight, bias)
     clean(t, 1)
     assert (t["x"].reads, t.of(y).writes) == (1.0, 1.0)
-    dx, dweight, dbias, _ = kernels.backward(x, dy, weight, table, 1, True, FP32, FP32)
+    dx, dweight, dbias, _ = kernels.layer_norm_backward(x, dy, table, weight)
     check(g, {"y": y, "dx": dx, "dweight": dweight, "dbias": dbias})  # type: ignore[dict-item]
 
 

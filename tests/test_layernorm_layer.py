@@ -6,7 +6,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
@@ -19,8 +18,8 @@ from torch.testing._internal.common_modules import module_db
 
 import bnfast
 from bnfast.functional import layer_norm
-from bnfast.kernels import layer_norm as kernels
 from bnfast.reference import layernorm as reference
+from tests.support import kernel_calls
 from tests.support.alike import same_error
 from tests.support.buffers import bit_identical
 
@@ -131,7 +130,7 @@ SUBSETS = [(a, b, c) for a in (True, False) for b in (True, False) for c in (Tru
 @pytest.mark.parametrize("wanted", SUBSETS, ids=str)
 def test_only_the_gradients_needed(wanted: tuple[bool, bool, bool]) -> None:
     results = []
-    with mock.patch.object(kernels, "backward", wraps=kernels.backward) as backward:
+    with kernel_calls.gradients_asked_for("layer") as asked:
         for function in (layer_norm, F.layer_norm):
             leaves = [data(5, 6), data(6, seed=1), data(6, seed=2)]
             for leaf, need in zip(leaves, wanted, strict=True):
@@ -139,9 +138,7 @@ def test_only_the_gradients_needed(wanted: tuple[bool, bool, bool]) -> None:
             function(leaves[0], (6,), *leaves[1:]).backward(data(5, 6, seed=5))
             results.append([leaf.grad for leaf in leaves])
     assert_close(*results, **CLOSE)
-    (call,) = backward.call_args_list
-    need_dx, weight_dtype, bias_dtype = call.args[5:8]
-    assert (need_dx, weight_dtype is not None, bias_dtype is not None) == wanted
+    assert asked == [wanted]
 
 
 @every_path

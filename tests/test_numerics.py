@@ -8,9 +8,8 @@ import pytest
 import torch
 
 from bnfast.checks.cases import Case
-from bnfast.kernels import batch_norm as kernels
-from bnfast.kernels import steps
 from bnfast.selfcheck import check
+from tests.support import kernel_calls as kernels
 from tests.support.buffers import bit_identical, guarded, nan_filled_allocations
 from tests.support.cooperative import shuffled
 
@@ -115,8 +114,8 @@ def test_hostile_numbers(data: str, shape: tuple[int, ...], layout: str) -> None
         x, dy = (t.contiguous(memory_format=torch.channels_last) for t in (x, dy))
     mean = torch.full((shape[1],), float("nan") if data == "running mean NaN" else 0.0)
     variance = torch.zeros(shape[1])
-    y, table, _ = kernels.forward(x, weight, None, mean, variance, None, False, 1.0, 1e-5)
-    dx, dweight, dbias, _ = kernels.backward(x, dy, table, True, True, torch.float32, torch.float32)
+    y, table, _ = kernels.batch_norm_train(x, weight, None, mean, variance, momentum=1.0)
+    dx, dweight, dbias, _ = kernels.batch_norm_backward(x, dy, table)
     ours = {"y": y, "dx": dx, "dweight": dweight, "dbias": dbias, "variance": variance}
     exact, other = exactly(x, dy, weight), two_pass(x, dy, weight)
     for name, value in exact.items():
@@ -135,7 +134,7 @@ def test_one_bad_value_stays_in_its_channel(bad: float, layout: str) -> None:
     x[2, 3, 1, 1] = bad
     x = x.contiguous(memory_format=getattr(torch, layout + "_format", None) or torch.channels_last)
     mean, variance = torch.zeros(10), torch.ones(10)
-    y, *_ = kernels.forward(x, None, None, mean, variance, None, False, 0.1, 1e-5)
+    y, *_ = kernels.batch_norm_train(x, None, None, mean, variance)
     others = [c for c in range(10) if c != 3]
     assert y[:, others].isfinite().all()
     assert mean[others].isfinite().all()
@@ -156,33 +155,29 @@ def test_writes_its_outputs_and_nothing_else(shape: tuple[int, ...], layout: str
     gx, gdy, gw, gb = (h.tensor for h in held)
     copies = [h.tensor.clone() for h in held]
     with nan_filled_allocations():
-        y, table, _ = kernels.forward(gx, gw, gb, None, None, None, False, 0.1, 1e-5)
-        *gradients, dz = kernels.backward(gx, gdy, table, True, True, torch.float32, torch.float32)
+        y, table, _ = kernels.batch_norm_train(gx, gw, gb)
+        *gradients, dz = kernels.batch_norm_backward(gx, gdy, table)
     assert all(bit_identical(h.tensor, c) for h, c in zip(held, copies, strict=True))
     assert all(h.intact() for h in held)
     assert all(t.isfinite().all() for t in (y, table, *gradients))
     assert dz is None
 
 
+@pytest.mark.usefixtures("several_programs")
 @BOTH
 @pytest.mark.parametrize("shape", [(16, 24, 7, 7), (6, 13, 3, 4), (2, 3, 70, 66)], ids=str)
-def test_same_bits_in_any_order(shape: tuple[int, ...], layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_same_bits_in_any_order(shape: tuple[int, ...], layout: str) -> None:
     """Whichever program arrives last, the partials are merged in the same order."""
-    monkeypatch.setenv("BNFAST_INTERPRETER_SMS", "3")
-    steps.forget_plans()
     memory_format = torch.channels_last if layout == "channels_last" else torch.contiguous_format
     x, dy = (torch.randn(shape).contiguous(memory_format=memory_format) for _ in range(2))
 
     def step() -> list[torch.Tensor]:
         mean, variance = torch.zeros(shape[1]), torch.ones(shape[1])
-        y, table, _ = kernels.forward(x, None, None, mean, variance, None, False, 0.1, 1e-5)
-        dx, dweight, dbias, _ = kernels.backward(x, dy, table, True, True, torch.float32, torch.float32)
+        y, table, _ = kernels.batch_norm_train(x, None, None, mean, variance)
+        dx, dweight, dbias, _ = kernels.batch_norm_backward(x, dy, table)
         return [y, table, mean, variance, dx, dweight, dbias]
 
-    try:
-        first = step()
-        for seed in range(3):
-            with shuffled(seed):
-                assert all(bit_identical(a, b) for a, b in zip(step(), first, strict=True))
-    finally:
-        steps.forget_plans()
+    first = step()
+    for seed in range(3):
+        with shuffled(seed):
+            assert all(bit_identical(a, b) for a, b in zip(step(), first, strict=True))

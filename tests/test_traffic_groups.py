@@ -2,29 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import Tensor
 
 from bnfast.functional import instance_norm
-from bnfast.kernels import group_norm as kernels
-from bnfast.kernels import steps
 from bnfast.kernels.group_plan import GroupNormPlan, group_norm
-from tests.support.group_cases import EPS, Given, given
+from tests.support import kernel_calls as kernels
+from tests.support.group_cases import Given, given
 from tests.support.trace import Trace, trace
 
+pytestmark = pytest.mark.usefixtures("several_programs")
+SMS = 3  # the fixture's
 FP16, FP32 = torch.float16, torch.float32
-
-
-@pytest.fixture(autouse=True)
-def several_programs(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Enough SMs that channels are split and blocks share rows, few enough to be quick."""
-    monkeypatch.setenv("BNFAST_INTERPRETER_SMS", "2")
-    steps.forget_plans()
-    yield
-    steps.forget_plans()
 
 
 def clean(t: Trace, launches: int) -> None:
@@ -52,12 +42,12 @@ def moved(t: Trace) -> int:
 def planned(g: Given) -> GroupNormPlan:
     n, c, *size = g.x.shape
     s = torch.Size(size).numel()
-    return group_norm(n, c, s, g.groups, g.x.element_size(), not g.x.is_contiguous(), sms=2)
+    return group_norm(n, c, s, g.groups, g.x.element_size(), not g.x.is_contiguous(), sms=SMS)
 
 
 def forward(g: Given, reads: float, launches: int) -> tuple[Trace, Tensor]:
     with trace(x=g.x) as t:
-        y, table, _ = kernels.forward(g.x, g.groups, g.weight, g.bias, EPS)
+        y, table, _ = kernels.group_norm(g.x, g.groups, g.weight, g.bias)
     clean(t, launches)
     assert (t["x"].reads, t["x"].writes, t.of(y).writes, t.of(y).reads) == (reads, 0.0, 1.0, 0.0)
     written_once(t, y, table)
@@ -69,7 +59,7 @@ def forward(g: Given, reads: float, launches: int) -> tuple[Trace, Tensor]:
 
 def backward(g: Given, table: Tensor, reads: float, launches: int) -> Trace:
     with trace(x=g.x, dy=g.dy) as b:
-        dx, dweight, dbias, _ = kernels.backward(g.x, g.dy, table, g.weight, g.groups, True, FP32, FP32)
+        dx, dweight, dbias, _ = kernels.group_norm_backward(g.x, g.dy, table, g.groups, g.weight)
     assert dx is not None
     clean(b, launches)
     assert b["x"].reads <= reads
@@ -167,7 +157,7 @@ def test_only_what_is_wanted(shape: tuple[int, ...], groups: int, layout: str) -
     _, table = forward(g, 1.0 if held else 2.0, 3)
     for need_dx, kind in ((True, None), (False, FP32)):
         with trace(x=g.x, dy=g.dy) as b:
-            kernels.backward(g.x, g.dy, table, g.weight, groups, need_dx, kind, kind)
+            kernels.group_norm_backward(g.x, g.dy, table, groups, g.weight, (need_dx, kind, kind))
         clean(b, 2 - (held and need_dx))
         sweeps = 1.0 if held or not need_dx else 2.0
         assert (b["x"].reads, b["dy"].reads) == (sweeps, sweeps)

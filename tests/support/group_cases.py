@@ -10,7 +10,7 @@ from torch import Tensor
 
 from bnfast import exact
 from bnfast.checks import peers
-from bnfast.kernels import group_norm as kernels
+from tests.support import kernel_calls as kernels
 
 EPS = 1e-5
 FORMATS = {3: torch.contiguous_format, 4: torch.channels_last, 5: torch.channels_last_3d}
@@ -76,6 +76,7 @@ def check(g: Given, ours: Named) -> None:
 
 def by_kernels(g: Given, wanted: tuple[bool, bool, bool] = (True, True, True)) -> list[Tensor | None]:
     """[y, table, dx, dweight, dbias] of the host code's two calls."""
-    y, table, _ = kernels.forward(g.x, g.groups, g.weight, g.bias, EPS)
-    kinds = [table.dtype if want else None for want in wanted[1:]]
-    return [y, table, *kernels.backward(g.x, g.dy, table, g.weight, g.groups, wanted[0], *kinds)[:3]]
+    y, table, _ = kernels.group_norm(g.x, g.groups, g.weight, g.bias)
+    weight_dtype, bias_dtype = (table.dtype if want else None for want in wanted[1:])
+    asked = (wanted[0], weight_dtype, bias_dtype)
+    return [y, table, *kernels.group_norm_backward(g.x, g.dy, table, g.groups, g.weight, asked)[:3]]

@@ -1,0 +1,113 @@
+"""The kernels' host functions as the tests call them: the one place that knows the order of their arguments.
+
+Each forward returns (y, table, signs or None), and each backward (dx, dweight, dbias, dz)."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from torch import Tensor
+
+from bnfast.kernels import batch_norm as _batch_norm
+from bnfast.kernels import group_norm as _group_norm
+from bnfast.kernels import launch, plan
+from bnfast.kernels import layer_norm as _layer_norm
+from bnfast.kernels.fused import NOTHING, Fused
+
+EPS = 1e-5
+Result = Tensor | None
+Forward = tuple[Tensor, Tensor, Result]
+Gradients = tuple[Result, Result, Result, Result]
+# Whether dx is wanted, and the dtypes of dweight and dbias, or None where they are not wanted.
+Wanted = tuple[bool, torch.dtype | None, torch.dtype | None]
+ALL: Wanted = (True, torch.float32, torch.float32)
+RENORM = ((3.0, 5.0, 0.0, 0.0, 0.0), True)  # r_max, d_max and their schedule; whether infinities are skipped
+
+
+def batch_norm_train(
+    x: Tensor, weight: Result = None, bias: Result = None, mean: Result = None, variance: Result = None,
+    batches: Result = None, *, momentum: float = 0.1, renorm: Any = None, after: Fused = NOTHING,
+) -> Forward:  # fmt: skip
+    state = (x, weight, bias, mean, variance, batches)
+    return _batch_norm.forward(*state, False, momentum, EPS, renorm=renorm, after=after)
+
+
+def batch_norm_eval(x: Tensor, mean: Tensor, variance: Tensor, *, keep: bool = True) -> Forward:
+    return _batch_norm.inference(x, None, None, mean, variance, EPS, keep)
+
+
+def batch_norm_backward(
+    x: Tensor, dy: Tensor, table: Tensor, wanted: Wanted = ALL, *, training: bool = True,
+    after: Fused = NOTHING,
+) -> Gradients:  # fmt: skip
+    return _batch_norm.backward(x, dy, table, training, *wanted, after=after)
+
+
+def group_norm(x: Tensor, groups: int, weight: Result, bias: Result, after: Fused = NOTHING) -> Forward:
+    return _group_norm.forward(x, groups, weight, bias, EPS, after=after)
+
+
+def group_norm_backward(
+    x: Tensor, dy: Tensor, table: Tensor, groups: int, weight: Result, wanted: Wanted = ALL,
+    *, bias: Result = None, after: Fused = NOTHING,
+) -> Gradients:  # fmt: skip
+    return _group_norm.backward(x, dy, table, weight, groups, *wanted, bias=bias, after=after)
+
+
+def layer_norm(x: Tensor, weight: Result, bias: Result, *, keep: bool = True) -> Forward:
+    """Of the last dimension."""
+    return _layer_norm.forward(x, weight, bias, 1, EPS, keep)
+
+
+def layer_norm_backward(
+    x: Tensor, dy: Tensor, table: Tensor, weight: Result, wanted: Wanted = ALL
+) -> Gradients:
+    return _layer_norm.backward(x, dy, weight, table, 1, *wanted)
+
+
+_HOSTS: dict[str, Any] = {"batch": _batch_norm, "group": _group_norm, "layer": _layer_norm}
+_FIRST_WANTED = {"batch": 4, "group": 5, "layer": 5}  # the position of need_dx among a backward's arguments
+
+
+@contextlib.contextmanager
+def gradients_asked_for(norm: str) -> Iterator[list[tuple[bool, bool, bool]]]:
+    """Grows by whether (dx, dweight, dbias) are wanted with each call of the backward."""
+    host, first = _HOSTS[norm], _FIRST_WANTED[norm]
+    seen: list[tuple[bool, bool, bool]] = []
+    backward = host.backward
+
+    def noted(*args: Any) -> Any:
+        need_dx, weight_dtype, bias_dtype = args[first : first + 3]
+        seen.append((need_dx, weight_dtype is not None, bias_dtype is not None))
+        return backward(*args)
+
+    with mock.patch.object(host, "backward", noted):
+        yield seen
+
+
+@contextlib.contextmanager
+def refusing(norm: str, name: str) -> Iterator[None]:
+    """The forward or the backward of a norm finds all sizes too large."""
+
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise plan.TooLarge("as sizes beyond 32 bits would be")
+
+    with mock.patch.object(_HOSTS[norm], name, refuse):
+        yield
+
+
+def workspaces_asked_for(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Grows by whether a workspace of its own is wanted with each call of BatchNorm that takes one."""
+    seen: list[bool] = []
+
+    def workspace(*args: Any) -> Any:
+        seen.append(args[-1])
+        return launch.workspace(*args)
+
+    monkeypatch.setattr(_batch_norm, "workspace", workspace)
+    return seen
