@@ -13,8 +13,7 @@ from torch.utils.checkpoint import checkpoint
 import bnfast
 from bnfast.functional import batch_renorm
 from tests.support.buffers import bit_identical
-
-every_path = pytest.mark.parametrize("path", ["kernels", "torch"], indirect=True)
+from tests.support.layers import every_path
 
 
 @every_path

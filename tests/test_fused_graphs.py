@@ -16,10 +16,10 @@ from bnfast.kernels import plan, views
 from bnfast.kernels.fused import Fused
 from tests.support import kernel_calls as kernels
 from tests.support.fused_cases import given
+from tests.support.layers import every_path
 from tests.support.trace import clean, trace
 
 OPERATORS = torch.ops.bnfast
-every_path = pytest.mark.parametrize("path", ["kernels", "torch"], indirect=True)
 
 
 class Block(nn.Module):

@@ -1,5 +1,5 @@
-"""torch.fx has our layers as leaves, as it has torch.nn's, and refuses what it would record twice. torch.jit
-scripts torch.nn's layer in place of ours, and a subclass as it is written."""
+"""What torch.fx and torch.jit make of subclasses of our layers, and of layers with hooks: nothing is recorded
+twice, and a subclass is scripted as it is written."""
 
 from __future__ import annotations
 
@@ -54,23 +54,20 @@ class Leaves(torch.fx.Tracer):
 
 
 @both_modes
-@pytest.mark.parametrize("layer", [Named])
-def test_fx_leaf(layer: type[nn.Module], training: bool) -> None:
-    """Feature extractors cut a traced model at its layers, so a layer must stay one node."""
-    module = model(layer).train(training)
+def test_a_subclass_without_a_forward_is_a_leaf_to_fx(training: bool) -> None:
+    module = model(Named).train(training)
     graph = torch.fx.symbolic_trace(copy.deepcopy(module))
     (node,) = (n for n in graph.graph.nodes if n.target == "1")
     assert node.op == "call_module"
-    assert type(graph.get_submodule("1")) is layer
+    assert type(graph.get_submodule("1")) is Named
     assert_close(step(graph, data(*SHAPE)), step(module, data(*SHAPE)), **CLOSE)
 
 
 @both_modes
-@pytest.mark.parametrize("layer", [Doubling])
-def test_jit_script(layer: type[nn.Module], training: bool) -> None:
+def test_a_subclass_is_scripted(training: bool) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
-        module = model(layer).train(training)
+        module = model(Doubling).train(training)
         expected, scripted = copy.deepcopy(module), torch.jit.script(module)
     x = data(*SHAPE)
     assert_close(step(scripted, x), step(expected, x), **CLOSE)

@@ -15,13 +15,10 @@ from bnfast.functional import batch_norm
 from bnfast.kernels import launch, steps
 from tests.support import kernel_calls
 from tests.support.buffers import bit_identical
+from tests.support.layers import data
 
 OPERATORS = torch.ops.bnfast
 SHAPE = (4, 8, 4, 4)
-
-
-def data(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)) + 0.5
 
 
 def offset(t: Tensor, elements: int = 1) -> Tensor:

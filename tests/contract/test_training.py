@@ -61,6 +61,7 @@ def test_trains_and_evaluates_like_its_twin(
         if layer.keeps_format:
             assert found["y"].stride() == found["dx"].stride() == x.stride()
     assert bool(launches) == (path == "kernels")
+    assert all(buffer.grad is None for buffer in ours.buffers())
 
 
 def of_modules() -> list[Any]:
@@ -188,10 +189,13 @@ def test_an_empty_batch(layer: Layer, training: bool, path: str, launches: list[
 @every_path
 @pytest.mark.parametrize("options", [{}, {"affine": False}, {"momentum": None}], ids=str)
 @both_modes
-def test_a_batch_norm_of_empty_planes(options: Options, training: bool, path: str) -> None:
+def test_a_batch_norm_of_empty_planes(
+    options: Options, training: bool, path: str, launches: list[Any]
+) -> None:
     ours, theirs = (m.train(training) for m in BY_NAME["BatchNorm2d"].pair(**options))
     for shape in ((0, 4, 3, 3), (2, 4, 0, 3)):
         assert_same(step(ours, torch.empty(shape)), step(theirs, torch.empty(shape)), rtol=0, atol=0)
+    assert not launches
 
 
 @every_path
