@@ -1,5 +1,5 @@
 """Misuse raises what torch.nn raises, with its words, before any kernel runs and before anything is updated.
-An empty batch is not misuse. DTensors are refused, with a way out."""
+DTensors are refused, with a way out."""
 
 from __future__ import annotations
 

@@ -6,11 +6,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from bnfast.checks import truth
+from bnfast.checks.cases import given, layer_norm
 from tests.support import kernel_calls as kernels
 from tests.support.buffers import bit_identical
-from tests.support.row_oracle import check, given
 from tests.support.trace import clean, trace
 
+CPU = torch.device("cpu")
 FP16, FP32 = torch.float16, torch.float32
 
 
@@ -24,7 +26,7 @@ EVERY = [(*case, 1.0, 1.0) for case in HELD] + [(*case, 2.0) for case in LONG]
 def test_traffic(rows: int, width: int, dtype: torch.dtype, forward: float, backward: float) -> None:
     """Forward: one launch, x once where a row fits, y once. Backward: dy and x once, or twice where two of
     them do not fit, dx once; a launch more for merging, and one more for the second sweep."""
-    g = given((rows, width), dtype)
+    g = given(layer_norm((rows, width), dtype), CPU)
     x, dy = g.x, g.dy
     with trace(x=x) as t:
         y, table, _ = kernels.layer_norm(x, g.weight, g.bias)
@@ -50,7 +52,7 @@ def test_traffic(rows: int, width: int, dtype: torch.dtype, forward: float, back
 @pytest.mark.parametrize(("rows", "width"), [(300, 64), (7, 768), (2, 8201)], ids=str)
 def test_only_what_is_wanted(rows: int, width: int) -> None:
     """Without a table where no backward follows; one sweep without dx; dbeta alone never reads x."""
-    g = given((rows, width), FP32)
+    g = given(layer_norm((rows, width)), CPU)
     y, table, _ = kernels.layer_norm(g.x, g.weight, g.bias)
     with trace(x=g.x) as t:
         again, none, _ = kernels.layer_norm(g.x, g.weight, g.bias, keep=False)
@@ -76,7 +78,8 @@ def test_only_what_is_wanted(rows: int, width: int) -> None:
 @pytest.mark.parametrize("cut", [1, 3, 8], ids="cut {}".format)
 def test_unaligned_storage(cut: int) -> None:
     """Tensors that start anywhere in their storage: the same traffic, no vector reaching outside."""
-    g = given((5, 96), FP16)
+    case = layer_norm((5, 96), FP16)
+    g = given(case, CPU)
 
     def moved(t: Tensor) -> Tensor:
         return torch.zeros(t.numel() + cut, dtype=t.dtype)[cut:].view(t.shape).copy_(t)
@@ -88,4 +91,5 @@ def test_unaligned_storage(cut: int) -> None:
     clean(t, 1)
     assert (t["x"].reads, t.of(y).writes) == (1.0, 1.0)
     dx, dweight, dbias, _ = kernels.layer_norm_backward(x, dy, table, weight)
-    check(g, {"y": y, "dx": dx, "dweight": dweight, "dbias": dbias})  # type: ignore[dict-item]
+    verdicts = truth.judge(case, g, {"y": y, "dx": dx, "dweight": dweight, "dbias": dbias})
+    assert all(verdict.ok for verdict in verdicts.values()), {n: str(v) for n, v in verdicts.items()}
