@@ -37,9 +37,10 @@ LIBRARIES_TIER = [
 ]
 OLDEST_TIER = [
     f"tests/test_{name}.py"
-    for name in ("kernels_run", "numerics", "modules", "functional", "autograd", "compile", "fx_and_script")
-    + ("fuse", "convert", "converters", "folding", "strides", "plain_layouts", "buffers_between")
+    for name in ("kernels_run", "numerics", "batchnorm_layer", "operators", "autograd", "fx_and_script")
+    + ("fuse", "convert", "converters", "folding", "strides", "plain_layouts")
 ]
+OLDEST_TIER.append("tests/contract")
 NO_TESTS = 5  # pytest's exit code for "nothing collected"
 
 

@@ -72,6 +72,18 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 
 @pytest.fixture
+def several_programs(monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
+    """The number of multiprocessors of the interpreter: enough that channels are split and blocks share rows,
+    few enough to be quick."""
+    from bnfast.kernels import steps
+
+    monkeypatch.setenv("BNFAST_INTERPRETER_SMS", "3")
+    steps.forget_plans()
+    yield 3
+    steps.forget_plans()
+
+
+@pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str | None, bool]]:
     """Grows by (activation, with a residual) with each call of a BatchNorm2d."""
     import bnfast

@@ -1,10 +1,9 @@
-"""What `activation=` takes, in layers and in functions, and what it refuses."""
+"""What `activation=` takes, in layers and in functions, and what it refuses. What layers make of it is in
+tests/contract/test_activation.py."""
 
 from __future__ import annotations
 
 import copy
-import pickle
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -13,8 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import bnfast
+from bnfast.activation import NAMES, PARAMETERS, Activation
 from bnfast.functional import batch_norm
-from bnfast.kernels.epilogue import NAMES, PARAMETERS, Activation
+from tests.support.layers import KINDS, NORMS, every_path, norms
 
 INF, NAN = float("inf"), float("nan")
 LARGEST = torch.finfo(torch.float32).max
@@ -93,23 +93,6 @@ def shown(value: Any) -> str:
     return getattr(value, "__name__", None) or repr(value)
 
 
-LAYERS: dict[str, Callable[[Any], nn.Module]] = {
-    "batch": lambda activation: bnfast.BatchNorm2d(4, activation=activation),
-    "renorm": lambda activation: bnfast.BatchRenorm2d(4, activation=activation),
-    "frozen": lambda activation: bnfast.FrozenBatchNorm2d(4, activation=activation),
-    "group": lambda activation: bnfast.GroupNorm(2, 4, activation=activation),
-    "instance": lambda activation: bnfast.InstanceNorm2d(4, activation=activation),
-    "layer": lambda activation: bnfast.LayerNorm(5, activation=activation),
-}
-FUNCTIONS: dict[str, Callable[[Tensor, Any], Tensor]] = {
-    "batch": lambda x, activation: batch_norm(x, None, None, training=True, activation=activation),
-    "group": lambda x, activation: bnfast.functional.group_norm(x, 2, activation=activation),
-    "instance": lambda x, activation: bnfast.functional.instance_norm(x, activation=activation),
-    "layer": lambda x, activation: bnfast.functional.layer_norm(x, (5,), activation=activation),
-}
-in_words = pytest.mark.parametrize("activation", [nn.LeakyReLU(0.3), "LeakyReLU", F.silu, nn.GELU], ids=shown)
-
-
 @pytest.mark.parametrize(("given", "meant"), ALIKE, ids=shown)
 def test_one_record_for_all_spellings(given: Any, meant: Activation) -> None:
     found = Activation.of(given)
@@ -133,12 +116,12 @@ def test_what_it_may_not_be(wrong: Any) -> None:
     with pytest.raises(ValueError, match="^activation "):
         batch_norm(torch.randn(2, 4, 5), mean, variance, training=True, activation=wrong)
     assert mean.eq(0).all(), "the batch was counted"
-    for layer in LAYERS.values():
+    for layer in KINDS:
         with pytest.raises(ValueError, match="^activation "):
-            layer(wrong)
-    for function in FUNCTIONS.values():
+            layer.ours(*layer.arguments, activation=wrong)
+    for name in NORMS:
         with pytest.raises(ValueError, match="^activation "):
-            function(torch.randn(2, 4, 5), wrong)
+            norms(name)[0](torch.randn(2, 4, 5), activation=wrong)
 
 
 @pytest.mark.parametrize("wrong", [nn.Hardtanh(-1, 1), nn.PReLU(), "softplus"], ids=shown)
@@ -153,40 +136,18 @@ def test_the_message_has_the_range() -> None:
         Activation.of(("leaky_relu", NAN))
 
 
-@pytest.mark.parametrize("layer", LAYERS.values(), ids=LAYERS.keys())
-@in_words
-def test_layers_hold_the_record(layer: Any, activation: Any) -> None:
-    """No module becomes part of the layer: the same keys and children as without."""
-    module, meant = layer(activation), Activation.of(activation)
-    assert meant is not None
-    for other in (module, copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
-        assert other.activation == meant
-        assert type(other.activation) is Activation
-        assert not list(other.children())
-        assert other.state_dict().keys() == layer(None).state_dict().keys()
-        assert f"activation={tuple(meant) if meant.parameter else meant.name}" in repr(other)
-
-
-@pytest.mark.parametrize("function", FUNCTIONS.values(), ids=FUNCTIONS.keys())
-@in_words
-def test_functions_take_the_same(function: Any, activation: Any) -> None:
-    x, meant = torch.randn(2, 4, 3, 5), Activation.of(activation)
-    assert meant is not None
-    torch.testing.assert_close(function(x, activation), function(x, meant), rtol=0, atol=0)
-    torch.testing.assert_close(function(x, activation), meant.apply(function(x, None)))
-
-
 @pytest.mark.usefixtures("plain_torch")
-@in_words
+@pytest.mark.parametrize("activation", [nn.LeakyReLU(0.3), "LeakyReLU", F.silu, nn.GELU], ids=shown)
 def test_compiled(activation: Any) -> None:
     """Without a graph break, the argument being part of what is compiled."""
     x = torch.randn(2, 4, 3, 5)
     torch._dynamo.reset()
-    compiled = torch.compile(FUNCTIONS["batch"], fullgraph=True, backend="eager")
-    torch.testing.assert_close(compiled(x, activation), FUNCTIONS["batch"](x, activation))
+    function = norms("batch")[0]
+    compiled = torch.compile(function, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(x, activation=activation), function(x, activation=activation))
 
 
-@pytest.mark.parametrize("path", ["kernels", "torch"], indirect=True)
+@every_path
 @pytest.mark.parametrize(
     "activation", [("leaky_relu", -2.0), ("leaky_relu", LARGEST), ("elu", -0.5), ("elu", 0.0)], ids=shown
 )

@@ -1,9 +1,7 @@
-"""The activations themselves, at their corners and far away; layers that hold one, and residuals."""
+"""The activations themselves, at their corners and far away."""
 
 from __future__ import annotations
 
-import copy
-import pickle
 from typing import Any
 
 import numpy as np
@@ -12,10 +10,9 @@ import torch
 from torch import Tensor
 from triton.runtime import interpreter
 
-import bnfast
+from bnfast.activation import NAMES, Activation
 from bnfast.functional import batch_norm
-from bnfast.kernels.epilogue import NAMES, Activation
-from bnfast.reference import activations as reference
+from tests.support.layers import every_path
 
 ALL = (*NAMES, ("leaky_relu", 0.2), ("leaky_relu", -1.5), ("elu", 0.5), ("elu", -0.5))
 INF, NAN = float("inf"), float("nan")
@@ -42,7 +39,6 @@ VALUES = (
     80.0,
     200.0,
 )
-every_path = pytest.mark.parametrize("path", ["kernels", "torch"], indirect=True)
 
 
 def values(dtype: torch.dtype) -> Tensor:
@@ -148,54 +144,6 @@ def test_slope_in_plain_torch(activation: Any) -> None:
     if act.name == "hardsigmoid":
         expected = expected.sign() / 6
     keep = v.detach().abs() != 3
-    torch.testing.assert_close(reference.slope(v, act).detach()[keep], expected[keep], rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(act.slope(v).detach()[keep], expected[keep], rtol=1e-12, atol=1e-12)
     smooth = torch.tensor([-4.3, -2.1, -0.7, 0.3, 1.9, 4.2, 7.1], dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda t: reference.slope(t, act), smooth)
-
-
-WRONG_RESIDUALS = {
-    "shape": (lambda x: x[:1], ValueError, "shape"),
-    "broadcast": (lambda x: x[:, :1], ValueError, "shape"),
-    "dtype": (lambda x: x.double(), ValueError, "dtype"),
-    "device": (lambda x: x.to("meta"), ValueError, "device"),
-    "number": (lambda x: 1.0, TypeError, "Tensor or None"),
-}
-LAYERS = {
-    "batch": lambda: bnfast.BatchNorm2d(4),
-    "renorm": lambda: bnfast.BatchRenorm2d(4),
-    "group": lambda: bnfast.GroupNorm(2, 4),
-    "instance": lambda: bnfast.InstanceNorm2d(4, track_running_stats=True),
-    "layer": lambda: bnfast.LayerNorm(5),
-}
-
-
-@every_path
-@pytest.mark.parametrize("layer", LAYERS.values(), ids=LAYERS.keys())
-@pytest.mark.parametrize(("wrong", "error", "named"), WRONG_RESIDUALS.values(), ids=WRONG_RESIDUALS.keys())
-def test_a_residual_is_as_input_is(
-    wrong: Any, error: type[Exception], named: str, layer: Any, path: str
-) -> None:
-    module, x = layer(), torch.randn(2, 4, 3, 5)
-    before = copy.deepcopy(module.state_dict())
-    with pytest.raises(error, match=f"residual.*{named}"):
-        module(x, residual=wrong(x))
-    torch.testing.assert_close(module.state_dict(), before, rtol=0, atol=0)
-
-
-@pytest.mark.parametrize("layer", LAYERS.values(), ids=LAYERS.keys())
-def test_layers_show_and_keep_their_activation(layer: Any) -> None:
-    plain, module = layer(), layer()
-    assert plain.activation is None
-    assert "activation" not in repr(plain)
-    module.activation = Activation.of(("leaky_relu", 0.2))
-    for other in (module, copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
-        assert "activation=('leaky_relu', 0.2)" in repr(other)
-        assert other.state_dict().keys() == plain.state_dict().keys()
-        x, z = torch.randn(2, 2, 4, 3, 5)
-        torch.testing.assert_close(
-            copy.deepcopy(other)(x, residual=z), torch.nn.functional.leaky_relu(plain(x) + z, 0.2)
-        )
-    module.activation = Activation.of("silu")
-    assert "activation=silu" in repr(module)
-    with pytest.raises(RuntimeError, match="activation|BatchRenorm"):
-        torch.jit.script(module)
+    assert torch.autograd.gradcheck(lambda t: act.slope(t), smooth)

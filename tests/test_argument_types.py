@@ -17,11 +17,10 @@ import bnfast
 from bnfast import exact
 from bnfast.functional import batch_norm
 from tests.support.buffers import bit_identical
+from tests.support.layers import both_modes, every_path
 
 FP16, BF16, FP32, FP64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
 DTYPES = (FP16, BF16, FP32, FP64)
-every_path = pytest.mark.parametrize("path", ["kernels", "torch"], indirect=True)
-both_modes = pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 CLOSE = {"rtol": 1e-5, "atol": 2e-5}
 SHAPE = (3, 4, 2, 3)
 NAN, INF = float("nan"), float("inf")

@@ -11,19 +11,17 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import grad, hessian, jacfwd, jacrev, jvp, vmap
 from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
 import bnfast
 from bnfast.functional import batch_norm
+from tests.support.layers import both_modes, every_path
+from tests.support.layers import data as of_dtype
 
-both_modes = pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-every_path = pytest.mark.parametrize("path", ["kernels", "torch"], indirect=True)
 
-
-def data(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype) + 0.5
+def data(*shape: int, seed: int = 0) -> Tensor:
+    return of_dtype(*shape, seed=seed, dtype=torch.float64)
 
 
 def layer(library: Any, training: bool = True, **options: Any) -> nn.Module:
@@ -34,37 +32,6 @@ def layer(library: Any, training: bool = True, **options: Any) -> nn.Module:
             if t.is_floating_point():
                 t.copy_(data(*t.shape, seed=n).abs() + 0.1)
     return module
-
-
-SHAPES = {
-    "2-D": ((4, 2), torch.contiguous_format),
-    "4-D": ((3, 2, 2, 2), torch.contiguous_format),
-    "4-D channels_last": ((3, 2, 2, 2), torch.channels_last),
-}
-AFFINE = {"affine": (True, True), "no bias": (True, False), "no affine": (False, False)}
-
-
-@both_modes
-@pytest.mark.parametrize("affine", AFFINE.values(), ids=AFFINE.keys())
-@pytest.mark.parametrize(("shape", "layout"), SHAPES.values(), ids=SHAPES.keys())
-def test_gradcheck(
-    shape: tuple[int, ...], layout: Any, affine: tuple[bool, bool], training: bool, launches: list[Any]
-) -> None:
-    """First and second derivatives against finite differences; batched gradients against one by one."""
-    x = data(*shape).contiguous(memory_format=layout).requires_grad_()
-    inputs = (x, *(data(shape[1], seed=n).requires_grad_() for n, given in enumerate(affine, 1) if given))
-    statistics = data(shape[1], seed=3), data(shape[1], seed=4).square() + 0.5
-
-    def function(x: Tensor, *parameters: Tensor) -> Tensor:
-        return batch_norm(
-            x, *(None, None) if training else statistics, *parameters, training=training, eps=1e-3
-        )
-
-    # Every input alone where that is cheap; else random directions through all of them, a few calls.
-    fast = len(shape) > 2
-    assert torch.autograd.gradcheck(function, inputs, fast_mode=fast, check_batched_grad=True)
-    assert launches
-    assert torch.autograd.gradgradcheck(function, inputs, fast_mode=True, check_batched_grad=True)
 
 
 def by_hand(x: Tensor, mean: Tensor, variance: Tensor, training: bool) -> Tensor:
@@ -91,44 +58,6 @@ def test_fourth_derivative(training: bool) -> None:
     expected = fourth(by_hand)
     assert expected.abs() > 1e-3
     assert_close(fourth(batch_norm), expected)
-
-
-def cube(module: nn.Module) -> Callable[[Tensor], Tensor]:
-    return lambda x: module(x).pow(3).sum()
-
-
-TRANSFORMS: dict[str, Callable[[nn.Module], Any]] = {
-    "vmap": lambda m: vmap(m)(data(3, 4, 2, 3)),
-    "vmap in_dims": lambda m: vmap(m, in_dims=1, out_dims=2)(data(4, 3, 2, 3)),
-    "vmap(grad)": lambda m: vmap(grad(cube(m)))(data(3, 4, 2)),
-    "grad": lambda m: grad(cube(m))(data(4, 2, 3)),
-    "jvp": lambda m: jvp(m, (data(4, 2),), (data(4, 2, seed=1),)),
-    "jacrev": lambda m: jacrev(m)(data(3, 2)),
-    "jacfwd": lambda m: jacfwd(m)(data(3, 2)),
-    "hessian": lambda m: hessian(cube(m))(data(3, 2)),
-    "jacobian": lambda m: torch.autograd.functional.jacobian(m, data(2, 2)),
-    "jacobian vectorize": lambda m: torch.autograd.functional.jacobian(m, data(3, 2), vectorize=True),
-    "hessian vectorize": lambda m: torch.autograd.functional.hessian(cube(m), data(3, 2), vectorize=True),
-}
-
-
-@pytest.mark.parametrize("options", [{}, {"track_running_stats": False}], ids=["statistics", "no statistics"])
-@both_modes
-@pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS.keys())
-def test_transforms_as_torch(transform: Any, training: bool, options: dict[str, Any]) -> None:
-    """What torch can transform, we can, with the same result. What it cannot (in training it would have to
-    update buffers that are not transformed), we refuse with the same exception, and update nothing."""
-    ours, theirs = layer(bnfast, training, **options), layer(nn, training, **options)
-    before = {k: v.clone() for k, v in ours.state_dict().items()}
-    try:
-        expected = transform(theirs)
-    except Exception as error:
-        with pytest.raises(type(error), match="batched tensor|in-place"):
-            transform(ours)
-        assert_close(ours.state_dict(), before, rtol=0, atol=0)
-        return
-    assert_close(transform(ours), expected)
-    assert_close(ours.state_dict(), theirs.state_dict())
 
 
 @pytest.mark.parametrize("dual", ["x", "weight", "running_mean", "gradient"])
@@ -252,3 +181,28 @@ def test_checkpointing_updates_twice_as_torch(reentrant: bool, path: str) -> Non
         results.append({"dx": x.grad, "dweight": module.weight.grad, **module.state_dict()})
     assert results[1]["num_batches_tracked"] == 2
     assert_close(*results)
+
+
+@every_path
+def test_two_forwards_then_their_backwards(path: str) -> None:
+    """As of a discriminator that sees a real and a generated batch."""
+    layer = bnfast.BatchNorm2d(3)
+    batches = [torch.randn(4, 3, 5, 5).requires_grad_() for _ in range(2)]
+    sum(layer(x).square().mean() * 2 for x in batches).backward()
+    for x in batches:
+        alone = x.detach().requires_grad_()
+        (bnfast.BatchNorm2d(3)(alone).square().mean() * 2).backward()
+        assert_close(x.grad, alone.grad)
+    assert layer.num_batches_tracked == 2
+    mean = sum(factor * x.detach().mean((0, 2, 3)) for factor, x in zip((0.09, 0.1), batches, strict=True))
+    assert_close(layer.running_mean, mean)
+
+
+@every_path
+def test_who_saved_a_buffer_is_told(path: str) -> None:
+    """A step changes it in place, for a gradient that needs what it was."""
+    layer = bnfast.BatchNorm2d(3)
+    y = layer.running_mean * torch.ones(3, requires_grad=True)
+    layer(torch.randn(4, 3, 5, 5, requires_grad=True))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()

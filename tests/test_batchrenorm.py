@@ -12,8 +12,8 @@ from torch import Tensor, nn
 import bnfast
 from bnfast.functional import batch_renorm
 from tests.support.buffers import bit_identical, nan_filled_allocations
+from tests.support.layers import every_path
 
-every_path = pytest.mark.parametrize("path", ["kernels", "torch"], indirect=True)
 SHAPES = {
     "planes": ((6, 13, 5, 5), torch.contiguous_format),
     "rows": ((6, 24, 3, 4), torch.channels_last),

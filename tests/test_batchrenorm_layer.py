@@ -13,9 +13,8 @@ from torch.utils.checkpoint import checkpoint
 import bnfast
 from bnfast.functional import batch_renorm
 from tests.support.buffers import bit_identical
+from tests.support.layers import every_path
 from tests.support.versions import TORCH
-
-every_path = pytest.mark.parametrize("path", ["kernels", "torch"], indirect=True)
 
 
 @every_path
@@ -113,33 +112,6 @@ def test_converters_and_scripting_say_what_to_do() -> None:
     assert not isinstance(model[0], nn.BatchNorm2d)
     copied = copy.deepcopy(model)
     assert copied[0].r_max == 3.0
-
-
-@every_path
-def test_whole_graph(path: str) -> None:
-    module = bnfast.BatchRenorm2d(3, warmup_steps=0, r_max_steps=4, d_max_steps=4)
-    twin = copy.deepcopy(module)
-    compiled = torch.compile(twin, fullgraph=True, backend="aot_eager")
-    for seed in range(3):
-        x = torch.randn(4, 3, 4, 4, generator=torch.Generator().manual_seed(seed)) + 1
-        a, b = x.clone().requires_grad_(), x.clone().requires_grad_()
-        y, z = module(a), compiled(b)
-        y.square().sum().backward()
-        z.square().sum().backward()
-        torch.testing.assert_close(z, y)
-        torch.testing.assert_close(b.grad, a.grad)
-    for name, value in twin.state_dict().items():
-        torch.testing.assert_close(value, module.state_dict()[name])
-
-
-@pytest.mark.parametrize("momentum", [0.1, None])
-def test_operator(momentum: float | None) -> None:
-    x, mean, var = torch.randn(4, 3, 2, 2), torch.zeros(3), torch.ones(3)
-    arguments = (
-        x, torch.ones(3), None, mean, var, torch.tensor(5), momentum is None, 0.1, 1e-5,
-        [3.0, 5.0, 0.0, 9.0, 9.0], True,
-    )  # fmt: skip
-    torch.library.opcheck(torch.ops.bnfast.batch_renorm_train.default, arguments)
 
 
 @every_path

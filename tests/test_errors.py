@@ -1,5 +1,5 @@
 """Misuse raises what torch.nn raises, with its words, before any kernel runs and before anything is updated.
-An empty batch is not misuse. DTensors are refused, with a way out."""
+DTensors are refused, with a way out."""
 
 from __future__ import annotations
 
@@ -11,14 +11,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.testing import assert_close
 
 import bnfast
 from bnfast.functional import batch_norm
 from bnfast.kernels.launch import Launch
 from tests.support.buffers import bit_identical
-
-every_path = pytest.mark.parametrize("path", ["kernels", "torch"], indirect=True)
+from tests.support.layers import every_path
 
 
 @pytest.fixture
@@ -162,25 +160,6 @@ def test_function_raises_as_torch(arguments: dict[str, Any], words: str, path: s
     assert words in str(ours.value)
     for name in ("running_mean", "running_var"):
         assert given[name] is None or bit_identical(given[name], x(4))
-
-
-@every_path
-@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-@pytest.mark.parametrize("options", [{}, {"affine": False}, {"momentum": None}], ids=str)
-@pytest.mark.parametrize("shape", [(0, 4, 3, 3), (2, 4, 0, 3)], ids=str)
-@pytest.mark.usefixtures("no_launch")
-def test_empty_batch_as_torch(
-    shape: tuple[int, ...], options: dict[str, Any], training: bool, path: str
-) -> None:
-    """The last batch of a filtered data set: statistics stay, the batch is counted, gradients are zeros."""
-    results = []
-    for library in (bnfast, nn):
-        module = library.BatchNorm2d(4, **options).train(training)
-        value = torch.empty(shape, requires_grad=True)
-        y = module(value)
-        y.sum().backward()
-        results.append([y.detach(), value.grad, *(p.grad for p in module.parameters()), *module.buffers()])
-    assert_close(*results, rtol=0, atol=0)
 
 
 @pytest.fixture

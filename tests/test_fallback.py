@@ -18,12 +18,12 @@ from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import bnfast
-from bnfast.kernels import batch_norm as kernels
+from bnfast.checks.cases import placed
 from bnfast.kernels import plan, steps
+from tests.support import kernel_calls as kernels
+from tests.support.layers import both_modes, data
 
 ROOT = Path(__file__).resolve().parent.parent
-every_path = pytest.mark.parametrize("path", ["kernels", "torch"], indirect=True)
-both_modes = pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 CLOSE = {"rtol": 1e-5, "atol": 2e-5}
 LONG_RUNS = (1, 2, 48, 48)  # counted in vectors of 4 it is within LIMIT, and counted in elements it is not
 LIMIT = 4000
@@ -43,14 +43,6 @@ def limit(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> It
     monkeypatch.setattr(plan, "INT32", request.param)
     yield
     forget()
-
-
-def data(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)) + 0.5
-
-
-def misaligned(t: Tensor) -> Tensor:
-    return t.new_empty(t.numel() + 1)[1:].as_strided(t.shape, t.stride(), 1).copy_(t)
 
 
 def pair(channels: int, training: bool) -> tuple[nn.Module, nn.Module]:
@@ -77,11 +69,11 @@ def test_planning_refuses_what_is_too_large() -> None:
     x = data(3, 4, 8, 8)
     mean, variance = torch.zeros(4), torch.ones(4)
     with pytest.raises(plan.TooLarge):
-        kernels.forward(x, None, None, mean, variance, None, False, 0.1, 1e-5)
+        kernels.batch_norm_train(x, None, None, mean, variance)
     with pytest.raises(plan.TooLarge):
-        kernels.inference(x, None, None, mean, variance, 1e-5, False)
+        kernels.batch_norm_eval(x, mean, variance, keep=False)
     with pytest.raises(plan.TooLarge):
-        kernels.backward(x, x, torch.zeros(4, 4), True, True, None, None)
+        kernels.batch_norm_backward(x, x, torch.zeros(4, 4), (True, None, None))
     assert not mean.any()
 
 
@@ -113,7 +105,7 @@ def test_backward_falls_back(training: bool, launches: list[Any]) -> None:
     usual = 4 if training else 2
     assert len(launches) == usual
     launches.clear()
-    assert_close(step(ours, x, misaligned(dy)), step(theirs, x, dy), **CLOSE)
+    assert_close(step(ours, x, placed(dy, "offset")), step(theirs, x, dy), **CLOSE)
     assert len(launches) == usual // 2
 
 

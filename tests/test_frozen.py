@@ -3,8 +3,6 @@ kernels (interpreted) and on the plain-torch path."""
 
 from __future__ import annotations
 
-import copy
-import warnings
 from typing import Any
 
 import pytest
@@ -14,53 +12,30 @@ from torch.testing import assert_close
 
 import bnfast
 from tests.support.foreign import DetectronFrozen, TorchvisionFrozen
+from tests.support.layers import DTYPES, every_path
+from tests.support.layers import data as of_dtype
 
 KEYS = ["weight", "bias", "running_mean", "running_var"]
-every_path = pytest.mark.parametrize("path", ["kernels", "torch"], indirect=True)
 
 
-def trained(**arguments: Any) -> nn.BatchNorm2d:
+def data() -> Tensor:
+    return of_dtype(3, 4, 5, 6, dtype=torch.float64)
+
+
+def trained() -> nn.BatchNorm2d:
     torch.manual_seed(0)
-    layer = nn.BatchNorm2d(4, **arguments)
+    layer = nn.BatchNorm2d(4, dtype=torch.float64)
     for parameter in layer.parameters():
         nn.init.normal_(parameter)
-    layer(torch.randn(3, 4, 5, 5, dtype=arguments.get("dtype")) * 2 + 1)
+    layer(torch.randn(3, 4, 5, 5, dtype=torch.float64) * 2 + 1)
     return layer.eval()
-
-
-def frozen(source: nn.BatchNorm2d, **arguments: Any) -> bnfast.FrozenBatchNorm2d:
-    layer = bnfast.FrozenBatchNorm2d(4, source.eps, dtype=source.running_var.dtype, **arguments)
-    layer.load_state_dict(source.state_dict())
-    return layer
-
-
-def data(memory_format: torch.memory_format = torch.contiguous_format) -> Tensor:
-    x = torch.randn(3, 4, 5, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    return x.contiguous(memory_format=memory_format)
-
-
-@every_path
-@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-def test_is_batchnorm_in_eval(path: str, memory_format: torch.memory_format, training: bool) -> None:
-    theirs = trained(eps=1e-3, dtype=torch.float64)
-    ours = frozen(theirs).train(training)
-    before = copy.deepcopy(ours.state_dict())
-    x, z = data(memory_format).requires_grad_(), data(memory_format).requires_grad_()
-    y, expected = ours(x), theirs(z)
-    for output in (y, expected):
-        (output * data().exp()).sum().backward()
-    assert_close((y, x.grad), (expected, z.grad), rtol=1e-12, atol=1e-12)
-    assert y.is_contiguous(memory_format=memory_format)
-    assert_close(ours.state_dict(), before, rtol=0, atol=0)
-    assert not list(ours.parameters())
-    assert all(buffer.grad is None for buffer in ours.buffers())
 
 
 @every_path
 def test_activation_and_residual(path: str) -> None:
-    theirs = trained(dtype=torch.float64)
-    ours = frozen(theirs, activation="relu")
+    theirs = trained()
+    ours = bnfast.FrozenBatchNorm2d(4, dtype=torch.float64, activation="relu")
+    ours.load_state_dict(theirs.state_dict())
     x, z = data().requires_grad_(), data().cos().requires_grad_()
     ours(x, residual=z).sum().backward()
     found = [x.grad, z.grad]
@@ -104,9 +79,6 @@ def test_loads_a_batchnorm_strictly() -> None:
 def test_takes_four_dimensions(shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match=rf"expected 4D input \(got {len(shape)}D input\)"):
         bnfast.FrozenBatchNorm2d(4)(torch.zeros(shape))
-
-
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 @every_path
@@ -161,33 +133,10 @@ def test_residuals_of_both_dtypes(keep_dtype: bool, reverted: bool) -> None:
         layer(x, residual=1.0)
 
 
-@every_path
-def test_no_images(path: str) -> None:
-    x = torch.zeros(0, 4, 3, 3, requires_grad=True)
-    y = bnfast.FrozenBatchNorm2d(4)(x)
-    y.sum().backward()
-    assert y.shape == x.shape
-    assert x.grad is not None
-
-
 def test_state_of_the_version_that_detectron2_asks_for() -> None:
     """Its older releases change running_var where they find a lower one."""
     metadata: Any = bnfast.FrozenBatchNorm2d(4).state_dict()._metadata
     assert metadata[""]["version"] == DetectronFrozen._version
-
-
-def test_compiled_traced_and_scripted() -> None:
-    ours, x = frozen(trained(dtype=torch.float64)), data()
-    expected = ours(x)
-    torch._dynamo.reset()
-    assert_close(torch.compile(ours, fullgraph=True, backend="aot_eager")(x), expected)
-    assert_close(torch.fx.symbolic_trace(nn.Sequential(ours))(x), expected)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
-        assert_close(torch.jit.trace(ours, x)(x), expected)
-        scripted = torch.jit.script(nn.Sequential(ours)).train()
-    assert_close(scripted(x), expected)
-    assert list(scripted.state_dict()) == [f"0.{key}" for key in KEYS]
 
 
 @pytest.mark.parametrize("keep_dtype", [True, False])

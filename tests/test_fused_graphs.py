@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -13,33 +12,14 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import bnfast
-from bnfast.kernels import batch_norm, group_norm, plan, steps, views
-from bnfast.kernels.fused import Fused
+from bnfast.kernels import plan, views
+from bnfast.kernels.epilogue import Activation, Epilogue
+from tests.support import kernel_calls as kernels
 from tests.support.fused_cases import given
-from tests.support.trace import trace
+from tests.support.layers import every_path
+from tests.support.trace import clean, trace
 
 OPERATORS = torch.ops.bnfast
-every_path = pytest.mark.parametrize("path", ["kernels", "torch"], indirect=True)
-
-
-@pytest.mark.parametrize("shape", [(2, 8, 3, 4), (2, 5, 3, 3)], ids=["signs", "z"])
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-def test_opcheck(shape: tuple[int, ...], layout: str) -> None:
-    g = given(shape, torch.float32, "train", layout)
-    x, dy, z, weight, bias = (g[name] for name in ("x", "dy", "z", "weight", "bias"))
-    wanted = (True, torch.float32, torch.float32)
-    for name, after in (("relu", ("relu", 0.0, z, True)), ("silu", ("silu", 0.0, z, False))):
-        trained = (x, weight, bias, None, None, None, False, 0.1, 1e-5, *after)
-        torch.library.opcheck(OPERATORS.batch_norm_train, trained)
-        _, table, signs = OPERATORS.batch_norm_train(*trained)
-        kept = signs if signs.numel() else z
-        torch.library.opcheck(OPERATORS.batch_norm_backward, (x, dy, table, True, *wanted, name, 0.0, kept))
-        grouped = (x, 1, weight, bias, 1e-5, *after)
-        torch.library.opcheck(OPERATORS.group_norm_forward, grouped)
-        _, table, signs = OPERATORS.group_norm_forward(*grouped)
-        kept = signs if signs.numel() else z
-        given_ = (x, dy, table, weight, 1, *wanted, bias, name, 0.0, kept)
-        torch.library.opcheck(OPERATORS.group_norm_backward, given_)
 
 
 class Block(nn.Module):
@@ -87,19 +67,9 @@ def test_export_is_plain_aten() -> None:
     assert not any("bnfast" in str(node.target) for node in exported.graph.nodes)
 
 
-@pytest.fixture
-def several_programs(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setenv("BNFAST_INTERPRETER_SMS", "2")
-    steps.forget_plans()
-    yield
-    steps.forget_plans()
-
-
 def traffic(t: Any, launches: int, **expected: tuple[float, float]) -> None:
     """Reads and writes of each tensor by name, in units of itself."""
-    assert not t.out_of_bounds, t.out_of_bounds
-    assert not t.hazards, t.hazards
-    assert t.launches == launches
+    clean(t, launches)
     assert {name: (t[name].reads, t[name].writes) for name in expected} == expected
 
 
@@ -110,21 +80,24 @@ def test_bytes_of_batch_norm(shape: tuple[int, ...], layout: str) -> None:
     """With relu 3T and 5T; with a residual besides 4T + T/16 and 6T + T/16, of signs; of silu z again."""
     g = given(shape, torch.bfloat16, "train", layout)
     x, dy, z = g["x"], g["dy"], g["z"]
-    state = (None, None, None, False, 0.1, 1e-5, True, None)
-    wanted = (True, True, torch.float32, torch.float32, True)
     with trace(x=x) as t:
-        y, table, none = batch_norm.forward(x, g["weight"], g["bias"], *state, Fused("relu"))
+        y, table, none = kernels.batch_norm_train(
+            x, g["weight"], g["bias"], epilogue=Epilogue(Activation("relu"))
+        )
     assert none is None
     traffic(t, 2, x=(2.0, 0.0))
     assert t.of(y).writes == 1.0
     with trace(x=x, dy=dy) as t:
-        dx, *_, none = batch_norm.backward(x, dy, table, *wanted, Fused("relu"))
+        dx, *_, none = kernels.batch_norm_backward(x, dy, table, epilogue=Epilogue(Activation("relu")))
     assert none is None
     traffic(t, 2, x=(2.0, 0.0), dy=(2.0, 0.0))
     assert t.of(dx).writes == 1.0
-    for after, again in ((Fused("relu", 0.0, z, True), 0.0), (Fused("silu", 0.0, z), 1.0)):
+    for epilogue, again in (
+        (Epilogue(Activation("relu"), z, True), 0.0),
+        (Epilogue(Activation("silu"), z), 1.0),
+    ):
         with trace(x=x, z=z) as t:
-            y, table, signs = batch_norm.forward(x, g["weight"], g["bias"], *state, after)
+            y, table, signs = kernels.batch_norm_train(x, g["weight"], g["bias"], epilogue=epilogue)
         traffic(t, 2, x=(2.0, 0.0), z=(1.0, 0.0))
         assert (signs is None) == bool(again)
         if signs is not None:
@@ -132,7 +105,9 @@ def test_bytes_of_batch_norm(shape: tuple[int, ...], layout: str) -> None:
             assert t.of(signs).writes == 1.0
         kept = z if signs is None else signs
         with trace(x=x, dy=dy, kept=kept) as t:
-            dx, _, _, dz = batch_norm.backward(x, dy, table, *wanted, Fused(after.name, 0.0, kept))
+            dx, _, _, dz = kernels.batch_norm_backward(
+                x, dy, table, epilogue=Epilogue(epilogue.activation, kept)
+            )
         traffic(t, 2, x=(2.0, 0.0), dy=(1.0, 0.0), kept=(1.0, 0.0))
         assert (t.of(dz).reads, t.of(dz).writes, t.of(dx).writes) == (1.0, 1.0, 1.0)
 
@@ -143,16 +118,17 @@ def test_bytes_of_group_norm_that_holds_its_groups() -> None:
     g = given((4, 16, 8, 8), torch.bfloat16, "group")
     x, dy, z = g["x"], g["dy"], g["z"]
     with trace(x=x, z=z) as t:
-        y, table, signs = group_norm.forward(
-            x, 2, g["weight"], g["bias"], 1e-5, True, Fused("relu", 0.0, z, True)
+        y, table, signs = kernels.group_norm(
+            x, 2, g["weight"], g["bias"], Epilogue(Activation("relu"), z, True)
         )
     traffic(t, 1, x=(1.0, 0.0), z=(1.0, 0.0))
     assert signs is not None
     assert (t.of(y).writes, t.of(signs).writes) == (1.0, 1.0)
-    after = Fused("relu", 0.0, signs)
-    wanted = (True, torch.float32, torch.float32, True, g["bias"])
+    epilogue = Epilogue(Activation("relu"), signs)
     with trace(x=x, dy=dy, signs=signs) as t:
-        dx, _, _, dz = group_norm.backward(x, dy, table, g["weight"], 2, *wanted, after)
+        dx, _, _, dz = kernels.group_norm_backward(
+            x, dy, table, 2, g["weight"], bias=g["bias"], epilogue=epilogue
+        )
     traffic(t, 2, x=(1.0, 0.0), dy=(1.0, 0.0), signs=(1.0, 0.0))
     assert (t.of(dx).writes, t.of(dz).writes) == (1.0, 1.0)
 

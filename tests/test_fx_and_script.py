@@ -1,5 +1,5 @@
-"""torch.fx has our layers as leaves, as it has torch.nn's, and refuses what it would record twice. torch.jit
-scripts torch.nn's layer in place of ours, and a subclass as it is written."""
+"""What torch.fx and torch.jit make of subclasses of our layers, and of layers with hooks: nothing is recorded
+twice, and a subclass is scripted as it is written."""
 
 from __future__ import annotations
 
@@ -15,28 +15,15 @@ from torch.fx.proxy import TraceError
 from torch.testing import assert_close
 
 import bnfast
+from tests.support.layers import both_modes, data, step
 
 SHAPE = (3, 4, 3, 2)
 CLOSE = {"rtol": 1e-5, "atol": 2e-5}
-both_modes = pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-
-
-def data(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)) + 0.5
 
 
 def model(layer: type[nn.Module] = bnfast.BatchNorm2d) -> nn.Module:
     torch.manual_seed(0)
     return nn.Sequential(nn.Conv2d(4, 4, 1), layer(4), nn.ReLU())
-
-
-def step(module: nn.Module, x: Tensor) -> dict[str, Any]:
-    x = x.clone().requires_grad_()
-    module.zero_grad()
-    y = module(x)
-    (y * data(*y.shape, seed=9)).sum().backward()
-    gradients = {f"d{name}": p.grad for name, p in module.named_parameters()}
-    return {"y": y.detach(), "dx": x.grad, **gradients, **copy.deepcopy(module.state_dict())}
 
 
 class Doubling(bnfast.BatchNorm2d):
@@ -67,23 +54,20 @@ class Leaves(torch.fx.Tracer):
 
 
 @both_modes
-@pytest.mark.parametrize("layer", [bnfast.BatchNorm2d, Named])
-def test_fx_leaf(layer: type[nn.Module], training: bool) -> None:
-    """Feature extractors cut a traced model at its layers, so a layer must stay one node."""
-    module = model(layer).train(training)
+def test_a_subclass_without_a_forward_is_a_leaf_to_fx(training: bool) -> None:
+    module = model(Named).train(training)
     graph = torch.fx.symbolic_trace(copy.deepcopy(module))
     (node,) = (n for n in graph.graph.nodes if n.target == "1")
     assert node.op == "call_module"
-    assert type(graph.get_submodule("1")) is layer
+    assert type(graph.get_submodule("1")) is Named
     assert_close(step(graph, data(*SHAPE)), step(module, data(*SHAPE)), **CLOSE)
 
 
 @both_modes
-@pytest.mark.parametrize("layer", [bnfast.BatchNorm2d, Doubling])
-def test_jit_script(layer: type[nn.Module], training: bool) -> None:
+def test_a_subclass_is_scripted(training: bool) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
-        module = model(layer).train(training)
+        module = model(Doubling).train(training)
         expected, scripted = copy.deepcopy(module), torch.jit.script(module)
     x = data(*SHAPE)
     assert_close(step(scripted, x), step(expected, x), **CLOSE)

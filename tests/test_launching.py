@@ -12,16 +12,13 @@ from torch import Tensor
 
 import bnfast
 from bnfast.functional import batch_norm
-from bnfast.kernels import batch_norm as kernels
 from bnfast.kernels import launch, steps
+from tests.support import kernel_calls
 from tests.support.buffers import bit_identical
+from tests.support.layers import data
 
 OPERATORS = torch.ops.bnfast
 SHAPE = (4, 8, 4, 4)
-
-
-def data(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)) + 0.5
 
 
 def offset(t: Tensor, elements: int = 1) -> Tensor:
@@ -79,14 +76,7 @@ def test_data_off_a_boundary_has_launches_of_its_own(unaligned: str, nothing_kno
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """Whether each call asked for a workspace of its own."""
-    seen: list[bool] = []
-
-    def workspace(index, stream, seed, partials, blocks, own):  # type: ignore[no-untyped-def]
-        seen.append(own)
-        return launch.workspace(index, stream, seed, partials, blocks, own)
-
-    monkeypatch.setattr(kernels, "workspace", workspace)
-    return seen
+    return kernel_calls.workspaces_asked_for(monkeypatch)
 
 
 @pytest.mark.parametrize("kind", ["operators", "compiled", "eager"])

@@ -1,21 +1,25 @@
-"""Every kernel against fp64, in the interpreter: layouts, dtypes, awkward sizes, hostile numbers.
-
-Judged element by element (bnfast.exact has the rule), as the GPU tests are."""
+"""Every kernel against fp64, in the interpreter, judged element by element as the GPU tests are: layouts,
+dtypes, awkward sizes, memory, parameters, and means far from zero."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
+from torch import Tensor
 
-from bnfast.checks.cases import Case
-from bnfast.kernels import batch_norm as kernels
-from bnfast.kernels import steps
-from bnfast.selfcheck import check
-from tests.support.buffers import bit_identical, guarded, nan_filled_allocations
-from tests.support.cooperative import shuffled
+from bnfast.checks.cases import Case, group_norm, instance_norm, layer_norm
+from bnfast.functional import layer_norm as layer_norm_function
+from bnfast.kernels import row_plan
+from bnfast.kernels.cell_plan import CellSweep, cell_sweep
+from tests.support import oracle
+from tests.support.buffers import bit_identical
+from tests.support.families import BF16, DTYPES, FP16, FP32, FP64, in_dtypes, lacking, layouts, strides
+from tests.support.layers import data, derivatives
 
 CPU = torch.device("cpu")
-LAYOUTS = ("contiguous", "channels_last")
+OTHERS = (FP16, BF16, FP64)
 SHAPES = {
     "7x7 planes": (8, 24, 7, 7),
     "14x14 planes": (3, 16, 14, 14),
@@ -32,157 +36,155 @@ SHAPES = {
     "a run just over a tile": (3, 2, 41, 50),
     "many samples, tiny planes": (300, 4, 1, 3),
 }
-BOTH = pytest.mark.parametrize("layout", LAYOUTS)
+GROUPS = {
+    "one tile": ((2, 8, 8, 16), 2),
+    "two tiles, odd length": ((2, 6, 5, 7), 2),
+    "several tiles": ((2, 20, 14, 14), 2),
+    "a channel in pieces": ((1, 4, 44, 44), 2),
+    "tiny cells": ((5, 24, 3, 2), 8),
+    "one position": ((6, 40, 1, 1), 4),
+    "2-D": ((6, 30), 3),
+    "3-D, odd length": ((3, 12, 11), 3),
+    "5-D": ((2, 8, 3, 4, 5), 2),
+    "odd positions": ((2, 9, 7, 7), 3),
+    "10 channels a group": ((2, 40, 6, 6), 4),
+    "3 channels a group": ((3, 12, 4, 8), 4),
+    "1 channel a group": ((3, 7, 4, 8), 7),
+    "all channels in a group": ((3, 10, 5, 5), 1),
+    "groups over block borders": ((2, 130, 4, 4), 2),
+    "N 1": ((1, 32, 6, 6), 8),
+    "C 1": ((3, 1, 5, 6), 1),
+    "two values a group": ((2, 8, 1, 1), 4),
+}
+TOO_LARGE_TO_HOLD = {
+    "runs": ((1, 4, 160, 160), 2),
+    "runs of odd length": ((2, 6, 75, 149), 2),
+    "a wide row": ((1, 40, 48, 48), 1),
+}
+INSTANCES = [(2, 7, 5, 6), (2, 20, 9), (1, 3, 31, 33), (2, 4, 3, 4, 5)]
+# beyond the widths that are held: forward 56 or 64 KB (32 where loaded in singles), backward at most half
+LONG_ROWS = [((2, 20000), FP32), ((3, 8201), FP32), ((2, 9000), FP32), ((2, 12296), BF16), ((2, 4100), FP64)]
 
 
-def passes(case: Case) -> None:
-    bad = {name: str(verdict) for name, verdict in check(case, CPU).items() if not verdict.ok}
-    assert not bad, bad
+def of_groups(table: dict[str, tuple[tuple[int, ...], int]]) -> list[Case]:
+    return [group_norm(shape, groups=groups) for shape, groups in table.values()]
 
 
-@BOTH
-@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
-def test_shapes(shape: tuple[int, ...], training: bool, layout: str) -> None:
-    with nan_filled_allocations():
-        passes(Case(shape, training=training, channels_last=layout == "channels_last"))
+def both_modes(cases: list[Case]) -> list[Case]:
+    return [replace(case, training=training) for case in cases for training in (True, False)]
 
 
-@BOTH
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
-@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-@pytest.mark.parametrize("shape", [(8, 24, 7, 7), (5, 13, 3, 4), (2, 3, 70, 66)], ids=str)
-def test_dtypes(shape: tuple[int, ...], training: bool, dtype: torch.dtype, layout: str) -> None:
-    with nan_filled_allocations():
-        passes(Case(shape, dtype, training=training, channels_last=layout == "channels_last"))
-
-
-def hostile(name: str, shape: tuple[int, ...]) -> torch.Tensor:
-    """fp32 data on which a careless sum of squares loses everything."""
-    x = torch.randn(shape, generator=torch.Generator().manual_seed(1)) + 1e4
-    if name == "first element 0":
-        x[0, :, 0, 0] = 0
-    elif name == "first sample 0":
-        x[0] = 0
-    elif name == "one spike":
-        x[-1, :, -1, -1] = 3e4
-    elif name == "spike first":
-        x[0, :, 0, 0] = 3e4
-    return x
-
-
-def two_pass(x: torch.Tensor, dy: torch.Tensor, weight: torch.Tensor) -> dict[str, torch.Tensor]:
-    """BatchNorm by two passes in fp32 with an fp32 mean: all that can be asked of fp32 statistics."""
-    mean = x.double().mean((0, 2, 3), keepdim=True).float()
-    d = x - mean
-    var = (d.double() ** 2).mean((0, 2, 3), keepdim=True).float()
-    rstd = torch.rsqrt(var + 1e-5)
-    w = weight.view(1, -1, 1, 1)
-    xhat, n = d * rstd, x.numel() // x.shape[1]
-    db, dw = dy.double().sum((0, 2, 3)).float(), (dy * xhat).double().sum((0, 2, 3)).float()
-    dx = w * rstd * (dy - db.view_as(w) / n - xhat * dw.view_as(w) / n)
-    return {
-        "y": xhat * w,
-        "dx": dx,
-        "dweight": dw,
-        "dbias": db,
-        "variance": d.double().pow(2).sum((0, 2, 3)) / (n - 1),
-    }
-
-
-def exactly(x: torch.Tensor, dy: torch.Tensor, weight: torch.Tensor) -> dict[str, torch.Tensor]:
-    x64, w64 = x.double().requires_grad_(), weight.double().requires_grad_()
-    b64 = torch.zeros_like(w64, requires_grad=True)
-    y = torch.nn.functional.batch_norm(x64, None, None, w64, b64, True, 0.1, 1e-5)
-    y.backward(dy.double())
-    variance = x64.detach().transpose(0, 1).flatten(1).var(1)
-    return {"y": y, "dx": x64.grad, "dweight": w64.grad, "dbias": b64.grad, "variance": variance}
-
-
-@BOTH
-@pytest.mark.parametrize("shape", [(8, 24, 7, 7), (12, 16, 14, 14), (4, 3, 70, 66), (5, 7, 9, 9)], ids=str)
-@pytest.mark.parametrize(
-    "data", ["mean 1e4", "first element 0", "first sample 0", "one spike", "spike first", "running mean NaN"]
-)
-def test_hostile_numbers(data: str, shape: tuple[int, ...], layout: str) -> None:
-    """Within twice the error of a two-pass computation with an fp32 mean, forward and backward, plus 8 ulp:
-    the interpreter adds one after another where a GPU adds in a tree, so that beside a spike's square small
-    ones are lost here."""
-    x = hostile(data, shape)
-    dy = torch.randn(shape, generator=torch.Generator().manual_seed(2))
-    weight = torch.rand(shape[1], generator=torch.Generator().manual_seed(3)) + 0.5
-    if layout == "channels_last":
-        x, dy = (t.contiguous(memory_format=torch.channels_last) for t in (x, dy))
-    mean = torch.full((shape[1],), float("nan") if data == "running mean NaN" else 0.0)
-    variance = torch.zeros(shape[1])
-    y, table, _ = kernels.forward(x, weight, None, mean, variance, None, False, 1.0, 1e-5)
-    dx, dweight, dbias, _ = kernels.backward(x, dy, table, True, True, torch.float32, torch.float32)
-    ours = {"y": y, "dx": dx, "dweight": dweight, "dbias": dbias, "variance": variance}
-    exact, other = exactly(x, dy, weight), two_pass(x, dy, weight)
-    for name, value in exact.items():
-        scale = value.detach().norm()
-        mine = (ours[name].double() - value.detach()).norm() / scale
-        allowed = (
-            2 * (other[name].double() - value.detach()).norm() / scale + 8 * torch.finfo(torch.float32).eps
+# one of each kind of addressing, for what does not depend on sizes
+FEW = [Case((8, 24, 7, 7)), Case((5, 13, 3, 4)), Case((2, 3, 70, 66))]
+FEW_GROUPS = {
+    "10 a group": ((2, 20, 7, 7), 2),
+    "borders": ((2, 130, 3, 4), 2),
+    "1 a group": ((3, 8, 6, 6), 8),
+}
+FAR_GROUPS = {
+    "odd planes": ((2, 20, 9, 9), 2),
+    "pieces": ((1, 4, 120, 120), 2),
+    "1 a group": ((2, 8, 6, 6), 8),
+    "held": ((2, 8, 16, 16), 2),
+}
+GROUP, ROWS = group_norm((3, 12, 6, 6), groups=3), layer_norm((6, 72))
+CASES = {
+    "batch": both_modes(layouts(*map(Case, SHAPES.values()))),
+    "batch in other dtypes": in_dtypes(both_modes(layouts(*FEW)), OTHERS),
+    "group": layouts(*of_groups(GROUPS)),
+    "group too large to hold": of_groups(TOO_LARGE_TO_HOLD),
+    "instance": in_dtypes(layouts(*map(instance_norm, INSTANCES))),
+    "layer": [layer_norm((n, c)) for n in (1, 5) for c in (1, 3, 7, 64, 100, 768, 1000, 4096, 5000)],
+    "layer, long rows": [layer_norm(shape, dtype) for shape, dtype in LONG_ROWS],
+    "layer in other dtypes": in_dtypes(
+        [layer_norm(s) for s in ((9, 7), (33, 64), (6, 100), (4, 768), (3, 1001), (2, 2560))], OTHERS
+    ),
+    # more rows than a program takes at a time, and a number that does not divide evenly
+    "layer, many rows": in_dtypes(
+        [layer_norm(s) for s in ((700, 3), (301, 64), (130, 100), (50, 768), (29, 1024))], (BF16, FP32)
+    ),
+    "memory": [case for one in (Case((3, 12, 6, 6)), GROUP) for case in strides(one) if case.dtype == FP32],
+    "memory of rows": [replace(ROWS, storage=how) for how in ("offset", "sliced")]
+    + [replace(ROWS, gradient=how) for how in ("offset", "sliced", "transposed", "expanded")],
+    "parameters": [
+        replace(case, dtype=dtype, parameters=parameters)
+        for case in (*layouts(group_norm((2, 12, 4, 4), groups=3)), ROWS)
+        for dtype in (BF16, FP32)
+        for parameters in DTYPES
+    ],
+    "lacking": [
+        *lacking(GROUP),
+        *(replace(ROWS, affine=affine, bias=False) for affine in (True, False)),
+        *(layer_norm((2, 8201), affine=affine, bias=False) for affine in (True, False)),
+    ],
+}  # fmt: skip
+# in the interpreter of several multiprocessors
+SPREAD = {
+    "group in other dtypes": in_dtypes(layouts(*of_groups(FEW_GROUPS)), OTHERS),
+    "group, large means": [
+        replace(case, mean=mean) for case in layouts(*of_groups(FAR_GROUPS)) for mean in (1e4, -1e6)
+    ],
+    "layer, large means": [
+        layer_norm(shape, dtype, mean=mean)
+        for shape, dtype, mean in (
+            ((5, 7), FP32, 1e4), ((3, 768), FP32, 1e4), ((2, 5000), FP32, -1e4), ((2, 20000), FP32, 1e4),
+            ((5, 100), FP64, 1e8), ((4, 768), FP16, 100.0), ((4, 768), BF16, 100.0),
         )
-        assert mine <= allowed, (name, mine.item(), allowed.item())
+    ],
+}  # fmt: skip
 
 
-@BOTH
-@pytest.mark.parametrize("bad", [float("inf"), float("-inf"), float("nan")], ids=str)
-def test_one_bad_value_stays_in_its_channel(bad: float, layout: str) -> None:
-    x = torch.randn(6, 10, 5, 5)
-    x[2, 3, 1, 1] = bad
-    x = x.contiguous(memory_format=getattr(torch, layout + "_format", None) or torch.channels_last)
-    mean, variance = torch.zeros(10), torch.ones(10)
-    y, *_ = kernels.forward(x, None, None, mean, variance, None, False, 0.1, 1e-5)
-    others = [c for c in range(10) if c != 3]
-    assert y[:, others].isfinite().all()
-    assert mean[others].isfinite().all()
-    assert y[:, 3].isnan().all()
-    assert not mean[3].isfinite()
-    assert not variance[3].isfinite()
+def parameters(groups: dict[str, list[Case]]) -> pytest.MarkDecorator:
+    cases = [pytest.param(case, id=f"{name}-{case}") for name, these in groups.items() for case in these]
+    return pytest.mark.parametrize("case", cases)
 
 
-@BOTH
-@pytest.mark.parametrize("shape", [(8, 24, 7, 7), (5, 13, 3, 4), (2, 3, 70, 66), (1, 1, 4, 5)], ids=str)
-def test_writes_its_outputs_and_nothing_else(shape: tuple[int, ...], layout: str) -> None:
-    """Inputs keep their bits (a known bug elsewhere: no running statistics -> the input overwritten);
-    guards stay intact.
-    """
-    memory_format = torch.channels_last if layout == "channels_last" else torch.contiguous_format
-    x, dy = (torch.randn(shape).contiguous(memory_format=memory_format) for _ in range(2))
-    held = [guarded(t) for t in (x, dy, torch.randn(shape[1]), torch.randn(shape[1]))]
-    gx, gdy, gw, gb = (h.tensor for h in held)
-    copies = [h.tensor.clone() for h in held]
-    with nan_filled_allocations():
-        y, table, _ = kernels.forward(gx, gw, gb, None, None, None, False, 0.1, 1e-5)
-        *gradients, dz = kernels.backward(gx, gdy, table, True, True, torch.float32, torch.float32)
-    assert all(bit_identical(h.tensor, c) for h, c in zip(held, copies, strict=True))
-    assert all(h.intact() for h in held)
-    assert all(t.isfinite().all() for t in (y, table, *gradients))
-    assert dz is None
+@parameters(CASES)
+def test_against_fp64(case: Case) -> None:
+    oracle.check(case, CPU)
 
 
-@BOTH
-@pytest.mark.parametrize("shape", [(16, 24, 7, 7), (6, 13, 3, 4), (2, 3, 70, 66)], ids=str)
-def test_same_bits_in_any_order(shape: tuple[int, ...], layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whichever program arrives last, the partials are merged in the same order."""
-    monkeypatch.setenv("BNFAST_INTERPRETER_SMS", "3")
-    steps.forget_plans()
-    memory_format = torch.channels_last if layout == "channels_last" else torch.contiguous_format
-    x, dy = (torch.randn(shape).contiguous(memory_format=memory_format) for _ in range(2))
+@pytest.mark.usefixtures("several_programs")
+@parameters(SPREAD)
+def test_against_fp64_on_several_multiprocessors(case: Case) -> None:
+    oracle.check(case, CPU)
 
-    def step() -> list[torch.Tensor]:
-        mean, variance = torch.zeros(shape[1]), torch.ones(shape[1])
-        y, table, _ = kernels.forward(x, None, None, mean, variance, None, False, 0.1, 1e-5)
-        dx, dweight, dbias, _ = kernels.backward(x, dy, table, True, True, torch.float32, torch.float32)
-        return [y, table, mean, variance, dx, dweight, dbias]
 
-    try:
-        first = step()
-        for seed in range(3):
-            with shuffled(seed):
-                assert all(bit_identical(a, b) for a, b in zip(step(), first, strict=True))
-    finally:
-        steps.forget_plans()
+def held(shape: tuple[int, ...], groups: int) -> CellSweep | None:
+    return cell_sweep(shape[0], groups, shape[1] // groups, torch.Size(shape[2:]).numel(), 4, True, 1)
+
+
+def test_groups_take_every_way() -> None:
+    plans = {name: held(*case) for name, case in GROUPS.items()}
+    assert all(plans.values())
+    assert any(p.tiles == 1 and p.groups == 1 for p in plans.values() if p)
+    assert any(p.tiles > 1 for p in plans.values() if p)
+    assert any(p.pieces > 1 for p in plans.values() if p)
+    assert any(p.groups > 1 for p in plans.values() if p)
+    assert {p.vec for p in plans.values() if p} >= {1, 2, 4}
+    assert not any(held(*case) for case in TOO_LARGE_TO_HOLD.values())
+
+
+@pytest.mark.parametrize(("shape", "dtype"), LONG_ROWS, ids=str)
+def test_rows_that_are_not_held(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    size = row_plan.Rows(*shape, dtype.itemsize, True, 2)
+    assert row_plan.forward(size)[0] == ("long" if shape[1] in (20000, 8201) else "held")
+    assert row_plan.gradients(size) is None
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+def test_several_dimensions_are_a_row(dims: int) -> None:
+    """dims 3: no batch dimension at all."""
+    x, dy = data(5, 6, 10), data(5, 6, 10, seed=1)
+    vectors = [data(*x.shape[-dims:], seed=n) for n in (2, 3)]
+
+    def flat(t: Tensor) -> Tensor:
+        return t.reshape(-1, x.shape[-dims:].numel())
+
+    def function(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return layer_norm_function(x, weight.shape, weight, bias)
+
+    found = derivatives(function, x, vectors, dy)
+    expected = derivatives(function, flat(x), [t.flatten() for t in vectors], flat(dy))
+    for name, value in expected.items():
+        assert bit_identical(found[name].reshape(value.shape), value), name

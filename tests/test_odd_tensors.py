@@ -1,4 +1,4 @@
-"""Tensors that are not what they seem: in other memory than they were saved in, of inference mode, lazily
+"""Tensors that are not what they seem: of inference mode, lazily
 negated or zero, subclasses. On the kernels and on plain torch, all as torch's."""
 
 from __future__ import annotations
@@ -16,19 +16,12 @@ from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import bnfast
-from bnfast import functional
 from bnfast.functional import batch_norm
 from tests.support.buffers import bit_identical
+from tests.support.layers import both_modes, data, every_path
 
-every_path = pytest.mark.parametrize("path", ["kernels", "torch"], indirect=True)
-both_modes = pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-# dx is a difference of larger numbers, hence an absolute tolerance some ulp above assert_close's
 CLOSE = {"rtol": 1e-5, "atol": 2e-5}
 SHAPE = (3, 4, 2, 3)
-
-
-def data(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)) + 0.5
 
 
 def vectors() -> dict[str, Tensor]:
@@ -37,83 +30,6 @@ def vectors() -> dict[str, Tensor]:
     }
     given["running_var"] = given["running_var"].square() + 0.5
     return given
-
-
-def strided(t: Tensor) -> Tensor:
-    other = torch.full_like(t, float("nan")) if t.is_floating_point() else ~t
-    return torch.stack((t, other), -1)[..., 0]
-
-
-def misaligned(t: Tensor) -> Tensor:
-    return t.new_empty(t.numel() + 1)[1:].as_strided(t.shape, t.stride(), 1).copy_(t)
-
-
-def reversed_strides(t: Tensor) -> Tensor:
-    dims = list(range(t.dim()))[::-1]
-    return t.permute(dims).contiguous().permute(dims)
-
-
-def expanded(t: Tensor) -> Tensor:
-    """One value for all but the first dimension (of a vector: for all)."""
-    first = t[:1] if t.dim() == 1 else t[(slice(None), *[slice(1)] * (t.dim() - 1))]
-    assert torch.equal(first.expand(t.shape), t), "this test's data cannot be expanded"
-    return first.expand(t.shape)
-
-
-@every_path
-@both_modes
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
-@pytest.mark.parametrize("unpack", [strided, misaligned, reversed_strides, expanded])
-def test_saved_tensors_come_back_in_other_memory(
-    unpack: Callable[[Tensor], Tensor], layout: torch.memory_format, training: bool, path: str
-) -> None:
-    """Offloading and compressing hooks owe nobody the strides of what they were given."""
-    x, given = data(*SHAPE), vectors()
-    if unpack is expanded:
-        x = data(3, 1, 1, 1).expand(SHAPE)
-        given = {name: v[:1].repeat(4) for name, v in given.items()}
-    x = x.contiguous(memory_format=layout).requires_grad_()
-    dy = data(*SHAPE, seed=5)
-    leaves = [x, given["weight"].requires_grad_(), given["bias"].requires_grad_()]
-    unpacked = []
-
-    def back(t: Tensor) -> Tensor:
-        unpacked.append(t)
-        return unpack(t) if t.numel() else t
-
-    expected = torch.autograd.grad(F.batch_norm(x, **copies(given), training=training), leaves, dy)
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: t, back):
-        y = batch_norm(x, **copies(given), training=training)
-    found = torch.autograd.grad(y, leaves, dy)
-    assert len(unpacked) >= 3
-    assert_close(found, expected, **CLOSE)
-
-
-OTHERS: dict[str, Callable[..., Tensor]] = {
-    "group": lambda x, w, b, **after: functional.group_norm(x, 2, w, b, **after),
-    "instance": lambda x, w, b, **after: functional.instance_norm(x, None, None, w, b, **after),
-    "layer": lambda x, w, b, **after: functional.layer_norm(x, x.shape[-1:], w, b, **after),
-    "batch": lambda x, w, b, **after: batch_norm(x, None, None, w, b, True, **after),
-}
-
-
-@pytest.mark.parametrize("unpack", [strided, misaligned, reversed_strides])
-@pytest.mark.parametrize("after", ["nothing", "relu", "silu"])
-@pytest.mark.parametrize("name", OTHERS)
-def test_saved_tensors_of_every_layer_come_back_in_other_memory(
-    name: str, after: str, unpack: Callable[[Tensor], Tensor]
-) -> None:
-    x, z, dy = data(2, 4, 4, 8), data(2, 4, 4, 8, seed=7), data(2, 4, 4, 8, seed=5)
-    vector = 8 if name == "layer" else 4
-    weight, bias = data(vector, seed=3), data(vector, seed=4)
-    leaves = [t.requires_grad_() for t in (x, weight, bias)]
-    options = {} if after == "nothing" else {"activation": after, "residual": z}
-    found = []
-    for hook in (lambda t: t, unpack):
-        with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t, hook=hook: hook(t)):
-            y = OTHERS[name](x, weight, bias, **options)
-        found.append(torch.autograd.grad(y, leaves, dy))
-    assert_close(found[1], found[0], **CLOSE)
 
 
 def copies(given: dict[str, Tensor]) -> dict[str, Tensor]:

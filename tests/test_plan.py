@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bnfast.kernels import plan
+from bnfast.kernels import plan, row_plan
 
 SMS = 132
 RESNET50 = [(64, 112), (64, 56), (256, 56), (128, 56), (128, 28), (512, 28), (256, 28), (256, 14), (1024, 14)]
@@ -103,3 +103,13 @@ def test_lanes_beyond_the_end_do_not_wrap(c: int, itemsize: int) -> None:
             with pytest.raises(plan.TooLarge):
                 _ = sweep.geometry
     assert last < 2**31, "no size was small enough"
+
+
+def test_rows_too_large_for_32_bits() -> None:
+    """Offsets within a group of rows, and grids, are counted in 32 bits; everything else in 64."""
+    for rows, width in ((1, 2**30), (2**31, 768), (2**31 + 5, 1)):
+        size = row_plan.Rows(rows, width, 2, True, 132)
+        with pytest.raises(plan.TooLarge):
+            row_plan.forward(size)
+    assert row_plan.forward(row_plan.Rows(2**24, 4096, 2, True, 132))[0] == "held"
+    assert row_plan.gradients(row_plan.Rows(2**24, 4096, 2, True, 132)) is not None

@@ -4,7 +4,6 @@ not notice whose they are."""
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -15,24 +14,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing import assert_close
 
 from bnfast import functional
-
-LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
-every_path = pytest.mark.parametrize("path", ["kernels", "torch"], indirect=True)
-
-
-def statistics(x: Tensor) -> tuple[Tensor, Tensor]:
-    c = x.shape[1]
-    return torch.linspace(-1, 1, c), torch.linspace(0.5, 2, c)
-
-
-NORMS: dict[str, Callable[[Any, Tensor], Tensor]] = {
-    "batch": lambda f, x: f.batch_norm(x, None, None, training=True),
-    "batch, eval": lambda f, x: f.batch_norm(x, *statistics(x)),
-    "group": lambda f, x: f.group_norm(x, 1),
-    "instance": lambda f, x: f.instance_norm(x),
-    "instance, eval": lambda f, x: f.instance_norm(x, *statistics(x), use_input_stats=False),
-    "layer": lambda f, x: f.layer_norm(x, x.shape[-1:]),
-}
+from bnfast.checks.cases import FORMATS
+from tests.support.layers import NORMS, assert_same, data, derivatives, every_path, norms, parameters
 
 
 def of(shape: tuple[int, ...], strides: tuple[int, ...]) -> Tensor:
@@ -86,7 +69,7 @@ def more(count: int) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
 
 def expected(name: str, x: Tensor, y: Tensor) -> tuple[int, ...]:
     """torch's strides; channels_last from InstanceNorm too, for what is that and nothing else."""
-    memory_format = LAST.get(x.dim())
+    memory_format = FORMATS.get(x.dim())
     if not name.startswith("instance") or memory_format is None or x.is_contiguous():
         return y.stride()
     last = F.group_norm(x, 1).stride() == torch.empty(x.shape, memory_format=memory_format).stride()
@@ -100,7 +83,7 @@ def order(t: Tensor) -> list[int]:
 
 
 @every_path
-@pytest.mark.parametrize("name", NORMS)
+@pytest.mark.parametrize("name", [name for name in NORMS if name != "batch, tracking"])
 def test_strides_are_torchs(name: str, path: str, launches: list[Any]) -> None:
     wrong = []
     for shape, strides in GIVEN + more(80) if path == "torch" else GIVEN:
@@ -144,3 +127,24 @@ def test_strides_of_what_was_compiled(path: str) -> None:
         assert y.stride() == eager.stride()
         dx, expected = (torch.autograd.grad(t.square().sum(), x)[0] for t in (y, eager))
         assert_close((y, dx), (eager, expected), rtol=1e-4, atol=1e-4, check_stride=False)
+
+
+SIZES_OF_1 = [
+    (3, 4, 2, 3), (1, 4, 2, 3), (3, 1, 2, 3), (3, 4, 1, 1), (3, 4, 1, 3), (1, 1, 2, 3),
+    (2, 3, 2, 1, 2), (1, 3, 2, 2, 2), (2, 1, 2, 2, 2), (2, 3, 1, 1, 1),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("norm", ["batch", "batch, eval"])
+@pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize("shape", SIZES_OF_1, ids=str)
+def test_memory_format_in_is_memory_format_out(shape: tuple[int, ...], last: bool, norm: str) -> None:
+    """Also where both formats describe the tensor and only the strides of its 1s tell them apart: there torch
+    gives contiguous ones."""
+    form = FORMATS[len(shape)] if last else torch.contiguous_format
+    x = torch.empty(shape, memory_format=form).copy_(data(*shape))
+    ours, theirs = (derivatives(f, x, parameters(norm, x)) for f in norms(norm))
+    assert_same(ours, theirs)
+    assert ours["y"].stride() == ours["dx"].stride() == theirs["y"].stride()
+    if shape[1] > 1 and x[0, 0].numel() > 1:
+        assert theirs["y"].stride() == theirs["dx"].stride() == x.stride()

@@ -4,16 +4,15 @@ accesses.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 
-from bnfast.kernels import batch_norm as kernels
-from bnfast.kernels import plan, steps
+from bnfast.kernels import plan
 from bnfast.kernels.layouts import is_channels_last
-from tests.support.trace import Trace, trace
+from tests.support import kernel_calls as kernels
+from tests.support.trace import clean, trace
 
 SHAPES = [(8, c, size, size) for c in (24, 64, 96) for size in (7, 14, 28)] + [
     (5, 13, 3, 4),
@@ -23,16 +22,9 @@ SHAPES = [(8, c, size, size) for c in (24, 64, 96) for size in (7, 14, 28)] + [
     (33, 65, 1, 1),
     (2, 2, 3, 5, 7),
 ]
+pytestmark = pytest.mark.usefixtures("several_programs")
+SMS = 3  # the fixture's
 FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
-
-
-@pytest.fixture(autouse=True)
-def several_programs(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Enough SMs that channels are split and blocks share rows, few enough to be quick."""
-    monkeypatch.setenv("BNFAST_INTERPRETER_SMS", "2")
-    steps.forget_plans()
-    yield
-    steps.forget_plans()
 
 
 def tensors(shape: tuple[int, ...], layout: str, dtype: torch.dtype, count: int) -> list[torch.Tensor]:
@@ -40,17 +32,8 @@ def tensors(shape: tuple[int, ...], layout: str, dtype: torch.dtype, count: int)
     return [torch.randn(shape).to(dtype).contiguous(memory_format=memory_format) for _ in range(count)]
 
 
-def clean(t: Trace, launches: int) -> None:
-    assert not t.out_of_bounds, t.out_of_bounds
-    assert not t.hazards, t.hazards
-    assert t.launches == launches
-
-
 BOTH = pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 EVERY = pytest.mark.parametrize("shape", SHAPES, ids=str)
-
-
-RENORM = ((3.0, 5.0, 0.0, 0.0, 0.0), True)
 
 
 @BOTH
@@ -61,7 +44,7 @@ def test_training_step(shape: tuple[int, ...], layout: str) -> None:
 
 @BOTH
 def test_batch_renorm_is_no_dearer(layout: str) -> None:
-    training_step((4, 24, 7, 7), layout, RENORM)
+    training_step((4, 24, 7, 7), layout, kernels.RENORM)
 
 
 def training_step(shape: tuple[int, ...], layout: str, renorm: Any) -> None:
@@ -73,18 +56,16 @@ def training_step(shape: tuple[int, ...], layout: str, renorm: Any) -> None:
     weight, bias, mean, variance = (torch.rand(channels) for _ in range(4))
     batches = torch.tensor(0)
     with trace(x=x, batches=batches) as t:
-        y, table, _ = kernels.forward(
-            x, weight, bias, mean, variance, batches, False, 0.1, 1e-5, renorm=renorm
-        )
+        y, table, _ = kernels.batch_norm_train(x, weight, bias, mean, variance, batches, renorm=renorm)
     sizes = (shape[0], channels, torch.Size(shape[2:]).numel(), x.element_size(), is_channels_last(x))
-    planned = plan.batch_norm(*sizes, sms=2)
+    planned = plan.batch_norm(*sizes, sms=SMS)
     clean(t, planned.forward_launches)
     assert t.moved("x", "y", "partials") == planned.forward_bytes
     assert (t["x"].reads, t["x"].writes, t.of(y).writes, t.of(y).reads) == (2.0, 0.0, 1.0, 0.0)
     assert t.of(y).unique_written == t.of(y).size
     assert batches.item() == 1
     with trace(x=x, dy=dy) as b:
-        dx, dweight, dbias, _ = kernels.backward(x, dy, table, True, True, torch.float32, torch.float32)
+        dx, dweight, dbias, _ = kernels.batch_norm_backward(x, dy, table)
     clean(b, planned.backward_launches)
     assert b.moved("x", "dy", "dx", "partials") == planned.backward_bytes
     assert dx is not None
@@ -109,17 +90,17 @@ def test_eval(shape: tuple[int, ...], layout: str) -> None:
     x, dy = tensors(shape, layout, torch.float16, 2)
     mean, variance = torch.rand(shape[1]), torch.rand(shape[1])
     with trace(x=x) as t:
-        y, table, _ = kernels.inference(x, None, None, mean, variance, 1e-5, True)
+        y, table, _ = kernels.batch_norm_eval(x, mean, variance)
     clean(t, 1)
     assert (t["x"].reads, t.of(y).writes) == (1.0, 1.0)
     assert t.of(table).unique_written == t.of(table).size
     with trace(x=x, dy=dy) as b:
-        dx, *_ = kernels.backward(x, dy, table, False, True, torch.float32, torch.float32)
+        dx, *_ = kernels.batch_norm_backward(x, dy, table, training=False)
     clean(b, 1)
     assert dx is not None
     assert (b["x"].reads, b["dy"].reads, b.of(dx).writes) == (1.0, 1.0, 1.0)
     with trace(x=x, dy=dy) as s:
-        dx, *_ = kernels.backward(x, dy, table, False, True, None, None)
+        dx, *_ = kernels.batch_norm_backward(x, dy, table, (True, None, None), training=False)
     clean(s, 1)
     assert dx is not None
     assert (s["x"].reads, s["dy"].reads, s.of(dx).writes) == (0.0, 1.0, 1.0)
@@ -129,15 +110,15 @@ def test_eval(shape: tuple[int, ...], layout: str) -> None:
 def test_only_what_is_wanted(layout: str) -> None:
     """Parameter gradients alone: one launch, dy and x once."""
     x, dy = tensors((8, 24, 7, 7), layout, torch.float16, 2)
-    _, table, _ = kernels.forward(x, None, None, None, None, None, False, 0.1, 1e-5)
+    _, table, _ = kernels.batch_norm_train(x)
     with trace(x=x, dy=dy) as t:
-        dx, dweight, dbias, _ = kernels.backward(x, dy, table, True, False, torch.float32, None)
+        dx, dweight, dbias, _ = kernels.batch_norm_backward(x, dy, table, (False, torch.float32, None))
     clean(t, 1)
     assert dx is None
     assert dbias is None
     assert (t["x"].reads, t["dy"].reads) == (1.0, 1.0)
     with trace(x=x, dy=dy) as t:
-        _, dweight, dbias, _ = kernels.backward(x, dy, table, True, True, None, None)
+        _, dweight, dbias, _ = kernels.batch_norm_backward(x, dy, table, (True, None, None))
     clean(t, 2)
     assert dweight is None
     assert dbias is None
@@ -152,10 +133,10 @@ def test_unaligned_storage(cut: int, layout: str) -> None:
     storage = torch.zeros(whole.numel() + cut, dtype=torch.float16)
     x = torch.as_strided(storage, shape, whole.stride(), cut).copy_(whole)
     with trace(x=x) as t:
-        y, *_ = kernels.forward(x, None, None, None, None, None, False, 0.1, 1e-5)
+        y, *_ = kernels.batch_norm_train(x)
     clean(t, 2)
     assert (t["x"].reads, t.of(y).writes) == (2.0, 1.0)
-    expected, *_ = kernels.forward(whole, None, None, None, None, None, False, 0.1, 1e-5)
+    expected, *_ = kernels.batch_norm_train(whole)
     torch.testing.assert_close(y, expected, rtol=2e-3, atol=2e-3)
 
 

@@ -2,35 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from typing import NamedTuple
 
 import pytest
 import torch
 from torch import Tensor
 
+from bnfast.checks import cases
 from bnfast.functional import instance_norm
-from bnfast.kernels import group_norm as kernels
-from bnfast.kernels import steps
 from bnfast.kernels.group_plan import GroupNormPlan, group_norm
-from tests.support.group_cases import EPS, Given, given
-from tests.support.trace import Trace, trace
+from tests.support import kernel_calls as kernels
+from tests.support.trace import Trace, clean, trace
 
+pytestmark = pytest.mark.usefixtures("several_programs")
+SMS = 3  # the fixture's
 FP16, FP32 = torch.float16, torch.float32
 
 
-@pytest.fixture(autouse=True)
-def several_programs(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Enough SMs that channels are split and blocks share rows, few enough to be quick."""
-    monkeypatch.setenv("BNFAST_INTERPRETER_SMS", "2")
-    steps.forget_plans()
-    yield
-    steps.forget_plans()
+class Given(NamedTuple):
+    x: Tensor
+    dy: Tensor
+    groups: int
+    weight: Tensor | None
+    bias: Tensor | None
 
 
-def clean(t: Trace, launches: int) -> None:
-    assert not t.out_of_bounds, t.out_of_bounds
-    assert not t.hazards, t.hazards
-    assert t.launches <= launches
+def given(shape: tuple[int, ...], groups: int, dtype: torch.dtype, last: bool = False) -> Given:
+    g = cases.given(cases.group_norm(shape, dtype, last, groups=groups), torch.device("cpu"))
+    return Given(g.x, g.dy, groups, g.weight, g.bias)
 
 
 def written_once(t: Trace, *results: Tensor | None) -> None:
@@ -52,13 +51,14 @@ def moved(t: Trace) -> int:
 def planned(g: Given) -> GroupNormPlan:
     n, c, *size = g.x.shape
     s = torch.Size(size).numel()
-    return group_norm(n, c, s, g.groups, g.x.element_size(), not g.x.is_contiguous(), sms=2)
+    return group_norm(n, c, s, g.groups, g.x.element_size(), not g.x.is_contiguous(), sms=SMS)
 
 
 def forward(g: Given, reads: float, launches: int) -> tuple[Trace, Tensor]:
     with trace(x=g.x) as t:
-        y, table, _ = kernels.forward(g.x, g.groups, g.weight, g.bias, EPS)
-    clean(t, launches)
+        y, table, _ = kernels.group_norm(g.x, g.groups, g.weight, g.bias)
+    clean(t)
+    assert t.launches <= launches
     assert (t["x"].reads, t["x"].writes, t.of(y).writes, t.of(y).reads) == (reads, 0.0, 1.0, 0.0)
     written_once(t, y, table)
     assert y.stride() == g.x.stride()
@@ -69,9 +69,10 @@ def forward(g: Given, reads: float, launches: int) -> tuple[Trace, Tensor]:
 
 def backward(g: Given, table: Tensor, reads: float, launches: int) -> Trace:
     with trace(x=g.x, dy=g.dy) as b:
-        dx, dweight, dbias, _ = kernels.backward(g.x, g.dy, table, g.weight, g.groups, True, FP32, FP32)
+        dx, dweight, dbias, _ = kernels.group_norm_backward(g.x, g.dy, table, g.groups, g.weight)
     assert dx is not None
-    clean(b, launches)
+    clean(b)
+    assert b.launches <= launches
     assert b["x"].reads <= reads
     assert b["dy"].reads <= reads
     assert (b["x"].writes, b.of(dx).writes, b.of(dx).reads) == (0.0, 1.0, 0.0)
@@ -132,7 +133,7 @@ ROWS = [
 @pytest.mark.parametrize(("shape", "groups"), ROWS, ids=str)
 def test_channels_last(shape: tuple[int, ...], groups: int) -> None:
     """x twice, whole sectors: a group of 10 channels is no multiple of one, and must cost no more."""
-    g = given(shape, groups, FP16, layout="channels_last")
+    g = given(shape, groups, FP16, last=True)
     t, table = forward(g, 2.0, 3)
     b = backward(g, table, 2.0, 3)
     if shape[1] % 8 == 0:
@@ -143,7 +144,7 @@ def test_channels_last(shape: tuple[int, ...], groups: int) -> None:
 @pytest.mark.parametrize("shape", [(2, 8, 6, 6), (2, 4, 3, 4, 5)], ids=str)
 def test_instance_norm_keeps_the_memory_format(shape: tuple[int, ...]) -> None:
     """In both directions, where torch copies to contiguous and back: nothing but the kernels touches x."""
-    g = given(shape, shape[1], FP16, layout="channels_last")
+    g = given(shape, shape[1], FP16, last=True)
     x = g.x.requires_grad_()
     with trace(x=x) as t:
         y = instance_norm(x, weight=g.weight, bias=g.bias)
@@ -157,17 +158,18 @@ def test_instance_norm_keeps_the_memory_format(shape: tuple[int, ...]) -> None:
     assert dx.stride() == x.stride()
 
 
-@pytest.mark.parametrize(("shape", "groups", "layout"), [
-    ((2, 12, 6, 6), 3, "contiguous"), ((2, 40, 6, 6), 4, "channels_last"), ((2, 8, 6, 6), 8, "channels_last"),
-])  # fmt: skip
-def test_only_what_is_wanted(shape: tuple[int, ...], groups: int, layout: str) -> None:
+@pytest.mark.parametrize(
+    ("shape", "groups", "held"),
+    [((2, 12, 6, 6), 3, True), ((2, 40, 6, 6), 4, False), ((2, 8, 6, 6), 8, False)],
+)
+def test_only_what_is_wanted(shape: tuple[int, ...], groups: int, held: bool) -> None:
     """Without dx one sweep; without parameters no launch for them."""
-    g = given(shape, groups, FP16, layout=layout)
-    held = layout == "contiguous"
+    g = given(shape, groups, FP16, last=not held)
     _, table = forward(g, 1.0 if held else 2.0, 3)
     for need_dx, kind in ((True, None), (False, FP32)):
         with trace(x=g.x, dy=g.dy) as b:
-            kernels.backward(g.x, g.dy, table, g.weight, groups, need_dx, kind, kind)
-        clean(b, 2 - (held and need_dx))
+            kernels.group_norm_backward(g.x, g.dy, table, groups, g.weight, (need_dx, kind, kind))
+        clean(b)
+        assert b.launches <= 2 - (held and need_dx)
         sweeps = 1.0 if held or not need_dx else 2.0
         assert (b["x"].reads, b["dy"].reads) == (sweeps, sweeps)

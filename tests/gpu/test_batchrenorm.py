@@ -13,7 +13,9 @@ import bnfast
 from bnfast.checks import one_step, truth
 from bnfast.checks.cases import Case, batch_renorm
 from tests.gpu import parity
-from tests.gpu.families import (
+from tests.gpu.test_streams import captured
+from tests.support.buffers import bit_identical
+from tests.support.families import (
     BF16,
     FP16,
     FP32,
@@ -24,8 +26,6 @@ from tests.gpu.families import (
     parameters,
     strides,
 )
-from tests.gpu.test_streams import captured
-from tests.support.buffers import bit_identical
 
 pytestmark = pytest.mark.gpu
 

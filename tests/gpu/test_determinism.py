@@ -25,8 +25,8 @@ from bnfast.kernels import (
     transform,
 )
 from tests.gpu import parity
-from tests.gpu.families import layouts
 from tests.support.buffers import bit_identical
+from tests.support.families import layouts
 
 pytestmark = pytest.mark.gpu
 

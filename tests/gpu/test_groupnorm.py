@@ -12,7 +12,9 @@ import bnfast
 from bnfast.checks import one_step
 from bnfast.checks.cases import Case, group_norm
 from tests.gpu import parity
-from tests.gpu.families import (
+from tests.gpu.test_large import GB, need_memory
+from tests.support.buffers import bit_identical
+from tests.support.families import (
     BF16,
     DTYPES,
     FP16,
@@ -25,9 +27,7 @@ from tests.gpu.families import (
     parameters,
     strides,
 )
-from tests.gpu.test_large import GB, need_memory
-from tests.support.buffers import bit_identical
-from tests.test_groupnorm import LARGE, SHAPES
+from tests.test_numerics import GROUPS, TOO_LARGE_TO_HOLD
 
 pytestmark = pytest.mark.gpu
 
@@ -47,9 +47,8 @@ FORMS = in_dtypes(
 )
 
 # those of the interpreter tests, which say which way each takes
-WAYS = in_dtypes(
-    layouts(*(group_norm(shape, groups=groups) for shape, groups in (SHAPES | LARGE).values())), (BF16, FP32)
-)
+INTERPRETED = [group_norm(shape, groups=n) for shape, n in (GROUPS | TOO_LARGE_TO_HOLD).values()]
+WAYS = in_dtypes(layouts(*INTERPRETED), (BF16, FP32))
 
 # groups whose channels are no power of two, of planes that are no whole vectors
 ODD = in_dtypes(

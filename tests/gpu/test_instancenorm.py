@@ -9,7 +9,8 @@ import pytest
 
 from bnfast.checks.cases import Case, instance_norm
 from tests.gpu import parity
-from tests.gpu.families import (
+from tests.gpu.test_large import GB, need_memory
+from tests.support.families import (
     BF16,
     FP16,
     FP32,
@@ -20,7 +21,6 @@ from tests.gpu.families import (
     parameters,
     strides,
 )
-from tests.gpu.test_large import GB, need_memory
 
 pytestmark = pytest.mark.gpu
 

@@ -2,89 +2,81 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
 import bnfast
-from bnfast.functional import layer_norm
+from bnfast import functional
+from bnfast.checks import one_step, truth
+from bnfast.checks.cases import Case, Given, layer_norm
 from bnfast.kernels.launch import Launch
+from tests.gpu import parity
 from tests.gpu.test_large import need_memory
-from tests.support.buffers import bit_identical, nan_filled_allocations
-from tests.support.row_oracle import check, given, run
+from tests.support.buffers import bit_identical
+from tests.support.families import BF16, DTYPES, FP16, FP32, FP64, in_dtypes, parameters
 
 pytestmark = pytest.mark.gpu
 
-FP16, BF16, FP32, FP64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
-DTYPES = (FP16, BF16, FP32, FP64)
 # one of each form of the plan, and widths around what is held
 WIDTHS = (1, 3, 7, 64, 100, 256, 384, 768, 1000, 1001, 1024, 2048, 3072, 4096, 5000, 8192)
 WIDE = (12288, 12296, 16384, 20000, 28680, 32769, 100_001, 1_000_000)
+MEANS = ((FP16, 100.0), (BF16, 100.0), (FP32, 1e4), (FP64, 1e8))
+GROUPS = {
+    "widths": in_dtypes(layer_norm((rows, width)) for width in WIDTHS for rows in (1, 37, 4099)),
+    "wide": in_dtypes(
+        layer_norm((rows, width)) for width in WIDE for rows in (1, 300 if width < 100_000 else 7)
+    ),
+    "means": [layer_norm((65, w), dtype, mean=mean) for w in (7, 768, 4096, 20000) for dtype, mean in MEANS],
+    "parameters": in_dtypes(layer_norm((130, 768), parameters=parameters) for parameters in DTYPES),
+    "lacking": [
+        layer_norm((130, width), BF16, affine=affine, bias=False)
+        for width in (768, 20000)
+        for affine in (True, False)
+    ],
+}
 
 
-def passes(shape: tuple[int, ...], dtype: torch.dtype, **options: Any) -> None:
-    g = given(shape, dtype, device="cuda", **options)
-    with nan_filled_allocations():
-        ours = run(layer_norm, g)
-    check(g, ours)
+@pytest.mark.parametrize("case", parameters(GROUPS))
+def test_against_fp64(case: Case) -> None:
+    parity.check(case)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("width", WIDTHS)
-def test_widths(width: int, dtype: torch.dtype) -> None:
-    for rows in (1, 37, 4099):
-        passes((rows, width), dtype)
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("width", WIDE)
-def test_wide_rows(width: int, dtype: torch.dtype) -> None:
-    for rows in (1, 300 if width < 100_000 else 7):
-        passes((rows, width), dtype)
-
-
-@pytest.mark.parametrize(("dtype", "mean"), [(FP16, 100.0), (BF16, 100.0), (FP32, 1e4), (FP64, 1e8)], ids=str)
-@pytest.mark.parametrize("width", [7, 768, 4096, 20000])
-def test_large_means(width: int, dtype: torch.dtype, mean: float) -> None:
-    passes((65, width), dtype, mean=mean)
-
-
-@pytest.mark.parametrize("parameters", DTYPES, ids=str)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_parameters_of_their_own_dtype(dtype: torch.dtype, parameters: torch.dtype) -> None:
-    passes((130, 768), dtype, parameters=parameters)
-
-
-@pytest.mark.parametrize("affine", ["", "w", "b"])
 @pytest.mark.parametrize("width", [768, 20000])
-def test_without_parameters(width: int, affine: str) -> None:
-    passes((130, width), BF16, affine=affine, dims=1)
+def test_a_bias_alone(width: int) -> None:
+    g = parity.given(layer_norm((130, width), BF16))
+    results = []
+    for weight in (None, torch.ones_like(g.weight)):
+        x, bias = g.x.detach().requires_grad_(), g.bias.detach().requires_grad_()
+        y = functional.layer_norm(x, (width,), weight, bias)
+        results.append([y.detach(), *torch.autograd.grad(y, [x, bias], g.dy)])
+    assert all(bit_identical(a, b) for a, b in zip(*results, strict=True))
 
 
 @pytest.mark.parametrize("cut", [1, 2, 4, 8])
 def test_unaligned_storage(cut: int) -> None:
     """All tensors, or x alone, or the parameters alone: compiled code is bound to none of these."""
-    g = given((33, 768), BF16, device="cuda", parameters=BF16)
+    case = layer_norm((33, 768), BF16, parameters=BF16)
+    g = parity.given(case)
 
-    def moved(t: Tensor | None) -> Tensor | None:
-        if t is None:
-            return None
-        return torch.zeros(t.numel() + cut, dtype=t.dtype, device="cuda")[cut:].view(t.shape).copy_(t)
+    def moved(t: Tensor) -> Tensor:
+        return torch.zeros(t.numel() + cut, dtype=t.dtype, device=t.device)[cut:].view(t.shape).copy_(t)
 
     for which in ("", "x dy", "weight", "bias", "x dy weight bias", "dy"):
-        changed = {name: moved(value) if name in which.split() else value for name, value in vars(g).items()}
-        other = type(g)(**changed)
-        check(other, run(layer_norm, other))
+        other = replace(g, **{name: moved(getattr(g, name)) for name in which.split()})
+        verdicts = truth.judge(case, other, one_step.run(case, bnfast, other))
+        assert all(verdict.ok for verdict in verdicts.values()), {n: str(v) for n, v in verdicts.items()}
 
 
 @pytest.mark.parametrize("width", [768, 4096, 20000])
 def test_same_bits_every_time(width: int) -> None:
-    g = given((2051, width), BF16, device="cuda")
-    first = run(layer_norm, g)
+    case = layer_norm((2051, width), BF16)
+    g = parity.given(case)
+    first = one_step.run(case, bnfast, g)
     for _ in range(3):
-        again = run(layer_norm, g)
+        again = one_step.run(case, bnfast, g)
         assert all(bit_identical(first[name], again[name]) for name in first)
 
 
@@ -138,9 +130,9 @@ def test_the_second_call_is_bound(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Launch] = []
     call = Launch.__call__
     monkeypatch.setattr(Launch, "__call__", lambda self, *args: (seen.append(self), call(self, *args))[1])
-    g = given((257, 776), BF16, device="cuda")
+    case = layer_norm((257, 776), BF16)
     for _ in range(2):
-        run(layer_norm, g)
+        one_step.run(case, bnfast, parity.given(case))
     assert len(seen) == 6
     if torch.version.hip is None:
         assert all(launch._bound is not None for launch in seen)
@@ -155,9 +147,13 @@ def test_more_elements_than_32_bits_count(rows: int, width: int) -> None:
     x = torch.empty(rows, width, dtype=BF16, device="cuda").normal_()
     dy = torch.empty_like(x).normal_()
     x.requires_grad_()
-    y = layer_norm(x, (width,))
+    y = functional.layer_norm(x, (width,))
     y.backward(dy)
     assert x.grad is not None
     for row in {0, 1, rows // 2, (1 << 31) // width % rows, rows - 1}:
-        g = type(given((1, 1), BF16))(x.detach()[row : row + 1], dy[row : row + 1], None, None)
-        check(g, {"y": y.detach()[row : row + 1], "dx": x.grad[row : row + 1]})
+        x_row, dy_row, y_row, dx_row = (t.detach()[row : row + 1] for t in (x, dy, y, x.grad))
+        case, empty = layer_norm((1, width), BF16, affine=False), x.new_empty(0)
+        verdicts = truth.judge(
+            case, Given(x_row, dy_row, None, None, empty, empty), {"y": y_row, "dx": dx_row}
+        )
+        assert all(verdict.ok for verdict in verdicts.values()), row

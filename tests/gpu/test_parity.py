@@ -11,9 +11,10 @@ from torch import Tensor
 import bnfast
 from bnfast.checks import one_step, truth
 from bnfast.checks.cases import Case, batch_renorm, group_norm, instance_norm
-from tests.gpu import families, parity
-from tests.gpu.families import BF16, DTYPES, FP16, FP32, FP64
+from tests.gpu import parity
+from tests.support import families
 from tests.support.buffers import bit_identical, nan_filled_allocations
+from tests.support.families import BF16, DTYPES, FP16, FP32, FP64
 
 pytestmark = pytest.mark.gpu
 

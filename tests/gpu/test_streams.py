@@ -19,8 +19,8 @@ from bnfast.checks import one_step
 from bnfast.checks.cases import Case, Given, batch_renorm, group_norm, instance_norm
 from bnfast.kernels.steps import forget_plans
 from tests.gpu import parity
-from tests.gpu.families import layouts
 from tests.support.buffers import bit_identical
+from tests.support.families import layouts
 
 pytestmark = pytest.mark.gpu
 

@@ -7,7 +7,7 @@ import itertools
 import pytest
 
 from benchmarks.static.sass import bytes_in_flight_per_sm, compile_kernel
-from bnfast.kernels.epilogue import NAMES, Activation
+from bnfast.activation import NAMES, Activation
 from bnfast.kernels.one_read import group_norm_gradients_kernel, group_norm_kernel
 from bnfast.kernels.records import CellTile
 from tests.support.compiled import compiled

@@ -17,7 +17,8 @@ import bnfast
 from benchmarks import budgets
 from benchmarks.static.fake_driver import FakeDriver, host_microseconds
 from benchmarks.static.launches import as_on_a_gpu
-from bnfast.kernels import batch_norm, steps
+from bnfast.kernels import steps
+from tests.support import kernel_calls as kernels
 
 pytestmark = pytest.mark.static
 
@@ -93,7 +94,7 @@ def test_launch_binds_once() -> None:
     """
     x = torch.randn(2, 4, 2, 2)
     for _ in range(2):
-        batch_norm.forward(x, None, None, None, None, None, False, 0.1, 1e-5)
+        kernels.batch_norm_train(x)
     known = list(steps._steps.values())
     assert len(known) == 1
     assert all(step.first._bound and step.second._bound for step in known)

@@ -16,8 +16,9 @@ from benchmarks.machine import kernels as machine
 from benchmarks.static.fake_driver import FakeDriver, fake_driver
 from benchmarks.static.launches import as_on_a_gpu
 from benchmarks.static.sass import compile_kernel
-from bnfast.kernels import batch_norm, steps
+from bnfast.kernels import steps
 from bnfast.kernels.launch import Launch
+from tests.support import kernel_calls as kernels
 from tests.support import toys
 
 pytestmark = pytest.mark.static
@@ -33,7 +34,7 @@ def driver() -> Iterator[FakeDriver]:
 
 def forward(columns: int = 2) -> None:
     """Two launches."""
-    batch_norm.forward(torch.ones(2, 4, 2, columns), None, None, None, None, None, False, 0.1, 1e-5)
+    kernels.batch_norm_train(torch.ones(2, 4, 2, columns))
 
 
 def known() -> list[Launch]:

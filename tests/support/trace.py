@@ -292,3 +292,10 @@ def trace(**tensors: torch.Tensor | None) -> Iterator[Trace]:
         mock.patch.object(executor, "__call__", traced_call),
     ):
         yield record
+
+
+def clean(t: Trace, launches: int | None = None) -> None:
+    """No access beside a tensor, no race, and so many launches, where that is known."""
+    assert not t.out_of_bounds, t.out_of_bounds
+    assert not t.hazards, t.hazards
+    assert t.launches == launches or launches is None

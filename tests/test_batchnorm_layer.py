@@ -1,0 +1,114 @@
+"""What BatchNorm alone has as a module: old checkpoints, converters and averages of others that look for it,
+and `affine`, which tells who reads it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.testing import assert_close
+
+import bnfast
+from tests.support.layers import BY_NAME, assert_same, data, every_path, step
+from tests.support.versions import TORCH
+
+LAYER = BY_NAME["BatchNorm2d"]
+
+
+def test_version_1_checkpoint_loads_strictly() -> None:
+    """Checkpoints from before torch 0.4.1 know no num_batches_tracked."""
+    ours, theirs = LAYER.pair()
+    step(theirs, LAYER.input())
+    new = theirs.state_dict()
+    new.pop("num_batches_tracked")
+    with pytest.raises(RuntimeError, match="num_batches_tracked"):
+        ours.load_state_dict(new, strict=True)
+    new._metadata[""]["version"] = 1
+    ours.num_batches_tracked.fill_(3)
+    ours.load_state_dict(new, strict=True)
+    assert ours.num_batches_tracked == 3  # torch's rule: what the file lacks stays as it is
+    assert_close(ours.running_mean, theirs.running_mean, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dims", ["1d", "2d", "3d"])
+def test_is_a_batch_norm_to_others(dims: str) -> None:
+    assert isinstance(BY_NAME[f"BatchNorm{dims}"].make(), nn.modules.batchnorm._BatchNorm)
+
+
+def network(layer: type[nn.Module]) -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(2, 4, 3), layer(4), nn.ReLU(), nn.Conv2d(4, 2, 1))
+
+
+@every_path
+def test_update_bn(path: str) -> None:
+    """Stochastic weight averaging recomputes the statistics, as a cumulative average over three batches."""
+    ours, theirs = network(bnfast.BatchNorm2d), network(nn.BatchNorm2d)
+    batches = [data(n, 2, 5, 5, seed=n) for n in (2, 3, 4)]
+    for model in (ours, theirs):
+        torch.optim.swa_utils.update_bn(batches, model)
+    assert ours[1].momentum == 0.1
+    assert_same(ours.state_dict(), theirs.state_dict())
+
+
+def test_fuse_conv_bn_eval() -> None:
+    model = network(bnfast.BatchNorm2d)
+    model(data(2, 2, 5, 5))
+    model.eval()
+    fused = torch.nn.utils.fusion.fuse_conv_bn_eval(model[0], model[1])
+    x = data(2, 2, 5, 5)
+    assert_close(fused(x), model[1](model[0](x)), rtol=1e-5, atol=1e-5)
+
+
+def test_convert_sync_batchnorm_keeps_parameters() -> None:
+    model = network(bnfast.BatchNorm2d)
+    old = model[1]
+    new = nn.SyncBatchNorm.convert_sync_batchnorm(model)[1]
+    assert type(new) is nn.SyncBatchNorm
+    assert new.weight is old.weight
+    assert new.bias is old.bias
+    assert new.running_var is old.running_var
+    assert new.num_batches_tracked is old.num_batches_tracked
+
+
+class Reading(nn.Module):
+    def __init__(self, kind: Any = bnfast.BatchNorm2d, **options: Any) -> None:
+        super().__init__()
+        self.bn = kind(3, **options)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.bn(x)
+        return y * 2 if self.bn.affine else y
+
+
+def compiled(model: nn.Module) -> Callable[[Tensor], Tensor]:
+    return torch.compile(model, fullgraph=True, backend="eager")
+
+
+def exported(model: nn.Module) -> Callable[[Tensor], Tensor]:
+    module: Any = torch.export.export(model, (torch.randn(2, 3, 4, 4),), strict=True).module()
+    return module  # type: ignore[no-any-return]
+
+
+@pytest.mark.usefixtures("plain_torch_in_one_thread")
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("kind", [bnfast.BatchNorm2d, bnfast.BatchRenorm2d])
+@pytest.mark.parametrize("capture", [compiled, exported])
+def test_it_is_read_in_graphs(capture: Any, kind: Any, affine: bool) -> None:
+    torch._dynamo.reset()
+    model, x = Reading(kind, affine=affine, activation="relu").eval(), torch.randn(2, 3, 4, 4)
+    assert_close(capture(model)(x), model(x))
+
+
+@pytest.mark.usefixtures("plain_torch_in_one_thread")
+@pytest.mark.skipif(TORCH < (2, 14), reason="Dynamo reads the weight for it")
+def test_graphs_are_made_again_when_it_changes() -> None:
+    torch._dynamo.reset()
+    model, x = Reading().eval(), torch.randn(2, 3, 4, 4)
+    captured = compiled(model)
+    assert_close(captured(x), 2 * model.bn(x))
+    model.bn.affine = False
+    assert_close(captured(x), model.bn(x))
