@@ -83,9 +83,6 @@ def parser() -> argparse.ArgumentParser:
     add("memory", "memory", "count what ResNet-50 keeps for its backward")
     add("host", "host", "time what an eager call costs the host, with a GPU's driver made up")
 
-    option = add("budgets", "budget_run", "hold what kernels take against benchmarks/budgets.csv")
-    option("--write", action="store_true", help="write that file anew, for the Triton that runs")
-
     option = add("digits", "training", "train a network with a layer of torch.nn and with bnfast's")
     layers = f"{', '.join(LAYERS)} (default: %(default)s)"
     option("--layer", choices=LAYERS, default=LAYERS[0], metavar="LAYER", help=layers)

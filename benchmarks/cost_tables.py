@@ -6,10 +6,10 @@ import statistics
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 
-from benchmarks.cases import DIRECTIONS
 from benchmarks.kernels_run import SEPARATOR
 from benchmarks.records import MEASURED, PREDICTED, Record
 from benchmarks.tables import Key, Selection, Table
+from codegen.cases import DIRECTIONS
 
 NAME = 60  # characters of a kernel's name in a list; the CSV file has all of it
 Reading = Callable[[Record], float | None]

@@ -16,10 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import bnfast
-from benchmarks import predict, records, report, stamp
+from benchmarks import records, report, stamp
 from benchmarks.records import MEASURED, Record
 from benchmarks.session import begin
 from benchmarks.stopwatch import Spread
+from codegen import why_not_compiled
 
 ROUNDS, CALLS = 40, 50
 Call = Callable[[], Tensor]
@@ -49,8 +50,8 @@ def calls() -> dict[tuple[str, str], tuple[Call, Call]]:
 
 def measure() -> Iterator[Record]:
     """Two records for each of `calls`: bnfast's and torch's. Their readings take turns."""
-    from benchmarks.static.fake_driver import host_microseconds
-    from benchmarks.static.launches import as_on_a_gpu
+    from codegen.fake_driver import host_microseconds
+    from codegen.launches import as_on_a_gpu
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -74,7 +75,7 @@ def measure() -> Iterator[Record]:
 def run(options: argparse.Namespace, lacking: list[str]) -> int:
     session = begin(options, lacking, "bnfast: what an eager call costs the host")
     report.section("Host time of a forward", " ".join((__doc__ or "").split("\n\n")[1].split()))
-    why_not = predict.why_not_compiled()
+    why_not = why_not_compiled()
     if why_not:
         session.note("host", "NOT RUN", why_not)
         return session.close()

@@ -16,9 +16,9 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks import measure
 from benchmarks.baselines.contender import Baseline
-from benchmarks.cases import DIRECTIONS, Case
 from benchmarks.records import CANNOT, MEASURED, Record
 from benchmarks.stopwatch import Timed, Work
+from codegen.cases import DIRECTIONS, Case
 
 UNCHECKED = measure.Method(verify=False)  # who is wrong or cannot run was told by the pass that timed them
 SEPARATOR = "; "  # between the names of Record.ran

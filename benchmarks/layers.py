@@ -26,11 +26,11 @@ from benchmarks import (
     suites,
     tables,
 )
-from benchmarks.cases import Case
 from benchmarks.machine import bandwidth, clocks
 from benchmarks.records import CANNOT, MEASURED, Record
 from benchmarks.session import Session, begin
 from benchmarks.suites import SUITES, Network
+from codegen.cases import DIRECTIONS, DTYPES, NAMES, Case
 
 COUNTED = (
     "T is the size of a layer's input; a/b is forward/backward. PREDICTED: bytes moved and kernels launched "
@@ -47,7 +47,7 @@ HOW = (
     "in that time; % of copy: that rate against a copy's in the same run; x: how many times as long somebody "
     "else takes, L2 cold."
 )
-DIRECTIONS = {"fwd": ("forward",), "bwd": ("backward",), "both": cases.DIRECTIONS}
+ASKED = {"fwd": ("forward",), "bwd": ("backward",), "both": DIRECTIONS}
 Choice = tuple[Network, torch.dtype, str]  # with its layout
 QUICK = measure.Method(rounds=5, caches=("cold",), graph=False)
 
@@ -61,7 +61,7 @@ def dtypes(network: Network, asked: Sequence[str] | None, gpu: bool) -> list[tor
     """Most train in bf16, which torch computes in ATen; of the 16-bit types it gives only fp16 to cuDNN, and
     that only where it has a BatchNorm to compute."""
     usual = ["bf16", "fp16"] if gpu and network.norm == "BatchNorm" else ["bf16"]
-    return [cases.DTYPES[name] for name in asked or usual]
+    return [DTYPES[name] for name in asked or usual]
 
 
 class Run:
@@ -120,7 +120,7 @@ def show_kernels(found: Sequence[Record]) -> None:
 
 
 def show_measured(found: Sequence[Record]) -> None:
-    for direction in (*cases.DIRECTIONS, "both"):
+    for direction in (*DIRECTIONS, "both"):
         title = {"both": "forward and backward in a CUDA graph"}.get(direction, direction)
         for headers, rows in tables.measured(found, direction):
             if rows:
@@ -141,7 +141,7 @@ def of_network(
     """Both tables of a network, a file of its records, a picture. run: None if nothing is to be timed.
     compiled: as in predict.records."""
     todo = cases.of_network(suite, network, dtype, layout == "channels_last")
-    title = network.title(layout, cases.NAMES[dtype])
+    title = network.title(layout, NAMES[dtype])
     report.section(title, f"Source: {network.source}.")
     found = [dataclasses.replace(r, **stamp.columns(session.device)) for r in predict.records(todo, compiled)]
     records.append(session.folder / "predicted.csv", found)
@@ -155,7 +155,7 @@ def of_network(
                 bar.update(1)
         show_measured(timed)
         found += timed
-    name = f"{network.file}-{cases.NAMES[dtype]}-{layout}.png"
+    name = f"{network.file}-{NAMES[dtype]}-{layout}.png"
     session.draw(partial(figures.layers, session.folder / name, found, title))
     return found
 
@@ -173,7 +173,7 @@ def kept_on_interrupt(found: Sequence[Record]) -> Iterator[None]:
 
 def method(options: argparse.Namespace) -> measure.Method:
     base = QUICK if options.quick else measure.Method()
-    return dataclasses.replace(base, directions=DIRECTIONS[options.direction])
+    return dataclasses.replace(base, directions=ASKED[options.direction])
 
 
 def run(options: argparse.Namespace, lacking: list[str]) -> int:
@@ -214,7 +214,7 @@ def name_kernels(run: Run, suite: str, network: Network, dtype: torch.dtype, lay
         for case in todo:
             found += run.kernels(case)
             bar.update(1)
-    report.section(f"{network.title(layout, cases.NAMES[dtype])}: kernels")
+    report.section(f"{network.title(layout, NAMES[dtype])}: kernels")
     show_kernels(found)
 
 

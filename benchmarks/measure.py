@@ -14,7 +14,6 @@ from torch import Tensor
 from benchmarks import graphs
 from benchmarks.baselines import fairness
 from benchmarks.baselines.contender import Baseline, Contender
-from benchmarks.cases import DIRECTIONS, Case
 from benchmarks.records import CANNOT, MEASURED, Record
 from benchmarks.stopwatch import (
     ROUNDS,
@@ -30,6 +29,7 @@ from benchmarks.stopwatch import (
     on_host,
     rotation,
 )
+from codegen.cases import DIRECTIONS, Case
 
 WARM_CALLS = 10  # of one buffer, between two events
 # of different buffers: so few that the host queues them within the stopwatch's head start, if one takes it

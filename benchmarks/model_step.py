@@ -27,11 +27,12 @@ from dataclasses import replace
 
 import torch
 
-from benchmarks import cases, model_stage
+from benchmarks import model_stage
 from benchmarks.model_stage import Contestant, Effort, Stage
 from benchmarks.model_variants import COMPILED, PLAIN, Task, Variant
 from benchmarks.records import CANNOT, MEASURED, Record
 from benchmarks.stopwatch import Spread, Stopwatch, on_host
+from codegen.cases import NAMES
 
 BATCHES = (256, 64, 32)
 
@@ -99,7 +100,7 @@ def _record(stage: Stage, it: Contestant) -> Record:
     task = stage.task
     record = Record(
         "step", CANNOT, it.variant.name, network=str(task), norm="BatchNorm" if it.variant.norms else "none",
-        shape=f"{stage.batch}x3x{task.image}x{task.image}", dtype=cases.NAMES[task.dtype],
+        shape=f"{stage.batch}x3x{task.image}x{task.image}", dtype=NAMES[task.dtype],
         layout="channels_last", activation="relu", direction="step", mode=it.mode,
         note=it.failure or "stopped" * (not it.samples),
     )  # fmt: skip

@@ -20,9 +20,9 @@ from torch import nn
 
 import bnfast
 from benchmarks.baselines import pytorch
-from benchmarks.cases import Case
 from benchmarks.resnet import Bottleneck, resnet50
 from bnfast import dispatch
+from codegen.cases import Case
 
 
 @dataclass(frozen=True)

@@ -8,13 +8,13 @@ from math import prod
 from typing import TYPE_CHECKING, Protocol
 
 from benchmarks import report, tables
-from benchmarks.cases import DIRECTIONS, Case
 from benchmarks.records import PREDICTED, Record
-from benchmarks.static import SMS
 from bnfast import dispatch
+from codegen import SMS, why_not_compiled
+from codegen.cases import DIRECTIONS, Case
 
 if TYPE_CHECKING:
-    from benchmarks.static.figures import Figures
+    from codegen.figures import Figures
 
 PLANNED = ("BatchNorm", "GroupNorm", "InstanceNorm")
 
@@ -57,20 +57,6 @@ def counted(case: Case, direction: str, sms: int = SMS) -> tuple[int, int]:
     return plans.backward_bytes, plans.backward_launches
 
 
-def why_not_compiled() -> str | None:
-    """Why this process cannot compile kernels; None where it can."""
-    if not dispatch.TRITON:
-        found = (
-            f"Triton {dispatch.TRITON_VERSION} is too old"
-            if dispatch.TRITON_VERSION
-            else "there is no Triton"
-        )
-        return f"no registers, no bytes in flight: {found}"
-    if dispatch.INTERPRET:
-        return "no registers, no bytes in flight: under TRITON_INTERPRET kernels are not compiled"
-    return None
-
-
 def record(case: Case, direction: str, figures: list[Figures], why_not: str | None) -> Record:
     """us: of the bytes at the copy rate that tables.py assumes. registers, in_flight_KB: of the kernel with
     the most, and with the least of those that go through x or dy."""
@@ -103,7 +89,7 @@ def records(cases: Iterable[Case], compiled: bool = True) -> Iterator[Record]:
         for case in cases:
             found: dict[str, list[Figures]] = {}
             if why_not is None:
-                from benchmarks.static import figures
+                from codegen import figures  # needs Triton
 
                 found = figures.of_case(case)
             for direction in DIRECTIONS:

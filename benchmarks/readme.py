@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks import show, tables
-from benchmarks.cases import DIRECTIONS
 from benchmarks.records import MEASURED, PREDICTED, Record
+from codegen.cases import DIRECTIONS
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS, README = ROOT / "benchmarks" / "results", ROOT / "README.md"

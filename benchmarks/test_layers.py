@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from benchmarks import baselines, measure
-from benchmarks.cases import DIRECTIONS, Case
 from benchmarks.records import Record
+from codegen.cases import DIRECTIONS, Case
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 BATCH, SIDE = (64, 4) if DEVICE.type == "cuda" else (2, 1)

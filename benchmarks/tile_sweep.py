@@ -12,9 +12,9 @@ from unittest import mock
 import torch
 
 from benchmarks import baselines, measure
-from benchmarks.cases import Case
 from benchmarks.records import CANNOT, MEASURED, Record
 from benchmarks.stopwatch import Spread, Stopwatch, in_turn, on_gpu, rotation
+from codegen.cases import Case
 
 # (warps, programs an SM, registers a thread, 16-byte loads under way a thread); each is spill-free in the
 # static tests' cases or shows itself slow here

@@ -9,8 +9,8 @@ import subprocess
 from functools import partial
 
 from benchmarks import agreement, digits, kernels_in_training, normalizers, plots, report
-from benchmarks.cases import NAMES
 from benchmarks.session import Session, begin
+from codegen.cases import NAMES
 
 
 def one_more(bar: report.Bar, loss: float) -> None:

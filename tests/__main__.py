@@ -27,7 +27,7 @@ from benchmarks import environment
 
 ROOT = environment.ROOT
 OLDEST = "requirements-oldest.txt"
-TRITONS = ("3.6.0", "3.7.1", "3.8.0", "3.9.0")  # benchmarks/budgets.csv has columns of each
+TRITONS = ("3.6.0", "3.7.1", "3.8.0", "3.9.0")  # codegen/budgets.csv has columns of each
 # With the oldest: the static tests that compile every kernel, and what touches most of PyTorch and of Triton
 COVERING = ("tests/static/test_budgets.py",)
 LIBRARIES_TIER = [

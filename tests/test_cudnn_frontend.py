@@ -16,8 +16,8 @@ import torch
 from benchmarks import baselines, measure, stopwatch
 from benchmarks.baselines import cudnn_frontend, cudnn_graphs, fairness
 from benchmarks.baselines.given import given
-from benchmarks.cases import Case
 from benchmarks.records import CANNOT
+from codegen.cases import Case
 from tests.support import fake_cudnn
 
 pytestmark = pytest.mark.slow

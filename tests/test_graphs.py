@@ -11,8 +11,8 @@ import torch
 
 from benchmarks import graphs, measure
 from benchmarks.baselines.contender import Contender
-from benchmarks.cases import Case
 from benchmarks.records import CANNOT, MEASURED
+from codegen.cases import Case
 
 CPU = torch.device("cpu")
 ERROR = "CUDA error: operation failed due to a previous error during capture"

@@ -13,7 +13,6 @@ from benchmarks import (
     __main__,
     baselines,
     battery,
-    cases,
     layers,
     measure,
     readme,
@@ -22,9 +21,9 @@ from benchmarks import (
     stopwatch,
     tile_sweep,
 )
-from benchmarks.cases import Case
 from benchmarks.machine import bandwidth, clocks
 from benchmarks.records import CANNOT, MEASURED, Record
+from codegen.cases import DTYPES, Case
 
 CPU = torch.device("cpu")
 
@@ -121,7 +120,7 @@ def test_what_is_run_by_default() -> None:
 def test_names_that_the_command_knows_are_those_that_exist() -> None:
     assert {"bnfast", *__main__.BASELINES} == baselines.BASELINES.keys()
     assert tuple(part.name for part in battery.PARTS) == __main__.PARTS
-    assert set(__main__.DTYPES) <= set(cases.DTYPES)
+    assert set(__main__.DTYPES) <= set(DTYPES)
 
 
 # a run with a GPU made up

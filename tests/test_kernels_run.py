@@ -12,9 +12,9 @@ from torch.autograd import DeviceType
 from benchmarks import baselines, compare, cost_tables, kernels_run, predict, report
 from benchmarks.baselines import pytorch
 from benchmarks.baselines.contender import Baseline, Contender
-from benchmarks.cases import Case
 from benchmarks.records import CANNOT, MEASURED, Record
 from benchmarks.stopwatch import Timed, Work
+from codegen.cases import Case
 
 CPU = torch.device("cpu")
 CASE = Case("suite", "network", "BatchNorm", (4, 8, 6, 6), 0, torch.float32, True, "relu", True)

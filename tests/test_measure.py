@@ -14,8 +14,8 @@ from torch import Tensor
 from benchmarks import baselines, measure, stopwatch, tables
 from benchmarks.baselines import fairness, pytorch
 from benchmarks.baselines.contender import Baseline, Contender
-from benchmarks.cases import Case
 from benchmarks.records import CANNOT, MEASURED, Record
+from codegen.cases import Case
 
 pytestmark = pytest.mark.slow
 

@@ -11,13 +11,14 @@ import pytest
 import torch
 
 from benchmarks import predict, tables
-from benchmarks.cases import DIRECTIONS, Case, of_network
+from benchmarks.cases import of_network
 from benchmarks.records import PREDICTED
-from benchmarks.static import launches
-from benchmarks.static.figures import Figures
 from benchmarks.suites import SUITES, Network
 from bnfast import dispatch
 from bnfast.kernels import steps
+from codegen import launches
+from codegen.cases import DIRECTIONS, Case
+from codegen.figures import Figures
 from tests.support.trace import Trace, trace
 
 pytestmark = pytest.mark.slow

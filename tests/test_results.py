@@ -27,6 +27,7 @@ from benchmarks import (
 )
 from benchmarks.records import CANNOT, MEASURED, PREDICTED, Record
 from benchmarks.suites import SUITES, Network
+from codegen.cases import DIRECTIONS, Case
 
 NETWORKS = [network for networks in SUITES.values() for network in networks]
 EVERY = pytest.mark.parametrize("network", NETWORKS, ids=lambda network: network.file)
@@ -114,7 +115,7 @@ def test_a_line_that_was_cut_off_costs_no_other(tmp_path: Path) -> None:
 ])  # fmt: skip
 def test_cases_that_there_are_not(shape: tuple[int, ...], last: bool, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        cases.Case("", "", "BatchNorm", shape, 0, torch.float32, last)
+        Case("", "", "BatchNorm", shape, 0, torch.float32, last)
 
 
 def fits(table: tables.Table) -> list[str]:
@@ -128,7 +129,7 @@ def test_tables_fit_a_terminal(network: Network) -> None:
     found = made_up(network)
     *_, total = fits(tables.predicted(found))
     assert total.split()[:2] == ["all", str(len(network.layers))]
-    for direction in cases.DIRECTIONS:
+    for direction in DIRECTIONS:
         (table,) = tables.measured(found, direction)
         *_, total = fits(table)
         assert total.split()[-2:] == ["2.00", "1.50"]

@@ -7,6 +7,7 @@ import torch
 
 from benchmarks import cases, predict, suites
 from benchmarks.suites import SUITES, Network, Shape, cube, square
+from codegen.cases import DIRECTIONS
 
 NETWORKS = [network for networks in SUITES.values() for network in networks]
 EVERY = pytest.mark.parametrize("network", NETWORKS, ids=lambda network: network.file)
@@ -84,7 +85,7 @@ def test_counted_bytes_are_the_sweeps_and_little_more(network: Network, layout: 
 def test_small_contiguous_groups_are_read_once() -> None:
     found = cases.of_network("sd-unet", suites.SD15_UNET, torch.bfloat16, channels_last=False)
     launches = {
-        case.shape[1:]: tuple(predict.counted(case, way)[1] for way in cases.DIRECTIONS)
+        case.shape[1:]: tuple(predict.counted(case, way)[1] for way in DIRECTIONS)
         for case in found
         if case.activation is None
     }

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from benchmarks.cases import Case
 from benchmarks.stopwatch import nothing
+from codegen.cases import Case
 
 
 @dataclass(frozen=True)

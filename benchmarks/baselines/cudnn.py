@@ -8,8 +8,8 @@ from torch import Tensor
 from benchmarks.baselines.contender import Baseline, Contender
 from benchmarks.baselines.given import EPS, MOMENTUM, given
 from benchmarks.baselines.pytorch import after
-from benchmarks.cases import Case
 from bnfast.activation import Activation
+from codegen.cases import Case
 
 
 def _unable(case: Case, device: torch.device) -> str | None:

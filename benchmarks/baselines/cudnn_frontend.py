@@ -11,7 +11,7 @@ from torch import Tensor
 from benchmarks.baselines.contender import Baseline, Contender, lacks
 from benchmarks.baselines.cudnn_graphs import PACKAGE, TYPES, Buffers, Plan, plans
 from benchmarks.baselines.given import given
-from benchmarks.cases import NAMES, Case
+from codegen.cases import NAMES, Case
 
 
 class _Graphs(torch.autograd.Function):

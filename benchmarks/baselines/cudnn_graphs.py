@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.baselines.given import EPS, MOMENTUM
-from benchmarks.cases import Case
+from codegen.cases import Case
 
 PACKAGE = "cudnn"
 TYPES = {torch.float16: "HALF", torch.bfloat16: "BFLOAT16", torch.float32: "FLOAT"}

@@ -11,8 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from benchmarks.baselines.contender import Contender
 from benchmarks.baselines.given import EPS, given
 from benchmarks.baselines.pytorch import after
-from benchmarks.cases import NAMES, Case
 from bnfast.activation import Activation
+from codegen.cases import NAMES, Case
 
 # Operators that make a copy of a tensor, of whatever layout or type; what `.contiguous()`, `.to()` and
 # `.clone()` come to, and copy_ into memory that a graph or a layer keeps.

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from benchmarks.cases import Case
+from codegen.cases import Case
 
 EPS, MOMENTUM = 1e-5, 0.1
 

@@ -14,8 +14,8 @@ from torch import Tensor
 from benchmarks.baselines.contender import Baseline, Contender, lacks
 from benchmarks.baselines.given import EPS, given
 from benchmarks.baselines.pytorch import after
-from benchmarks.cases import Case
 from bnfast.activation import Activation
+from codegen.cases import Case
 
 
 def _unable(module: str, case: Case, device: torch.device) -> str | None:

@@ -12,8 +12,8 @@ from torch import Tensor
 import bnfast
 from benchmarks.baselines.contender import Baseline, Contender
 from benchmarks.baselines.given import EPS, MOMENTUM, Given, given
-from benchmarks.cases import Case
 from bnfast.activation import Activation
+from codegen.cases import Case
 
 Forward = Callable[[Tensor, Tensor | None], Tensor]
 

@@ -10,6 +10,7 @@ import torch
 from benchmarks import baselines, cases, kernels_run, measure, predict, suites
 from benchmarks.records import MEASURED
 from benchmarks.suites import Network
+from codegen.cases import DIRECTIONS
 from tests.gpu import parity
 
 pytestmark = pytest.mark.gpu
@@ -50,5 +51,5 @@ def test_as_many_kernels_as_predicted(network: Network, layout: str) -> None:
     for case in cases.of_network("suite", network, torch.bfloat16, layout == "channels_last")[:3]:
         case = dataclasses.replace(case, shape=(4, *case.shape[1:]))
         found = list(kernels_run.of_case(case, baselines.get(["bnfast"]), device))
-        predicted = [predict.counted(case, direction, sms)[1] for direction in cases.DIRECTIONS]
+        predicted = [predict.counted(case, direction, sms)[1] for direction in DIRECTIONS]
         assert [r.launches for r in found] == predicted, [r.ran for r in found]

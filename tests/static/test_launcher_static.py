@@ -13,11 +13,11 @@ import torch
 import triton
 
 from benchmarks.machine import kernels as machine
-from benchmarks.static.fake_driver import FakeDriver, fake_driver
-from benchmarks.static.launches import as_on_a_gpu
-from benchmarks.static.sass import compile_kernel
 from bnfast.kernels import batch_norm, steps
 from bnfast.kernels.launch import Launch
+from codegen.fake_driver import FakeDriver, fake_driver
+from codegen.launches import as_on_a_gpu
+from codegen.sass import compile_kernel
 from tests.support import toys
 
 pytestmark = pytest.mark.static

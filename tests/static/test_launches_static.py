@@ -8,12 +8,13 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from benchmarks import budget_run, budgets, predict
-from benchmarks.budget_cases import Entry
-from benchmarks.cases import Case
-from benchmarks.static import launches, sass
+from benchmarks import predict
 from bnfast import dispatch
 from bnfast.kernels import plan
+from codegen import budgets, launches, sass
+from codegen.__main__ import counted
+from codegen.budget_cases import Entry
+from codegen.cases import Case
 from tests.support import kernel_cases, row_cases
 from tests.support.compiled import compiled
 from tests.support.kernel_cases import After, Shape
@@ -80,7 +81,7 @@ def worse(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.mark.usefixtures("worse")
 def test_a_worse_plan_is_noticed() -> None:
     entry = Entry(PLAIN)
-    changes = budgets.changes(budget_run.counted(entry), budgets.read())
+    changes = budgets.changes(counted(entry), budgets.read())
     complaint = budgets.complaint(changes)
     version = f"(Triton {dispatch.TRITON_VERSION})"
     assert f"{entry}, forward, transform_kernel: KB in flight {version} was" in complaint

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from benchmarks.machine import kernels
-from benchmarks.static.sass import Report, bytes_in_flight_per_sm, compile_kernel
+from codegen.sass import Report, bytes_in_flight_per_sm, compile_kernel
 
 pytestmark = pytest.mark.static
 

@@ -13,9 +13,9 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from benchmarks.budget_cases import BF16, ENTRIES, FP32, Entry
-from benchmarks.cases import Case
-from benchmarks.static import launches, sass, sass_flow
+from codegen import launches, sass, sass_flow
+from codegen.budget_cases import BF16, ENTRIES, FP32, Entry
+from codegen.cases import Case
 from tests.support import toys
 
 pytestmark = pytest.mark.static

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 
 import bnfast
-from benchmarks.cases import Case
-from benchmarks.static import SMS
-from benchmarks.static.fake_driver import FakeDriver, fake_driver
 from bnfast import dispatch
 from bnfast.kernels import launch, steps
+from codegen import SMS
+from codegen.cases import Case
+from codegen.fake_driver import FakeDriver, fake_driver
 
 # The tensors whose bytes count. Parameters, running statistics and counters are few.
 DATA = {"x_ptr", "y_ptr", "z_ptr", "signs_ptr", "dy_ptr", "dx_ptr", "dz_ptr"}

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from benchmarks.cases import Case
+from codegen.cases import Case
 
 BF16, FP32 = torch.bfloat16, torch.float32
 

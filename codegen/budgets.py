@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 PATH = Path(__file__).with_name("budgets.csv")
-RENEW = "python3 -m benchmarks budgets --write"
+RENEW = "python3 -m codegen --write"
 FIXED = ("case", "direction", "kernel", "launches", "bytes", "host ratio")
 REGISTERS, IN_FLIGHT, LOAD = OF_CODE = ("registers", "KB in flight", "bytes a load")
 

@@ -18,9 +18,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 from triton.runtime.cache import get_cache_manager
 
-from benchmarks.static import sass_flow
-from benchmarks.static.sass_flow import Instruction
 from bnfast.kernels.launch import FP_FUSION
+from codegen import sass_flow
+from codegen.sass_flow import Instruction
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from benchmarks.cases import Case
-from benchmarks.static import SMS, launches, sass
+from codegen import SMS, launches, sass
+from codegen.cases import Case
 
 
 @dataclass(frozen=True)
