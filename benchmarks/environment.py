@@ -38,7 +38,13 @@ OURSELVES = "bnfast.kernels"
 TO_RUN: dict[str, str] = {"torch": "torch", "numpy": "numpy"}
 if sys.platform == "linux":
     TO_RUN["triton"] = "triton"
-TO_BENCHMARK = {**TO_RUN, "tqdm": "tqdm", "matplotlib": "matplotlib", "sklearn": "scikit-learn"}
+TO_BENCHMARK = {
+    **TO_RUN,
+    "pandas": "pandas",
+    "tqdm": "tqdm",
+    "matplotlib": "matplotlib",
+    "sklearn": "scikit-learn",
+}
 TO_TEST = {
     **TO_BENCHMARK, "pytest": "pytest", "pytest_benchmark": "pytest-benchmark", "hypothesis": "hypothesis",
     "expecttest": "expecttest", "ruff": "ruff", "mypy": "mypy",

@@ -5,9 +5,8 @@ process ends, and could slow launches."""
 
 from __future__ import annotations
 
-import dataclasses
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -15,14 +14,15 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks import measure
-from benchmarks.baselines.contender import Baseline
+from benchmarks.baselines import Baseline
+from benchmarks.cases import columns
 from benchmarks.records import CANNOT, MEASURED, Record
-from benchmarks.stopwatch import Timed, Work
+from benchmarks.tables import SEPARATOR
+from benchmarks.timing import Timed, Work, one_line
 from codegen.cases import DIRECTIONS, Case
 
 UNCHECKED = measure.Method(verify=False)  # who is wrong or cannot run was told by the pass that timed them
-SEPARATOR = "; "  # between the names of Record.ran
-Watch = Callable[[Work], list[str]]
+UNSEEN = "torch's profiler saw nothing on the GPU"
 
 
 def on_gpu(events: Iterable[Any]) -> list[str]:
@@ -42,32 +42,33 @@ def profiled(work: Work) -> list[str]:
     return on_gpu(watched.events())
 
 
-def kernels(timed: Timed, watch: Watch) -> list[str]:
+def kernels(timed: Timed) -> list[str]:
     """Of its second run: what it compiles or allocates at first is left out."""
-    names: list[str] = []
-    for look in (lambda work: work(), lambda work: names.extend(watch(work))):
-        timed.prepare()
-        look(timed.work)
-        timed.clean()
+    timed.prepare()
+    timed.work()
+    timed.clean()
+    timed.prepare()
+    names = profiled(timed.work)
+    timed.clean()
     return names
 
 
-def of_case(
-    case: Case, baselines: Sequence[Baseline], device: torch.device, watch: Watch = profiled
-) -> Iterator[Record]:
+def of_case(case: Case, baselines: Sequence[Baseline], device: torch.device) -> Iterator[Record]:
     """A record for each direction of each contender that can run the case: `launches`, and in `ran` their
     names."""
     tensors = measure.Tensors.of(case, device, 1)
     for found in measure.ready(case, baselines, device, UNCHECKED):
         if isinstance(found, Record):
             continue
-        columns = {**case.columns, "kind": "kernels", "variant": found.name}
+        shared = {**columns(case), "kind": "kernels", "variant": found.name}
         for direction in DIRECTIONS:
+            way = {**shared, "direction": direction}
             try:
-                names = kernels(measure.Calls(found.contender, tensors).timed(direction, [0]), watch)
+                names = kernels(measure.Calls(found.contender, tensors).timed(direction, [0]))
             except Exception as e:
-                yield Record(**columns, status=CANNOT, direction=direction, note=measure.one_line(e))
+                yield Record(**way, status=CANNOT, note=one_line(e))
                 continue
-            record = Record(**columns, status=MEASURED, direction=direction, ran=SEPARATOR.join(names))
-            unseen = {"status": CANNOT, "note": "torch's profiler saw nothing on the GPU"}
-            yield dataclasses.replace(record, **({"launches": len(names)} if names else unseen))
+            if names:
+                yield Record(**way, status=MEASURED, launches=len(names), ran=SEPARATOR.join(names))
+            else:
+                yield Record(**way, status=CANNOT, note=UNSEEN)

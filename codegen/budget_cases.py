@@ -14,7 +14,7 @@ BF16, FP32 = torch.bfloat16, torch.float32
 
 @dataclass(frozen=True)
 class Entry:
-    """case.norm: "BatchRenorm" and "LayerNorm" too, of which cases.py measures none. Without `training`, in
+    """case.norm: "BatchRenorm" and "LayerNorm" too, which benchmarks do not measure. Without `training`, in
     eval."""
 
     case: Case
@@ -29,9 +29,9 @@ def _entry(
     norm: str, shape: tuple[int, ...], last: bool = False, after: str = "", groups: int = 0,
     dtype: torch.dtype = BF16, training: bool = True,
 ) -> Entry:  # fmt: skip
-    """after: "", "relu" or "z + relu". A case of no suite and network."""
+    """after: "", "relu" or "z + relu"."""
     activation = "relu" if after else None
-    case = Case("", "", norm, shape, groups, dtype, last, activation, after.startswith("z"))
+    case = Case(norm, shape, groups, dtype, last, activation, after.startswith("z"))
     return Entry(case, training)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import prod
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,13 +18,11 @@ DIRECTIONS = ("forward", "backward")
 class Case:
     """act(norm(x) + z) in training. norm: "BatchNorm", "GroupNorm" or "InstanceNorm"; groups: of GroupNorm,
     0 for BatchNorm, channels for InstanceNorm. shape: of x, [N, C, *size]. activation: as bnfast's layers
-    name it, or None. residual: whether there is a z. count: layers of this form in the network.
+    name it, or None. residual: whether there is a z. count: layers of this form in the network, if of one.
 
     Parameters and statistics are fp32, but for fp64, and where torch.nn takes none but x's dtype (GroupNorm
     on a GPU)."""
 
-    suite: str
-    network: str
     norm: str
     shape: tuple[int, ...]
     groups: int
@@ -34,6 +31,8 @@ class Case:
     activation: str | None = None
     residual: bool = False
     count: int = 1
+    suite: str = ""
+    network: str = ""
 
     def __post_init__(self) -> None:
         if len(self.shape) < 2 or min(self.shape) < 1:
@@ -61,23 +60,6 @@ class Case:
     @property
     def parameter_dtype(self) -> torch.dtype:
         return self.dtype if self.norm == "GroupNorm" or self.dtype == torch.float64 else torch.float32
-
-    @property
-    def columns(self) -> dict[str, Any]:
-        """Those of a Record that say which case it is of."""
-        return {
-            "kind": "layer",
-            "suite": self.suite,
-            "network": self.network,
-            "norm": self.norm,
-            "groups": self.groups or None,
-            "shape": "x".join(map(str, self.shape)),
-            "dtype": NAMES[self.dtype],
-            "layout": self.layout,
-            "activation": self.activation or "",
-            "residual": int(self.residual),
-            "count": self.count,
-        }
 
     def empty(self, device: torch.device | str = "cpu") -> Tensor:
         """Of x's shape, dtype and layout; on a CPU, no memory is used until it is written to."""

@@ -22,10 +22,10 @@ from tests.support.kernel_cases import After, Shape
 pytestmark = pytest.mark.static
 
 BF16 = torch.bfloat16
-PLAIN = Case("", "", "BatchNorm", (256, 256, 56, 56), 0, BF16, True)
-SIGNS = Case("", "", "BatchNorm", (256, 256, 56, 56), 0, BF16, True, "relu", True)
-GROUPS = Case("", "", "GroupNorm", (16, 320, 64, 64), 32, torch.float32, True)
-ROWS = Case("", "", "LayerNorm", (16384, 768), 0, torch.float32, False)
+PLAIN = Case("BatchNorm", (256, 256, 56, 56), 0, BF16, True)
+SIGNS = Case("BatchNorm", (256, 256, 56, 56), 0, BF16, True, "relu", True)
+GROUPS = Case("GroupNorm", (16, 320, 64, 64), 32, torch.float32, True)
+ROWS = Case("LayerNorm", (16384, 768), 0, torch.float32, False)
 
 
 def by_hand(case: Case) -> dict[str, sass.Report]:

@@ -27,7 +27,7 @@ REGISTER = re.compile(r"R(\d+)")
 def entry(
     norm: str, shape: tuple[int, ...], dtype: torch.dtype, last: bool, groups: int = 0, after: str = ""
 ) -> Entry:
-    return Entry(Case("", "", norm, shape, groups, dtype, last, after[-4:] or None, after.startswith("z")))
+    return Entry(Case(norm, shape, groups, dtype, last, after[-4:] or None, after.startswith("z")))
 
 
 # few elements a thread, so that it adds up none, or few, of its own before those of others

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -13,29 +14,17 @@ import torch
 COLD_BYTES = 256 * 2**20  # between two uses of a buffer: four times the L2 of an H200
 HEAD_START = 10_000_000  # GPU cycles, about 5 ms: longer than the host takes to queue a rotation
 ROUNDS = 20
-FEWEST_ROUNDS = 5  # below that, quartiles mean nothing
 WARM_UP = 2  # rounds left out: the first one compiles, the second finds caches and allocator as later ones do
 
+T = TypeVar("T")
 Work = Callable[[], object]
 Stopwatch = Callable[[Work], float]  # runs what it is given, returns microseconds
 Name = TypeVar("Name")
 
 
-class Budget:
-    """Wall time from now on: `seconds` of it, as `clock` tells them. ValueError unless there are any."""
-
-    def __init__(self, seconds: float, clock: Callable[[], float] = time.monotonic) -> None:
-        if not seconds > 0:
-            raise ValueError(f"seconds is {seconds}; a budget is more than 0")
-        self._clock, self._end = clock, clock() + seconds
-
-    def spent(self) -> bool:
-        return self._clock() >= self._end
-
-    def share(self, sharers: int) -> Budget | None:
-        """An equal part of what is left for one of so many that are still to come; None if nothing is."""
-        left = self._end - self._clock()
-        return Budget(left / sharers, self._clock) if left > 0 else None
+def is_gpu(device: torch.device) -> bool:
+    """Asked for in one place, where tests make up a GPU."""
+    return device.type == "cuda"
 
 
 @dataclass(frozen=True)
@@ -95,10 +84,9 @@ def on_host(work: Work) -> float:
     return (time.perf_counter() - start) * 1e6
 
 
-def rotation(size: int, between: int | None = None) -> int:
-    """How many buffers of `size` bytes it takes until the first is cold again: after so many bytes between,
-    COLD_BYTES if not said."""
-    return max(2, -(-(COLD_BYTES if between is None else between) // size) + 1)
+def rotation(size: int) -> int:
+    """How many buffers of `size` bytes it takes until the first is cold again: with COLD_BYTES in between."""
+    return max(2, -(-COLD_BYTES // size) + 1)
 
 
 def nothing() -> None:
@@ -123,15 +111,12 @@ class Timed:
 
 
 def in_turn(
-    all_timed: Mapping[Name, Timed], stopwatch: Stopwatch, budget: Budget | None = None, rounds: int = ROUNDS
+    all_timed: Mapping[Name, Timed], stopwatch: Stopwatch, rounds: int = ROUNDS
 ) -> dict[Name, list[float]]:
     """Microseconds of one call, a sample each round. All are timed once in every round, so that a clock that
-    changes is the same for all, every other round in reverse order. Rounds end when the budget is spent, but
-    not before FEWEST_ROUNDS."""
+    changes is the same for all, every other round in reverse order."""
     samples: dict[Name, list[float]] = {name: [] for name in all_timed}
     for number in range(rounds + WARM_UP):
-        if number >= FEWEST_ROUNDS + WARM_UP and budget is not None and budget.spent():
-            break
         order = list(all_timed.items())
         for name, timed in reversed(order) if number % 2 else order:
             timed.prepare()
@@ -141,3 +126,53 @@ def in_turn(
                 each = elapsed / timed.calls
                 samples[name].append(Late(each) if isinstance(elapsed, Late) else each)
     return samples
+
+
+def repeated(work: Work, count: int) -> Work:
+    def several() -> None:
+        for _ in range(count):
+            work()
+
+    return several
+
+
+def captured(work: Callable[[], T], pool: Any = None) -> tuple[torch.cuda.CUDAGraph, T]:
+    """A CUDA graph of `work`, which has run before, and what it returned. pool: memory to share with others.
+
+    What `work` raises comes as it is, and leaves the current stream what it was. torch does neither: an error
+    of its own at the end of a failed capture hides the reason, and leaves the capture's stream current."""
+    graph, reasons = torch.cuda.CUDAGraph(), list[Exception]()
+    try:
+        with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph, pool=pool):
+            try:
+                return graph, work()
+            except Exception as error:
+                reasons.append(error)
+                raise
+    except Exception as error:
+        raise (reasons.pop() if reasons else error) from None
+
+
+def on_a_side_stream(work: Work) -> None:
+    """As a capture wants what it captures to have run."""
+    current, side = torch.cuda.current_stream(), torch.cuda.Stream()
+    side.wait_stream(current)
+    with torch.cuda.stream(side):
+        work()
+    current.wait_stream(side)
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """On a CPU: small tensors gain nothing by more, and on a busy machine threads that wait for one another
+    take ten times as long."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def one_line(e: BaseException) -> str:
+    return " ".join(f"{type(e).__name__}: {e}".split())[:300]

@@ -8,9 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.baselines.contender import Contender
-from benchmarks.baselines.given import EPS, given
-from benchmarks.baselines.pytorch import after
+from benchmarks.baselines import EPS, Contender, after, given
 from bnfast.activation import Activation
 from codegen.cases import NAMES, Case
 

@@ -1,13 +1,14 @@
-"""`python -m benchmarks memory`: what it counts on fake tensors is what real ones keep."""
+"""The jobs `memory`, whose fake tensors keep what real ones do, and `host`, whose sides agree."""
 
 from __future__ import annotations
 
+import pandas as pd
 import pytest
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from benchmarks import memory
+from benchmarks import host, memory
 from benchmarks.resnet import Bottleneck, resnet50
 
 pytestmark = pytest.mark.slow
@@ -45,10 +46,10 @@ def test_nothing_but_the_input_and_a_bit_an_element() -> None:
 
 def test_blocks_add_up() -> None:
     found = memory.count("silu", "fused")
-    blocks = memory.by_block(found)
+    blocks = memory.by_block(pd.DataFrame({"bytes": found}))["bytes"]
     layers = [f"layer{i}.{j}" for i, n in enumerate((3, 4, 6, 3), 1) for j in range(n)]
-    assert list(blocks) == ["stem", *layers, "head"]
-    assert sum(blocks.values()) == sum(found.values())
+    assert list(blocks.index) == ["stem", *layers, "head", "total"]
+    assert blocks["total"] == blocks[:-1].sum() == sum(found.values())
     assert sum(found.values()) < 0.75 * sum(memory.count("silu", "torch.nn").values())
 
 
@@ -58,3 +59,13 @@ def test_is_resnet50() -> None:
     assert sum(p.numel() for p in model.parameters()) == 25_557_032  # as published with torchvision's
     assert sum(isinstance(m, nn.BatchNorm2d) for m in model.modules()) == 53
     assert model(torch.empty(2, 3, 224, 224, device="meta")).shape == (2, 1000)
+
+
+@pytest.mark.parametrize("path", ["torch"], indirect=True)
+def test_both_sides_compute_the_same(path: str) -> None:
+    found = host.calls()
+    assert len(found) == 8
+    for (name, mode), (ours, theirs) in found.items():
+        y, expected = ours(), theirs()
+        assert (y - expected).abs().max() < 1e-5, name
+        assert y.requires_grad == expected.requires_grad == (mode == "with gradient")

@@ -5,11 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benchmarks import step_run
-from benchmarks.model_stage import Effort
-from benchmarks.model_step import measure_steps
-from benchmarks.model_variants import PLAIN, Task
 from benchmarks.records import MEASURED
+from benchmarks.resnet import PLAIN, Task
+from benchmarks.step import Effort, disagreeing, measure_steps
 
 pytestmark = pytest.mark.gpu
 
@@ -19,7 +17,7 @@ def test_every_variant_eager_and_as_a_graph() -> None:
     effort = Effort(rounds=3, steps=1)
     lines = list(measure_steps(task, (16,), stages=(PLAIN,), effort=effort))
     assert [(line.status, line.note) for line in lines] == [(MEASURED, "")] * 2 * len(PLAIN)
-    assert step_run.disagreeing(lines) == []
+    assert disagreeing(lines) == []
     assert {line.ran for line in lines} == {"Native", "bnfast's kernels", ""}
     x_bytes = 16 * 3 * 64 * 64 * 2  # a step keeps far more than its input; less is a count that missed it
     assert all(line.us and line.peak_MB and line.peak_MB * 1e6 > 10 * x_bytes for line in lines)

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import baselines, measure, stopwatch
-from benchmarks.baselines import cudnn_frontend, cudnn_graphs, fairness
-from benchmarks.baselines.given import given
+from benchmarks import cudnn, fairness, measure, timing
+from benchmarks.baselines import given
+from benchmarks.cudnn import FRONTEND
 from benchmarks.records import CANNOT
 from codegen.cases import Case
 from tests.support import fake_cudnn
@@ -23,8 +23,7 @@ from tests.support import fake_cudnn
 pytestmark = pytest.mark.slow
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
-CASE = Case("suite", "network", "BatchNorm", (4, 16, 6, 6), 0, torch.float32, False, "relu", True)
-(FRONTEND,) = baselines.get(["cudnn-frontend"])
+CASE = Case("BatchNorm", (4, 16, 6, 6), 0, torch.float32, False, "relu", True)
 
 
 @pytest.fixture(autouse=True)
@@ -33,9 +32,9 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     monkeypatch.setitem(sys.modules, "cudnn", module)
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=0))
-    cudnn_graphs._handle.cache_clear()
+    cudnn._handle.cache_clear()
     yield module
-    cudnn_graphs._handle.cache_clear()
+    cudnn._handle.cache_clear()
 
 
 @pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels_last"])
@@ -65,7 +64,7 @@ def test_three_dimensions() -> None:
 
 def test_running_statistics_move(monkeypatch: pytest.MonkeyPatch) -> None:
     used = given(CASE, CPU)
-    monkeypatch.setattr(cudnn_frontend, "given", lambda case, device: used)
+    monkeypatch.setattr(cudnn, "given", lambda case, device: used)
     x, before = CASE.tensor(CPU, 0), used.running_mean.clone()
     FRONTEND.build(CASE, CPU).forward(x, torch.zeros_like(x))
     torch.testing.assert_close(used.running_mean, 0.9 * before + 0.1 * x.mean((0, 2, 3)))
@@ -77,7 +76,7 @@ def test_a_machine_without_an_engine_is_told_in_the_table(fake: Any) -> None:
 
     fake.pygraph.check_support = none
     anywhere = dataclasses.replace(FRONTEND, unable=lambda case, device: None)
-    method = measure.Method(rounds=5, stopwatch=stopwatch.on_host)
+    method = measure.Method(rounds=5, stopwatch=timing.on_host)
     (record,) = measure.of_case(CASE, [anywhere], CPU, method)
     assert record.status == CANNOT
     assert record.note == "RuntimeError: No valid engine configs for Norm_Fwd_ {...}"
