@@ -19,7 +19,7 @@ DEFAULT = "first-look"
 DTYPES = ("bf16", "fp16", "fp32")
 PARTS = (
     "correctness", "machine", "resnet50", "groupnorm", "step", "compiled", "cudnn-frontend", "latencies",
-    "tiles", "kernels", "sanitizer",
+    "tiles", "sanitizer",
 )  # fmt: skip
 BASELINES = ("torch", "native", "cudnn-op", "cudnn-frontend", "compile", "compile-max", "apex", "liger")
 
@@ -57,7 +57,6 @@ def parser() -> argparse.ArgumentParser:
     default = ["torch", "native", "cudnn-op", "cudnn-frontend"]
     option("--baseline", choices=BASELINES, nargs="+", default=default, metavar="NAME", help=others)
     option("--quick", action="store_true", help="fewer readings, L2 cold only, no CUDA graphs")
-    option("--kernels", action="store_true", help="at the end, name the kernels that all of them ran")
 
     option = add("step", "step", "time a training step of ResNet-50 with torch.nn, torch.compile, bnfast")
     sizes = "images of a step, in this order (default: 256 64 32); a CPU has a tiny network instead"

@@ -217,14 +217,6 @@ def cudnn_graphs(session: Session, seconds: float) -> Iterable[Record]:
     return of_suite(suites.RESNET50, "resnet50", last, BOTH, names, SHORT)(session, seconds)
 
 
-def kernels(session: Session, seconds: float) -> Iterator[Record]:
-    """Of ResNet-50's layers as most train it."""
-    run = Run(session, SHORT, EAGER, None)
-    todo = of_network("resnet50", suites.RESNET50, torch.bfloat16, channels_last=True)
-    yield from predict.records(todo, compiled=False)
-    yield from limited((record for case in todo for record in run.kernels(case)), seconds)
-
-
 BOTH = (torch.bfloat16, torch.float16)
 SHORT = measure.Method(rounds=7)
 COMPILED = measure.Method(rounds=7, caches=("cold",), graph=False)
@@ -241,7 +233,6 @@ PARTS = (
     Part("cudnn-frontend", 15, cudnn_graphs),
     Part("latencies", 15, latencies),
     Part("tiles", 20, tiles),
-    Part("kernels", 10, kernels),  # after all that is timed: see kernels_run.py
     Part("sanitizer", 20, sanitizer),
 )  # fmt: skip
 

@@ -11,10 +11,10 @@ from typing import Any
 import pandas as pd
 import torch
 
-from benchmarks import kernels_run, measure, pictures, predict, records, stamp, suites, tables
+from benchmarks import measure, pictures, predict, records, stamp, suites, tables
 from benchmarks.cases import columns, of_network
 from benchmarks.records import CANNOT, MEASURED, Record, frame
-from benchmarks.report import show_kernels, show_measured, show_predicted
+from benchmarks.report import show_measured, show_predicted
 from benchmarks.session import Session, begin, paragraph, progress, section
 from benchmarks.suites import SUITES, Network
 from benchmarks.timing import one_line
@@ -86,11 +86,6 @@ class Run:
             yield self.kept(Record(**columns(case), status=CANNOT, variant="all", note=why, **self.shared))
         torch.cuda.empty_cache()
 
-    def kernels(self, case: Case) -> Iterator[Record]:
-        """By name, of everybody who runs the case. Nothing should be timed after it: see kernels_run.py."""
-        for record in kernels_run.of_case(case, self.baselines, self.session.device):
-            yield self.kept(dataclasses.replace(record, **self.shared))
-
     def kept(self, record: Record) -> Record:
         if self.file is not None:
             records.append(self.file, [record])
@@ -131,17 +126,6 @@ def summary(session: Session, found: pd.DataFrame) -> str:
     return f"{timed.nunique()} of {of_layers['case'].nunique()} cases measured"
 
 
-def name_kernels(run: Run, choice: Choice) -> None:
-    """Of a network's layers; and how many, beside how many were predicted."""
-    _, network, dtype, layout = choice
-    todo = cases_of(choice)
-    found = list(predict.records(todo, compiled=False))
-    for case in progress(todo, desc=f"naming kernels, {network.name}"):
-        found += run.kernels(case)
-    section(f"{network.title(layout, NAMES[dtype])}: kernels")
-    show_kernels(frame(found))
-
-
 def run(options: argparse.Namespace, lacking: list[str]) -> int:
     """Every network of the suites that were asked for, in every layout and dtype asked for."""
     session = begin(options, lacking, "bnfast: what the normalization layers of whole networks move and take")
@@ -153,22 +137,13 @@ def run(options: argparse.Namespace, lacking: list[str]) -> int:
         timing = Run(session, method, options.baseline, session.folder / "layers.csv")
         for each in timing.baselines:
             paragraph(f"{each.name}: {each.about}")
-    elif options.kernels:
-        paragraph("--kernels needs a GPU: none are named here.")
-    chosen: dict[str, list[Choice]] = {
-        suite: [
+    for suite in SUITES if options.suite == "all" else (options.suite,):
+        choices: list[Choice] = [
             (suite, network, dtype, layout)
             for network in SUITES[suite]
             for layout in layouts(network, options.layout)
             for dtype in dtypes(network, options.dtype, session.gpu)
         ]
-        for suite in (SUITES if options.suite == "all" else (options.suite,))
-    }
-    for suite, choices in chosen.items():
         found = pd.concat([of_choice(session, timing, choice) for choice in choices])
         session.note(suite, "DONE", summary(session, found))
-    if timing and options.kernels:
-        for choices in chosen.values():
-            for choice in choices:
-                name_kernels(timing, choice)
     return session.close()

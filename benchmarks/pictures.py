@@ -35,11 +35,6 @@ def timed(found: pd.DataFrame, direction: str) -> pd.DataFrame:
     return select(found, status=MEASURED, kind="layer", **columns)
 
 
-def bars(table: pd.DataFrame, axis: Any, **options: Any) -> None:
-    table.plot.barh(ax=axis, width=0.8, ylabel="", **options)
-    axis.invert_yaxis()
-
-
 def layers(path: Path, found: pd.DataFrame, title: str) -> None:
     """Forward and backward of each case: the floor, and a bar for each variant that was measured."""
     found = found[found["kind"] == "layer"]
@@ -52,7 +47,9 @@ def layers(path: Path, found: pd.DataFrame, title: str) -> None:
             table[FLOOR_LABEL] = floor(plans.set_index("case")["floor_bytes"])
         if len(times):
             table = table.join(wide(times, "us").add_suffix(", measured"))
-        bars(table.rename(index=labels), axis, title=direction, xlabel="microseconds a layer")
+        options = {"title": direction, "xlabel": "microseconds a layer", "ylabel": "", "width": 0.8}
+        table.rename(index=labels).plot.barh(ax=axis, **options)
+        axis.invert_yaxis()
     figure.suptitle(title)
     save(figure, path)
 
@@ -72,42 +69,6 @@ def roofline(path: Path, found: pd.DataFrame) -> bool:
         axis.set(title=f"{direction} (dashed: a copy in the same run)", xlabel="MB to move", xscale="log")
     axes[0].set(ylabel="GB/s of the bytes that the work must move")
     axes[0].legend()
-    return save(figure, path)
-
-
-def ratios(path: Path, found: pd.DataFrame, direction: str) -> bool:
-    """How many times as long as bnfast each of the others takes, by case."""
-    rows = timed(found, direction)
-    if "bnfast" not in set(rows["variant"]) or rows["variant"].nunique() < 2:
-        return False
-    times = wide(rows, "us")
-    table = times.drop(columns="bnfast").div(times["bnfast"], axis=0)
-    first = rows.drop_duplicates("case").set_index("case")
-    table.index = first["network"] + ": " + first["label"] + " " + first["dtype"] + " " + first["layout"]
-    figure, axis = pyplot().subplots(figsize=(9, 2 + len(table) / 3))
-    bars(
-        table, axis, title=f"{direction}, L2 cold", xlabel="time over bnfast's (right of 1: bnfast is faster)"
-    )
-    axis.axvline(1, color="black", linewidth=1)
-    return save(figure, path)
-
-
-def total(path: Path, found: pd.DataFrame, network: str) -> bool:
-    """Milliseconds of all layers of a network, a bar for each variant that ran all of them."""
-    table: dict[str, pd.Series] = {}
-    for (dtype, layout), own in found[found["network"] == network].groupby(["dtype", "layout"], sort=False):
-        for direction in DIRECTIONS:
-            rows = timed(own, direction)
-            if len(rows):
-                times = wide(rows, "us").mul(rows.groupby("case")["count"].first(), axis=0)
-                table[direction] = pd.concat([table.get(direction), times.sum(skipna=False).rename(
-                    lambda variant, where=(dtype, layout): f"{variant}, {', '.join(where)}")])  # fmt: skip
-    whole = pd.DataFrame(table).dropna() / 1e3
-    if whole.empty:
-        return False
-    figure, axis = pyplot().subplots(figsize=(9, 2 + len(whole) / 3))
-    title = f"All normalization layers of {network}"
-    bars(whole, axis, stacked=True, title=title, xlabel="milliseconds, L2 cold")
     return save(figure, path)
 
 

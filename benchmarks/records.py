@@ -14,19 +14,16 @@ from pathlib import Path
 
 import pandas as pd
 
-OF_LAYERS = ("layer", "kernels")  # the kinds whose shape is a layer's input
 MEASURED, PREDICTED, CANNOT = "measured", "predicted", "cannot"
 Number = float | None
 
 
 @dataclass(frozen=True)
 class Record:
-    """kind: "layer", "kernels", "copy", "step", "host", "sweep" or "probe". status: one of the three above;
-    `note` says why something CANNOT.
-
-    variant: who was asked ("bnfast", "torch", ...); ran: who computed ("Cudnn", "Native"; of "kernels", the
-    names of all that were launched).
-    cache: "cold" or "warm" L2. mode: "eager" or "graph". direction: "forward", "backward", or "step".
+    """kind: "layer", whose shape is its input, "copy", "step", "host", "sweep" or "probe". status: one of the
+    three above; `note` says why something CANNOT. variant: who was asked ("bnfast", "torch", ...); ran: who
+    computed ("Cudnn", "Native"). cache: "cold" or "warm" L2. mode: "eager" or "graph". direction: "forward",
+    "backward", or "step".
     us: the median, us_low and us_high the quartiles of `rounds` samples. floor_bytes: what the work must
     move; GBps: those bytes in that time; copy_GBps: measured in the same run, of a copy's bytes both ways.
     copied_MB: what the variant copied beside the work. registers: a thread; in_flight_KB: an SM.
@@ -118,7 +115,7 @@ def read(path: Path) -> pd.DataFrame:
         if len(line) != len(HEADERS):
             raise ValueError(f"{path}, line {number}: it has not as many cells as there are columns")
     found = pd.DataFrame(lines[1:], columns=HEADERS)
-    shaped = ~found["kind"].isin(OF_LAYERS) | found["shape"].str.fullmatch(r"\d+(x\d+)+")
+    shaped = (found["kind"] != "layer") | found["shape"].str.fullmatch(r"\d+(x\d+)+")
     refuse(path, "shape", found["shape"], ~shaped)
     for name in NUMBERS:
         numbers = pd.to_numeric(found[name].where(found[name] != ""), errors="coerce").astype(float)

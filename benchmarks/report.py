@@ -11,7 +11,7 @@ from pathlib import Path
 import pandas as pd
 
 from benchmarks import ROOT, Refused, pictures, tables
-from benchmarks.records import MEASURED, OF_LAYERS, PREDICTED, load
+from benchmarks.records import MEASURED, PREDICTED, load
 from benchmarks.session import as_text, paragraph, section
 from benchmarks.tables import COPY_RATE, COUNTED, IDENTITY, label
 from codegen.cases import DIRECTIONS
@@ -45,15 +45,6 @@ def show_predicted(found: pd.DataFrame) -> None:
     print(as_text(tables.predicted(found)), flush=True)
 
 
-def show_kernels(found: pd.DataFrame) -> None:
-    table = tables.kernels(found)
-    if len(table):
-        print("\nKERNELS, copies and fills of a call, forward+backward; counted by torch's profiler")
-        print(as_text(table), flush=True)
-    for line in tables.kernel_names(found):
-        paragraph(line)
-
-
 def show_measured(found: pd.DataFrame) -> None:
     for direction in (*DIRECTIONS, "both"):
         title = {"both": "forward and backward in a CUDA graph"}.get(direction, direction)
@@ -71,16 +62,14 @@ def show_measured(found: pd.DataFrame) -> None:
 def show(found: pd.DataFrame, out: Path, lacking: Sequence[str]) -> None:
     for line in origins(found):
         paragraph(line)
-    layers = found[found["kind"].isin(OF_LAYERS)]
+    layers = found[found["kind"] == "layer"]
     for (network, *rest), own in layers.groupby(NETWORK, sort=False):
         section(f"{network}: {', '.join(rest)}")
-        of_layers = own[own["kind"] == "layer"]
-        if (of_layers["status"] == PREDICTED).any():
-            show_predicted(of_layers)
-        if (of_layers["status"] != PREDICTED).any():
-            show_measured(of_layers)
-        show_kernels(own)
-    for kind, rows in found[~found["kind"].isin(OF_LAYERS)].groupby("kind"):
+        if (own["status"] == PREDICTED).any():
+            show_predicted(own)
+        if (own["status"] != PREDICTED).any():
+            show_measured(own)
+    for kind, rows in found[found["kind"] != "layer"].groupby("kind"):
         section(TITLES.get(kind, kind))
         print(as_text(tables.plain(rows)))
     if "matplotlib" not in lacking:
@@ -93,11 +82,10 @@ def draw(layers: pd.DataFrame, out: Path) -> None:
     except OSError as e:
         why = f"{out} is no folder and cannot be made one: {e.strerror}"
         raise Refused(f"argument --out: {why}") from None
-    drawn = pictures.roofline(out / "roofline.png", layers)
-    for direction in DIRECTIONS:
-        drawn |= pictures.ratios(out / f"ratios-{direction}.png", layers, direction)
-    drawn |= pictures.total(out / "resnet50-total.png", layers, "ResNet-50")
-    paragraph(f"Pictures are in {out}." if drawn else "Nothing was measured: there is nothing to draw.")
+    pictures.roofline(out / "roofline.png", layers)
+    for names, own in layers.groupby(NETWORK, sort=False):
+        pictures.layers(out / f"{'-'.join(names).replace(' ', '-')}.png", own, ", ".join(names))
+    paragraph(f"Pictures are in {out}.")
 
 
 # the comparison of two runs
@@ -109,7 +97,7 @@ def changes(before: pd.DataFrame, after: pd.DataFrame) -> pd.DataFrame:
     one, other = (each.drop_duplicates(IDENTITY, keep="last") for each in (before, after))
     both = one.merge(other, on=IDENTITY, suffixes=("", " after"))
     what = both.apply(name, axis=1) if len(both) else pd.Series(dtype=str)
-    counted = both["status"].eq(PREDICTED) | both["kind"].eq("kernels")
+    counted = both["status"].eq(PREDICTED)
     parts = []
     for column in ("us", *COUNTED):
         old, new = both[column], both[f"{column} after"]
@@ -125,7 +113,7 @@ def changes(before: pd.DataFrame, after: pd.DataFrame) -> pd.DataFrame:
 
 def name(row: pd.Series) -> str:
     which = [row["shape"]]
-    if row["kind"] in OF_LAYERS:
+    if row["kind"] == "layer":
         layer = label(row["shape"], row["residual"], row["activation"])
         which = [row["network"], layer, row["dtype"], row["layout"]]
     return " ".join(filter(None, [row["variant"], *which, row["direction"], row["cache"], row["mode"]]))

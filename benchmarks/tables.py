@@ -20,8 +20,6 @@ SIZES = {"bf16": 2, "fp16": 2, "fp32": 4, "fp64": 8}
 KEY = ["network", "norm", "groups", "shape", "dtype", "layout", "activation", "residual"]
 IDENTITY = ["status", "kind", *KEY, "variant", "direction", "cache", "mode"]
 COUNTED = ("floor_bytes", "launches", "registers", "in_flight_KB")
-SEPARATOR = "; "  # between the names of a record of kernels
-NAME = 60  # characters of a kernel's name in a list; the CSV file has all of it
 
 
 def floor(moved: Any) -> Any:
@@ -158,38 +156,6 @@ def besides(found: pd.DataFrame) -> pd.DataFrame:
     table = {"": names, **{title: cells(host[way], ".1f") for title, way in ways.items()}}
     peaks = {"peak MB, fwd": cells(peak["forward"], ".0f"), "bwd ": cells(peak["backward"], ".0f")}
     return pd.DataFrame(table | peaks)
-
-
-def kernels(found: pd.DataFrame) -> pd.DataFrame:
-    """How many kernels, forward+backward: as predicted for bnfast, and as counted of everybody."""
-    counted = select(found, kind="kernels", status=MEASURED)
-    if counted.empty:
-        return pd.DataFrame()
-    plans = select(found, kind="layer", status=PREDICTED, variant="bnfast").assign(variant="predicted")
-    every = pd.concat([plans[plans["case"].isin(counted["case"])], counted])
-    table = {"C x size": every.drop_duplicates("case")["label"].tolist()}
-    for variant in ["predicted", *wide(counted[counted["direction"] == "forward"], "launches")]:
-        own = wide(every[every["variant"] == variant], "launches", "direction").reindex(
-            every["case"].unique(), columns=list(DIRECTIONS)
-        )
-        table[variant] = ["+".join(cells(row, ".0f")) for row in own.to_numpy()]
-    return pd.DataFrame(table)
-
-
-def kernel_names(found: pd.DataFrame) -> list[str]:
-    """Of each variant the kernels that it ran, and in how many calls of those that were looked at."""
-    ran = found[(found["kind"] == "kernels") & (found["ran"] != "")]
-    lines = []
-    for variant, calls in ran.groupby("variant", sort=False)["ran"]:
-        names = calls.map(lambda each: list(dict.fromkeys(map(short, each.split(SEPARATOR))))).explode()
-        counts = names.value_counts()
-        lines.append(f"{variant}: {', '.join(f'{name} ({n})' for name, n in counts.items())}")
-    return lines
-
-
-def short(name: str) -> str:
-    """Without a C++ template's arguments and the function's."""
-    return name.removeprefix("void ").partition("<")[0].partition("(")[0].strip()[:NAME] or name[:NAME]
 
 
 def plain(found: pd.DataFrame) -> pd.DataFrame:

@@ -37,7 +37,7 @@ LIBRARIES_TIER = [
 ]
 OLDEST_TIER = [
     f"tests/test_{name}.py"
-    for name in ("kernels_run", "numerics", "modules", "functional", "autograd", "compile", "fx_and_script")
+    for name in ("numerics", "modules", "functional", "autograd", "compile", "fx_and_script")
     + ("fuse", "convert", "converters", "folding", "strides", "plain_layouts", "buffers_between")
 ]
 NO_TESTS = 5  # pytest's exit code for "nothing collected"

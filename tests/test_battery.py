@@ -165,7 +165,7 @@ def test_parts_after_one_that_lost_the_gpu_run_in_a_process_of_their_own(
 
     look = session.Session(tmp_path, torch.device("cuda", 0), ["matplotlib"])
     monkeypatch.setattr(battery, "begin", lambda *rest: look)
-    monkeypatch.setattr(battery, "PARTS", [part("machine"), part("tiles"), part("kernels")])
+    monkeypatch.setattr(battery, "PARTS", [part("machine"), part("tiles"), part("sanitizer")])
     monkeypatch.setattr(battery.stamp, "columns", lambda device: {})
     monkeypatch.setattr(battery, "process", noted)
     monkeypatch.setattr(torch.cuda, "synchronize", answers_no_more)
@@ -174,7 +174,7 @@ def test_parts_after_one_that_lost_the_gpu_run_in_a_process_of_their_own(
     assert [name for name, *_ in look.summary] == ["machine", "the GPU", "pictures"]
     (command,) = commands
     asked = __main__.parser().parse_args(command[3:])
-    assert (asked.part, asked.device, asked.out) == (["tiles", "kernels"], "cuda:0", tmp_path)
+    assert (asked.part, asked.device, asked.out) == (["tiles", "sanitizer"], "cuda:0", tmp_path)
     assert 60 <= asked.limit <= 80
 
 
@@ -191,7 +191,7 @@ def test_parts_share_the_time_that_there_is(
 
         return battery.Part(name, 20 if name == "machine" else 40, work)
 
-    monkeypatch.setattr(battery, "PARTS", tuple(map(noted, ("machine", "tiles", "kernels"))))
+    monkeypatch.setattr(battery, "PARTS", tuple(map(noted, ("machine", "tiles", "sanitizer"))))
     monkeypatch.setattr(session.Session, "gpu", True)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
     monkeypatch.setattr(

@@ -17,7 +17,6 @@ from torch import Tensor
 from benchmarks import (
     battery,
     environment,
-    kernels_run,
     layers,
     machine,
     measure,
@@ -77,11 +76,6 @@ def small(original: Callable[..., list[Case]]) -> Callable[..., list[Case]]:
     return of_network
 
 
-def operators(work: timing.Work) -> list[str]:
-    work()
-    return ["a kernel", "another"]
-
-
 def process(look: session.Session, name: str, command: list[str], seconds: float) -> Record:
     return Record("probe", MEASURED, variant=name, note="exit code 0; 3 passed")
 
@@ -104,7 +98,6 @@ def make_up(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(environment, "ensure", list)
     patch.setattr(memory, "BATCH", 2)
     patch.setattr(machine, "SIZES", (1 << 16,))
-    patch.setattr(kernels_run, "profiled", operators)
     patch.setattr(battery, "process", process)
     for module in (layers, battery):
         patch.setattr(module, "of_network", small(module.of_network))
