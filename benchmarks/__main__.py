@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import LAYERS, environment, report
+from benchmarks import LAYERS, RESULTS, Refused, environment
 from benchmarks.suites import LAYOUTS, SUITES
 
 Adds = Callable[..., Any]  # a parser's add_argument
@@ -19,7 +19,7 @@ DEFAULT = "first-look"
 DTYPES = ("bf16", "fp16", "fp32")
 PARTS = (
     "correctness", "machine", "resnet50", "groupnorm", "step", "compiled", "cudnn-frontend", "latencies",
-    "tiles", "kernels", "sanitizer",
+    "tiles", "sanitizer",
 )  # fmt: skip
 BASELINES = ("torch", "native", "cudnn-op", "cudnn-frontend", "compile", "compile-max", "apex", "liger")
 
@@ -35,7 +35,7 @@ def parser() -> argparse.ArgumentParser:
         job.set_defaults(module=module)
         if results:
             job.add_argument("--device", help='"cpu", "cuda", "cuda:1" (default: a GPU if there is one)')
-            where = f"where the folder of results goes (default: {report.RESULTS})"
+            where = f"where the folder of results goes (default: {RESULTS})"
             job.add_argument("--out", type=Path, help=where)
         return job.add_argument
 
@@ -57,9 +57,8 @@ def parser() -> argparse.ArgumentParser:
     default = ["torch", "native", "cudnn-op", "cudnn-frontend"]
     option("--baseline", choices=BASELINES, nargs="+", default=default, metavar="NAME", help=others)
     option("--quick", action="store_true", help="fewer readings, L2 cold only, no CUDA graphs")
-    option("--kernels", action="store_true", help="at the end, name the kernels that all of them ran")
 
-    option = add("step", "step_run", "time a training step of ResNet-50 with torch.nn, torch.compile, bnfast")
+    option = add("step", "step", "time a training step of ResNet-50 with torch.nn, torch.compile, bnfast")
     sizes = "images of a step, in this order (default: 256 64 32); a CPU has a tiny network instead"
     option("--batch", type=positive, nargs="+", default=[256, 64, 32], metavar="N", help=sizes)
     ends = "begin nothing new after so many (default: no end)"
@@ -70,23 +69,20 @@ def parser() -> argparse.ArgumentParser:
     only = f"only these, of {', '.join(PARTS)} (default: all)"
     option("--part", choices=PARTS, nargs="+", metavar="PART", help=only)
 
-    option = add("report", "show", "make tables and pictures of the CSV files of earlier runs", False)
-    option("paths", nargs="+", type=Path, metavar="PATH", help="files, or folders of them")
-    option("--out", type=Path, help="where pictures go (default: beside the first path)")
+    about = "make tables and pictures of the CSV files of an earlier run; of two runs, compare the figures"
+    option = add("report", "report", about, results=False)
+    option(
+        "paths", nargs="+", type=Path, metavar="PATH", help="a file, or a folder of them; two: before, after"
+    )
+    option("--out", type=Path, help="where pictures go (default: beside the path)")
+    option("--top", type=positive, default=30, help="lines of a comparison (default: %(default)s)")
 
-    option = add("compare", "compare", "compare the figures of two earlier runs", False)
-    option("before", type=Path, help="a CSV file, or a folder of them")
-    option("after", type=Path, help="another")
-    option("--top", type=positive, default=30, help="lines of the table (default: %(default)s)")
-
-    add("readme", "readme", "make README's section on performance of benchmarks/results", False)
+    about = "make README's section on performance of benchmarks/results"
+    add("readme", "readme", about, results=False)
     add("memory", "memory", "count what ResNet-50 keeps for its backward")
     add("host", "host", "time what an eager call costs the host, with a GPU's driver made up")
 
-    option = add("budgets", "budget_run", "hold what kernels take against benchmarks/budgets.csv")
-    option("--write", action="store_true", help="write that file anew, for the Triton that runs")
-
-    option = add("digits", "training", "train a network with a layer of torch.nn and with bnfast's")
+    option = add("digits", "digits", "train a network with a layer of torch.nn and with bnfast's")
     layers = f"{', '.join(LAYERS)} (default: %(default)s)"
     option("--layer", choices=LAYERS, default=LAYERS[0], metavar="LAYER", help=layers)
     trains(option)
@@ -117,7 +113,7 @@ def main(arguments: list[str]) -> int:
     job = importlib.import_module(f"benchmarks.{options.module}")
     try:
         return int(job.run(options, lacking))
-    except report.Refused as e:
+    except Refused as e:
         print(f"python3 -m benchmarks: error: {e}", file=sys.stderr)
         return 2
 

@@ -1,103 +1,32 @@
-"""What is measured: one normalization layer with what follows it, in one dtype and layout."""
+"""The layers of a network as cases, and as the columns of records."""
 
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
-from math import prod
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from benchmarks.suites import Network
-
-NAMES = {torch.float32: "fp32", torch.float64: "fp64", torch.bfloat16: "bf16", torch.float16: "fp16"}
-DTYPES = {name: dtype for dtype, name in NAMES.items()}
-FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
-DIRECTIONS = ("forward", "backward")
-
-
-@dataclass(frozen=True)
-class Case:
-    """act(norm(x) + z) in training. norm: "BatchNorm", "GroupNorm" or "InstanceNorm"; groups: of GroupNorm,
-    0 for BatchNorm, channels for InstanceNorm. shape: of x, [N, C, *size]. activation: as bnfast's layers
-    name it, or None. residual: whether there is a z. count: layers of this form in the network.
-
-    Parameters and statistics are fp32, but for fp64, and where torch.nn takes none but x's dtype (GroupNorm
-    on a GPU)."""
-
-    suite: str
-    network: str
-    norm: str
-    shape: tuple[int, ...]
-    groups: int
-    dtype: torch.dtype
-    channels_last: bool
-    activation: str | None = None
-    residual: bool = False
-    count: int = 1
-
-    def __post_init__(self) -> None:
-        if len(self.shape) < 2 or min(self.shape) < 1:
-            raise ValueError(f"shape must be [N, C, *size] of positive sizes, not {self.shape}")
-        if self.channels_last and len(self.shape) not in FORMATS:
-            raise ValueError(f"channels_last is a layout of 4-D and 5-D tensors, not of {self.shape}")
-
-    def __str__(self) -> str:
-        what = self.norm + " + z" * self.residual + f" + {self.activation}" * bool(self.activation)
-        return f"{what} {'x'.join(map(str, self.shape))} {NAMES[self.dtype]} {self.layout}"
-
-    @property
-    def layout(self) -> str:
-        return "channels_last" if self.channels_last else "contiguous"
-
-    @property
-    def memory_format(self) -> torch.memory_format:
-        return FORMATS[len(self.shape)] if self.channels_last else torch.contiguous_format
-
-    @property
-    def x_bytes(self) -> int:
-        """T."""
-        return prod(self.shape) * self.dtype.itemsize
-
-    @property
-    def parameter_dtype(self) -> torch.dtype:
-        return self.dtype if self.norm == "GroupNorm" or self.dtype == torch.float64 else torch.float32
-
-    @property
-    def columns(self) -> dict[str, Any]:
-        """Those of a Record that say which case it is of."""
-        return {
-            "kind": "layer",
-            "suite": self.suite,
-            "network": self.network,
-            "norm": self.norm,
-            "groups": self.groups or None,
-            "shape": "x".join(map(str, self.shape)),
-            "dtype": NAMES[self.dtype],
-            "layout": self.layout,
-            "activation": self.activation or "",
-            "residual": int(self.residual),
-            "count": self.count,
-        }
-
-    def empty(self, device: torch.device | str = "cpu") -> Tensor:
-        """Of x's shape, dtype and layout; on a CPU, no memory is used until it is written to."""
-        return torch.empty(self.shape, dtype=self.dtype, device=device, memory_format=self.memory_format)
-
-    def tensor(self, device: torch.device, seed: int) -> Tensor:
-        """Normal random numbers (never zeros: those draw less power) of x's shape, dtype and layout."""
-        generator = torch.Generator(device).manual_seed(seed)
-        return self.empty(device).normal_(generator=generator)
+from codegen.cases import NAMES, Case
 
 
 def of_network(suite: str, network: Network, dtype: torch.dtype, channels_last: bool) -> list[Case]:
     """A case for each different layer of a network, in the order in which they first occur."""
     return [
         Case(
-            suite, network.name, network.norm, (network.batch, shape.channels, *shape.size),
-            network.groups_of(shape), dtype, channels_last, shape.activation, shape.residual, count,
+            network.norm, (network.batch, shape.channels, *shape.size), network.groups_of(shape), dtype,
+            channels_last, shape.activation, shape.residual, count, suite, network.name,
         )
         for shape, count in Counter(network.layers).items()
     ]  # fmt: skip
+
+
+def columns(case: Case) -> dict[str, Any]:
+    """Those of a Record that say which case it is of."""
+    return {
+        "kind": "layer", "suite": case.suite, "network": case.network, "norm": case.norm,
+        "groups": case.groups or None, "shape": "x".join(map(str, case.shape)), "dtype": NAMES[case.dtype],
+        "layout": case.layout, "activation": case.activation or "", "residual": int(case.residual),
+        "count": case.count,
+    }  # fmt: skip

@@ -35,10 +35,17 @@ RESTARTED = "BNFAST_RESTARTED_IN"  # set in the second start, which must not set
 
 # What is imported, and what pip calls it. `bnfast.kernels` is this checkout, installed editable.
 OURSELVES = "bnfast.kernels"
+VITAL = ("torch", "pandas", "tqdm", OURSELVES)  # without these no job runs
 TO_RUN: dict[str, str] = {"torch": "torch", "numpy": "numpy"}
 if sys.platform == "linux":
     TO_RUN["triton"] = "triton"
-TO_BENCHMARK = {**TO_RUN, "tqdm": "tqdm", "matplotlib": "matplotlib", "sklearn": "scikit-learn"}
+TO_BENCHMARK = {
+    **TO_RUN,
+    "pandas": "pandas",
+    "tqdm": "tqdm",
+    "matplotlib": "matplotlib",
+    "sklearn": "scikit-learn",
+}
 TO_TEST = {
     **TO_BENCHMARK, "pytest": "pytest", "pytest_benchmark": "pytest-benchmark", "hypothesis": "hypothesis",
     "expecttest": "expecttest", "ruff": "ruff", "mypy": "mypy",
@@ -195,32 +202,14 @@ def lay_upon(folder: Path, below: Sequence[str]) -> None:
 
 
 def run(step: Step, number: str, log: Path) -> bool:
-    """Runs one step, its output in `log`; on a terminal the last line of it is shown as it goes."""
-    terminal, start = sys.stderr.isatty(), time.monotonic()
-    print(f"  [{number}] {step.title}", end="\n" if terminal else " ... ", file=sys.stderr, flush=True)
-    with (
-        open(log, "a", encoding="utf-8") as file,
-        subprocess.Popen(
-            step.command,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
-            cwd=ROOT,
-        ) as process,
-    ):
-        assert process.stdout is not None
-        tail: list[str] = []
-        for line in process.stdout:
-            file.write(line)
-            if line.strip():
-                tail = [*tail[-11:], line.rstrip()]
-            if terminal:
-                print(f"\r\033[K        {line.strip()[:70]}", end="", file=sys.stderr, flush=True)
-    seconds, ok = time.monotonic() - start, process.returncode == 0
-    lead = "\r\033[K        " if terminal else ""
-    print(f"{lead}{'done' if ok else 'failed'} after {seconds:.0f} s", file=sys.stderr, flush=True)
+    """Runs one step, its output in `log`, whose end is shown where the step fails."""
+    print(f"  [{number}] {step.title} ... ", end="", file=sys.stderr, flush=True)
+    start = time.monotonic()
+    with open(log, "a", encoding="utf-8") as file:
+        ok = subprocess.call(step.command, stdout=file, stderr=subprocess.STDOUT, cwd=ROOT) == 0
+    print(f"{'done' if ok else 'failed'} after {time.monotonic() - start:.0f} s", file=sys.stderr, flush=True)
     if not ok:
+        tail = log.read_text(encoding="utf-8", errors="replace").splitlines()[-12:]
         print("\n".join(f"        | {line}" for line in tail), file=sys.stderr, flush=True)
     return ok
 
@@ -290,8 +279,7 @@ def restart(python: Path) -> NoReturn:
 def ensure(wanted: Mapping[str, str] = TO_BENCHMARK) -> list[str]:
     """Returns once what is `wanted` can be imported, perhaps in a second start, or names what still cannot.
 
-    Torch and bnfast are never in that list: without them there is nothing to run, and this ends the program.
-    """
+    VITAL modules are never in that list: without them there is nothing to run, and this ends the program."""
     if sys.version_info < OLDEST_PYTHON:
         here = ".".join(str(part) for part in sys.version_info[:3])
         stop(
@@ -303,7 +291,7 @@ def ensure(wanted: Mapping[str, str] = TO_BENCHMARK) -> list[str]:
         return []
     asked_not_to = os.environ.get("BNFAST_NO_SETUP") == "1"
     if asked_not_to or os.environ.get(RESTARTED):
-        vital = [name for name in lacking if name in ("torch", OURSELVES)]
+        vital = [name for name in lacking if name in VITAL]
         if vital:
             stop(
                 f"this Python ({sys.executable}) cannot import {', '.join(vital)},",

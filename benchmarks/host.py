@@ -16,10 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import bnfast
-from benchmarks import predict, records, report, stamp
+from benchmarks import records, stamp
 from benchmarks.records import MEASURED, Record
-from benchmarks.session import begin
-from benchmarks.stopwatch import Spread
+from benchmarks.session import as_text, begin, section
+from benchmarks.timing import Spread, one_thread
+from codegen import why_not_compiled
 
 ROUNDS, CALLS = 40, 50
 Call = Callable[[], Tensor]
@@ -49,41 +50,35 @@ def calls() -> dict[tuple[str, str], tuple[Call, Call]]:
 
 def measure() -> Iterator[Record]:
     """Two records for each of `calls`: bnfast's and torch's. Their readings take turns."""
-    from benchmarks.static.fake_driver import host_microseconds
-    from benchmarks.static.launches import as_on_a_gpu
+    from codegen.fake_driver import host_microseconds  # needs Triton
+    from codegen.launches import as_on_a_gpu
 
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        with as_on_a_gpu():
-            for (name, mode), pair in calls().items():
-                for call in pair:
-                    call()
-                readings = [[host_microseconds(call, CALLS, 1) for call in pair] for _ in range(ROUNDS)]
-                for variant, samples in zip(("bnfast", "torch"), zip(*readings, strict=True), strict=True):
-                    spread = Spread.of(samples)
-                    yield Record(
-                        "host", MEASURED, variant, name, direction="forward", mode="eager", rounds=ROUNDS,
-                        host_us=round(spread.us, 2), us_low=round(spread.us_low, 2),
-                        us_high=round(spread.us_high, 2), note=mode,
-                    )  # fmt: skip
-    finally:
-        torch.set_num_threads(threads)
+    with one_thread(), as_on_a_gpu():
+        for (name, mode), pair in calls().items():
+            for call in pair:
+                call()
+            readings = [[host_microseconds(call, CALLS, 1) for call in pair] for _ in range(ROUNDS)]
+            for variant, samples in zip(("bnfast", "torch"), zip(*readings, strict=True), strict=True):
+                spread = Spread.of(samples)
+                yield Record(
+                    "host", MEASURED, variant, name, direction="forward", mode="eager", rounds=ROUNDS,
+                    host_us=round(spread.us, 2), us_low=round(spread.us_low, 2),
+                    us_high=round(spread.us_high, 2), note=mode,
+                )  # fmt: skip
 
 
 def run(options: argparse.Namespace, lacking: list[str]) -> int:
     session = begin(options, lacking, "bnfast: what an eager call costs the host")
-    report.section("Host time of a forward", " ".join((__doc__ or "").split("\n\n")[1].split()))
-    why_not = predict.why_not_compiled()
+    section("Host time of a forward", " ".join((__doc__ or "").split("\n\n")[1].split()))
+    why_not = why_not_compiled()
     if why_not:
         session.note("host", "NOT RUN", why_not)
         return session.close()
     found = [dataclasses.replace(r, **stamp.columns(session.device)) for r in measure()]
     records.append(session.folder / "host.csv", found)
-    rows = []
-    for ours, theirs in zip(found[::2], found[1::2], strict=True):
-        ratio = (ours.host_us or 0) / (theirs.host_us or 1)
-        rows.append([f"{ours.ran}, {ours.note}", f"{ours.host_us}", f"{theirs.host_us}", f"{ratio:.2f}"])
-    print(report.table(["function", "bnfast us", "torch us", "ratio"], rows))
-    session.note("host", "DONE", f"{len(rows)} calls measured, medians of {ROUNDS} readings")
+    lines = records.frame(found).pivot_table("host_us", ["ran", "note"], "variant", sort=False)
+    lines.index = [", ".join(each) for each in lines.index]
+    table = lines.add_suffix(" us").assign(ratio=(lines["bnfast"] / lines["torch"]).round(2))
+    print(as_text(table.rename_axis("function").reset_index()))
+    session.note("host", "DONE", f"{len(table)} calls measured, medians of {ROUNDS} readings")
     return session.close()

@@ -11,12 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks import graphs
-from benchmarks.baselines import fairness
-from benchmarks.baselines.contender import Baseline, Contender
-from benchmarks.cases import DIRECTIONS, Case
+from benchmarks import baselines, cudnn, fairness, timing
+from benchmarks.baselines import Baseline, Contender
+from benchmarks.cases import columns
 from benchmarks.records import CANNOT, MEASURED, Record
-from benchmarks.stopwatch import (
+from benchmarks.timing import (
     ROUNDS,
     Spread,
     Stopwatch,
@@ -28,15 +27,26 @@ from benchmarks.stopwatch import (
     nothing,
     on_gpu,
     on_host,
+    one_line,
     rotation,
 )
+from codegen.cases import DIRECTIONS, Case
 
+BASELINES: dict[str, Baseline] = {each.name: each for each in (*baselines.ALL, cudnn.FRONTEND)}
 WARM_CALLS = 10  # of one buffer, between two events
 # of different buffers: so few that the host queues them within the stopwatch's head start, if one takes it
 # less than 300 us, and that the GPU's queue of launches holds them
 MOST_COLD_CALLS = 16
 WRONG = "its results are wrong"
 HELD_BYTES = 80 * 1024
+
+
+def get(names: Sequence[str]) -> list[Baseline]:
+    """By name, in this order. ValueError for a name that nobody has."""
+    unknown = [name for name in names if name not in BASELINES]
+    if unknown:
+        raise ValueError(f"names must be of {', '.join(BASELINES)}, got {', '.join(unknown)}")
+    return [BASELINES[name] for name in names]
 
 
 @dataclass(frozen=True)
@@ -151,7 +161,7 @@ def ready(
     for afresh in dict.fromkeys(baseline.afresh for baseline in baselines):
         afresh()
     for baseline in baselines:
-        cannot = partial(Record, **case.columns, status=CANNOT, variant=baseline.name)
+        cannot = partial(Record, **columns(case), status=CANNOT, variant=baseline.name)
         why = baseline.unable(case, device)
         if why is not None:
             yield cannot(note=why)
@@ -175,10 +185,6 @@ def ready(
         yield one
 
 
-def one_line(e: BaseException) -> str:
-    return " ".join(f"{type(e).__name__}: {e}".split())[:300]
-
-
 def of_case(
     case: Case, baselines: Sequence[Baseline], device: torch.device, method: Method
 ) -> Iterator[Record]:
@@ -200,20 +206,20 @@ def of_case(
         for direction in method.directions:
             floor = floor_bytes(case, direction)
             timed = {i: each.timed(direction, numbers, evict) for i, each in enumerate(calls)}
-            samples = in_turn(timed, method.stopwatch, rounds=method.rounds)
+            samples = in_turn(timed, method.stopwatch, method.rounds)
             for i, each in enumerate(contenders):
                 time = Spread.of(samples[i])
                 record = Record(
-                    **case.columns, **each.told(samples[i]), direction=direction, cache=cache, mode="eager",
+                    **columns(case), **each.told(samples[i]), direction=direction, cache=cache, mode="eager",
                     floor_bytes=floor, GBps=round(floor / time.us / 1e3, 1), **time.columns(),
                 )  # fmt: skip
                 if cache == "cold":
                     record = dataclasses.replace(record, **once(calls[i], direction, device))
                 yield record
-        if method.graph and device.type == "cuda":
+        if method.graph and timing.is_gpu(device):
             yield from in_graphs(case, contenders, calls, numbers, cache, method, evict)
         del tensors, calls
-        if device.type == "cuda":
+        if timing.is_gpu(device):
             torch.cuda.empty_cache()
 
 
@@ -222,7 +228,7 @@ def once(calls: Calls, direction: str, device: torch.device) -> dict[str, Any]:
     there already."""
     timed = calls.timed(direction, [0])
     found = {"host_us": host_us(timed)}
-    if device.type == "cuda":
+    if timing.is_gpu(device):
         timed.prepare()
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
@@ -242,26 +248,19 @@ def in_graphs(
     method: Method, evict: Work,
 ) -> Iterator[Record]:  # fmt: skip
     """Forward with backward, captured and replayed: the same work, nothing of the host between launches."""
-    captured: list[tuple[Ready, Timed]] = []
+    graphs: list[tuple[Ready, Timed]] = []
     floor = floor_bytes(case, "forward") + floor_bytes(case, "backward")
-    columns = {**case.columns, "direction": "both", "cache": cache, "mode": "graph", "floor_bytes": floor}
+    shared = {**columns(case), "direction": "both", "cache": cache, "mode": "graph", "floor_bytes": floor}
     for each, own in zip(contenders, calls, strict=True):
         try:
-            side = torch.cuda.Stream()
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
-                own.both(numbers[:1])
-            torch.cuda.current_stream().wait_stream(side)
-            graph, _ = graphs.captured(partial(own.both, numbers))
-            captured.append((each, Timed(graph.replay, len(numbers), evict)))
+            timing.on_a_side_stream(partial(own.both, numbers[:1]))
+            graph, _ = timing.captured(partial(own.both, numbers))
+            graphs.append((each, Timed(graph.replay, len(numbers), evict)))
         except Exception as e:
             own.outputs.clear()
-            yield Record(**{**columns, **each.columns, "status": CANNOT, "note": one_line(e)})
-    todo = {i: timed for i, (_, timed) in enumerate(captured)}
-    samples = in_turn(todo, method.stopwatch, rounds=method.rounds)
-    for i, (each, timed) in enumerate(captured):
+            yield Record(**{**shared, **each.columns, "status": CANNOT, "note": one_line(e)})
+    samples = in_turn({i: timed for i, (_, timed) in enumerate(graphs)}, method.stopwatch, method.rounds)
+    for i, (each, timed) in enumerate(graphs):
         time = Spread.of(samples[i])
-        yield Record(
-            **columns, **each.told(samples[i]), GBps=round(floor / time.us / 1e3, 1), host_us=host_us(timed),
-            **time.columns(),
-        )  # fmt: skip
+        rate = round(floor / time.us / 1e3, 1)
+        yield Record(**shared, **each.told(samples[i]), GBps=rate, host_us=host_us(timed), **time.columns())

@@ -13,14 +13,14 @@ from types import FrameType
 from typing import Any
 from unittest import mock
 
+import pandas as pd
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import bnfast
-from benchmarks import report
 from benchmarks.resnet import resnet50
-from benchmarks.session import Session, begin
+from benchmarks.session import Session, as_text, begin, progress, section
 from bnfast import dispatch
 
 BATCH, SIZE = 256, 224
@@ -99,39 +99,32 @@ def count(activation: str, variant: str) -> dict[str, int]:
         return kept(model, x.to(memory_format=torch.channels_last))
 
 
-def by_block(bytes_: dict[str, int]) -> dict[str, int]:
-    """stem, layer1.0 ... layer4.2, head."""
-    sums: dict[str, int] = {}
-    for name, n in bytes_.items():
-        parts = name.split(".")
-        block = ".".join(parts[: 2 if parts[0].startswith("layer") else 1]) or "the model"
-        sums[block] = sums.get(block, 0) + n
-    return {block: n for block, n in sums.items() if n}
+def by_block(kept: pd.DataFrame) -> pd.DataFrame:
+    """stem, layer1.0 ... layer4.2, head, and the total. kept: bytes by the names of modules."""
+    parts = kept.index.str.split(".")
+    blocks = [".".join(name[: 2 if name[0].startswith("layer") else 1]) or "the model" for name in parts]
+    sums = kept.groupby(blocks, sort=False).sum()
+    return pd.concat([sums[sums.any(axis=1)], kept.sum().to_frame("total").T])
 
 
 def show(session: Session, title: str) -> None:
     """The table by blocks, and a CSV file by modules."""
-    report.section(title, ABOUT)
+    section(title, ABOUT)
     if session.cannot("memory", "triton"):
         return
-    columns = [(a, v) for a in ACTIVATIONS for v in VARIANTS]
-    with report.progress(len(columns), "counting what is kept") as bar:
-        found = []
-        for column in columns:
-            found.append(count(*column))
-            bar.update(1)
-    lines = [[name, *(str(f.get(name, 0)) for f in found)] for name in found[0]]
-    report.write_csv(session.folder / "memory.csv", ["module", *(f"{a} {v}" for a, v in columns)], lines)
-    blocks = [by_block(f) for f in found]
-    totals = [sum(f.values()) for f in found]
-    rows = [[name, *(f"{b.get(name, 0) / 1e6:.1f}" for b in blocks)] for name in blocks[0]]
-    rows.append(["total", *(f"{t / 1e6:.1f}" for t in totals)])
-    print()
-    print(report.table(["MB", *(f"{a}: {v}" for a, v in columns)], rows))
-    ratios = ", ".join(
-        f"{activation} {totals[3 * i + 2] / totals[3 * i]:.3f}" for i, activation in enumerate(ACTIVATIONS)
+    columns = [(activation, variant) for activation in ACTIVATIONS for variant in VARIANTS]
+    bar = progress(columns, desc="counting what is kept")
+    found = pd.DataFrame(
+        {f"{activation}: {variant}": count(activation, variant) for activation, variant in bar}
     )
-    session.note("memory", "DONE", f"kept for the backward, fused over torch.nn: {ratios}")
+    found = found.fillna(0).astype(int)  # fused modules have other names
+    found.to_csv(session.folder / "memory.csv", index_label="module")
+    blocks = by_block(found)
+    print()
+    print(as_text((blocks / 1e6).map("{:.1f}".format).rename_axis("MB").reset_index()))
+    total = blocks.loc["total"]
+    ratios = [f"{a} {total[f'{a}: fused'] / total[f'{a}: torch.nn']:.3f}" for a in ACTIVATIONS]
+    session.note("memory", "DONE", f"kept for the backward, fused over torch.nn: {', '.join(ratios)}")
 
 
 def run(options: argparse.Namespace, lacking: list[str]) -> int:

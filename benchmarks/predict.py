@@ -5,35 +5,25 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from math import prod
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any
 
-from benchmarks import report, tables
-from benchmarks.cases import DIRECTIONS, Case
+from benchmarks.cases import columns
 from benchmarks.records import PREDICTED, Record
-from benchmarks.static import SMS
+from benchmarks.session import progress
+from benchmarks.tables import FLOOR_LABEL, floor
 from bnfast import dispatch
+from codegen import SMS, why_not_compiled
+from codegen.cases import DIRECTIONS, Case
 
 if TYPE_CHECKING:
-    from benchmarks.static.figures import Figures
+    from codegen.figures import Figures
 
 PLANNED = ("BatchNorm", "GroupNorm", "InstanceNorm")
 
 
-class Planned(Protocol):
-    """What is read of a plan: plan.BatchNormPlan, group_plan.GroupNormPlan."""
-
-    @property
-    def forward_bytes(self) -> int: ...
-    @property
-    def backward_bytes(self) -> int: ...
-    @property
-    def forward_launches(self) -> int: ...
-    @property
-    def backward_launches(self) -> int: ...
-
-
-def planned(case: Case, sms: int = SMS) -> Planned:
-    """The kernels' own plan of a training step of a case. Raises ValueError for a layer that has none."""
+def planned(case: Case, sms: int = SMS) -> Any:
+    """The kernels' own plan of a training step of a case: a BatchNormPlan or a GroupNormPlan. Raises
+    ValueError for a layer that has none."""
     if case.norm not in PLANNED:
         raise ValueError(
             f"a case's norm must be one of {', '.join(PLANNED)} to be planned, not {case.norm!r}"
@@ -58,55 +48,33 @@ def counted(case: Case, direction: str, sms: int = SMS) -> tuple[int, int]:
     return plans.backward_bytes, plans.backward_launches
 
 
-def why_not_compiled() -> str | None:
-    """Why this process cannot compile kernels; None where it can."""
-    if not dispatch.TRITON:
-        found = (
-            f"Triton {dispatch.TRITON_VERSION} is too old"
-            if dispatch.TRITON_VERSION
-            else "there is no Triton"
-        )
-        return f"no registers, no bytes in flight: {found}"
-    if dispatch.INTERPRET:
-        return "no registers, no bytes in flight: under TRITON_INTERPRET kernels are not compiled"
-    return None
-
-
 def record(case: Case, direction: str, figures: list[Figures], why_not: str | None) -> Record:
     """us: of the bytes at the copy rate that tables.py assumes. registers, in_flight_KB: of the kernel with
     the most, and with the least of those that go through x or dy."""
     moved, launches = counted(case, direction)
     spilling = [each.kernel for each in figures if each.spills]
-    notes = [tables.FLOOR_LABEL, why_not, f"spills: {', '.join(spilling)}" if spilling else None]
+    notes = [FLOOR_LABEL, why_not, f"spills: {', '.join(spilling)}" if spilling else None]
     in_flight = [each.in_flight / 1024 for each in figures if each.streams and each.in_flight is not None]
     return Record(
-        **case.columns,
-        status=PREDICTED,
-        variant="bnfast",
+        **columns(case), status=PREDICTED, variant="bnfast", direction=direction,
         ran=" ".join(each.kernel for each in figures),
-        direction=direction,
-        us=round(tables.floor(moved), 2),
-        floor_bytes=moved,
-        launches=launches,
+        us=round(floor(moved), 2), floor_bytes=moved, launches=launches,
         registers=max((each.registers or 0 for each in figures), default=None),
         in_flight_KB=round(min(in_flight), 1) if in_flight else None,
         note="; ".join(note for note in notes if note),
         versions=f"triton {dispatch.TRITON_VERSION}" if figures else "",
-    )
+    )  # fmt: skip
 
 
 def records(cases: Iterable[Case], compiled: bool = True) -> Iterator[Record]:
-    """Forward and backward of each case, for an H200 (sm_90, so many multiprocessors as static.SMS). What
+    """Forward and backward of each case, for an H200 (sm_90, so many multiprocessors as codegen.SMS). What
     several cases share is compiled once. compiled: whether to, where that can be done; it takes seconds."""
-    cases = list(cases)
     why_not = why_not_compiled() if compiled else "no registers, no bytes in flight: not compiled"
-    with report.progress(len(cases), "counting" if why_not else "compiling for an H200") as bar:
-        for case in cases:
-            found: dict[str, list[Figures]] = {}
-            if why_not is None:
-                from benchmarks.static import figures
+    for case in progress(list(cases), desc="counting" if why_not else "compiling for an H200"):
+        found: dict[str, list[Figures]] = {}
+        if why_not is None:
+            from codegen import figures  # needs Triton
 
-                found = figures.of_case(case)
-            for direction in DIRECTIONS:
-                yield record(case, direction, found.get(direction, []), why_not)
-            bar.update(1)
+            found = figures.of_case(case)
+        for direction in DIRECTIONS:
+            yield record(case, direction, found.get(direction, []), why_not)

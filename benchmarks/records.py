@@ -1,37 +1,33 @@
 """One CSV schema for everything that is measured or predicted: a line is one figure of one thing.
 
-A column that does not apply is empty, never 0. Tables and pictures are made from these files alone."""
+A column that does not apply is empty, never 0. Tables and pictures are made from these files alone, as pandas
+reads them: text columns hold "" and number columns NaN where nothing applies."""
 
 from __future__ import annotations
 
 import csv
-import re
+import io
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
-from math import prod
 from pathlib import Path
 
-FEW = 5  # columns that a message names
-OF_LAYERS = ("layer", "kernels")  # the kinds whose shape is a layer's input
+import pandas as pd
+
 MEASURED, PREDICTED, CANNOT = "measured", "predicted", "cannot"
-SIZES = {"bf16": 2, "fp16": 2, "fp32": 4, "fp64": 8}
 Number = float | None
 
 
 @dataclass(frozen=True)
 class Record:
-    """kind: "layer", "kernels", "copy", "step", "host", "sweep" or "probe". status: one of the three above;
-    `note` says why something CANNOT.
-
-    variant: who was asked ("bnfast", "torch", ...); ran: who computed ("Cudnn", "Native"; of "kernels", the
-    names of all that were launched).
-    cache: "cold" or "warm" L2. mode: "eager" or "graph". direction: "forward", "backward", or "step".
+    """kind: "layer", whose shape is its input, "copy", "step", "host", "sweep" or "probe". status: one of the
+    three above; `note` says why something CANNOT. variant: who was asked ("bnfast", "torch", ...); ran: who
+    computed ("Cudnn", "Native"). cache: "cold" or "warm" L2. mode: "eager" or "graph". direction: "forward",
+    "backward", or "step".
     us: the median, us_low and us_high the quartiles of `rounds` samples. floor_bytes: what the work must
     move; GBps: those bytes in that time; copy_GBps: measured in the same run, of a copy's bytes both ways.
     copied_MB: what the variant copied beside the work. registers: a thread; in_flight_KB: an SM.
-    loss_apart: of a training's losses from torch.nn's, relative; loss_allowed: how far they may be (see
-    benchmarks.model_losses)."""
+    loss_apart: of a training's losses from torch.nn's, relative; loss_allowed: how far they may be apart."""
 
     kind: str
     status: str
@@ -74,14 +70,15 @@ class Record:
     commit: str = ""
     date: str = ""
 
-    @property
-    def x_bytes(self) -> int:
-        """T."""
-        return prod(map(int, self.shape.split("x"))) * SIZES[self.dtype]
+
+HEADERS = [field.name for field in fields(Record)]
+NUMBERS = [field.name for field in fields(Record) if field.type != "str"]
 
 
-HEADERS = tuple(field.name for field in fields(Record))
-_TYPES = {field.name: str(field.type) for field in fields(Record)}
+def frame(records: Iterable[Record]) -> pd.DataFrame:
+    """As `read` has them."""
+    found = pd.DataFrame([asdict(record) for record in records], columns=HEADERS)
+    return found.astype(dict.fromkeys(NUMBERS, float))
 
 
 def append(path: Path, records: Iterable[Record]) -> None:
@@ -97,45 +94,54 @@ def append(path: Path, records: Iterable[Record]) -> None:
 
 def is_ours(path: Path) -> bool:
     """Whether a CSV file has this schema."""
-    with path.open(newline="", encoding="utf-8", errors="replace") as file:
-        return tuple(next(csv.reader(file), ())) == HEADERS
+    with path.open(encoding="utf-8", errors="replace") as file:
+        return file.readline().rstrip("\n").split(",") == HEADERS
 
 
-def read(path: Path) -> list[Record]:
+def read(path: Path) -> pd.DataFrame:
     """The lines of a file. ValueError names what is not of this schema. A last line that is cut off, as a run
     that was killed leaves it, is left out with a warning."""
     try:
-        with path.open(newline="", encoding="utf-8") as file:
-            reader = csv.DictReader(file)
-            found = tuple(reader.fieldnames or ())
-            lines = list(reader)
-    except (OSError, UnicodeDecodeError, csv.Error) as e:
-        raise ValueError(f"{path}: it cannot be read as CSV in UTF-8: {e}") from None
-    if found != HEADERS:
-        unlike = sorted(set(found) ^ set(HEADERS))
-        shown = ", ".join(unlike[:FEW]) + f" and {len(unlike) - FEW} more" * (len(unlike) > FEW)
-        what = f"they differ in {shown or 'their order'}" if found else "it is empty"
-        raise ValueError(f"{path}: its columns are not those of a benchmark's CSV; {what}")
-    if lines and None in lines[-1].values():
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as e:
+        raise ValueError(f"{path}: it cannot be read as text in UTF-8: {e}") from None
+    if text.partition("\n")[0].split(",") != HEADERS:
+        raise ValueError(f"{path}: its columns are not those of a benchmark's CSV")
+    lines = list(csv.reader(io.StringIO(text)))
+    if len(lines[-1]) < len(HEADERS):
         warnings.warn(f"{path}: its last line is cut off, and left out", stacklevel=2)
         lines.pop()
-    return [_record(path, number, line) for number, line in enumerate(lines, start=2)]
+    for number, line in enumerate(lines, 1):
+        if len(line) != len(HEADERS):
+            raise ValueError(f"{path}, line {number}: it has not as many cells as there are columns")
+    found = pd.DataFrame(lines[1:], columns=HEADERS)
+    shaped = (found["kind"] != "layer") | found["shape"].str.fullmatch(r"\d+(x\d+)+")
+    refuse(path, "shape", found["shape"], ~shaped)
+    for name in NUMBERS:
+        numbers = pd.to_numeric(found[name].where(found[name] != ""), errors="coerce").astype(float)
+        refuse(path, name, found[name], numbers.isna() & (found[name] != ""))
+        found[name] = numbers
+    return found
 
 
-def _record(path: Path, number: int, line: dict[str, str]) -> Record:
-    def value(name: str, text: str) -> str | float | int | None:
-        if _TYPES[name] == "str":
-            return text
-        if text == "":
-            return None
-        return int(text) if "int" in _TYPES[name] else float(text)
+def refuse(path: Path, name: str, cells: pd.Series[str], wrong: pd.Series[bool]) -> None:
+    """ValueError that names the first line where `wrong` is true."""
+    if wrong.any():
+        at = int(wrong.to_numpy().argmax())
+        raise ValueError(f"{path}, line {at + 2}: {name} cannot be {cells.iloc[at]!r}")
 
-    shaped = line["kind"] not in OF_LAYERS or re.fullmatch(r"\d+(x\d+)+", line["shape"] or "")
-    if None in line.values() or None in line:
-        raise ValueError(f"{path}, line {number}: it has not as many cells as there are columns")
-    if not shaped:
-        raise ValueError(f"{path}, line {number}: shape is {line['shape']!r}, not sizes as in 4x64x7x7")
-    try:
-        return Record(**{name: value(name, text) for name, text in line.items()})  # type: ignore[arg-type]
-    except (TypeError, ValueError) as e:
-        raise ValueError(f"{path}, line {number}: {e}") from None
+
+def load(paths: Sequence[Path]) -> pd.DataFrame:
+    """Of files, and of all CSV files of this schema in folders. ValueError if there is none."""
+    found: list[pd.DataFrame] = []
+    for path in paths:
+        if not path.exists():
+            raise ValueError(f"{path}: there is no such file or folder")
+        inside = sorted(path.rglob("*.csv")) if path.is_dir() else []
+        # other tables lie beside them
+        found += [read(file) for file in inside if file.is_file() and is_ours(file)]
+        if not path.is_dir():
+            found.append(read(path))
+    if not found:
+        raise ValueError(f"{', '.join(map(str, paths))}: no benchmark's CSV file in there")
+    return pd.concat(found, ignore_index=True)

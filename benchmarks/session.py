@@ -1,20 +1,51 @@
-"""What all jobs share: where results go, what this machine has, what came of each part, and the summary."""
+"""What all jobs share: where results go, what this machine has, what came of each part, what is printed."""
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import platform
 import re
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from datetime import datetime
+from functools import partial
 from pathlib import Path
+from textwrap import fill
+from typing import Any
 
+import pandas as pd
 import torch
+from tqdm import tqdm
 
 import bnfast
-from benchmarks import report
+from benchmarks import RESULTS, Refused, timing
 from bnfast import dispatch
+
+WIDTH = 100  # columns of a terminal
+
+# a bar on stderr, gone when it is done
+progress: Callable[..., Any] = partial(tqdm, ncols=WIDTH - 10, leave=False, file=sys.stderr)
+
+
+def section(title: str, text: str = "") -> None:
+    print(f"\n{title}\n{'-' * len(title)}")
+    if text:
+        paragraph(text)
+
+
+def paragraph(text: str) -> None:
+    """Words wrapped to the terminal, then flushed: bars on stderr must not overtake them."""
+    print(fill(" ".join(text.split()), WIDTH), flush=True)
+
+
+def as_text(table: pd.DataFrame) -> str:
+    """The first column to the left, the others to the right, each as wide as it needs to be."""
+    first, *_ = table.columns
+    rows = table.set_index(first).rename_axis(index=None, columns=first)
+    return "\n".join(line.rstrip() for line in rows.to_string().splitlines())
 
 
 @dataclass
@@ -29,12 +60,12 @@ class Session:
 
     @property
     def gpu(self) -> bool:
-        return self.device.type == "cuda"
+        return timing.is_gpu(self.device)
 
     def note(self, part: str, state: str, text: str) -> None:
         """`state`: PASS, FAIL, DONE (nothing to judge) or NOT RUN."""
         self.summary.append((part, state, text))
-        report.paragraph(f"{state}: {text}")
+        paragraph(f"{state}: {text}")
 
     def cannot(self, part: str, *needed: str) -> bool:
         """Whether something a part needs is not installed; says so."""
@@ -43,7 +74,7 @@ class Session:
             self.note(part, "NOT RUN", f"this Python lacks {', '.join(absent)}")
         return bool(absent)
 
-    def draw(self, picture: Callable[[], None]) -> None:
+    def draw(self, picture: Callable[[], object]) -> None:
         if "matplotlib" not in self.lacking:
             picture()
 
@@ -53,16 +84,15 @@ class Session:
     def close(self) -> int:
         """Prints the summary. Returns 1 if anything disagreed, else 0; a part that could not run is only
         named."""
-        report.section("Summary")
+        section("Summary")
         if "matplotlib" in self.lacking:
             self.summary.append(("pictures", "NOT RUN", "this Python lacks matplotlib"))
         width = max((len(name) for name, *_ in self.summary), default=0)
         for name, state, text in self.summary:
             print(f"{state:<8} {name:<{width}} {text}")
-        failed = any(state == "FAIL" for _, state, _ in self.summary)
         seconds = time.monotonic() - self.start
         print(f"\n{seconds:.0f} s. Tables (CSV) and pictures (PNG) are in {self.folder}")
-        return int(failed)
+        return int(any(state == "FAIL" for _, state, _ in self.summary))
 
 
 def device_of(asked: str | None) -> torch.device:
@@ -73,11 +103,28 @@ def device_of(asked: str | None) -> torch.device:
     found = re.fullmatch(r"cpu|cuda(?::(\d+))?", asked)
     number = int((found and found.group(1)) or 0)
     if found is None or (asked != "cpu" and number >= count):
-        raise report.Refused(
+        raise Refused(
             f'argument --device: {asked!r} is not "cpu" or a GPU of this machine '
             f'("cuda", "cuda:1", ...), which has {count}'
         )
     return torch.device("cpu") if asked == "cpu" else torch.device("cuda", number)
+
+
+def new_folder(parent: Path | None = None) -> Path:
+    """A folder for this run, named by date and time; two runs within a second get two folders. Refused where
+    none can be made."""
+    parent = RESULTS if parent is None else parent
+    name = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+    for number in itertools.count(1):
+        folder = parent / (name if number == 1 else f"{name}_{number}")
+        try:
+            folder.mkdir(parents=True)
+            break
+        except FileExistsError:
+            continue
+        except OSError as e:
+            raise Refused(f"argument --out: no folder can be made in {parent}: {e.strerror}") from None
+    return folder
 
 
 def begin(options: argparse.Namespace, lacking: list[str], title: str) -> Session:
@@ -85,13 +132,13 @@ def begin(options: argparse.Namespace, lacking: list[str], title: str) -> Sessio
     device = device_of(options.device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    session = Session(report.new_folder(options.out), device, lacking)
+    session = Session(new_folder(options.out), device, lacking)
     print(title)
-    report.section("This machine")
+    section("This machine")
     gpu = torch.cuda.get_device_name(device) if session.gpu else "no GPU in use"
     versions = f"bnfast {bnfast.__version__}, torch {torch.__version__}, Python {platform.python_version()}"
     print(f"{versions}; {gpu}")
     why = session.why_plain_torch()
     ours = f"plain torch: {why}" if why else "the Triton kernels"
-    report.paragraph(f"Here bnfast's layers run {ours}.")
+    paragraph(f"Here bnfast's layers run {ours}.")
     return session

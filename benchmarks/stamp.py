@@ -1,62 +1,104 @@
-"""On what and of what a figure was measured: the columns that every record of a run shares."""
+"""On what and of what a figure was measured: the columns that all records of a run share, and what a GPU says
+of itself at the moment it is asked."""
 
 from __future__ import annotations
 
 import platform
 import subprocess
+from dataclasses import dataclass, replace
 from datetime import datetime, timezone
-from pathlib import Path
 from typing import Any
 
 import torch
 
 import bnfast
+from benchmarks import ROOT, timing
+from benchmarks.records import CANNOT, MEASURED, Record
+from bnfast import dispatch
 
-ROOT = Path(__file__).resolve().parent.parent
+FIELDS = ("name", "driver_version", "clocks.sm", "clocks.mem", "temperature.gpu", "power.draw")
+PATIENCE = 10.0  # seconds, at most, for an answer
 
 
-def _output(*command: str) -> str:
-    """What a program prints; nothing if it is not there or fails."""
+@dataclass(frozen=True)
+class Clocks:
+    """What nvidia-smi tells of a GPU; each None where it is not known."""
+
+    name: str | None = None
+    driver: str | None = None
+    sm_MHz: float | None = None
+    memory_MHz: float | None = None
+    temperature_C: float | None = None
+    power_W: float | None = None
+
+
+def output(*command: str) -> str:
+    """What a program prints; nothing if it is not there, fails, or takes too long."""
     try:
-        found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=20)
+        found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE)
     except (OSError, subprocess.TimeoutExpired):
         return ""
     return found.stdout.strip() if found.returncode == 0 else ""
 
 
+def number(text: str) -> float | None:
+    """Of nvidia-smi, which says "[N/A]" and the like where it has none."""
+    try:
+        return float(text)
+    except ValueError:
+        return None
+
+
+def clocks(device: torch.device) -> Clocks:
+    """nvidia-smi may be missing, slow, or not know everything. Nothing is known from anything but one line of
+    it: of several there is no telling whose they are. An idle GPU's clock is low."""
+    # CUDA's numbers of devices know CUDA_VISIBLE_DEVICES, and the driver's tools do not
+    uuid = getattr(torch.cuda.get_device_properties(device), "uuid", None) if timing.is_gpu(device) else None
+    which = [] if uuid is None else [f"--id=GPU-{uuid}"]
+    said = output("nvidia-smi", *which, f"--query-gpu={','.join(FIELDS)}", "--format=csv,noheader,nounits")
+    values = [value.strip() for value in said.strip().split(",")]
+    found = Clocks()
+    if len(values) == len(FIELDS):
+        name, driver = (None if value.startswith("[") else value for value in values[:2])
+        found = Clocks(name, driver, *map(number, values[2:]))
+    if found.name is None and timing.is_gpu(device):
+        return replace(found, name=torch.cuda.get_device_name(device))
+    return found
+
+
+def clock_record(device: torch.device) -> Record:
+    """clock_MHz is the SMs'; memory clock and power are in its note."""
+    found = clocks(device)
+    known = replace(found, name=None) != Clocks()
+    beside = (("memory clock", found.memory_MHz, "MHz"), ("power", found.power_W, "W"))
+    said = ", ".join(f"{what} {value:g} {unit}" for what, value, unit in beside if value is not None)
+    return Record(
+        "probe", MEASURED if known else CANNOT, "clocks", "nvidia-smi", clock_MHz=found.sm_MHz,
+        temperature_C=found.temperature_C, note=said if known else "nvidia-smi told nothing",
+        gpu=found.name or "", driver=found.driver or "",
+    )  # fmt: skip
+
+
 def commit() -> str:
     """Of this checkout, with a + if files differ from it; "unknown" outside of one."""
-    found = _output("git", "rev-parse", "--short=12", "HEAD")
-    if not found:
-        return "unknown"
-    return found + "+" * bool(_output("git", "status", "--porcelain", "--untracked-files=no"))
+    found = output("git", "rev-parse", "--short=12", "HEAD")
+    return found + "+" * bool(output("git", "status", "--porcelain", "-uno")) if found else "unknown"
 
 
 def versions() -> str:
     """Of everything that computes."""
-    try:
-        import triton
-
-        tritons = triton.__version__
-    except ImportError:
-        tritons = "none"
     cudnn = torch.backends.cudnn.version() if torch.backends.cudnn.is_available() else "none"
     parts = {
-        "bnfast": bnfast.__version__, "torch": torch.__version__, "triton": tritons, "cudnn": cudnn,
-        "cuda": torch.version.cuda or "none", "python": platform.python_version(),
+        "bnfast": bnfast.__version__, "torch": torch.__version__, "triton": dispatch.TRITON_VERSION or "none",
+        "cudnn": cudnn, "cuda": torch.version.cuda or "none", "python": platform.python_version(),
     }  # fmt: skip
     return " ".join(f"{name}={version}" for name, version in parts.items())
 
 
 def columns(device: torch.device) -> dict[str, Any]:
     """gpu, driver, versions, commit and date (UTC) of a Record."""
-    gpu = driver = ""
-    if device.type == "cuda":
-        gpu = torch.cuda.get_device_name(device)
-        driver = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").partition("\n")[
-            0
-        ]
+    found = clocks(device) if timing.is_gpu(device) else Clocks()
     return {
-        "gpu": gpu, "driver": driver, "versions": versions(), "commit": commit(),
+        "gpu": found.name or "", "driver": found.driver or "", "versions": versions(), "commit": commit(),
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
     }  # fmt: skip

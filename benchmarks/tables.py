@@ -1,222 +1,174 @@
-"""Records as tables for a terminal: a row for each case, and one for all layers of the network."""
+"""Records as tables: a row for each case, and one for all layers of the network. What was measured and what
+was predicted are never in one table."""
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from math import prod
+from typing import Any
 
-from benchmarks import report
-from benchmarks.records import CANNOT, MEASURED, PREDICTED, Record
+import pandas as pd
+
+from benchmarks.records import CANNOT, MEASURED, PREDICTED
+from benchmarks.session import WIDTH, as_text
+from codegen.cases import DIRECTIONS
 
 COPY_RATE = 4.3e12  # bytes a second: assumed for an H200, and measured by nobody here
 FLOOR_LABEL = f"floor at {COPY_RATE / 1e12:.1f} TB/s, an assumption: the copy rate of an H200"
 BASELINES_A_TABLE = 4  # what fits a terminal
-CODE = ("regs", "KB in flight")  # columns that need compiled kernels
-Table = tuple[tuple[str, ...], list[list[str]]]  # headers and rows
+SIZES = {"bf16": 2, "fp16": 2, "fp32": 4, "fp64": 8}
+KEY = ["network", "norm", "groups", "shape", "dtype", "layout", "activation", "residual"]
+IDENTITY = ["status", "kind", *KEY, "variant", "direction", "cache", "mode"]
+COUNTED = ("floor_bytes", "launches", "registers", "in_flight_KB")
 
 
-@dataclass(frozen=True)
-class Key:
-    """What a case is, in the columns of a record."""
-
-    network: str
-    norm: str
-    groups: int | None
-    shape: str
-    dtype: str
-    layout: str
-    activation: str
-    residual: int | None
-
-    @classmethod
-    def of(cls, record: Record) -> Key:
-        return cls(**{name: getattr(record, name) for name in cls.__dataclass_fields__})
-
-    @property
-    def label(self) -> str:
-        """64 x 56x56 + z relu"""
-        _, channels, *size = self.shape.split("x")
-        after = " + z" * bool(self.residual) + f" {self.activation}" * bool(self.activation)
-        return f"{channels} x {'x'.join(size) or '1'}{after}"
-
-
-@dataclass(frozen=True)
-class Selection:
-    """Records of one kind of measurement, found by case and by who was measured."""
-
-    records: Sequence[Record]
-
-    @property
-    def keys(self) -> list[Key]:
-        """In the order in which they first occur."""
-        return list(dict.fromkeys(Key.of(record) for record in self.records))
-
-    @property
-    def variants(self) -> list[str]:
-        """Ours first."""
-        names = dict.fromkeys(record.variant for record in self.records)
-        return sorted(names, key=lambda name: name != "bnfast")
-
-    def where(self, **columns: str) -> Selection:
-        def fits(record: Record) -> bool:
-            return all(getattr(record, name) == value for name, value in columns.items())
-
-        return Selection([record for record in self.records if fits(record)])
-
-    def one(self, key: Key, variant: str) -> Record | None:
-        """The last one, if there are several: a later run replaces an earlier one."""
-        found = [r for r in self.records if r.variant == variant and Key.of(r) == key]
-        return found[-1] if found else None
-
-    def total(self, variant: str) -> float | None:
-        """Microseconds of all layers; None if one is not there."""
-        found = [self.one(key, variant) for key in self.keys]
-        if not found or any(record is None or record.us is None for record in found):
-            return None
-        return sum((record.us or 0.0) * (record.count or 1) for record in found if record)
-
-
-def floor(moved: float) -> float:
+def floor(moved: Any) -> Any:
     """Microseconds that moving so many bytes takes at the assumed copy rate."""
     return moved / COPY_RATE * 1e6
 
 
-def predicted(records: Iterable[Record]) -> Table:
+def label(shape: str, residual: float, activation: str) -> str:
+    """64 x 56x56 + z relu"""
+    _, channels, *size = shape.split("x")
+    after = " + z" * (residual == 1) + f" {activation}" * bool(activation)
+    return f"{channels} x {'x'.join(size) or '1'}{after}"
+
+
+def select(found: pd.DataFrame, **columns: str) -> pd.DataFrame:
+    """The records of layers that have these values, with `case`, which tells layers apart, and its `label`.
+    Of several of one thing the last one counts: a later run replaces an earlier one."""
+    for name, value in columns.items():
+        found = found[found[name] == value]
+    found = found.drop_duplicates(IDENTITY, keep="last")
+    labels = [label(*cells) for cells in found[["shape", "residual", "activation"]].to_numpy()]
+    keys = ["|".join(map(str, row)) for row in found[KEY].to_numpy()]
+    return found.assign(case=keys, label=labels)
+
+
+def wide(found: pd.DataFrame, column: str, by: str = "variant") -> pd.DataFrame:
+    """One of the columns: a row for each case in the order in which they first occur, bnfast's first."""
+    table = found.pivot(index="case", columns=by, values=column).reindex(found["case"].unique())
+    return table[sorted(found[by].unique(), key=lambda name: name != "bnfast")]
+
+
+def cells(values: Iterable[float], form: str) -> list[str]:
+    return [format(value, form) if value == value else "-" for value in values]
+
+
+def predicted(found: pd.DataFrame) -> pd.DataFrame:
     """Counted, without a GPU; forward and backward as a/b. The last row is of all layers: the sums, but the
     most registers and the fewest bytes in flight. These two are left out where they are not known of any."""
-    ours = Selection([r for r in records if r.status == PREDICTED])
-    headers = (
-        "C x size",
-        "layers",
-        "T MB",
-        "fwd MB",
-        "bwd MB",
-        "runs",
-        "regs",
-        "KB in flight",
-        "floor us",
-    )
-    forwards, backwards = (ours.where(direction=direction) for direction in ("forward", "backward"))
-    rows, pairs = [], []
-    for key in ours.keys:
-        forward, backward = forwards.one(key, "bnfast"), backwards.one(key, "bnfast")
-        if forward and backward:
-            pairs.append((forward, backward))
-            layers = str(forward.count)
-            rows.append([key.label, layers, *_counted([(forward, backward)], [1])])
-    if rows:
-        counts = [forward.count or 1 for forward, _ in pairs]
-        rows.append(["all", str(sum(counts)), *_counted(pairs, counts)])
-    known = [i for i, name in enumerate(headers) if name not in CODE or any(row[i] != "-" for row in rows)]
-    return tuple(headers[i] for i in known), [[row[i] for i in known] for row in rows]
+    ours = select(found, status=PREDICTED, kind="layer", variant="bnfast")
+    one = ours.drop_duplicates("case").set_index("case")
+    count = one["count"].fillna(1)
+    size = one["shape"].map(lambda shape: prod(map(int, shape.split("x")))) * one["dtype"].map(SIZES)
+
+    def both(column: str, total: Callable[[pd.Series], float]) -> pd.DataFrame:
+        """A column forward and backward, with a last row of all."""
+        table = wide(ours, column, "direction")[list(DIRECTIONS)]
+        return pd.concat([table, table.apply(total).to_frame("all").T])
+
+    def added(values: pd.Series) -> float:
+        return float((values * count).sum())
+
+    moved, launches = both("floor_bytes", added), both("launches", added)
+    registers = both("registers", lambda values: values.max(skipna=False))
+    in_flight = both("in_flight_KB", lambda values: values.min(skipna=False))
+    t = pd.Series([*size, (size * count).sum()]) / 1e6
+    table = pd.DataFrame({
+        "C x size": [*one["label"], "all"], "layers": cells([*count, count.sum()], ".0f"),
+        "T MB": cells(t, ".1f"),
+        "fwd MB": cells(moved["forward"] / 1e6, ".0f"), "bwd MB": cells(moved["backward"] / 1e6, ".0f"),
+        "runs": pairs(launches, "+"), "regs": pairs(registers), "KB in flight": pairs(in_flight),
+        "floor us": ["/".join(map(short_us, row)) for row in floor(moved).to_numpy()],
+    })  # fmt: skip
+    return table.loc[:, [name for name in table if set(table[name]) != {"-"}]]
 
 
-def _counted(pairs: Sequence[tuple[Record, Record]], counts: Sequence[int]) -> list[str]:
-    """T and what follows, of one case or of several."""
-
-    def total(way: int, name: str) -> float:
-        return sum((getattr(pair[way], name) or 0) * n for pair, n in zip(pairs, counts, strict=True))
-
-    def extreme(name: str, choose: Callable[[list[float]], float]) -> str:
-        found = [[getattr(pair[way], name) for pair in pairs] for way in (0, 1)]
-        if any(value is None for way in found for value in way):
-            return "-"
-        return "/".join(f"{choose(way):.0f}" for way in found)
-
-    forward, backward = total(0, "floor_bytes"), total(1, "floor_bytes")
-    return [
-        f"{total(0, 'x_bytes') / 1e6:.1f}",
-        f"{forward / 1e6:.0f}",
-        f"{backward / 1e6:.0f}",
-        f"{total(0, 'launches'):.0f}+{total(1, 'launches'):.0f}",
-        extreme("registers", max),
-        extreme("in_flight_KB", min),
-        "/".join(f"{us:.0f}" if us >= 10 else f"{us:.1f}" for us in map(floor, (forward, backward))),
-    ]
+def short_us(us: float) -> str:
+    return f"{us:.0f}" if us >= 10 else f"{us:.1f}"
 
 
-def measured(records: Iterable[Record], direction: str) -> list[Table]:
+def pairs(both: pd.DataFrame, between: str = "/") -> list[str]:
+    """ "a/b"; "-" where nothing is known."""
+    rows = zip(*(cells(both[name], ".0f") for name in both), strict=True)
+    return ["-" if row == ("-", "-") else between.join(row) for row in rows]
+
+
+def measured(found: pd.DataFrame, direction: str) -> list[pd.DataFrame]:
     """Ours in microseconds with L2 cold and warm and as a share of the copy rate of the same run; how many
     times as long each of the others takes, L2 cold. More than one table if there are many others."""
-    found = Selection([r for r in records if r.status == MEASURED and r.kind == "layer"])
-    found = found.where(direction=direction, mode="graph" if direction == "both" else "eager")
-    cold, warm = found.where(cache="cold"), found.where(cache="warm")
-    others = [name for name in cold.variants if name != "bnfast"]
-    parts = [others[i : i + BASELINES_A_TABLE] for i in range(0, len(others), BASELINES_A_TABLE)]
-    return [_measured(cold, warm, part) for part in parts or [[]]]
+    mode = "graph" if direction == "both" else "eager"
+    rows = select(found, status=MEASURED, kind="layer", direction=direction, mode=mode)
+    cold, warm = rows[rows["cache"] == "cold"], rows[rows["cache"] == "warm"]
+    if cold.empty:
+        return []
+    one = cold.drop_duplicates("case").set_index("case")
+    count = one["count"].fillna(1)
+    times, nothing = wide(cold, "us"), pd.Series(float("nan"), one.index)
+    ours, rate = times.get("bnfast", nothing), wide(cold, "GBps").get("bnfast", nothing)
+    again = wide(warm, "us").reindex(one.index).get("bnfast", nothing) if len(warm) else nothing
+    others = [name for name in times if name != "bnfast"]
+
+    def total(values: pd.Series) -> float:
+        """Of all layers; NaN if one is not there."""
+        return float((values * count).sum(skipna=False))
+
+    def table(names: list[str]) -> pd.DataFrame:
+        columns = {
+            "C x size": [*one["label"], "all layers"], "layers": cells([*count, count.sum()], ".0f"),
+            "us": [*cells(ours, ".1f"), *cells([total(ours)], ".0f")],
+            "GB/s": [*cells(rate, ".0f"), ""],
+            "% of copy": [*cells(100 * rate / one["copy_GBps"], ".0f"), ""],
+            "warm us": [*cells(again, ".1f"), *cells([total(again)], ".0f")],
+        }  # fmt: skip
+        for name in names:
+            columns[f"{name} x"] = cells([*times[name] / ours, total(times[name]) / total(ours)], ".2f")
+        return pd.DataFrame(columns)
+
+    starts = range(0, max(1, len(others)), BASELINES_A_TABLE)
+    return [table(others[start : start + BASELINES_A_TABLE]) for start in starts]
 
 
-def _measured(cold: Selection, warm: Selection, others: Sequence[str]) -> Table:
-    headers = ("C x size", "layers", "us", "GB/s", "% of copy", "warm us", *(f"{name} x" for name in others))
-    rows = []
-    for key in cold.keys:
-        ours, again = cold.one(key, "bnfast"), warm.one(key, "bnfast")
-        ratios = [_ratio(cold.one(key, name), ours) for name in others]
-        count = next(str(r.count) for r in cold.records if Key.of(r) == key)
-        rows.append([key.label, count, _us(ours), _rate(ours), _share(ours), _us(again), *ratios])
-    if rows:
-        mine, theirs = cold.total("bnfast"), [cold.total(name) for name in others]
-        ratios = [f"{total / mine:.2f}" if total and mine else "-" for total in theirs]
-        totals = [f"{total:.0f}" if total else "-" for total in (mine, warm.total("bnfast"))]
-        rows.append(["all layers", str(_layers(cold)), totals[0], "", "", totals[1], *ratios])
-    return headers, rows
-
-
-def _layers(found: Selection) -> int:
-    first = {Key.of(record): record.count or 1 for record in found.records}
-    return sum(first.values())
-
-
-def _us(record: Record | None) -> str:
-    return "-" if record is None or record.us is None else f"{record.us:.1f}"
-
-
-def _rate(record: Record | None) -> str:
-    return f"{record.GBps:.0f}" if record and record.GBps else "-"
-
-
-def _share(record: Record | None) -> str:
-    if record is None or not record.GBps or not record.copy_GBps:
-        return "-"
-    return f"{100 * record.GBps / record.copy_GBps:.0f}"
-
-
-def _ratio(theirs: Record | None, ours: Record | None) -> str:
-    if theirs is None or ours is None or not theirs.us or not ours.us:
-        return "-"
-    return f"{theirs.us / ours.us:.2f}"
-
-
-def refusals(records: Iterable[Record]) -> list[str]:
+def refusals(found: pd.DataFrame) -> list[str]:
     """Who could not run what, and why: a line for each reason."""
-    reasons = Counter((r.variant, r.note) for r in records if r.status == CANNOT)
-    return [f"{variant}: {note} ({n} of them)" for (variant, note), n in reasons.items()]
+    times = found[found["status"] == CANNOT].groupby(["variant", "note"], sort=False).size()
+    return [f"{variant}: {note} ({n} of them)" for (variant, note), n in times.items()]
 
 
-def who_ran(records: Iterable[Record]) -> list[str]:
+def who_ran(found: pd.DataFrame) -> list[str]:
     """What each variant's name stands for, as it really ran."""
-    ran: dict[str, set[str]] = {}
-    for record in records:
-        if record.status == MEASURED and record.kind == "layer" and record.ran:
-            ran.setdefault(record.variant, set()).add(record.ran)
-    return [f"{variant}: {', '.join(sorted(names))}" for variant, names in ran.items()]
+    ran = found[(found["status"] == MEASURED) & (found["kind"] == "layer") & (found["ran"] != "")]
+    names = ran.groupby("variant", sort=False)["ran"].unique()
+    return [f"{variant}: {', '.join(sorted(each))}" for variant, each in names.items()]
 
 
-PLAIN_HEADERS = ("what", "size", "where", "us", "GB/s", "peak MB", "note")
+def besides(found: pd.DataFrame) -> pd.DataFrame:
+    """A row for each variant. host us: of an eager call, the median of the cases; in a graph: of forward and
+    backward together, replayed. peak MB: of the case that takes most."""
+    rows = select(found, status=MEASURED, kind="layer", cache="cold")
+    rows = rows[rows["direction"].isin([*DIRECTIONS, "both"])]
+    host = rows.pivot_table("host_us", "variant", "direction", "median", sort=False, dropna=False)
+    peak = rows.pivot_table("peak_MB", "variant", "direction", "max", sort=False, dropna=False)
+    names = sorted(rows["variant"].unique(), key=lambda name: name != "bnfast")
+    ways = {"host us, fwd": "forward", "bwd": "backward", "both in a graph": "both"}
+    host, peak = (each.reindex(names, columns=[*DIRECTIONS, "both"]) for each in (host, peak))
+    table = {"": names, **{title: cells(host[way], ".1f") for title, way in ways.items()}}
+    peaks = {"peak MB, fwd": cells(peak["forward"], ".0f"), "bwd ": cells(peak["backward"], ".0f")}
+    return pd.DataFrame(table | peaks)
 
 
-def plain(found: Iterable[Record]) -> list[list[str]]:
+def plain(found: pd.DataFrame) -> pd.DataFrame:
     """A line a record, for what is no layer: bandwidths, probes, training steps, tile sweeps."""
-    rows = [
-        [
-            r.variant, r.shape or r.ran, " ".join(filter(None, [r.direction, r.cache, r.mode])),
-            _us(r) if r.host_us is None else f"{r.host_us:.1f}",
-            _rate(r), f"{r.peak_MB:.0f}" if r.peak_MB else "-", r.note,
-        ]
-        for r in found
-    ]  # fmt: skip
+    where = [" ".join(filter(None, row)) for row in found[["direction", "cache", "mode"]].to_numpy()]
+    table = pd.DataFrame({
+        "what": found["variant"], "size": found["shape"].where(found["shape"] != "", found["ran"]),
+        "where": where,
+        "us": cells(found["host_us"].fillna(found["us"]), ".1f"), "GB/s": cells(found["GBps"], ".0f"),
+        "peak MB": cells(found["peak_MB"], ".0f"), "note": "",
+    })  # fmt: skip
     # a note has what the others leave; the CSV file has all of it
-    others = [max(map(len, column)) for column in zip(PLAIN_HEADERS, *rows, strict=True)][:-1]
-    room = max(len("note"), report.WIDTH - sum(others) - len(report.GAP) * len(others))
-    return [[*row, note if len(note) <= room else note[: room - 3] + "..."] for *row, note in rows]
+    room = WIDTH - (max(map(len, as_text(table).splitlines())) if len(table) else 0)
+    room = max(len("note"), room + len("note") - 1)
+    notes = [note if len(note) <= room else note[: room - 3] + "..." for note in found["note"]]
+    return table.assign(note=notes)

@@ -12,38 +12,34 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import baselines, measure
-from benchmarks.cases import DIRECTIONS, Case
+from benchmarks import measure
 from benchmarks.records import Record
+from codegen.cases import DIRECTIONS, Case
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 BATCH, SIDE = (64, 4) if DEVICE.type == "cuda" else (2, 1)
 COMPILED = ("compile", "compile-max")  # seconds each: only if asked for
 
 
-def case(
-    norm: str, c: int, side: int, groups: int, activation: str | None, residual: bool, last: bool
-) -> Case:
-    shape = (BATCH, c, side * SIDE, side * SIDE)
-    return Case("pytest", "", norm, shape, groups, torch.bfloat16, last, activation, residual)
-
-
 CASES = [
-    case("BatchNorm", 64, 14, 0, "relu", False, True),
-    case("BatchNorm", 256, 14, 0, "relu", True, True),
-    case("BatchNorm", 256, 14, 0, None, False, False),
-    case("GroupNorm", 320, 16, 32, "silu", False, False),
-    case("InstanceNorm", 64, 16, 64, "leaky_relu", False, False),
+    Case(norm, (BATCH, c, side * SIDE, side * SIDE), groups, torch.bfloat16, last, activation, residual)
+    for norm, c, side, groups, activation, residual, last in (
+        ("BatchNorm", 64, 14, 0, "relu", False, True),
+        ("BatchNorm", 256, 14, 0, "relu", True, True),
+        ("BatchNorm", 256, 14, 0, None, False, False),
+        ("GroupNorm", 320, 16, 32, "silu", False, False),
+        ("InstanceNorm", 64, 16, 64, "leaky_relu", False, False),
+    )
 ]
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize("case", CASES, ids=str)
-@pytest.mark.parametrize("variant", baselines.BASELINES)
+@pytest.mark.parametrize("variant", measure.BASELINES)
 def test_layer(benchmark: Any, variant: str, case: Case, direction: str) -> None:
     if variant in COMPILED and not os.environ.get("BNFAST_BENCHMARK_COMPILED"):
         pytest.skip("set BNFAST_BENCHMARK_COMPILED=1 for what torch.compile makes")
-    (found,) = measure.ready(case, baselines.get([variant]), DEVICE, measure.Method())
+    (found,) = measure.ready(case, measure.get([variant]), DEVICE, measure.Method())
     if isinstance(found, Record):
         assert measure.WRONG not in found.note
         pytest.skip(found.note)

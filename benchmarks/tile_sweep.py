@@ -9,12 +9,14 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 from unittest import mock
 
+import pandas as pd
 import torch
 
-from benchmarks import baselines, measure
-from benchmarks.cases import Case
+from benchmarks import measure
+from benchmarks.cases import columns
 from benchmarks.records import CANNOT, MEASURED, Record
-from benchmarks.stopwatch import Spread, Stopwatch, in_turn, on_gpu, rotation
+from benchmarks.timing import Spread, Stopwatch, in_turn, on_gpu, one_line, rotation
+from codegen.cases import DIRECTIONS, Case
 
 # (warps, programs an SM, registers a thread, 16-byte loads under way a thread); each is spill-free in the
 # static tests' cases or shows itself slow here
@@ -26,18 +28,12 @@ CANDIDATES: dict[str, tuple[tuple[int, int, int, int], ...]] = {
 KEEPS = 1.05  # a planned program this close to the best one stays
 
 
-def cases() -> list[Case]:
-    """Of ResNet-50 at batch 256: large and middling planes, in both layouts."""
-
-    def case(c: int, side: int, last: bool) -> Case:
-        shape = (256, c, side, side)
-        return Case("sweep", "ResNet-50", "BatchNorm", shape, 0, torch.bfloat16, last)
-
-    return [
-        case(c, side, last)
-        for c, side in ((64, 112), (256, 56), (512, 28), (1024, 14))
-        for last in (True, False)
-    ]
+# of ResNet-50 at batch 256: large and middling planes, in both layouts
+CASES = [
+    Case("BatchNorm", (256, c, side, side), 0, torch.bfloat16, last, suite="sweep", network="ResNet-50")
+    for c, side in ((64, 112), (256, 56), (512, 28), (1024, 14))
+    for last in (True, False)
+]
 
 
 @contextlib.contextmanager
@@ -76,51 +72,44 @@ def sweep(
     device: torch.device, todo: Sequence[Case] | None = None, stopwatch: Stopwatch = on_gpu, rounds: int = 7
 ) -> Iterator[Record]:
     """Forward and backward of each case with each candidate. note: "planned" for plan.py's own."""
-    (ours,) = baselines.get(["bnfast"])
-    for case in cases() if todo is None else todo:
-        count = rotation(case.x_bytes)
-        tensors, numbers = measure.Tensors.of(case, device, count), list(range(count))
-        for family, candidates in CANDIDATES.items():
-            for program in candidates:
-                columns = {
-                    **case.columns, "kind": "sweep", "variant": name(family, program),
-                    "cache": "cold", "mode": "eager",
-                }  # fmt: skip
-                note = "planned" if is_planned(family, program) else ""  # within, every candidate is
-                with planned_with(family, program):
-                    try:
-                        calls = measure.Calls(ours.build(case, device), tensors)
-                        for direction in measure.DIRECTIONS:
-                            timed = {0: calls.timed(direction, numbers)}
-                            time = Spread.of(in_turn(timed, stopwatch, rounds=rounds)[0])
-                            floor = measure.floor_bytes(case, direction)
-                            yield Record(
-                                **columns, status=MEASURED, direction=direction, floor_bytes=floor,
-                                GBps=round(floor / time.us / 1e3, 1), note=note, **time.columns(),
-                            )  # fmt: skip
-                    except Exception as e:  # the compiler's errors have many types
-                        yield Record(**columns, status=CANNOT, note=measure.one_line(e))
+    (ours,) = measure.get(["bnfast"])
+    for case in CASES if todo is None else todo:
+        numbers = list(range(rotation(case.x_bytes)))
+        tensors = measure.Tensors.of(case, device, len(numbers))
+        for family, program in ((family, each) for family, several in CANDIDATES.items() for each in several):
+            own = {"kind": "sweep", "variant": name(family, program), "cache": "cold", "mode": "eager"}
+            shared = {**columns(case), **own}
+            note = "planned" if is_planned(family, program) else ""  # within, every candidate is
+            with planned_with(family, program):
+                try:
+                    calls = measure.Calls(ours.build(case, device), tensors)
+                    for direction in DIRECTIONS:
+                        timed = {0: calls.timed(direction, numbers)}
+                        time = Spread.of(in_turn(timed, stopwatch, rounds)[0])
+                        floor = measure.floor_bytes(case, direction)
+                        yield Record(
+                            **shared, status=MEASURED, direction=direction, floor_bytes=floor,
+                            GBps=round(floor / time.us / 1e3, 1), note=note, **time.columns(),
+                        )  # fmt: skip
+                except Exception as e:  # the compiler's errors have many types
+                    yield Record(**shared, status=CANNOT, note=one_line(e))
 
 
-def beaten(found: Sequence[Record]) -> list[str]:
+def beaten(found: pd.DataFrame) -> list[str]:
     """A line for each case and direction whose planned program is not among the best. Empty: the plan stands.
 
     found: records of `sweep`, of one GPU."""
-    groups: dict[tuple[str, ...], list[Record]] = {}
-    for r in found:
-        if r.kind == "sweep" and r.status == MEASURED and r.us:
-            family = r.variant.partition(" ")[0]
-            groups.setdefault((family, r.shape, r.dtype, r.layout, r.direction), []).append(r)
+    timed = found[(found["kind"] == "sweep") & (found["status"] == MEASURED)]
+    family = timed["variant"].str.split(" ").str[0].rename("family")
     lines = []
-    for (family, shape, dtype, layout, direction), group in groups.items():
-        own = next((r for r in group if r.note == "planned"), None)
-        best = min(group, key=lambda r: r.us or 0)
-        if own is None:
-            lines.append(
-                f"{family}, {shape} {dtype} {layout}, {direction}: the planned program was not timed"
-            )
-        elif (own.us or 0) > KEEPS * (best.us or 0):
-            ratio = (own.us or 0) / (best.us or 1)
-            where = f"{shape} {dtype} {layout}, {direction}"
-            lines.append(f"{where}: {best.variant} is {ratio:.2f} times as fast as {own.variant}")
+    for where, group in timed.groupby([family, "shape", "dtype", "layout", "direction"], sort=False):
+        best, own = group.loc[group["us"].idxmin()], group[group["note"] == "planned"]
+        text = "{}, {} {} {}, {}".format(*where)
+        if own.empty:
+            lines.append(f"{text}: the planned program was not timed")
+            continue
+        ratio = own["us"].iloc[0] / best["us"]
+        if ratio > KEEPS:
+            planned = own["variant"].iloc[0]
+            lines.append(f"{text}: {best['variant']} is {ratio:.2f} times as fast as {planned}")
     return lines

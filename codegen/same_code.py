@@ -21,8 +21,8 @@ from pathlib import Path
 import triton
 from tqdm import tqdm
 
-from benchmarks.budget_cases import ENTRIES
-from benchmarks.static import launches, sass
+from codegen import launches, sass
+from codegen.budget_cases import ENTRIES
 
 LINE = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(.*?)\s*;")
 PARAMETER = re.compile(r"c\[0x0\]\[(?:0x[0-9a-f]+|(U?R\d+)(?:\+0x[0-9a-f]+)?)\]")

@@ -27,7 +27,7 @@ from benchmarks import environment
 
 ROOT = environment.ROOT
 OLDEST = "requirements-oldest.txt"
-TRITONS = ("3.6.0", "3.7.1", "3.8.0", "3.9.0")  # benchmarks/budgets.csv has columns of each
+TRITONS = ("3.6.0", "3.7.1", "3.8.0", "3.9.0")  # codegen/budgets.csv has columns of each
 # With the oldest: the static tests that compile every kernel, and what touches most of PyTorch and of Triton
 COVERING = ("tests/static/test_budgets.py",)
 LIBRARIES_TIER = [
@@ -37,8 +37,8 @@ LIBRARIES_TIER = [
 ]
 OLDEST_TIER = [
     f"tests/test_{name}.py"
-    for name in ("kernels_run", "numerics", "batchnorm_layer", "operators", "autograd", "fx_and_script")
-    + ("fuse", "convert", "converters", "folding", "strides", "plain_layouts")
+    for name in ("numerics", "batchnorm_layer", "operators", "autograd", "fx_and_script", "fuse")
+    + ("convert", "converters", "folding", "strides", "plain_layouts")
 ]
 OLDEST_TIER.append("tests/contract")
 NO_TESTS = 5  # pytest's exit code for "nothing collected"

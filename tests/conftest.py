@@ -115,7 +115,7 @@ def plain_torch_in_one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]
 @pytest.fixture
 def shallow(monkeypatch: pytest.MonkeyPatch) -> None:
     """In the place of ResNet-50 in benchmarks of its training step, a network of four layers."""
-    from benchmarks import model_variants
+    from benchmarks import resnet
     from tests.support.steps import four_layers
 
-    monkeypatch.setattr(model_variants, "resnet50", four_layers)
+    monkeypatch.setattr(resnet, "resnet50", four_layers)

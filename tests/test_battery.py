@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import __main__, battery, processes, records, session
+from benchmarks import ROOT, __main__, battery, records, session
 from benchmarks.records import CANNOT, MEASURED, Record
 
 pytestmark = pytest.mark.slow
@@ -38,7 +38,7 @@ def test_parts_of_the_battery_do_not_stop_each_other(
     record = Record("probe", MEASURED, "a", us=1.0, gpu="of its own")
     for each in (
         part("good", record, record), part("broken", record, RuntimeError("it broke")),
-        part("absent", processes.NotHere("no such program")),
+        part("absent", battery.NotHere("no such program")),
     ):  # fmt: skip
         battery.run_part(look, each, 100)
     battery.run_part(look, part("late", record), 1)
@@ -47,15 +47,14 @@ def test_parts_of_the_battery_do_not_stop_each_other(
         "good": ("DONE", "2"), "broken": ("FAIL", "1"), "absent": ("NOT RUN", "0"), "late": ("PART", "0"),
     }  # fmt: skip
     assert {p.name: len(records.read(p)) for p in tmp_path.glob("*.csv")} == {"good.csv": 2, "broken.csv": 1}
-    for found in records.read(tmp_path / "good.csv"):
-        assert found.versions.startswith("bnfast=")
-        assert found.gpu == "of its own"
+    found = records.read(tmp_path / "good.csv")
+    assert found["versions"].str.startswith("bnfast=").all()
+    assert set(found["gpu"]) == {"of its own"}
     assert look.close() == 1
 
 
 def test_the_battery_fits_its_time_and_needs_a_gpu(tmp_path: Path) -> None:
     assert sum(each.seconds for each in battery.PARTS) <= 540
-    assert tuple(each.name for each in battery.PARTS) == __main__.PARTS
     assert battery.PARTS[0].name == "correctness"
     options = __main__.parser().parse_args(["gpu", "--device", "cpu", "--out", str(tmp_path)])
     assert battery.run(options, []) == 1
@@ -70,38 +69,40 @@ def test_what_is_sanitized_is_there_and_little() -> None:
         "-q",
         "-p",
         "no:cacheprovider",
-        *processes.SANITIZED,
+        *battery.SANITIZED,
     ]
-    found = subprocess.run(command, cwd=processes.ROOT, capture_output=True, text=True, timeout=120)
+    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert found.returncode == 0, found.stdout + found.stderr
     assert 4 <= found.stdout.count("::") <= 20
 
 
-def raised(ended: list[Record]) -> tuple[int, str]:
-    """How many were kept, and what `judged` says of them."""
-    kept = []
-    try:
-        for record in processes.judged(ended):
-            kept.append(record)
-    except (RuntimeError, TimeoutError) as e:
-        return len(kept), f"{type(e).__name__}: {e}"
+def raised(look: session.Session, *ended: Record) -> tuple[int, str]:
+    """How many were kept, and what `processes` says of them."""
+    kept, left = [], iter(ended)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(battery, "process", lambda *command: next(left))
+        try:
+            for record in battery.processes(look, {each.variant: () for each in ended}, 60):
+                kept.append(record)
+        except (RuntimeError, TimeoutError) as e:
+            return len(kept), f"{type(e).__name__}: {e}"
     return len(kept), ""
 
 
 def test_every_gpu_test_is_in_the_battery() -> None:
-    files = {f"test_{name}.py" for names in processes.TESTS.values() for name in names}
-    assert files == {path.name for path in processes.ROOT.glob("tests/gpu/test_*.py")}
+    files = {f"test_{name}.py" for names in battery.TESTS.values() for name in names}
+    assert files == {path.name for path in ROOT.glob("tests/gpu/test_*.py")}
 
 
 def test_a_process_of_the_battery_is_recorded(tmp_path: Path) -> None:
     look = session.Session(tmp_path, CPU, [])
-    good = processes.process(look, "good", [sys.executable, "-c", "print('3 passed')"], 60)
+    good = battery.process(look, "good", [sys.executable, "-c", "print('3 passed')"], 60)
     assert (good.status, good.note) == (MEASURED, "exit code 0; 3 passed")
     command = [sys.executable, "-c", "print('1 failed'); raise SystemExit(2)"]
-    bad = processes.process(look, "bad", command, 60)
+    bad = battery.process(look, "bad", command, 60)
     assert (bad.status, bad.note) == (CANNOT, "exit code 2; 1 failed")
-    assert raised([good]) == (1, "")
-    assert raised([bad, good]) == (2, "RuntimeError: bad: exit code 2; 1 failed")
+    assert raised(look, good) == (1, "")
+    assert raised(look, bad, good) == (2, "RuntimeError: bad: exit code 2; 1 failed")
 
 
 def alive(process: int) -> bool:
@@ -125,7 +126,7 @@ def test_a_process_that_is_late_has_its_last_words(interrupts: None, tmp_path: P
         "print(child.pid, flush=True)\n"
         "try:\n    time.sleep(60)\nexcept KeyboardInterrupt:\n    print('2 passed until then')\n"
     )
-    late = processes.process(look, "late", [sys.executable, "-c", program], 3)
+    late = battery.process(look, "late", [sys.executable, "-c", program], 3)
     assert (late.status, late.note) == (CANNOT, "out of time; exit code 0; 2 passed until then")
     child = (tmp_path / "late.log").read_text().split()[0]
     end = time.monotonic() + 10
@@ -133,9 +134,9 @@ def test_a_process_that_is_late_has_its_last_words(interrupts: None, tmp_path: P
         time.sleep(0.05)
     assert not alive(int(child))
     said = "late: out of time; exit code 0; 2 passed until then"
-    assert raised([late]) == (1, f"TimeoutError: {said}")
-    failed = dataclasses.replace(late, note="exit code 1; 1 failed")
-    assert raised([late, failed]) == (2, "RuntimeError: late: exit code 1; 1 failed")
+    assert raised(look, late) == (1, f"TimeoutError: {said}")
+    failed = dataclasses.replace(late, variant="failed", note="exit code 1; 1 failed")
+    assert raised(look, late, failed) == (2, "RuntimeError: failed: exit code 1; 1 failed")
 
 
 def test_work_without_an_end_is_stopped_and_keeps_what_it_made() -> None:
@@ -164,7 +165,7 @@ def test_parts_after_one_that_lost_the_gpu_run_in_a_process_of_their_own(
 
     look = session.Session(tmp_path, torch.device("cuda", 0), ["matplotlib"])
     monkeypatch.setattr(battery, "begin", lambda *rest: look)
-    monkeypatch.setattr(battery, "PARTS", [part("machine"), part("tiles"), part("kernels")])
+    monkeypatch.setattr(battery, "PARTS", [part("machine"), part("tiles"), part("sanitizer")])
     monkeypatch.setattr(battery.stamp, "columns", lambda device: {})
     monkeypatch.setattr(battery, "process", noted)
     monkeypatch.setattr(torch.cuda, "synchronize", answers_no_more)
@@ -173,7 +174,7 @@ def test_parts_after_one_that_lost_the_gpu_run_in_a_process_of_their_own(
     assert [name for name, *_ in look.summary] == ["machine", "the GPU", "pictures"]
     (command,) = commands
     asked = __main__.parser().parse_args(command[3:])
-    assert (asked.part, asked.device, asked.out) == (["tiles", "kernels"], "cuda:0", tmp_path)
+    assert (asked.part, asked.device, asked.out) == (["tiles", "sanitizer"], "cuda:0", tmp_path)
     assert 60 <= asked.limit <= 80
 
 
@@ -190,7 +191,7 @@ def test_parts_share_the_time_that_there_is(
 
         return battery.Part(name, 20 if name == "machine" else 40, work)
 
-    monkeypatch.setattr(battery, "PARTS", tuple(map(noted, ("machine", "tiles", "kernels"))))
+    monkeypatch.setattr(battery, "PARTS", tuple(map(noted, ("machine", "tiles", "sanitizer"))))
     monkeypatch.setattr(session.Session, "gpu", True)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
     monkeypatch.setattr(

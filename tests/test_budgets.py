@@ -3,7 +3,6 @@ written. tests/static/test_budgets.py holds the kernels themselves against it.""
 
 from __future__ import annotations
 
-import argparse
 import csv
 import importlib
 import pkgutil
@@ -12,10 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import __main__, budget_run, budgets
-from benchmarks.budget_cases import ENTRIES
-from benchmarks.budgets import Code, Key, Line
 from bnfast import kernels
+from codegen import __main__ as command
+from codegen import budgets
+from codegen.budget_cases import ENTRIES
+from codegen.budgets import Code, Key, Line
 from tests.__main__ import TRITONS
 
 NAME = "BatchNorm 256x256x56x56 bf16 channels_last"
@@ -65,7 +65,7 @@ def test_each_figure_that_is_worse_is_named(tmp_path: Path, column: str) -> None
     assert line.startswith(f"  {NAME}, forward, transform_kernel: {figure} was ")
     was, is_ = (part.replace(",", "") for part in line.partition(" was ")[2].split(", is "))
     assert float(was) != float(is_)
-    assert renewal.endswith("python3 -m benchmarks budgets --write")
+    assert renewal.endswith("python3 -m codegen --write")
 
 
 @pytest.mark.parametrize("column", FIGURES)
@@ -146,7 +146,7 @@ def test_bytes_and_launches_are_as_committed() -> None:
     """In the interpreter, where there are no registers."""
     now: budgets.Lines = {}
     for entry in ENTRIES:
-        now |= budget_run.counted(entry)
+        now |= command.counted(entry)
     assert not any(line.code for line in now.values())
     assert budgets.changes(now, COMMITTED) == []
 
@@ -176,7 +176,7 @@ def test_no_file_has_no_lines(tmp_path: Path) -> None:
 def test_a_row_shows_what_changed() -> None:
     now = Line(2, 10**6, code={"3.7.1": Code(70, 40.0, 16.0)})
     budget = {KEY: Line(1, 10**6, code={"3.7.1": Code(64, 48.25, 16.0)})}
-    row = budget_run.row(KEY, now, budgets.changes({KEY: now}, budget))
+    row = command.row(KEY, now, budgets.changes({KEY: now}, budget))
     assert row == ["  forward transform", "1 -> 2", "1.0", "64 -> 70", "48.2 -> 40.0", "16.0"]
 
 
@@ -186,17 +186,15 @@ def test_the_table_fits_a_terminal_and_names_what_is_gone(capsys: pytest.Capture
         for key, line in COMMITTED.items()
         if line.host_ratio is None and key != KEY
     }
-    budget_run.show(now, budgets.changes(now, COMMITTED))
+    command.show(now, budgets.changes(now, COMMITTED))
     shown = capsys.readouterr().out
     assert max(map(len, shown.splitlines())) <= 100
     assert f"{NAME}\n  forward statistics  " in shown
     assert f"{KEY}: launches was 1, is 0" in shown
 
 
-def test_the_job_says_why_it_cannot_run_here(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_says_why_it_cannot_run_here(capsys: pytest.CaptureFixture[str]) -> None:
     before = budgets.PATH.read_bytes()
-    options = __main__.parser().parse_args(["budgets", "--write", "--out", str(tmp_path), "--device", "cpu"])
-    assert isinstance(options, argparse.Namespace)
-    assert budget_run.run(options, []) == 0
-    assert "NOT RUN  budgets" in capsys.readouterr().out
+    assert command.main(["--write"]) == 0
+    assert "NOT RUN: no registers" in capsys.readouterr().out
     assert budgets.PATH.read_bytes() == before

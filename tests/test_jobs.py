@@ -1,8 +1,12 @@
-"""The benchmarks' command, what its jobs refuse, and the sweep of tiles: all that shows without a GPU."""
+"""The benchmarks' command: what it refuses, and every job of a GPU from end to end on one that is made up."""
 
 from __future__ import annotations
 
 import dataclasses
+import os
+import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,23 +14,136 @@ import pytest
 import torch
 
 from benchmarks import (
+    ROOT,
     __main__,
-    baselines,
     battery,
-    cases,
     layers,
+    machine,
     measure,
-    readme,
+    predict,
     records,
+    report,
     session,
-    stopwatch,
+    stamp,
+    suites,
     tile_sweep,
+    timing,
 )
-from benchmarks.cases import Case
-from benchmarks.machine import bandwidth, clocks
-from benchmarks.records import CANNOT, MEASURED, Record
+from benchmarks.records import CANNOT, MEASURED, PREDICTED, Record, frame
+from benchmarks.session import WIDTH
+from codegen.cases import DTYPES, Case
+from tests.support.made_up_gpu import made_up_gpu
 
 CPU = torch.device("cpu")
+
+# the command
+
+
+@pytest.mark.parametrize("arguments", [["run", "--suite", "vgg"], ["digits", "--layer", "RMSNorm"],
+                                       ["gpu", "--limit", "0"], ["report"], ["gpu", "--part", "nonsense"],
+                                       ["digits", "--epochs", "0"]])  # fmt: skip
+def test_wrong_arguments_are_refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        __main__.main(arguments)
+    assert end.value.code == 2
+    assert "usage: python3 -m benchmarks" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("arguments", "named"), [
+    (["memory", "--device", "nonsense"], "argument --device: 'nonsense' is not \"cpu\" or a GPU"),
+    (["memory", "--device", "cuda:99"], "argument --device: 'cuda:99'"),
+    (["memory", "--device", "cpu", "--out", __file__], "argument --out: no folder can be made in"),
+    (["report", "nowhere"], "argument PATH: nowhere: there is no such file"),
+    (["report", "nowhere", "nowhere"], "argument PATH: nowhere: there is no such file"),
+    (["report", *["nowhere"] * 3], "argument PATH: one run is shown, two are compared, and these are 3"),
+    (["report", str(report.RESULTS), "--out", __file__], "argument --out: "),
+])  # fmt: skip
+def test_bad_input_is_named_and_is_no_verdict(
+    arguments: list[str], named: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Exit code 2: a comparison has 1 for figures that got worse."""
+    assert __main__.main(arguments) == 2
+    assert f"error: {named}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("asked", "number"), [(None, 0), ("cuda", 0), ("cuda:1", 1)])
+def test_a_gpu_has_its_number(asked: str | None, number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.cuda.set_device takes no device without one."""
+    chosen: list[int] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch._C, "_cuda_setDevice", chosen.append, raising=False)
+    torch.cuda.set_device(session.device_of(asked))
+    assert chosen == [number]
+
+
+def test_what_is_run_by_default() -> None:
+    parse = __main__.parser().parse_args
+    assert parse(["run"]).suite == "resnet50"
+    assert parse(["digits"]).layer == "BatchNorm"
+    first = parse(["first-look", "--epochs", "3", "--seed", "1", "--device", "cpu", "--out", "here"])
+    assert (first.module, first.epochs, first.out) == ("first_look", 3, Path("here"))
+
+
+def test_names_that_the_command_knows_are_those_that_exist() -> None:
+    assert {"bnfast", *__main__.BASELINES} == measure.BASELINES.keys()
+    assert tuple(part.name for part in battery.PARTS) == __main__.PARTS
+    assert set(__main__.DTYPES) <= set(DTYPES)
+
+
+def test_each_run_has_a_folder_of_its_own(tmp_path: Path) -> None:
+    folders = [session.new_folder(tmp_path / "deep") for _ in range(3)]
+    assert len(set(folders)) == 3
+    assert all(folder.is_dir() for folder in folders)
+    assert all(re.fullmatch(r"\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d(_\d+)?", folder.name) for folder in folders)
+
+
+@pytest.mark.parametrize(("asked", "expected"), [
+    (None, ("contiguous",)), ("channels_last", ("channels_last",)), ("both", suites.LAYOUTS),
+])  # fmt: skip
+def test_layouts(asked: str | None, expected: tuple[str, ...]) -> None:
+    assert layers.layouts(suites.SDXL_VAE, asked) == expected
+
+
+@pytest.mark.parametrize(("shape", "last", "message"), [
+    ((4, 8), True, "channels_last is a layout of 4-D and 5-D"), ((0, 3, 4, 4), False, "positive sizes"),
+    ((7,), False, "shape must be"),
+])  # fmt: skip
+def test_cases_that_there_are_not(shape: tuple[int, ...], last: bool, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Case("BatchNorm", shape, 0, torch.float32, last)
+
+
+def test_run_of_a_suite_without_a_gpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Predictions, in the terminal and in a file."""
+    options = __main__.parser().parse_args(
+        ["run", "--suite", "sd-vae", "--layout", "both", "--device", "cpu", "--out", str(tmp_path)]
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(predict, "why_not_compiled", lambda: "no registers: a test")
+        assert layers.run(options, ["matplotlib"]) == 0
+    text = capsys.readouterr().out
+    assert max(map(len, text.splitlines()[:-1])) <= WIDTH  # the last one names the folder
+    assert "MEASURED" not in text
+    (folder,) = tmp_path.iterdir()
+    found = records.read(folder / "predicted.csv")
+    assert len(found) == 2 * 2 * 2 * 7
+    assert set(found["status"]) == {PREDICTED}
+    assert {note.rpartition("; ")[2] for note in found["note"]} == {"no registers: a test"}
+
+
+@pytest.mark.slow
+def test_a_case_is_timed_by_pytest_benchmark() -> None:
+    """`pytest benchmarks` works as a command of its own."""
+    chosen = "GroupNorm and (bnfast or torch or liger)"
+    command = [sys.executable, "-m", "pytest", "-q", "benchmarks", "-k", chosen]
+    own = ("TRITON_INTERPRET", "PYTEST_")  # the outer pytest's variables say that it has workers
+    variables = {key: value for key, value in os.environ.items() if not key.startswith(own)}
+    command += ["-p", "no:cacheprovider", "-p", "no:xdist"]
+    found = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, timeout=240)
+    assert found.returncode == 0, found.stdout + found.stderr
+    assert "4 passed, 2 skipped" in found.stdout
+    assert "test_layer[bnfast-" in found.stdout
 
 
 # the tile sweep
@@ -52,15 +169,15 @@ def test_a_better_tile_is_named() -> None:
         return Record("sweep", MEASURED, variant, shape="1x2", direction="forward", us=us, note=note)
 
     stands = [timed("MAPS 4/7/72/4", 100, "planned"), timed("MAPS 4/8/64/4", 97)]
-    assert tile_sweep.beaten(stands) == []
-    (line,) = tile_sweep.beaten([*stands, timed("MAPS 8/4/64/4", 80)])
+    assert tile_sweep.beaten(frame(stands)) == []
+    (line,) = tile_sweep.beaten(frame([*stands, timed("MAPS 8/4/64/4", 80)]))
     assert "MAPS 8/4/64/4 is 1.25 times as fast as MAPS 4/7/72/4" in line
-    assert "was not timed" in tile_sweep.beaten(stands[1:])[0]
+    assert "was not timed" in tile_sweep.beaten(frame(stands[1:]))[0]
 
 
 def test_a_sweep_says_which_program_is_the_planned_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stopwatch, "COLD_BYTES", 1)
-    tiny = Case("sweep", "", "BatchNorm", (2, 4, 3, 3), 0, torch.bfloat16, True)
+    monkeypatch.setattr(timing, "COLD_BYTES", 1)
+    tiny = Case("BatchNorm", (2, 4, 3, 3), 0, torch.bfloat16, True)
     found = list(tile_sweep.sweep(CPU, [tiny], lambda work: (work(), 1.0)[1], rounds=1))
     assert {r.status for r in found} == {MEASURED}
     candidates = ((family, each) for family, all_ in tile_sweep.CANDIDATES.items() for each in all_)
@@ -69,89 +186,105 @@ def test_a_sweep_says_which_program_is_the_planned_one(monkeypatch: pytest.Monke
     assert len(own) == len(tile_sweep.CANDIDATES)
 
 
-# the command
-
-
-@pytest.mark.parametrize("arguments", [["run", "--suite", "vgg"], ["digits", "--layer", "RMSNorm"],
-                                       ["gpu", "--limit", "0"], ["compare", "one"],
-                                       ["gpu", "--part", "nonsense"],
-                                       ["digits", "--epochs", "0"]])  # fmt: skip
-def test_wrong_arguments_are_refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as end:
-        __main__.main(arguments)
-    assert end.value.code == 2
-    assert "usage: python3 -m benchmarks" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(("arguments", "named"), [
-    (["memory", "--device", "nonsense"], "argument --device: 'nonsense' is not \"cpu\" or a GPU"),
-    (["memory", "--device", "cuda:99"], "argument --device: 'cuda:99'"),
-    (["memory", "--device", "cpu", "--out", __file__], "argument --out: no folder can be made in"),
-    (["report", "nowhere"], "argument PATH: nowhere: there is no such file"),
-    (["compare", "nowhere", "nowhere"], "arguments before, after: nowhere: there is no such file"),
-    (["report", str(readme.RESULTS), "--out", __file__], "argument --out: "),
-])  # fmt: skip
-def test_bad_input_is_named_and_is_no_verdict(
-    arguments: list[str], named: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Exit code 2: `compare` has 1 for figures that got worse."""
-    assert __main__.main(arguments) == 2
-    assert f"error: {named}" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(("asked", "number"), [(None, 0), ("cuda", 0), ("cuda:1", 1)])
-def test_a_gpu_has_its_number(asked: str | None, number: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch.cuda.set_device takes no device without one."""
-    chosen: list[int] = []
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(torch._C, "_cuda_setDevice", chosen.append, raising=False)
-    torch.cuda.set_device(session.device_of(asked))
-    assert chosen == [number]
-
-
-def test_what_is_run_by_default() -> None:
-    parse = __main__.parser().parse_args
-    assert parse(["run"]).suite == "resnet50"
-    assert parse(["digits"]).layer == "BatchNorm"
-    first = parse(["first-look", "--epochs", "3", "--seed", "1", "--device", "cpu", "--out", "here"])
-    assert (first.module, first.epochs, first.out) == ("first_look", 3, Path("here"))
-
-
-def test_names_that_the_command_knows_are_those_that_exist() -> None:
-    assert {"bnfast", *__main__.BASELINES} == baselines.BASELINES.keys()
-    assert tuple(part.name for part in battery.PARTS) == __main__.PARTS
-    assert set(__main__.DTYPES) <= set(cases.DTYPES)
-
-
-# a run with a GPU made up
+# a GPU made up
 
 
 def test_every_figure_is_on_disk_when_it_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With the copy rate of its run, the clock of its case, and what they were measured on. A case that does
     not fit the memory is named, and the next goes on."""
-
-    class OnGpu(session.Session):
-        gpu = True
-
-    case = Case("suite", "network", "BatchNorm", (2, 4, 3, 3), 0, torch.float32, True)
+    case = Case("BatchNorm", (2, 4, 3, 3), 0, torch.float32, True, suite="suite", network="network")
 
     def of_case(case: Case, *rest: object) -> Iterator[Record]:
         if case.shape[0] == 9:
             raise torch.OutOfMemoryError("too large")
-        yield Record(**case.columns, status=MEASURED, us=1.0)
+        columns = measure.columns(case)
+        yield Record(**columns, status=MEASURED, us=1.0)
         assert len(records.read(tmp_path / "layers.csv")) == 1
-        yield Record(**case.columns, status=MEASURED, us=2.0)
+        yield Record(**columns, status=MEASURED, us=2.0)
 
     monkeypatch.setattr(measure, "of_case", of_case)
-    monkeypatch.setattr(bandwidth, "copy_rate", lambda device: 4.2e12)
-    monkeypatch.setattr(clocks, "read", lambda device: clocks.Clocks(sm_MHz=1755.0, temperature_C=40.0))
+    monkeypatch.setattr(machine, "copies", lambda device: [])
+    monkeypatch.setattr(machine, "copy_rate", lambda lines: 4200.0)
+    monkeypatch.setattr(stamp, "clocks", lambda device: stamp.Clocks(sm_MHz=1755.0, temperature_C=40.0))
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
-    run = layers.Run(OnGpu(tmp_path, CPU, []), measure.Method(), ["torch"], tmp_path / "layers.csv")
+    run = layers.Run(session.Session(tmp_path, CPU, []), measure.Method(), ["torch"], tmp_path / "layers.csv")
     found = [*run.case(case), *run.case(dataclasses.replace(case, shape=(9, 4, 3, 3)))]
-    assert records.read(tmp_path / "layers.csv") == found
+    assert records.read(tmp_path / "layers.csv").equals(frame(found))
     assert [(r.status, r.us, r.copy_GBps, r.clock_MHz) for r in found] == [
         (MEASURED, 1.0, 4200.0, 1755.0), (MEASURED, 2.0, 4200.0, 1755.0), (CANNOT, None, 4200.0, None),
     ]  # fmt: skip
     assert found[-1].note == "OutOfMemoryError: too large"
     assert all(r.versions.startswith("bnfast=") for r in found)
+
+
+@pytest.fixture
+def gpu(plain_torch_in_one_thread: None, shallow: None) -> Iterator[None]:
+    with made_up_gpu():
+        yield
+
+
+def job(folder: Path, *arguments: str) -> tuple[int, Path]:
+    code = __main__.main([*arguments, "--device", "cpu", "--out", str(folder)])
+    (made,) = folder.iterdir()
+    return code, made
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("gpu")
+@pytest.mark.parametrize(
+    "options", [["--suite", "resnet50"], ["--quick", "--direction", "fwd"]], ids=" ".join
+)
+def test_run_from_end_to_end(options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, folder = job(tmp_path, "run", *options)
+    assert code == 0
+    text = capsys.readouterr().out
+    assert "MEASURED, forward" in text
+    assert ("forward and backward in a CUDA graph" in text) == ("--quick" not in options)
+    assert max(map(len, text.splitlines()[:-1])) <= 120
+    found = records.read(folder / "layers.csv")
+    timed = found[found["status"] == MEASURED]
+    assert set(timed["variant"]) == {"bnfast", "torch", "native"}
+    assert set(timed["gpu"]) == {"made up"}
+    assert (timed["copy_GBps"] > 0).all()
+    assert (folder / "resnet50-bf16-channels_last.png").exists()
+
+
+@pytest.mark.usefixtures("gpu")
+def test_step_from_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, folder = job(tmp_path, "step", "--batch", "4")
+    text = capsys.readouterr().out
+    assert code == 0, text
+    assert "PASS     step 6 of 6 measured, all losses agree" in text
+    found = records.read(folder / "step.csv")
+    assert set(found["status"]) == {MEASURED}
+    assert (found["peak_MB"] > 0).all()
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("gpu")
+def test_the_battery_from_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every part that this machine has the programs for; then the report of its records, and a comparison."""
+    code, folder = job(tmp_path, "gpu")
+    text = capsys.readouterr().out
+    assert code == 0, text
+    lines = re.findall(r"^(DONE|PART|NOT RUN|FAIL) +([\w-]+) +\d+ records", text, re.MULTILINE)
+    ended = {name: state for state, name in lines}
+    absent = dict.fromkeys(("cudnn-frontend", "sanitizer"), "NOT RUN")
+    assert ended == dict.fromkeys(__main__.PARTS, "DONE") | absent
+    made = {path.stem for path in folder.glob("*.csv")}
+    assert made == {part for part, state in ended.items() if state == "DONE"}
+    assert max(map(len, text.splitlines()[:-1])) <= 120
+    assert (folder / "roofline.png").exists()
+    assert __main__.main(["report", str(folder)]) == 0
+    assert __main__.main(["report", str(folder), str(folder)]) == 0
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("gpu")
+def test_the_first_look_from_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, folder = job(tmp_path, "first-look", "--epochs", "1")
+    text = capsys.readouterr().out
+    assert code == 0, text
+    assert "PASS     kernels" in text
+    assert re.search(r"^DONE +resnet-50 +2 of 2 cases measured$", text, re.MULTILINE), text
+    assert (folder / "digits-losses.png").exists()

@@ -11,19 +11,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import baselines, measure, stopwatch, tables
-from benchmarks.baselines import fairness, pytorch
-from benchmarks.baselines.contender import Baseline, Contender
-from benchmarks.cases import Case
-from benchmarks.records import CANNOT, MEASURED, Record
+from benchmarks import baselines, fairness, measure, tables, timing
+from benchmarks.baselines import Baseline, Contender
+from benchmarks.records import CANNOT, MEASURED, Record, frame
+from codegen.cases import Case
+from tests.support.clock import Clock
 
 pytestmark = pytest.mark.slow
 
 CPU = torch.device("cpu")
-QUICK = measure.Method(rounds=5, stopwatch=stopwatch.on_host)
-BATCH = Case("suite", "network", "BatchNorm", (4, 8, 6, 6), 0, torch.float32, True, "relu", True)
-GROUP = Case("suite", "network", "GroupNorm", (4, 8, 6, 6), 4, torch.bfloat16, False, "silu")
-INSTANCE = Case("suite", "network", "InstanceNorm", (4, 8, 6, 6), 8, torch.float32, False, "leaky_relu")
+QUICK = measure.Method(rounds=5, stopwatch=timing.on_host)
+BATCH = Case("BatchNorm", (4, 8, 6, 6), 0, torch.float32, True, "relu", True)
+GROUP = Case("GroupNorm", (4, 8, 6, 6), 4, torch.bfloat16, False, "silu")
+INSTANCE = Case("InstanceNorm", (4, 8, 6, 6), 8, torch.float32, False, "leaky_relu")
 EVERY = pytest.mark.parametrize("case", [BATCH, GROUP, INSTANCE], ids=str)
 
 
@@ -31,22 +31,22 @@ EVERY = pytest.mark.parametrize("case", [BATCH, GROUP, INSTANCE], ids=str)
 def plain_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     """bnfast's layers compute at a CPU's speed; and two buffers are a rotation."""
     monkeypatch.setattr("bnfast.dispatch.INTERPRET", False)
-    monkeypatch.setattr(stopwatch, "COLD_BYTES", 1)
+    monkeypatch.setattr(timing, "COLD_BYTES", 1)
 
 
 def altered(name: str, change: Callable[[Tensor], Tensor]) -> Baseline:
     """torch's layer with something done to what it returns."""
 
     def build(case: Case, device: torch.device) -> Contender:
-        (torchs,) = baselines.get(["torch"])
+        (torchs,) = measure.get(["torch"])
         given = torchs.build(case, device)
         return dataclasses.replace(given, forward=lambda x, z: change(given.forward(x, z)))
 
-    return Baseline(name, "", pytorch.anything, build)
+    return Baseline(name, "", baselines.anything, build)
 
 
 def measured(case: Case, *others: Baseline, method: measure.Method = QUICK) -> list[Record]:
-    return list(measure.of_case(case, [*baselines.get(["bnfast", "torch"]), *others], CPU, method))
+    return list(measure.of_case(case, [*measure.get(["bnfast", "torch"]), *others], CPU, method))
 
 
 def test_a_known_time_is_told() -> None:
@@ -64,39 +64,28 @@ def test_a_known_time_is_told() -> None:
     assert 5000 <= slept.us_low <= slept.us <= 100_000  # a busy machine may take its time, but not 20 times
 
 
-class Clock:
-    """Time that forwards and backwards are said to take: microseconds a call, by what a test says."""
+def takes(clock: Clock, name: str, forward: float, backward: float) -> Baseline:
+    """Time that forwards and backwards are said to take: microseconds a call."""
 
-    def __init__(self) -> None:
-        self.now = 0.0
+    class Slow(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: object, y: Tensor) -> Tensor:
+            clock.work(forward)
+            return y.view_as(y)
 
-    def stopwatch(self, work: stopwatch.Work) -> float:
-        start = self.now
-        work()
-        return self.now - start
+        @staticmethod
+        def backward(ctx: object, dy: Tensor) -> Tensor:
+            clock.work(backward)
+            return dy
 
-    def takes(self, name: str, forward: float, backward: float) -> Baseline:
-        clock = self
-
-        class Slow(torch.autograd.Function):
-            @staticmethod
-            def forward(ctx: object, y: Tensor) -> Tensor:
-                clock.now += forward
-                return y.view_as(y)
-
-            @staticmethod
-            def backward(ctx: object, dy: Tensor) -> Tensor:
-                clock.now += backward
-                return dy
-
-        return altered(name, Slow.apply)
+    return altered(name, Slow.apply)
 
 
 @EVERY
 def test_forward_and_backward_are_timed_apart_and_a_slower_one_is_reported_slower(case: Case) -> None:
     clock = Clock()
     method = dataclasses.replace(QUICK, stopwatch=clock.stopwatch)
-    todo = [clock.takes("bnfast", 10, 40), clock.takes("slower", 15, 80)]
+    todo = [takes(clock, "bnfast", 10, 40), takes(clock, "slower", 15, 80)]
     found = list(measure.of_case(case, todo, CPU, method))
     assert {(r.variant, r.direction, r.cache): r.us for r in found} == {
         (name, direction, cache): us
@@ -106,9 +95,8 @@ def test_forward_and_backward_are_timed_apart_and_a_slower_one_is_reported_slowe
             ("slower", "forward", 15), ("slower", "backward", 80),
         )
     }  # fmt: skip
-    ((headers, rows),) = tables.measured(found, "backward")
-    assert headers[-1] == "slower x"
-    assert [row[-1] for row in rows] == ["2.00", "2.00"]
+    (table,) = tables.measured(frame(found), "backward")
+    assert table["slower x"].tolist() == ["2.00", "2.00"]
 
 
 def test_small_layers_are_timed_in_few_calls_and_find_the_cache_empty(
@@ -122,29 +110,29 @@ def test_small_layers_are_timed_in_few_calls_and_find_the_cache_empty(
         events.append("forward")
         return y
 
-    def timing(work: stopwatch.Work) -> float:
+    def watch(work: timing.Work) -> float:
         events.append("start")
         work()
         events.append("end")
         return 1.0
 
     monkeypatch.setattr(measure, "evicting", lambda device: lambda: events.append("evict"))
-    monkeypatch.setattr(stopwatch, "COLD_BYTES", 100 * BATCH.x_bytes)
-    method = dataclasses.replace(QUICK, caches=("cold",), verify=False, stopwatch=timing)
+    monkeypatch.setattr(timing, "COLD_BYTES", 100 * BATCH.x_bytes)
+    method = dataclasses.replace(QUICK, caches=("cold",), verify=False, stopwatch=watch)
     list(measure.of_case(BATCH, [altered("small", forward)], CPU, method))
     starts = [i for i, event in enumerate(events) if event == "start"]
-    assert len(starts) == 2 * (QUICK.rounds + stopwatch.WARM_UP)
+    assert len(starts) == 2 * (QUICK.rounds + timing.WARM_UP)
     assert {events[i - 1] for i in starts} == {"evict"}
     assert {events[i:].index("end") - 1 for i in starts} == {measure.MOST_COLD_CALLS, 0}
     events.clear()
-    monkeypatch.setattr(stopwatch, "COLD_BYTES", 10 * BATCH.x_bytes)
+    monkeypatch.setattr(timing, "COLD_BYTES", 10 * BATCH.x_bytes)
     list(measure.of_case(BATCH, [altered("large", forward)], CPU, method))
     assert "evict" not in events
 
 
 @EVERY
 def test_contenders_are_right_and_copy_nothing(case: Case) -> None:
-    for baseline in baselines.get(["bnfast", "torch", "native"]):
+    for baseline in measure.get(["bnfast", "torch", "native"]):
         contender = baseline.build(case, CPU)
         found = fairness.step(contender, case, CPU)
         assert fairness.checked(found, case, CPU) is None, baseline.name
@@ -187,7 +175,7 @@ def test_wrong_results_are_not_timed(case: Case, wrong: Callable[[Tensor], Tenso
 def test_gradients_that_are_all_zero_are_right_and_nan_is_not() -> None:
     """One element a group: y is the bias, and x has no part in it."""
     case = dataclasses.replace(GROUP, shape=(2, 4, 1, 1), activation=None)
-    found = fairness.step(baselines.get(["torch"])[0].build(case, CPU), case, CPU)
+    found = fairness.step(measure.get(["torch"])[0].build(case, CPU), case, CPU)
     assert not found["dx"].any()
     assert fairness.checked(found, case, CPU) is None
     for wrong in (1e-3, float("nan")):
@@ -240,7 +228,7 @@ def test_all_are_given_the_same(case: Case) -> None:
     x = case.tensor(CPU, 0)
     assert x.is_contiguous(memory_format=case.memory_format)
     assert 0.5 < x.double().std() < 1.5
-    contenders = [b.build(case, CPU) for b in baselines.get(["bnfast", "torch", "native", "compile"])]
+    contenders = [b.build(case, CPU) for b in measure.get(["bnfast", "torch", "native", "compile"])]
     for other in contenders[1:]:
         for a, b in zip(contenders[0].parameters, other.parameters, strict=True):
             assert torch.equal(a, b)
@@ -249,11 +237,11 @@ def test_all_are_given_the_same(case: Case) -> None:
 
 def test_what_cannot_run_here_says_why() -> None:
     for name in ("cudnn-op", "cudnn-frontend", "apex", "liger"):
-        (baseline,) = baselines.get([name])
+        (baseline,) = measure.get([name])
         for case in (BATCH, GROUP, INSTANCE):
             assert baseline.unable(case, CPU)
     with pytest.raises(ValueError, match="names must be of bnfast, torch.*got nobody"):
-        baselines.get(["torch", "nobody"])
+        measure.get(["torch", "nobody"])
 
 
 @pytest.mark.parametrize(("case", "direction", "passes"), [
@@ -272,7 +260,7 @@ def test_torch_compile_takes_part(monkeypatch: pytest.MonkeyPatch) -> None:
     reset = torch.compiler.reset
     monkeypatch.setattr(torch.compiler, "reset", lambda: (forgotten.append(None), reset())[1])
     method = dataclasses.replace(QUICK, caches=("cold",))
-    found = measured(BATCH, *baselines.get(["compile", "compile-max"]), method=method)
+    found = measured(BATCH, *measure.get(["compile", "compile-max"]), method=method)
     assert {(r.variant, r.status, r.copied_MB) for r in found} == {
         ("bnfast", MEASURED, 0.0), ("torch", MEASURED, 0.0), ("compile", MEASURED, None),
         ("compile-max", MEASURED, None),

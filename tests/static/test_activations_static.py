@@ -6,10 +6,10 @@ import itertools
 
 import pytest
 
-from benchmarks.static.sass import bytes_in_flight_per_sm, compile_kernel
 from bnfast.activation import NAMES, Activation
 from bnfast.kernels.one_read import group_norm_gradients_kernel, group_norm_kernel
 from bnfast.kernels.records import CellTile
+from codegen.sass import bytes_in_flight_per_sm, compile_kernel
 from tests.support.compiled import compiled
 from tests.support.kernel_cases import After, Shape, call
 from tests.support.row_cases import call as row_call

@@ -1,5 +1,5 @@
 """The regression gate: bytes, launches, registers, bytes in flight and the width of loads held against
-benchmarks/budgets.csv, and no spills. Host time is held in test_host_time.py."""
+codegen/budgets.csv, and no spills. Host time is held in test_host_time.py."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import itertools
 
 import pytest
 
-from benchmarks import budget_run, budgets
-from benchmarks.budget_cases import ENTRIES, Entry
-from benchmarks.static import figures
 from bnfast import dispatch
+from codegen import budgets, figures
+from codegen.__main__ import counted
+from codegen.budget_cases import ENTRIES, Entry
 
 pytestmark = pytest.mark.static
 
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.static
 @pytest.mark.parametrize("entry", ENTRIES, ids=str)
 def test_no_figure_is_worse_than_its_budget(entry: Entry) -> None:
     budget = budgets.read()
-    complaint = budgets.complaint(budgets.changes(budget_run.counted(entry), budget))
+    complaint = budgets.complaint(budgets.changes(counted(entry), budget))
     assert not complaint, complaint
     for each in itertools.chain(*figures.of_case(entry.case, entry.training).values()):
         assert each.spills == 0, each

@@ -5,9 +5,9 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks.static.sass import compile_kernel
 from bnfast.kernels import cell_plan, one_read
 from bnfast.kernels.epilogue import IDENTITY
+from codegen.sass import compile_kernel
 from tests.static.test_kernels_static import check_code, variants
 from tests.support.compiled import compiled
 from tests.support.kernel_cases import ITEMSIZES, Shape, call

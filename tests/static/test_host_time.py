@@ -2,7 +2,7 @@
 F.layer_norm in the same run.
 
 Not a benchmark: a bound that only a broken fast path (binding arguments anew at each launch, say) can miss.
-The bounds are in benchmarks/budgets.csv.
+The bounds are in codegen/budgets.csv.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ import torch
 import torch.nn.functional as F
 
 import bnfast
-from benchmarks import budgets
-from benchmarks.static.fake_driver import FakeDriver, host_microseconds
-from benchmarks.static.launches import as_on_a_gpu
 from bnfast.kernels import steps
+from codegen import budgets
+from codegen.fake_driver import FakeDriver, host_microseconds
+from codegen.launches import as_on_a_gpu
 from tests.support import kernel_calls as kernels
 
 pytestmark = pytest.mark.static

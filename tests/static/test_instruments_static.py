@@ -9,9 +9,9 @@ import pytest
 import triton
 from triton.runtime.driver import driver as triton_driver
 
-from benchmarks.static import sass_flow
-from benchmarks.static.fake_driver import fake_driver, host_microseconds
-from benchmarks.static.sass import TARGETS, Report, bytes_in_flight_per_sm, compile_kernel, occupancy
+from codegen import sass_flow
+from codegen.fake_driver import fake_driver, host_microseconds
+from codegen.sass import TARGETS, Report, bytes_in_flight_per_sm, compile_kernel, occupancy
 from tests.support import toys
 
 pytestmark = pytest.mark.static

@@ -10,8 +10,8 @@ import itertools
 
 import pytest
 
-from benchmarks.static.sass import Report, bytes_in_flight_per_sm
 from bnfast.kernels import plan
+from codegen.sass import Report, bytes_in_flight_per_sm
 from tests.support.compiled import compiled
 from tests.support.kernel_cases import ITEMSIZES, KINDS, Call, Shape, call
 

@@ -8,12 +8,13 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from benchmarks import budget_run, budgets, predict
-from benchmarks.budget_cases import Entry
-from benchmarks.cases import Case
-from benchmarks.static import launches, sass
+from benchmarks import predict
 from bnfast import dispatch
 from bnfast.kernels import plan
+from codegen import budgets, launches, sass
+from codegen.__main__ import counted
+from codegen.budget_cases import Entry
+from codegen.cases import Case
 from tests.support import kernel_cases, row_cases
 from tests.support.compiled import compiled
 from tests.support.kernel_cases import After, Shape
@@ -21,10 +22,10 @@ from tests.support.kernel_cases import After, Shape
 pytestmark = pytest.mark.static
 
 BF16 = torch.bfloat16
-PLAIN = Case("", "", "BatchNorm", (256, 256, 56, 56), 0, BF16, True)
-SIGNS = Case("", "", "BatchNorm", (256, 256, 56, 56), 0, BF16, True, "relu", True)
-GROUPS = Case("", "", "GroupNorm", (16, 320, 64, 64), 32, torch.float32, True)
-ROWS = Case("", "", "LayerNorm", (16384, 768), 0, torch.float32, False)
+PLAIN = Case("BatchNorm", (256, 256, 56, 56), 0, BF16, True)
+SIGNS = Case("BatchNorm", (256, 256, 56, 56), 0, BF16, True, "relu", True)
+GROUPS = Case("GroupNorm", (16, 320, 64, 64), 32, torch.float32, True)
+ROWS = Case("LayerNorm", (16384, 768), 0, torch.float32, False)
 
 
 def by_hand(case: Case) -> dict[str, sass.Report]:
@@ -80,7 +81,7 @@ def worse(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.mark.usefixtures("worse")
 def test_a_worse_plan_is_noticed() -> None:
     entry = Entry(PLAIN)
-    changes = budgets.changes(budget_run.counted(entry), budgets.read())
+    changes = budgets.changes(counted(entry), budgets.read())
     complaint = budgets.complaint(changes)
     version = f"(Triton {dispatch.TRITON_VERSION})"
     assert f"{entry}, forward, transform_kernel: KB in flight {version} was" in complaint

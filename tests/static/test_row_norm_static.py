@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks.static.sass import bytes_in_flight_per_sm
 from bnfast import dispatch
 from bnfast.kernels import row_norm, row_plan
+from codegen.sass import bytes_in_flight_per_sm
 from tests.support.compiled import compiled
 from tests.support.row_cases import ITEMSIZES, SMS, call, sized
 

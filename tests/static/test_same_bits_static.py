@@ -13,9 +13,9 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from benchmarks.budget_cases import BF16, ENTRIES, FP32, Entry
-from benchmarks.cases import Case
-from benchmarks.static import launches, sass, sass_flow
+from codegen import launches, sass, sass_flow
+from codegen.budget_cases import BF16, ENTRIES, FP32, Entry
+from codegen.cases import Case
 from tests.support import toys
 
 pytestmark = pytest.mark.static
@@ -27,7 +27,7 @@ REGISTER = re.compile(r"R(\d+)")
 def entry(
     norm: str, shape: tuple[int, ...], dtype: torch.dtype, last: bool, groups: int = 0, after: str = ""
 ) -> Entry:
-    return Entry(Case("", "", norm, shape, groups, dtype, last, after[-4:] or None, after.startswith("z")))
+    return Entry(Case(norm, shape, groups, dtype, last, after[-4:] or None, after.startswith("z")))
 
 
 # few elements a thread, so that it adds up none, or few, of its own before those of others

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-from benchmarks.static.sass import Report, compile_kernel
+from codegen.sass import Report, compile_kernel
 
 _calls: dict[tuple[object, ...], Any] = {}
 

@@ -1,4 +1,4 @@
-"""A stand-in for NVIDIA's `cudnn` package: graphs of the operations that benchmarks/baselines/cudnn_graphs.py
+"""A stand-in for NVIDIA's `cudnn` package: graphs of the operations that benchmarks/cudnn.py
 uses, computed by torch. It is as strict as the real one about what a graph is given and in which layout."""
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 """The row kernels with the signatures that the host code launches them with, ready for
-benchmarks.static.sass.compile_kernel.
+codegen.sass.compile_kernel.
 """
 
 from __future__ import annotations

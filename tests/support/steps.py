@@ -1,4 +1,4 @@
-"""A quick network in ResNet-50's place, and what tests of benchmarks.model_step ask of its records."""
+"""A quick network in ResNet-50's place, and what tests of benchmarks.step ask of its records."""
 
 from __future__ import annotations
 
@@ -7,10 +7,9 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from benchmarks.model_stage import Effort
-from benchmarks.model_step import measure_steps
-from benchmarks.model_variants import Task, Variant
 from benchmarks.records import Record
+from benchmarks.resnet import Task, Variant
+from benchmarks.step import Effort, measure_steps
 
 CPU = torch.device("cpu")
 TASK = Task(CPU, torch.float32, width=8, classes=10, image=32)

@@ -1,0 +1,145 @@
+"""What a layer launches: its host code runs as it is, up to the launch, which is noted and not made.
+
+Tensors have the sizes of the case, and nothing touches their memory."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+
+import bnfast
+from bnfast import dispatch
+from bnfast.kernels import launch, steps
+from codegen import SMS
+from codegen.cases import Case
+from codegen.fake_driver import FakeDriver, fake_driver
+
+# The tensors whose bytes count. Parameters, running statistics and counters are few.
+DATA = {"x_ptr", "y_ptr", "z_ptr", "signs_ptr", "dy_ptr", "dx_ptr", "dz_ptr"}
+HANDED = {"partials_ptr", "shares_ptr", "sums_ptr"}
+# These count where they have two values a cell or row, not as BatchNorm's, which have a few a channel.
+TABLES = {"table_ptr", "gradients_ptr"}
+# How often a launch moves one of them, where that is not once.
+TIMES = {
+    ("statistics_kernel", "partials_ptr"): 2,  # out, and back to the last program
+    ("gradient_sums_kernel", "partials_ptr"): 2,
+    ("long_row_norm_kernel", "x_ptr"): 2,
+    # counted once, for the launch beside them that reads it as well
+    ("gradient_transform_kernel", "table_ptr"): 0,
+    ("row_activation_kernel", "table_ptr"): 0,
+    ("wide_gradients_kernel", "table_ptr"): 0,
+}
+
+
+@dataclass(frozen=True)
+class Launched:
+    """One launch. programs: its grid. arguments: by name; tensors, None, numbers and compile-time constants.
+    code: Triton's compiled kernel, None in the interpreter."""
+
+    kernel: str
+    programs: int
+    arguments: dict[str, Any]
+    code: Any = None
+
+    @property
+    def bytes(self) -> int:
+        """What it reads and writes, counted as plans do (BatchNormPlan, GroupNormPlan)."""
+        tensors = {name: t for name, t in self.arguments.items() if isinstance(t, Tensor)}
+        counted = {
+            name: t.nbytes
+            for name, t in tensors.items()
+            if name in DATA or name in HANDED or (name in TABLES and t.shape[0] == 2)
+        }
+        return self._merged() + sum(n * TIMES.get((self.kernel, name), 1) for name, n in counted.items())
+
+    def _merged(self) -> int:
+        """What the last program of a sample leaves of each channel, and reads again to merge the groups."""
+        group = self.arguments.get("group", 1)
+        if group == 1 or "partials_ptr" not in self.arguments:
+            return 0
+        values = 3 if self.kernel == "statistics_kernel" else 2
+        wide = self.arguments["partials_ptr"].itemsize
+        return 2 * values * wide * group * int(self.arguments["cells"])
+
+
+def _default_stream(index: int) -> int:
+    return 0
+
+
+def _not_capturing() -> bool:
+    return False
+
+
+@contextlib.contextmanager
+def as_on_a_gpu() -> Iterator[FakeDriver]:
+    """Within, CPU tensors take the kernels' path, and all that happens on the host for a launch happens."""
+    with (
+        mock.patch.object(dispatch, "INTERPRET", True),  # what lets CPU tensors to the kernels
+        mock.patch.object(dispatch, "_suitable", {}),
+        mock.patch.object(launch, "current_stream", _default_stream),
+        mock.patch.object(launch, "is_capturing", _not_capturing),
+        fake_driver() as driver,
+    ):
+        steps.forget_plans()
+        try:
+            yield driver
+        finally:
+            steps.forget_plans()
+
+
+@contextlib.contextmanager
+def recording(compiled: bool = True) -> Iterator[list[Launched]]:
+    """Within, what layers launch for CPU tensors is planned for SMS multiprocessors and added to the list;
+    without code if that is not asked for, and in the interpreter."""
+    found: list[Launched] = []
+
+    def note(self: Any, stream: int, tensors: Sequence[Tensor | None], _: Any, *scalars: float) -> None:
+        given = (*self._pick(tensors), *scalars, *self._tail)
+        code = (
+            None if launch.INTERPRET or not compiled else self._kernel[(self._grid,)](*given, **self._options)
+        )
+        arguments = dict(zip(self._kernel.arg_names, given, strict=True))
+        found.append(Launched(self._kernel.__name__, self._grid, arguments, code))
+
+    with (
+        mock.patch.dict(os.environ, {"BNFAST_INTERPRETER_SMS": str(SMS)}),
+        mock.patch.object(launch.Launch, "__call__", note),
+        mock.patch.object(launch, "KEPT", -1),  # every workspace is as large as it has to be
+        contextlib.nullcontext() if launch.INTERPRET else as_on_a_gpu(),
+    ):
+        steps.forget_plans()
+        try:
+            yield found
+        finally:
+            steps.forget_plans()
+
+
+def layer_of(case: Case) -> nn.Module:
+    """bnfast's layer. case.norm may be "BatchRenorm" and "LayerNorm" (over the last dimension) too."""
+    channels = case.shape[1]
+    after: dict[str, Any] = {"dtype": case.parameter_dtype, "activation": case.activation}
+    if case.norm == "GroupNorm":
+        return bnfast.GroupNorm(case.groups, channels, **after)
+    if case.norm == "LayerNorm":
+        return bnfast.LayerNorm(case.shape[-1], **after)
+    dims = max(1, len(case.shape) - 2)
+    layer: nn.Module = getattr(bnfast, f"{case.norm}{dims}d")(channels, affine=True, **after)
+    return layer
+
+
+def of_case(case: Case, training: bool = True, compiled: bool = True) -> dict[str, list[Launched]]:
+    """The launches of one call, forward and backward, with the gradients of all that there is."""
+    layer = layer_of(case).train(training)
+    given = [case.empty().requires_grad_() for _ in range(1 + case.residual)]
+    with recording(compiled) as found:
+        y = layer(*given)
+        forward = len(found)
+        torch.autograd.grad(y, [*given, *layer.parameters()], torch.empty_like(y))
+    return {"forward": found[:forward], "backward": found[forward:]}
