@@ -10,7 +10,7 @@ from pathlib import Path
 from setuptools import setup
 
 HERE = Path(__file__).resolve().parent
-PARTS = ("autograd", "checks", "functional", "fusing", "modules", "ops", "reference")
+PARTS = ("checks", "functional", "fusing", "modules", "ops", "reference")
 
 
 def version() -> str:

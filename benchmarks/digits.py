@@ -33,6 +33,7 @@ import bnfast
 from benchmarks import LAYERS, ROOT, pictures
 from benchmarks.session import Session, as_text, begin, paragraph, progress, section
 from benchmarks.timing import one_thread
+from bnfast.kernels.records import Renorm
 from bnfast.reference.batchrenorm import batch_renorm
 from codegen.cases import NAMES
 
@@ -105,7 +106,8 @@ class PlainBatchRenorm2d(bnfast.BatchRenorm2d):
         if not self.training:
             return nn.functional.batch_norm(input, *state, False, 0.0, self.eps)
         limits = (self.r_max, self.d_max, self.warmup_steps, self.r_max_steps, self.d_max_steps)
-        return batch_renorm(input, *state, self.momentum, self.eps, limits, False, self.num_batches_tracked)
+        renorm = Renorm(*limits, guarded=False)
+        return batch_renorm(input, *state, self.momentum, self.eps, renorm, self.num_batches_tracked)
 
 
 def schedule(steps: int) -> dict[str, Any]:

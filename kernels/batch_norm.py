@@ -10,18 +10,18 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from .epilogue import IDENTITY, NO_EPILOGUE, Activation, Epilogue
 from .gradients import gradient_sums_kernel, gradient_transform_kernel
 from .launch import workspace
 from .layouts import dense, dense_like
+from .records import BatchNormOptions, Buffers, Forward, Gradients, Renorm, Wanted
 from .statistics import statistics_kernel
-from .steps import Gradients, Sizes, Step, address, step_for, where
+from .steps import Sizes, Step, address, on_its_device, step_for, where
 from .transform import transform_kernel
 
-# Batch Renormalization: ((r_max, d_max, warmup, r_steps, d_steps), guarded), see renorm.py
-Renorm = tuple[tuple[float, float, float, float, float], bool]
-_NO_LIMITS: Renorm = ((0.0,) * 5, False)
+_NO_LIMITS = Renorm(0.0, 0.0, guarded=False)
 # the tensors that launches pick from, by the names that kernels know them by
 _FORWARD = (
     "x", "weight", "bias", "running_mean", "running_var", "batches", "y", "table", "partials", "arrivals",
@@ -75,21 +75,19 @@ def _gradients(
     return sizes.reducing(gradient_sums_kernel, 2 + z, _BACKWARD, constants, transform, without=without)
 
 
+@on_its_device
 def forward(
-    x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None,
-    running_mean: torch.Tensor | None, running_var: torch.Tensor | None, batches: torch.Tensor | None,
-    cumulative: bool, momentum: float, eps: float, own: bool = False, renorm: Renorm | None = None,
-    epilogue: Epilogue = NO_EPILOGUE,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:  # fmt: skip
-    """Training: -> (y, table [4, C], [6, C] for Batch Renormalization, signs if there are any). Updates the
-    running statistics and the batch counter in place. Two launches."""
-    index, stream, elsewhere = where(x)
-    if elsewhere:
-        with torch.cuda.device(x.device):
-            return forward(
-                x, weight, bias, running_mean, running_var, batches, cumulative, momentum, eps, own, renorm,
-                epilogue,
-            )  # fmt: skip
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, buffers: Buffers, options: BatchNormOptions,
+    epilogue: Epilogue = NO_EPILOGUE, keep: bool = True, private: bool = False,
+) -> Forward:  # fmt: skip
+    """The table is [4, C], [6, C] for Batch Renormalization. In training two launches, which update the
+    running statistics and the batch counter in place; in eval one, and an empty table unless `keep`, for a
+    backward. private: see launch.workspace."""
+    if not options.training:
+        return _inference(x, weight, bias, buffers, options.eps, epilogue, keep)
+    index, stream = where(x)
+    running_mean, running_var, batches = buffers
+    _, momentum, eps, renorm = options
     # on the path of every call, so one by one: a comprehension costs a third of a microsecond
     x_at = x.data_ptr()
     weight_at, weight_type = (None, None) if weight is None else (weight.data_ptr(), weight.dtype)
@@ -99,85 +97,76 @@ def forward(
     )
     var_at, var_type = (None, None) if running_var is None else (running_var.data_ptr(), running_var.dtype)
     batches_at = None if batches is None else batches.data_ptr()
-    limits, guarded = renorm or _NO_LIMITS
-    z = signs = z_at = signs_at = None
+    *limits, guarded = renorm or _NO_LIMITS
+    z = mask = z_at = mask_at = None
     vectors = x_at
     if epilogue is not NO_EPILOGUE:
-        z, signs = epilogue.in_forward(x)
-        z_at, signs_at = address(z), address(signs)
+        z, mask = epilogue.in_forward(x)
+        z_at, mask_at = address(z), address(mask)
         vectors |= z_at or 0
     step = step_for(
-        _train, x, index, vectors, cumulative, renorm is not None, guarded, epilogue.activation,
-        z is not None, signs is None, weight_type, bias_type, mean_type, var_type, batches is None,
+        _train, x, index, vectors, momentum is None, renorm is not None, guarded, epilogue.activation,
+        z is not None, mask is None, weight_type, bias_type, mean_type, var_type, batches is None,
     )  # fmt: skip
     y = torch.empty_like(x)
     channels = x.shape[1]
     rows = 4 if renorm is None else 6
     table = step.seed.new_empty_strided((rows, channels), (channels, 1))  # half of new_empty's host time
-    partials, counters = workspace(index, stream, step.seed, step.partials, step.counters, own)
+    partials, counters = workspace(index, stream, step.seed, step.partials, step.counters, private)
     tensors = (
-        x, weight, bias, running_mean, running_var, batches, y, table, partials, counters, z, signs, None
+        x, weight, bias, running_mean, running_var, batches, y, table, partials, counters, z, mask, None
     )  # fmt: skip
     addresses = (
         x_at, weight_at, bias_at, mean_at, var_at, batches_at,
-        y.data_ptr(), table.data_ptr(), partials.data_ptr(), counters.data_ptr(), z_at, signs_at, None,
+        y.data_ptr(), table.data_ptr(), partials.data_ptr(), counters.data_ptr(), z_at, mask_at, None,
     )  # fmt: skip
-    step.first(stream, tensors, addresses, eps, momentum, *limits)
+    step.first(stream, tensors, addresses, eps, 0.0 if momentum is None else momentum, *limits)
     step.second(stream, tensors, addresses, eps)
-    return y, table, signs
+    return y, table, mask
 
 
-def inference(
-    x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None,
-    running_mean: torch.Tensor | None, running_var: torch.Tensor | None, eps: float, keep: bool,
-    epilogue: Epilogue = NO_EPILOGUE,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:  # fmt: skip
-    """Eval: -> (y, table [4, C] if `keep`, for a backward, else an empty one, signs if any). One launch."""
-    index, stream, elsewhere = where(x)
-    if elsewhere:
-        with torch.cuda.device(x.device):
-            return inference(x, weight, bias, running_mean, running_var, eps, keep, epilogue)
-    z, signs = epilogue.in_forward(x)
-    given = (x, weight, bias, running_mean, running_var)
+def _inference(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, buffers: Buffers, eps: float, epilogue: Epilogue,
+    keep: bool,
+) -> Forward:  # fmt: skip
+    index, stream = where(x)
+    z, mask = epilogue.in_forward(x)
+    given = (x, weight, bias, buffers[0], buffers[1])
     addresses = [address(t) for t in given]
     dtypes = [None if t is None else t.dtype for t in given]
     vectors = x.data_ptr() | (address(z) or 0)
-    step = step_for(
-        _eval, x, index, vectors, keep, epilogue.activation, z is not None, signs is None, *dtypes
-    )
+    after = (epilogue.activation, z is not None, mask is None)
+    step = step_for(_eval, x, index, vectors, keep, *after, *dtypes)
     y = torch.empty_like(x)
     table = step.seed.new_empty((4, x.shape[1]) if keep else 0)
-    tensors = (*given, y, table, z, signs, None)
-    addresses += (y.data_ptr(), table.data_ptr(), address(z), address(signs), None)
+    tensors = (*given, y, table, z, mask, None)
+    addresses += (y.data_ptr(), table.data_ptr(), address(z), address(mask), None)
     step.first(stream, tensors, addresses, eps)
-    return y, table, signs
+    return y, table, mask
 
 
+@on_its_device
 def backward(
-    x: torch.Tensor, dy: torch.Tensor, table: torch.Tensor, training: bool,
-    need_dx: bool, weight_dtype: torch.dtype | None, bias_dtype: torch.dtype | None, own: bool = False,
-    epilogue: Epilogue = NO_EPILOGUE,
+    x: Tensor, dy: Tensor, table: Tensor, weight: Tensor | None, bias: Tensor | None,
+    options: BatchNormOptions, wanted: Wanted, epilogue: Epilogue = NO_EPILOGUE, private: bool = False,
 ) -> Gradients:  # fmt: skip
-    """-> (dx, dweight, dbias, dz), None where not wanted (a dtype of None: that parameter's gradient is not),
-    or, dz, where it is dy.
+    """gamma and beta are in the table: weight and bias are not read.
 
     Two launches in training, one where dx is not wanted; one in eval, which reads x only if a parameter
     needs a gradient, or an activation its slope."""
-    index, stream, elsewhere = where(x)
-    if elsewhere:
-        with torch.cuda.device(x.device):
-            return backward(x, dy, table, training, need_dx, weight_dtype, bias_dtype, own, epilogue)
+    index, stream = where(x)
+    training, (need_dx, weight_dtype, bias_dtype) = options.training, wanted
     # saved tensors come back from their hooks in any shape of memory
     x, table = dense(x), table.contiguous()
     dy = dense_like(dy, x)
     channels, dtypes = x.shape[1], (dy.dtype, weight_dtype, bias_dtype)
-    z, signs = epilogue.in_backward(x)
-    residual = z is not None or signs is not None
+    z, mask = epilogue.in_backward(x)
+    residual = z is not None or mask is not None
     dx = torch.empty_like(x) if need_dx else None
     dz = torch.empty_like(x) if residual else None
     dweight = None if weight_dtype is None else table.new_empty(channels, dtype=weight_dtype)
     dbias = None if bias_dtype is None else table.new_empty(channels, dtype=bias_dtype)
-    given = (x, dy, dx, dweight, dbias, table, z, signs, dz)
+    given = (x, dy, dx, dweight, dbias, table, z, mask, dz)
     addresses = [None if t is None else t.data_ptr() for t in given]
     vectors = x.data_ptr() | dy.data_ptr() | table.data_ptr() | (addresses[6] or 0)
     if not training and dweight is None and dbias is None and epilogue is NO_EPILOGUE:
@@ -190,7 +179,7 @@ def backward(
         z is not None, dtypes,
     )  # fmt: skip
     gradients = table.new_empty_strided((3, channels), (channels, 1)) if training and need_dx else None
-    partials, counters = workspace(index, stream, step.seed, step.partials, step.counters, own)
+    partials, counters = workspace(index, stream, step.seed, step.partials, step.counters, private)
     tensors = (*given, partials, counters, gradients, None)
     addresses += [None if t is None else t.data_ptr() for t in (partials, counters, gradients, None)]
     step.first(stream, tensors, addresses, x.numel() / channels)

@@ -22,8 +22,9 @@ from .group_plan import held
 from .launch import Launch, workspace
 from .layouts import dense, dense_like
 from .one_read import group_norm_gradients_kernel, group_norm_kernel
+from .records import Buffers, Forward, Gradients, GroupNormOptions, Wanted
 from .statistics import statistics_kernel
-from .steps import Gradients, Sizes, Step, address, step_for, where
+from .steps import Sizes, Step, address, on_its_device, step_for, where
 from .transform import transform_kernel
 
 _FORWARD = ("x", "weight", "bias", "y", "table", "z", "signs", "partials", "arrivals", "none")
@@ -54,16 +55,15 @@ def _forward(sizes: Sizes, groups: int, activation: Activation, signs: bool, z: 
     return sizes.reducing(statistics_kernel, 1, _FORWARD, constants, transform, by_group, without=without)
 
 
+@on_its_device
 def forward(
-    x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float, own: bool = False,
-    epilogue: Epilogue = NO_EPILOGUE,
-) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
-    """-> (y, table [2, N * groups], signs if any). One launch and one read of x where a cell fits a program,
-    else two."""
-    index, stream, elsewhere = where(x)
-    if elsewhere:
-        with torch.cuda.device(x.device):
-            return forward(x, groups, weight, bias, eps, own, epilogue)
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, buffers: Buffers, options: GroupNormOptions,
+    epilogue: Epilogue = NO_EPILOGUE, keep: bool = True, private: bool = False,
+) -> Forward:  # fmt: skip
+    """The table, which comes by the way, is [2, N * groups]. There are no buffers. One launch and one read of
+    x where a cell fits a program, else two."""
+    index, stream = where(x)
+    groups, eps = options.groups, options.eps
     z, signs = epilogue.in_forward(x)
     given = (x, weight, bias)
     addresses = [None if t is None else t.data_ptr() for t in given]
@@ -81,7 +81,7 @@ def forward(
     if step.second is step.first:
         step.first(stream, made, addresses, eps)
         return y, table, signs
-    partials, counters = workspace(index, stream, step.seed, step.partials, step.counters, own)
+    partials, counters = workspace(index, stream, step.seed, step.partials, step.counters, private)
     tensors = (*made, partials, counters, None)
     addresses += (partials.data_ptr(), counters.data_ptr(), None)
     step.first(stream, tensors, addresses, eps, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
@@ -131,19 +131,14 @@ def _backward(
     return _Gradients(step.first, parameters, transform, False, sizes.seed, step.partials, step.counters)
 
 
+@on_its_device
 def backward(
-    x: Tensor, dy: Tensor, table: Tensor, weight: Tensor | None, groups: int,
-    need_dx: bool, weight_dtype: torch.dtype | None, bias_dtype: torch.dtype | None, own: bool = False,
-    bias: Tensor | None = None, epilogue: Epilogue = NO_EPILOGUE,
+    x: Tensor, dy: Tensor, table: Tensor, weight: Tensor | None, bias: Tensor | None,
+    options: GroupNormOptions, wanted: Wanted, epilogue: Epilogue = NO_EPILOGUE, private: bool = False,
 ) -> Gradients:  # fmt: skip
-    """-> (dx, dweight, dbias, dz), None where not wanted (a dtype of None: that parameter's gradient is not),
-    or, dz, where it is dy. bias: needed where there is an activation."""
-    index, stream, elsewhere = where(x)
-    if elsewhere:
-        with torch.cuda.device(x.device):
-            return backward(
-                x, dy, table, weight, groups, need_dx, weight_dtype, bias_dtype, own, bias, epilogue
-            )  # fmt: skip
+    """bias: read where there is an activation."""
+    index, stream = where(x)
+    groups, (need_dx, weight_dtype, bias_dtype) = options.groups, wanted
     # saved tensors come back from their hooks in any shape of memory
     x, table = dense(x), table.contiguous()
     weight = None if weight is None else weight.contiguous()
@@ -161,16 +156,15 @@ def backward(
     given = (x, dy, dx, weight, table, dweight, dbias, bias, z, signs, dz)
     addresses = [None if t is None else t.data_ptr() for t in given]
     dtypes = (dy.dtype, *(None if t is None else t.dtype for t in (weight, bias)), weight_dtype, bias_dtype)
-    wanted = (need_dx, dweight is not None)
     vectors = x.data_ptr() | dy.data_ptr() | table.data_ptr() | (address(z) or 0)
     step = step_for(
-        _backward, x, index, vectors, groups, *wanted, epilogue.activation, residual, signs is not None,
-        z is not None, dtypes,
+        _backward, x, index, vectors, groups, need_dx, dweight is not None, epilogue.activation, residual,
+        signs is not None, z is not None, dtypes,
     )  # fmt: skip
     sums = None if step.parameters is None else table.new_empty((n, 2, c))
     partials = counters = gradients = None
     if not step.held:
-        partials, counters = workspace(index, stream, step.seed, step.partials, step.counters, own)
+        partials, counters = workspace(index, stream, step.seed, step.partials, step.counters, private)
         gradients = torch.empty_like(table) if need_dx else None
     made = (sums, partials, counters, gradients, None)
     tensors = (*given, *made)

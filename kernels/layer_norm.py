@@ -12,6 +12,7 @@ from math import prod
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from . import row_plan
 from .column_sums import column_sums_kernel
@@ -19,10 +20,11 @@ from .epilogue import NO_EPILOGUE, Activation, Epilogue
 from .launch import Launch
 from .layouts import accumulator, dense_like
 from .plan import VECTOR_BYTES
+from .records import Buffers, Forward, Gradients, LayerNormOptions, Wanted
 from .row_activation import row_activation_kernel
 from .row_gradients import column_gradients_kernel, row_gradients_kernel, wide_gradients_kernel
 from .row_norm import long_row_norm_kernel, row_norm_kernel
-from .steps import Gradients, address, multiprocessors, step_for, where
+from .steps import address, multiprocessors, on_its_device, step_for, where
 
 _FORWARD = ("x", "y", "table", "weight", "bias", "z", "none")
 _BACKWARD = (
@@ -35,7 +37,7 @@ class RowStep:
     """Launches, one after another, and what they need allocated, in elements of the accumulator's type."""
 
     launches: tuple[Launch, ...]
-    seed: torch.Tensor  # empty, of the accumulator's dtype, on x's device: for allocating in less time
+    seed: Tensor  # empty, of the accumulator's dtype, on x's device: for allocating in less time
     rows: int
     shares: int = 0
     partials: int = 0
@@ -44,7 +46,7 @@ class RowStep:
 class RowSizes:
     """What a signature says of x, seen as rows of its last dimensions."""
 
-    def __init__(self, x: torch.Tensor, index: int, aligned: bool) -> None:
+    def __init__(self, x: Tensor, index: int, aligned: bool) -> None:
         self._shape, self._of_memory = x.shape, (x.element_size(), aligned, multiprocessors(index))
         self.aligned = aligned
         self.seed = torch.empty(0, dtype=accumulator(x), device=x.device)
@@ -104,16 +106,15 @@ def _backward(
     return RowStep(tuple(launches), sizes.seed, size.rows, shares, partials * halves * size.width)
 
 
+@on_its_device
 def forward(
-    x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None,
-    dims: int, eps: float, keep: bool = True, epilogue: Epilogue = NO_EPILOGUE,
-) -> tuple[torch.Tensor, torch.Tensor, None]:  # fmt: skip
-    """-> (y, table [2, rows] of mean and rstd if `keep`, for a backward, else an empty one, no signs). One
-    launch."""
-    index, stream, elsewhere = where(x)
-    if elsewhere:
-        with torch.cuda.device(x.device):
-            return forward(x, weight, bias, dims, eps, keep, epilogue)
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, buffers: Buffers, options: LayerNormOptions,
+    epilogue: Epilogue = NO_EPILOGUE, keep: bool = True, private: bool = False,
+) -> Forward:  # fmt: skip
+    """The table is [2, rows] of mean and rstd if `keep`, for a backward, else an empty one; there are no
+    buffers, no mask and no workspace. One launch."""
+    index, stream = where(x)
+    dims, eps = len(options.shape), options.eps
     # on the path of every call, so without what costs tenths of microseconds
     x_at = x.data_ptr()
     weight_at, weight_dtype = (None, None) if weight is None else (weight.data_ptr(), weight.dtype)
@@ -136,23 +137,18 @@ def forward(
     return y, table, None
 
 
+@on_its_device
 def backward(
-    x: torch.Tensor, dy: torch.Tensor, weight: torch.Tensor | None, table: torch.Tensor, dims: int,
-    need_dx: bool, weight_dtype: torch.dtype | None, bias_dtype: torch.dtype | None,
-    bias: torch.Tensor | None = None, epilogue: Epilogue = NO_EPILOGUE,
+    x: Tensor, dy: Tensor, table: Tensor, weight: Tensor | None, bias: Tensor | None,
+    options: LayerNormOptions, wanted: Wanted, epilogue: Epilogue = NO_EPILOGUE, private: bool = False,
 ) -> Gradients:  # fmt: skip
-    """-> (dx, dweight, dbias, dz), None where not wanted (a dtype of None: that parameter's gradient is not),
-    or, dz, where it is dy. bias: needed where there is an activation.
+    """bias: read where there is an activation.
 
     One launch for dx, one more where a parameter wants its gradient, one more for rows too wide for the
     registers, and one for an activation. dy and x are read once, by dx of such wide rows twice, and once more
     through an activation."""
-    index, stream, elsewhere = where(x)
-    if elsewhere:
-        with torch.cuda.device(x.device):
-            return backward(
-                x, dy, weight, table, dims, need_dx, weight_dtype, bias_dtype, bias, epilogue
-            )  # fmt: skip
+    index, stream = where(x)
+    dims, (need_dx, weight_dtype, bias_dtype) = len(options.shape), wanted
     # saved tensors come back from their hooks in any shape of memory
     x, table = x.contiguous(), table.contiguous()
     through = epilogue is not NO_EPILOGUE

@@ -1,11 +1,16 @@
-"""What a plan hands to a kernel. A Geometry has the sizes of a walk over x: it is launched with them one by
-one, for Triton specializes the members of a tuple, and packs them again in its first line. A Tile is what it
-is compiled for. Pure Python: plans need no Triton."""
+"""The records that travel: what a call asks of the kernels, and what a plan hands to them. Needs no Triton.
+
+A Geometry has the sizes of a walk over x: a kernel is launched with them one by one, for Triton specializes
+the members of a tuple, and packs them again in its first line. A Tile is what it is compiled for."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
 
 
 class Geometry(NamedTuple):
@@ -103,3 +108,58 @@ class ColumnGeometry(NamedTuple):
     rows: Any
     columns: Any
     blocks: Any
+
+
+class Buffers(NamedTuple):
+    """What training updates in place; None for what there is not."""
+
+    running_mean: Tensor | None = None
+    running_var: Tensor | None = None
+    batches: Tensor | None = None  # num_batches_tracked
+
+
+class Renorm(NamedTuple):
+    """Batch Renormalization's limits and their schedule in batches (see renorm.py). guarded: a channel that
+    is not finite leaves its running statistics alone."""
+
+    r_max: float
+    d_max: float
+    warmup: float = 0.0
+    r_steps: float = 0.0
+    d_steps: float = 0.0
+    guarded: bool = True
+
+
+class BatchNormOptions(NamedTuple):
+    """momentum None: the cumulative average of all batches. renorm: Batch Renormalization, in training."""
+
+    training: bool
+    momentum: float | None
+    eps: float
+    renorm: Renorm | None = None
+
+
+class GroupNormOptions(NamedTuple):
+    groups: int
+    eps: float
+
+
+class LayerNormOptions(NamedTuple):
+    """shape: of the last dimensions, which are normalized over."""
+
+    shape: Sequence[int]
+    eps: float
+
+
+class Wanted(NamedTuple):
+    """Which gradients a backward is to compute: x's or not, and the parameters' by dtype (None: not)."""
+
+    dx: bool
+    weight: torch.dtype | None
+    bias: torch.dtype | None
+
+
+# what a forward returns: y, what it saves of the statistics, relu's mask if there is one
+Forward = tuple[Tensor, Tensor, Tensor | None]
+# of x, gamma, beta and the residual; None for what is not wanted, and for the residual where it is dy
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]

@@ -6,9 +6,9 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, wraps
 from math import prod
-from typing import Any
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,6 +18,9 @@ from .epilogue import IDENTITY
 from .group_plan import swept
 from .launch import INTERPRET, Launch, current_stream
 from .layouts import accumulator, is_channels_last
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 @lru_cache
@@ -30,22 +33,28 @@ def multiprocessors(index: int) -> int:
     return torch.cuda.get_device_properties(index).multi_processor_count
 
 
-# of x, gamma, beta and the residual
-Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
-
-
 def address(t: Tensor | None) -> int | None:
     return None if t is None else t.data_ptr()
 
 
-def where(x: Tensor) -> tuple[int, int, bool]:
-    """(device index, its current stream, whether another device is current: Triton launches on the current
-    one).
-    """
+def where(x: Tensor) -> tuple[int, int]:
+    """(device index, its current stream)."""
     index = x.get_device()
-    if INTERPRET or index < 0:
-        return index, 0, False
-    return index, current_stream(index), index != torch._C._cuda_getDevice()
+    return index, 0 if INTERPRET or index < 0 else current_stream(index)
+
+
+def on_its_device(function: Callable[Concatenate[Tensor, P], R]) -> Callable[Concatenate[Tensor, P], R]:
+    """Calls function(x, ...) with x's device as the current one, which is what Triton launches on."""
+
+    @wraps(function)
+    def guarded(x: Tensor, *args: P.args, **kwargs: P.kwargs) -> R:
+        index = x.get_device()
+        if INTERPRET or index < 0 or index == torch._C._cuda_getDevice():
+            return function(x, *args, **kwargs)
+        with torch.cuda.device(index):
+            return function(x, *args, **kwargs)
+
+    return guarded
 
 
 @dataclass(frozen=True)

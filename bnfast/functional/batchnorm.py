@@ -2,24 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from ..dispatch import KERNELS, TORCH, TRITON, ordinary, path
 from ..kernels.epilogue import Activation, ActivationLike
-from ..kernels.layouts import format_in_batch_norm, ordered
-from ..reference.batchrenorm import Limits
-from .arguments import check_residual, followed_by, residual_fits, vectors_fit
-from .torch_batchnorm import torch_batch_norm, verify_batch_size
-
-_FLOAT_OR_NONE = (float, type(None))
-
-if TRITON:
-    from ..autograd import batchnorm as autograd
+from ..kernels.records import BatchNormOptions, Buffers
+from ..ops import batch_norm as ops
+from ..ops.op import Call
 
 
 def batch_norm(
@@ -62,103 +53,6 @@ def batch_norm(
         )  # fmt: skip
     if momentum is None or not isinstance(input, Tensor):  # torch's TypeError
         return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
-    return counting_batch_norm(
-        input, running_mean, running_var, weight, bias, training, momentum, eps, None, None,
-        None if activation is None else Activation.of(activation), residual,
-    )  # fmt: skip
-
-
-def counting_batch_norm(
-    input: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    training: bool,
-    momentum: float | None,
-    eps: float,
-    batches: Tensor | None,
-    renorm: tuple[Limits, bool] | None = None,
-    activation: Activation | None = None,
-    residual: Tensor | None = None,
-) -> Tensor:
-    """batch_norm that also counts the batch, on the device: batches, an int64 scalar tensor, or None.
-    momentum None is the cumulative average, with the factor 1 / (batches + 1)."""
-    if residual is not None:
-        check_residual(input, residual)
-    if type(training) is not bool or type(momentum) not in _FLOAT_OR_NONE or type(eps) is not float:
-        training, momentum, eps = _as_torch_takes_them(training, momentum, eps)
-    way = path(input)
-    if eps <= 0.0 and (training or eps < 0.0):  # torch has raised these since 2.13
-        needed = "positive during training" if training else "non-negative"
-        raise ValueError(f"batch_norm eps must be {needed}, but got {eps}")
-    if (
-        way != TORCH
-        and _fits(way, input, running_mean, running_var, weight, bias, training, batches)
-        and (residual is None or residual_fits(way, residual))
-    ):
-        if training and input.size(0) == 1:
-            verify_batch_size(input.size())
-        factor = 0.0 if momentum is None else momentum
-        buffers = (running_mean, running_var, batches)
-        options = (way, activation, training, momentum is None, factor, eps, renorm, buffers)
-        y = autograd.normalize(
-            ordered(input, format_in_batch_norm), weight, bias, residual, options
-        )  # fmt: skip
-        if y is not None:
-            return y
-    bare = ordinary(way, input, running_mean, running_var, weight, bias, residual)
-    if bare is not None:
-        carried = (input, running_mean, running_var, weight, bias, residual)
-        if has_torch_function_variadic(*carried):  # a layer's call: the function's has been handled
-            return handle_torch_function(
-                counting_batch_norm, carried, input, running_mean, running_var, weight, bias, training,
-                momentum, eps, batches, renorm, activation, residual,
-            )  # fmt: skip
-        *given, residual = bare
-        given += (training, momentum, eps, batches, renorm, activation, residual)
-        return counting_batch_norm(*given)
-    y = torch_batch_norm(
-        input, running_mean, running_var, weight, bias, training, momentum, eps, batches, renorm
-    )
-    return followed_by(y, activation, residual)
-
-
-def _as_torch_takes_them(training: Any, momentum: Any, eps: Any) -> tuple[bool, float | None, float]:
-    """Integers and 0-d tensors, which torch.nn.functional.batch_norm takes for floats, or its TypeError."""
-    x = torch.ones(2, 1)
-    F.batch_norm(x, x[0], x[1], None, None, training, 0.0 if momentum is None else momentum, eps)
-    return training, None if momentum is None else float(momentum), float(eps)
-
-
-def _fits(
-    way: int,
-    x: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    training: bool,
-    batches: Tensor | None,
-) -> bool:
-    """Whether the kernels can take these arguments. What they cannot take goes to torch, which raises its
-    own errors.
-    """
-    if not 2 <= x.dim() <= 5 or (not training and (running_mean is None or running_var is None)):
-        return False
-    if not vectors_fit(way, x, running_mean, running_var, weight, bias):
-        return False
-    if running_mean is not None and running_var is not None:
-        if (running_mean.requires_grad or running_var.requires_grad) and torch.is_grad_enabled():
-            return False
-        # inference tensors are updated in inference mode only
-        inference = (
-            training and way == KERNELS and (running_mean.is_inference() or running_var.is_inference())
-        )
-        if inference and not torch.is_inference_mode_enabled():
-            return False
-    elif running_mean is not None or running_var is not None:
-        return False
-    return batches is None or (
-        batches.device == x.device and batches.dtype == torch.int64 and batches.numel() == 1
-    )
+    activation = None if activation is None else Activation.of(activation)
+    buffers, options = Buffers(running_mean, running_var), BatchNormOptions(training, momentum, eps)
+    return ops.batch_norm(Call(input, weight, bias, residual, activation, options, buffers))

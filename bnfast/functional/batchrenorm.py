@@ -7,8 +7,9 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from ..kernels.epilogue import Activation, ActivationLike
-from ..reference.batchrenorm import Limits, refuse_recomputation
-from .batchnorm import counting_batch_norm
+from ..kernels.records import BatchNormOptions, Buffers, Renorm
+from ..ops import batch_norm as ops
+from ..ops.op import Call
 
 
 def batch_renorm(
@@ -50,47 +51,7 @@ def batch_renorm(
         )  # fmt: skip
     if momentum is None:
         raise TypeError("batch_renorm(): argument 'momentum' must be float, not NoneType")
-    limits = (float(r_max), float(d_max), 0.0, 0.0, 0.0)
-    return scheduled_batch_renorm(
-        input, running_mean, running_var, weight, bias, training, momentum, eps, limits, True, None,
-        None if activation is None else Activation.of(activation), residual,
-    )  # fmt: skip
-
-
-def scheduled_batch_renorm(
-    input: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    training: bool,
-    momentum: float | None,
-    eps: float,
-    limits: Limits,
-    guarded: bool,
-    batches: Tensor | None,
-    activation: Activation | None = None,
-    residual: Tensor | None = None,
-) -> Tensor:
-    """batch_renorm with limits that grow with the number of batches so far, read on the device. momentum None
-    collects statistics: r = 1, d = 0, cumulative average. guarded: channels of a batch that are not finite
-    leave their running statistics alone; not so while statistics are collected, where a channel would need a
-    count of its own."""
-    if not limits[0] >= 1:
-        raise ValueError(f"batch_renorm r_max must be at least 1, but got {limits[0]}")
-    if not limits[1] >= 0:
-        raise ValueError(f"batch_renorm d_max must be at least 0, but got {limits[1]}")
-    if not training:
-        return counting_batch_norm(
-            input, running_mean, running_var, weight, bias, False, momentum or 0.0, eps, None, None,
-            activation, residual,
-        )  # fmt: skip
-    if running_mean is None or running_var is None:
-        raise ValueError("batch_renorm needs running_mean and running_var: it corrects towards them")
-    if not torch.compiler.is_compiling():
-        refuse_recomputation()
-    return counting_batch_norm(
-        input, running_mean, running_var, weight, bias, training, momentum, eps, batches,
-        (limits, guarded and momentum is not None),
-        activation, residual,
-    )  # fmt: skip
+    activation = None if activation is None else Activation.of(activation)
+    options = BatchNormOptions(training, momentum, eps, Renorm(float(r_max), float(d_max)))
+    buffers = Buffers(running_mean, running_var)
+    return ops.batch_renorm(Call(input, weight, bias, residual, activation, options, buffers))

@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from ..dispatch import KERNEL_DTYPES, KERNELS, PLAIN, TORCH, TRITON, ordinary, path, refuse_dtensor
 from ..kernels.epilogue import Activation, ActivationLike
-from ..kernels.layouts import contiguous
-from .arguments import as_float, check_residual, followed_by, needs_float, residual_fits
-
-if TRITON:
-    from ..autograd import layernorm as autograd
+from ..kernels.records import LayerNormOptions
+from ..ops import layer_norm as ops
+from ..ops.op import Call
 
 
 def layer_norm(
@@ -45,64 +41,6 @@ def layer_norm(
         )  # fmt: skip
     if not isinstance(input, Tensor):
         return F.layer_norm(input, normalized_shape, weight, bias, eps)  # torch's TypeError
-    if type(eps) is not float:
-        eps = _as_torch_takes_it(eps)
-    after = None if activation is None else Activation.of(activation)
-    if residual is not None:
-        check_residual(input, residual)
-    way = path(input)
-    if (
-        way != TORCH
-        and _fits(way, input, normalized_shape, weight, bias)
-        and (residual is None or residual_fits(way, residual))
-    ):
-        options = (way, after, len(normalized_shape), eps)
-        y = autograd.normalize(contiguous(input), weight, bias, residual, options)
-        if y is not None:
-            return y
-    bare = ordinary(way, input, weight, bias, residual)
-    if bare is not None:
-        x, weight, bias, residual = bare
-        return layer_norm(x, normalized_shape, weight, bias, eps, activation=after, residual=residual)
-    return followed_by(_torch_layer_norm(input, normalized_shape, weight, bias, eps), after, residual)
-
-
-def _as_torch_takes_it(eps: Any) -> float:
-    """Integers and 0-d tensors, which torch.nn.functional.layer_norm takes for floats, or its TypeError."""
-    F.layer_norm(torch.ones(1, 1), (1,), None, None, eps)
-    return float(eps)
-
-
-def _fits(way: int, x: Tensor, shape: Sequence[int], weight: Tensor | None, bias: Tensor | None) -> bool:
-    """Whether the kernels can take these arguments. What they cannot take goes to torch, which raises its
-    own errors.
-    """
-    if not isinstance(shape, (tuple, list)) or len(shape) == 0:  # torch.Size is a tuple
-        return False
-    shape = tuple(shape)
-    if x.shape[-len(shape) :] != shape:
-        return False
-    for n in shape:
-        if not isinstance(n, (int, torch.SymInt)):  # 4.0 would pass for 4
-            return False
-    device = x.device
-    for t in (weight, bias):
-        if t is not None and (
-            (way == KERNELS and type(t) not in PLAIN)
-            or t.shape != shape  # on the path of every call: each test is 0.1 us
-            or not t.is_contiguous()
-            or t.dtype not in KERNEL_DTYPES
-            or t.device != device
-        ):
-            return False
-    return True
-
-
-def _torch_layer_norm(
-    x: Tensor, shape: Sequence[int], weight: Tensor | None, bias: Tensor | None, eps: float
-) -> Tensor:
-    """torch's own layer_norm, in fp32 where its result would have another dtype than the kernels' has."""
-    refuse_dtensor(x, weight, bias)
-    if not needs_float(x, weight, bias):
-        return F.layer_norm(x, shape, weight, bias, eps)
-    return F.layer_norm(x.float(), shape, as_float(weight), as_float(bias), eps).to(x.dtype)
+    activation = None if activation is None else Activation.of(activation)
+    options = LayerNormOptions(normalized_shape, eps)
+    return ops.layer_norm(Call(input, weight, bias, residual, activation, options))

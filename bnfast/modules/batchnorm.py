@@ -7,8 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..functional.batchnorm import counting_batch_norm
 from ..kernels.epilogue import Activation, ActivationLike
+from ..kernels.records import BatchNormOptions, Buffers
+from ..ops.batch_norm import batch_norm
+from ..ops.op import Call
 from .drop_in import OptionalBias, says_what_it_takes
 from .replaceable import Replaceable
 
@@ -39,25 +41,16 @@ class _Kernels(Replaceable, OptionalBias, nn.modules.batchnorm._BatchNorm):
     def normalize(self, input: Tensor, activation: Activation | None, residual: Tensor | None) -> Tensor:
         self._check_input_dim(input)
         tracked = self.training and self.track_running_stats
-        use_buffers = tracked or not self.training
-        batches = self.num_batches_tracked if tracked else None
-        momentum = self.momentum
+        mean, variance, batches, momentum = None, None, None, self.momentum
+        if tracked or not self.training:
+            mean, variance = self.running_mean, self.running_var
+        if tracked:
+            batches = self.num_batches_tracked
         if momentum is None and batches is None:
             momentum = 0.0
-        return counting_batch_norm(
-            input,
-            self.running_mean if use_buffers else None,
-            self.running_var if use_buffers else None,
-            self.weight,
-            self.bias,
-            self.training or (self.running_mean is None and self.running_var is None),
-            momentum,
-            self.eps,
-            batches,
-            None,
-            activation,
-            residual,
-        )
+        training = self.training or (self.running_mean is None and self.running_var is None)
+        options, buffers = BatchNormOptions(training, momentum, self.eps), Buffers(mean, variance, batches)
+        return batch_norm(Call(input, self.weight, self.bias, residual, activation, options, buffers))
 
 
 class BatchNorm1d(_Kernels, nn.BatchNorm1d):

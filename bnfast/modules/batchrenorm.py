@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..functional.batchrenorm import scheduled_batch_renorm
 from ..kernels.epilogue import Activation, ActivationLike
+from ..kernels.records import BatchNormOptions, Buffers, Renorm
+from ..ops.batch_norm import batch_renorm
+from ..ops.op import Call
 from .drop_in import OptionalBias, says_what_it_takes
 from .replaceable import TO_SYNC, Replaceable
 
@@ -102,18 +104,17 @@ class _BatchRenorm(Replaceable, OptionalBias, nn.modules.batchnorm._BatchNorm):
                 f"{type(self).__name__} cannot train with track_running_stats=False, which Lightning's "
                 "BaseFinetuning.freeze sets: call eval() on the layer, which keeps its running statistics"
             )
-        limits = (
+        renorm = Renorm(
             float(self.r_max),
             float(self.d_max),
             float(self.warmup_steps),
             float(self.r_max_steps),
             float(self.d_max_steps),
+            self.skip_nonfinite,
         )
-        return scheduled_batch_renorm(
-            input, mean, variance, self.weight, self.bias, self.training, self.momentum,
-            self.eps, limits, self.skip_nonfinite, self.num_batches_tracked if self.training else None,
-            activation, residual,
-        )  # fmt: skip
+        options = BatchNormOptions(self.training, self.momentum, self.eps, renorm)
+        buffers = Buffers(mean, variance, self.num_batches_tracked if self.training else None)
+        return batch_renorm(Call(input, self.weight, self.bias, residual, activation, options, buffers))
 
     def extra_repr(self) -> str:
         return (

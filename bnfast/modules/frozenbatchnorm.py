@@ -8,8 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..functional.batchnorm import counting_batch_norm
 from ..kernels.epilogue import Activation, ActivationLike
+from ..kernels.records import BatchNormOptions, Buffers
+from ..ops.batch_norm import batch_norm
+from ..ops.op import Call
 from .drop_in import DropIn, says_what_it_takes
 
 
@@ -107,6 +109,5 @@ class FrozenBatchNorm2d(DropIn, TorchFrozenBatchNorm2d):
         if not self.keep_dtype:
             input, residual = self.widened(input, residual)
             mean, variance, weight, bias = (t.to(input.dtype) for t in (mean, variance, weight, bias))
-        return counting_batch_norm(
-            input, mean, variance, weight, bias, False, 0.0, self.eps, None, None, activation, residual
-        )
+        options, buffers = BatchNormOptions(False, 0.0, self.eps), Buffers(mean, variance)
+        return batch_norm(Call(input, weight, bias, residual, activation, options, buffers))

@@ -5,8 +5,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from ..functional.arguments import check_residual, followed_by
 from ..kernels.epilogue import Activation
+from ..ops.arguments import check_residual, followed_by
 from .drop_in import DropIn
 from .frozenbatchnorm import TorchFrozenBatchNorm2d
 from .replaceable import Replaceable

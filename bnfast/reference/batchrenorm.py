@@ -6,9 +6,8 @@ import torch
 from torch import Tensor
 
 from ..dispatch import is_exporting
+from ..kernels.records import Renorm
 from .batchnorm import affine, by_channel, moments, wide
-
-Limits = tuple[float, float, float, float, float]  # r_max, d_max, warmup, r_steps, d_steps
 
 
 def refuse_recomputation() -> None:
@@ -48,8 +47,7 @@ def batch_renorm(
     bias: Tensor | None,
     momentum: float | None,
     eps: float,
-    limits: Limits,
-    guarded: bool,
+    renorm: Renorm,
     batches: Tensor | None,
 ) -> Tensor:
     """A training step, in x's dtype. Differentiable; running statistics and counter are updated in place,
@@ -64,7 +62,7 @@ def batch_renorm(
     mean, variance = moments(x)
     sigma = (variance + eps).sqrt()
     with torch.no_grad():
-        r_max, d_max, warmup, r_steps, d_steps = limits
+        r_max, d_max, warmup, r_steps, d_steps, guarded = renorm
         old_mean, old_var = old_mean.to(mean.dtype), running_var.to(mean.dtype)
         old_sigma = (old_var + eps).sqrt()
         seen = mean.new_zeros(()) if batches is None else batches.to(mean.dtype)

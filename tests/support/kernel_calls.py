@@ -19,58 +19,72 @@ from bnfast.kernels import group_norm as _group_norm
 from bnfast.kernels import launch, plan
 from bnfast.kernels import layer_norm as _layer_norm
 from bnfast.kernels.epilogue import NO_EPILOGUE, Epilogue
+from bnfast.kernels.records import (
+    BatchNormOptions,
+    Buffers,
+    Forward,
+    Gradients,
+    GroupNormOptions,
+    LayerNormOptions,
+    Renorm,
+    Wanted,
+)
+from bnfast.ops import batch_norm as batch_norm_op
+from bnfast.ops import group_norm as group_norm_op
+from bnfast.ops import layer_norm as layer_norm_op
+from bnfast.ops import op
 
 EPS = 1e-5
 Result = Tensor | None
-Forward = tuple[Tensor, Tensor, Result]
-Gradients = tuple[Result, Result, Result, Result]
-# Whether dx is wanted, and the dtypes of dweight and dbias, or None where they are not wanted.
-Wanted = tuple[bool, torch.dtype | None, torch.dtype | None]
-ALL: Wanted = (True, torch.float32, torch.float32)
-RENORM = ((3.0, 5.0, 0.0, 0.0, 0.0), True)  # r_max, d_max and their schedule; whether infinities are skipped
+ALL = Wanted(True, torch.float32, torch.float32)
+RENORM = Renorm(3.0, 5.0)
 
 
 def batch_norm_train(
     x: Tensor, weight: Result = None, bias: Result = None, mean: Result = None, variance: Result = None,
     batches: Result = None, *, momentum: float = 0.1, renorm: Any = None, epilogue: Epilogue = NO_EPILOGUE,
 ) -> Forward:  # fmt: skip
-    state = (x, weight, bias, mean, variance, batches)
-    return _batch_norm.forward(*state, False, momentum, EPS, renorm=renorm, epilogue=epilogue)
+    buffers, options = Buffers(mean, variance, batches), BatchNormOptions(True, momentum, EPS, renorm)
+    return _batch_norm.forward(x, weight, bias, buffers, options, epilogue)
 
 
 def batch_norm_eval(x: Tensor, mean: Tensor, variance: Tensor, *, keep: bool = True) -> Forward:
-    return _batch_norm.inference(x, None, None, mean, variance, EPS, keep)
+    options = BatchNormOptions(False, 0.0, EPS)
+    return _batch_norm.forward(x, None, None, Buffers(mean, variance), options, keep=keep)
 
 
 def batch_norm_backward(
     x: Tensor, dy: Tensor, table: Tensor, wanted: Wanted = ALL, *, training: bool = True,
     epilogue: Epilogue = NO_EPILOGUE,
 ) -> Gradients:  # fmt: skip
-    return _batch_norm.backward(x, dy, table, training, *wanted, epilogue=epilogue)
+    options = BatchNormOptions(training, 0.1, EPS)
+    return _batch_norm.backward(x, dy, table, None, None, options, wanted, epilogue)
 
 
 def group_norm(
     x: Tensor, groups: int, weight: Result, bias: Result, epilogue: Epilogue = NO_EPILOGUE
 ) -> Forward:
-    return _group_norm.forward(x, groups, weight, bias, EPS, epilogue=epilogue)
+    return _group_norm.forward(x, weight, bias, Buffers(), GroupNormOptions(groups, EPS), epilogue)
 
 
 def group_norm_backward(
     x: Tensor, dy: Tensor, table: Tensor, groups: int, weight: Result, wanted: Wanted = ALL,
     *, bias: Result = None, epilogue: Epilogue = NO_EPILOGUE,
 ) -> Gradients:  # fmt: skip
-    return _group_norm.backward(x, dy, table, weight, groups, *wanted, bias=bias, epilogue=epilogue)
+    options = GroupNormOptions(groups, EPS)
+    return _group_norm.backward(x, dy, table, weight, bias, options, wanted, epilogue)
 
 
 def layer_norm(x: Tensor, weight: Result, bias: Result, *, keep: bool = True) -> Forward:
     """Of the last dimension."""
-    return _layer_norm.forward(x, weight, bias, 1, EPS, keep)
+    options = LayerNormOptions(x.shape[-1:], EPS)
+    return _layer_norm.forward(x, weight, bias, Buffers(), options, keep=keep)
 
 
 def layer_norm_backward(
     x: Tensor, dy: Tensor, table: Tensor, weight: Result, wanted: Wanted = ALL
 ) -> Gradients:
-    return _layer_norm.backward(x, dy, weight, table, 1, *wanted)
+    return _layer_norm.backward(x, dy, table, weight, None, LayerNormOptions(x.shape[-1:], EPS), wanted)
 
 
 def step(
@@ -98,24 +112,21 @@ def step(
     return {name: t for name, t in named.items() if t is not None}
 
 
-_HOSTS: dict[str, Any] = {"batch": _batch_norm, "group": _group_norm, "layer": _layer_norm}
-_FIRST_WANTED = {"batch": 4, "group": 5, "layer": 5}  # the position of need_dx among a backward's arguments
-
-
 @contextlib.contextmanager
-def gradients_asked_for(norm: str) -> Iterator[list[tuple[bool, bool, bool]]]:
-    """Grows by whether (dx, dweight, dbias) are wanted with each call of the backward."""
-    host, first = _HOSTS[norm], _FIRST_WANTED[norm]
+def gradients_asked_for() -> Iterator[list[tuple[bool, bool, bool]]]:
+    """Grows by whether (dx, dweight, dbias) are wanted with each backward."""
     seen: list[tuple[bool, bool, bool]] = []
-    backward = host.backward
 
-    def noted(*args: Any) -> Any:
-        need_dx, weight_dtype, bias_dtype = args[first : first + 3]
-        seen.append((need_dx, weight_dtype is not None, bias_dtype is not None))
-        return backward(*args)
+    def noted(*given: Any) -> Wanted:
+        wanted = Wanted(*given)
+        seen.append((wanted.dx, wanted.weight is not None, wanted.bias is not None))
+        return wanted
 
-    with mock.patch.object(host, "backward", noted):
+    with mock.patch.object(op, "Wanted", noted):
         yield seen
+
+
+NORMS = {"batch": batch_norm_op.NORM, "group": group_norm_op.NORM, "layer": layer_norm_op.NORM}
 
 
 @contextlib.contextmanager
@@ -125,8 +136,14 @@ def refusing(norm: str, name: str) -> Iterator[None]:
     def refuse(*_: Any, **__: Any) -> Any:
         raise plan.TooLarge("as sizes beyond 32 bits would be")
 
-    with mock.patch.object(_HOSTS[norm], name, refuse):
+    brought = NORMS[norm]
+    kernels = brought.kernels
+    assert kernels is not None
+    object.__setattr__(brought, "kernels", kernels._replace(**{name: refuse}))
+    try:
         yield
+    finally:
+        object.__setattr__(brought, "kernels", kernels)
 
 
 def workspaces_asked_for(monkeypatch: pytest.MonkeyPatch) -> list[bool]:

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from ..dispatch import is_exporting, refuse_dtensor, transforming
 from ..kernels.layouts import dense, format_in_batch_norm, ordered
+from ..kernels.records import Renorm
 from ..reference import batchnorm as reference
-from ..reference.batchrenorm import Limits, batch_renorm
+from ..reference.batchrenorm import batch_renorm
 from .arguments import flat, seen_as_graph, wants_gradient
 
 # more than one value a channel, or torch's ValueError
@@ -50,7 +51,7 @@ def torch_batch_norm(
     momentum: float | None,
     eps: float,
     batches: Tensor | None,
-    renorm: tuple[Limits, bool] | None,
+    renorm: Renorm | None,
 ) -> Tensor:
     """torch's own batch_norm. A rejected batch leaves no trace, neither in the counter nor in the
     statistics.
@@ -71,7 +72,7 @@ def torch_batch_norm(
             )
     if renorm is not None and running_mean is not None and running_var is not None:
         _verify_renormalized(x, running_mean=running_mean, running_var=running_var, weight=weight, bias=bias)
-        return batch_renorm(x, running_mean, running_var, weight, bias, momentum, eps, *renorm, batches)
+        return batch_renorm(x, running_mean, running_var, weight, bias, momentum, eps, renorm, batches)
     watched = torch.compiler.is_compiling() or torch.jit.is_tracing()
     if training and not watched and isinstance(bias, Tensor) and bias.dtype != x.dtype == torch.float32:
         # And after that it finds out about this. A batch that is nobody's has no statistics to update.

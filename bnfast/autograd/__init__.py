@@ -1,1 +1,0 @@
-"""Autograd around the kernels, one file for each normalization."""

@@ -1,0 +1,125 @@
+"""InstanceNorm on the road of op.py: GroupNorm with as many groups as channels, and running statistics."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..dispatch import KERNELS, TORCH, path, refuse_dtensor
+from ..kernels.layouts import format_in_instance_norm, ordered
+from ..kernels.records import BatchNormOptions
+from ..reference.batchnorm import wide
+from . import group_norm, op
+from .arguments import (
+    as_float,
+    flat,
+    in_format_of,
+    needs_float,
+    seen_as_graph,
+    vectors_fit,
+    wants_gradient,
+)
+from .batch_norm import batch_norm
+from .op import Call, Norm
+
+# more than one value a channel and sample, or torch's ValueError
+verify_spatial_size: Callable[[torch.Size], None] = getattr(F, "_verify_spatial_size")  # noqa: B009
+
+
+class InstanceNormOptions(NamedTuple):
+    """groups: x's channels. use_input_stats: else the running statistics."""
+
+    groups: int
+    eps: float
+    use_input_stats: bool
+    momentum: float
+
+
+def instance_norm(call: Call) -> Tensor:
+    """A call with InstanceNormOptions, checked."""
+    groups, eps, use_input_stats, momentum = call.options
+    if type(momentum) is not float or type(eps) is not float or type(use_input_stats) is not bool:
+        momentum, eps = _as_torch_takes_them(use_input_stats, momentum, eps)
+        call = call._replace(options=InstanceNormOptions(groups, eps, use_input_stats, momentum))
+    # torch's batch_norm refuses a negative eps, and its instance_norm does not
+    if not use_input_stats and call.buffers.running_mean is not None and eps >= 0.0:
+        route = path(call.x)
+        if route != TORCH and _fit(route, call):
+            options = BatchNormOptions(False, momentum, eps)
+            return batch_norm(call._replace(x=_ordered(call.x), options=options))
+    return op.run(call, NORM)
+
+
+def _as_torch_takes_them(use_input_stats: Any, momentum: Any, eps: Any) -> tuple[float, float]:
+    """Integers and 0-d tensors, which torch.nn.functional.instance_norm takes for floats, or its
+    TypeError."""
+    x = torch.ones(1, 1, 2)
+    F.instance_norm(x, x[0, :, 0], x[0, :, 1], None, None, use_input_stats, momentum, eps)
+    return float(momentum), float(eps)
+
+
+def _fit(route: int, call: Call) -> bool:
+    """Whether the kernels, and the update of the running statistics, can take these tensors."""
+    x, (mean, variance, _) = call.x, call.buffers
+    if not 2 <= x.dim() <= 5 or not vectors_fit(route, x, call.weight, call.bias, mean, variance):
+        return False
+    if mean is None or variance is None:
+        return mean is variance
+    if (mean.requires_grad or variance.requires_grad) and torch.is_grad_enabled():
+        return False
+    if route == KERNELS and not torch.is_inference_mode_enabled():  # nothing updates inference tensors there
+        return not (mean.is_inference() or variance.is_inference())
+    return True
+
+
+def _supports(route: int, call: Call) -> bool:
+    x = call.x
+    # one value a channel: torch's ValueError
+    return call.options.use_input_stats and _fit(route, call) and x.numel() != x.size(0) * x.size(1)
+
+
+def _ordered(x: Tensor) -> Tensor:
+    return ordered(x, format_in_instance_norm)
+
+
+def _update(call: Call) -> None:
+    if call.buffers.running_mean is not None and call.buffers.running_var is not None:
+        _track(call.x.detach(), call.buffers.running_mean, call.buffers.running_var, call.options.momentum)
+
+
+@torch.no_grad()
+def _track(x: Tensor, running_mean: Tensor, running_var: Tensor, momentum: float) -> None:
+    """One update. It reads x once more, in launches of torch's own: the kernels' table has a mean, but of the
+    variance only 1 / sqrt(variance + eps), which knows nothing of a variance far below eps. Half precision
+    is copied to fp32 for it, as torch would round the moments to x's type."""
+    variance, mean = torch.var_mean(wide(x), list(range(2, x.dim())), correction=1)
+    for running, statistic in ((running_mean, mean.mean(0)), (running_var, variance.mean(0))):
+        old = running.to(torch.promote_types(running.dtype, statistic.dtype))
+        running.copy_((1 - momentum) * old + momentum * statistic)
+
+
+def _torch(call: Call) -> Tensor:
+    """torch's own instance_norm, with a result as the kernels' is."""
+    x, weight, bias, (mean, variance, _) = call.x, call.weight, call.bias, call.buffers
+    _, eps, use_input_stats, momentum = call.options
+    refuse_dtensor(x, mean, variance, weight, bias)
+    given, rest = (x, mean, variance, weight, bias), (use_input_stats, momentum, eps)
+    if needs_float(x, weight, bias):
+        given = (x.float(), mean, variance, as_float(weight), as_float(bias))
+    if x.dim() > 3 and (wants_gradient(x, weight, bias) or seen_as_graph()):
+        if use_input_stats:
+            verify_spatial_size(x.size())  # of x as it came
+        y = F.instance_norm(flat(given[0]), *given[1:], *rest).view_as(x)
+    else:
+        y = F.instance_norm(*given, *rest)
+    return in_format_of(x, y if given[0] is x else y.to(x.dtype), format_in_instance_norm)
+
+
+NORM = Norm(
+    _supports, _ordered, _torch, group_norm.NORM.kernels, group_norm.NORM.reference,
+    group_norm.NORM.reference_backward, group_norm.GroupNorm, _update,
+)  # fmt: skip

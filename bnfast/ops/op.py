@@ -1,0 +1,219 @@
+"""The road of a call: check, route, run on the kernels, as operators or in plain torch, and record it for
+autograd. It is written once, here. A normalizer brings a Norm: what its kernels take, and its forward and
+backward on each of the three.
+
+Every normalizer computes act(norm(x) + residual). Its forward returns a table of statistics beside y; a
+backward is given x, gamma, beta and that table. What a backward saves: x, gamma and the table, and, where an
+activation follows, beta and what its slope is found from, the residual or relu's mask."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function_variadic
+
+from ..dispatch import KERNELS, TORCH, batched, ordinary, path, watched
+from ..kernels.epilogue import IDENTITY, NO_EPILOGUE, Activation, Epilogue
+from ..kernels.plan import TooLarge
+from ..kernels.records import Buffers, Forward, Gradients, Wanted
+from ..reference.batchnorm import wide
+from .arguments import check_residual, followed_by, residual_fits
+
+NO_BUFFERS = Buffers()
+
+
+class Call(NamedTuple):
+    """The arguments of a call. options: the normalizer's own, as its kernels take them."""
+
+    x: Tensor
+    weight: Tensor | None
+    bias: Tensor | None
+    residual: Tensor | None
+    activation: Activation | None
+    options: Any
+    buffers: Buffers = NO_BUFFERS
+
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        return self.x, self.weight, self.bias, self.residual, *self.buffers
+
+    def holding(self, tensors: Any) -> Call:
+        """The same call of other tensors."""
+        x, weight, bias, residual, *buffers = tensors
+        return Call(x, weight, bias, residual, self.activation, self.options, Buffers(*buffers))
+
+
+class Kernels(NamedTuple):
+    """A normalizer's kernels, called themselves and as operators: forward(x, weight, bias, buffers, options,
+    epilogue, keep) and backward(x, dy, table, weight, bias, options, wanted, epilogue). keep: whether a
+    backward will follow."""
+
+    forward: Callable[..., Forward]
+    backward: Callable[..., Gradients]
+    operator: Callable[..., Forward]
+    operator_backward: Callable[..., Gradients]
+
+
+@dataclass(frozen=True, eq=False)
+class Norm:
+    """What a normalizer brings.
+
+    supports(route, call): whether the kernels can take a call; what they cannot take goes to torch, which
+    raises its own errors. ordered: x in an order of memory that they take. plain: the call in plain torch,
+    but for the epilogue. kernels: None where there is no Triton.
+
+    reference(x, weight, bias, table, options) is what the epilogue is applied to, and reference_backward(dy,
+    x, weight, table, options) its gradients, both in plain torch and differentiable. function: records the
+    kernels for autograd, see `record`."""
+
+    supports: Callable[[int, Call], bool]
+    ordered: Callable[[Tensor], Tensor]
+    plain: Callable[[Call], Tensor]
+    kernels: Kernels | None
+    reference: Callable[..., Tensor]
+    reference_backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    function: type[torch.autograd.Function]
+    then: Callable[[Call], None] | None = None  # after the kernels have run
+
+
+def run(call: Call, norm: Norm) -> Tensor:
+    """act(norm(x) + residual)."""
+    x, residual = call.x, call.residual
+    if residual is not None:
+        check_residual(x, residual)
+    route = path(x)
+    if route != TORCH and norm.supports(route, call) and (residual is None or residual_fits(route, residual)):
+        y = on_kernels(call, norm, route)
+        if y is not None:
+            return y
+    tensors = call.tensors()
+    bare = ordinary(route, *tensors)
+    if bare is not None:
+        if has_torch_function_variadic(*tensors):  # a layer's call: a function's has been handled
+            return handle_torch_function(_again, tensors, *tensors, call, norm)
+        return run(call.holding(bare), norm)
+    return followed_by(norm.plain(call), call.activation, residual)
+
+
+def _again(*given: Any) -> Tensor:
+    """run, with the tensors one by one, as subclasses look for themselves among a function's arguments."""
+    *tensors, call, norm = given
+    return run(call.holding(tensors), norm)
+
+
+def on_kernels(call: Call, norm: Norm, route: int) -> Tensor | None:
+    """The output, recorded where a gradient is wanted; None where the kernels cannot after all."""
+    x, weight, bias, residual, activation, options, buffers = call
+    x = norm.ordered(x)
+    kernels = norm.kernels
+    assert kernels is not None, "without Triton, dispatch.path answers TORCH"
+    forward = kernels.forward if route == KERNELS else kernels.operator
+    try:
+        if not torch.is_grad_enabled() or not (
+            x.requires_grad
+            or (weight is not None and weight.requires_grad)
+            or (bias is not None and bias.requires_grad)
+            or (residual is not None and residual.requires_grad)
+        ):
+            y = forward(x, weight, bias, buffers, options, epilogue_of(activation, residual, False), False)[0]
+        elif route != KERNELS:
+            y = norm.function.apply(x, weight, bias, residual, activation, options, buffers, forward)
+        elif not (x.is_inference() or (weight is not None and weight.is_inference())) and (
+            activation is None or not any(t is not None and t.is_inference() for t in (bias, residual))
+        ):
+            # Function.apply without what it does for functorch, which dispatch has ruled out: 4 us of 40
+            apply: Any = super(torch.autograd.Function, norm.function).apply  # type: ignore[misc]
+            y = apply(x, weight, bias, residual, activation, options, buffers, forward)
+        else:  # inference tensors cannot be saved
+            return None
+    except TooLarge:
+        return None
+    if norm.then is not None:
+        norm.then(call)
+    return y
+
+
+def epilogue_of(activation: Activation | None, residual: Tensor | None, keep: bool) -> Epilogue:
+    """What the kernels are told of it."""
+    if activation is None:
+        return NO_EPILOGUE if residual is None else Epilogue(IDENTITY, residual)
+    return Epilogue(activation, residual, keep and activation.name == "relu")
+
+
+def record(
+    ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, *how: Any
+) -> Tensor:
+    """The forward of a normalizer's autograd Function, which its backward continues in `gradients`. how: the
+    rest of a Call, and the forward to run."""
+    activation, options, buffers, forward = how
+    epilogue = epilogue_of(activation, residual, True)
+    y, table, mask = forward(x, weight, bias, buffers, options, epilogue, True)
+    bias_dtype = None if bias is None else bias.dtype
+    if activation is None:
+        ctx.fixed = (options, bias_dtype, None, residual is not None, None)
+        ctx.save_for_backward(x, weight, table)
+    else:
+        order = None if mask is None else x.stride()
+        ctx.fixed = (options, bias_dtype, activation, residual is not None, order)
+        ctx.save_for_backward(x, weight, table, bias, residual if mask is None else mask)
+    return y
+
+
+def gradients(ctx: Any, dy: Tensor, norm: Norm) -> tuple[Tensor | None, ...]:
+    """The gradients of x, weight, bias and residual, None where not needed, and None for the rest of what
+    `record` is given.
+
+    They come in plain torch, and differentiable, with create_graph=True, for a vmap over the backward, and
+    where dy is too much for the kernels (huge, and without whole vectors)."""
+    x, weight, table, *rest = ctx.saved_tensors
+    bias, kept = rest or (None, None)
+    options, bias_dtype, activation, residual, order = ctx.fixed
+    if order is not None and x.stride() != order:  # hooks of saved tensors; the mask has x's old order
+        x = x.new_empty_strided(x.shape, order).copy_(x)
+    need_dx, need_dweight, need_dbias, need_dz = ctx.needs_input_grad[:4]
+    wanted = Wanted(need_dx, weight.dtype if need_dweight else None, bias_dtype if need_dbias else None)
+    dz = dy if residual and activation is None else None
+    kernels = norm.kernels
+    assert kernels is not None
+    found: Any = None
+    if not (torch.is_grad_enabled() or batched(dy)):
+        epilogue = NO_EPILOGUE if activation is None else Epilogue(activation, kept)
+        arguments = (x, dy, table, weight, bias, options, wanted, epilogue)
+        if activation is None and not (need_dx or need_dweight or need_dbias):
+            found = (None, None, None, None)
+        elif watched(x) or type(dy) is not Tensor:
+            found = kernels.operator_backward(*arguments)
+        else:
+            with contextlib.suppress(TooLarge):
+                found = kernels.backward(*arguments)
+    if found is None:
+        g = dy
+        if activation is not None:
+            g = wide(dy) * _slope(x, weight, bias, table, kept, activation, options, norm)
+        dx, dweight, dbias = norm.reference_backward(g, x, weight, table, options)
+        dweight, dbias = dweight.to(wanted.weight or dx.dtype), dbias.to(wanted.bias or dx.dtype)
+        found = (dx, dweight, dbias, g.to(dy.dtype))
+    dx, dweight, dbias, made = found
+    return (
+        dx if need_dx else None,
+        dweight if need_dweight else None,
+        dbias if need_dbias else None,
+        (made if dz is None else dz) if need_dz else None,
+        *(None,) * (len(ctx.needs_input_grad) - 4),
+    )
+
+
+def _slope(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, table: Tensor, kept: Tensor | None,
+    activation: Activation, options: Any, norm: Norm,
+) -> Tensor:  # fmt: skip
+    """The activation's derivative, differentiable, and wide."""
+    if kept is not None and kept.dtype == torch.uint8:
+        bits = (kept[:, None] >> torch.arange(8, device=x.device, dtype=torch.uint8)) & 1
+        return bits.flatten().as_strided(x.shape, x.stride())
+    v = norm.reference(x, weight, bias, table, options)
+    return activation.slope(v if kept is None else v + wide(kept))
