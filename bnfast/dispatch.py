@@ -158,6 +158,12 @@ def path(x: torch.Tensor) -> int:
     return OPERATORS if watched else KERNELS
 
 
+def elsewhere(x: torch.Tensor) -> bool:
+    """Whether another device than x's is the current one, which is what Triton launches on."""
+    index = x.get_device()
+    return index >= 0 and index != torch._C._cuda_getDevice()
+
+
 def watched(x: torch.Tensor) -> bool:
     """Whether something watches operators go by, in a backward, where `path` has decided the rest."""
     return type(x) not in PLAIN or torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0

@@ -16,12 +16,12 @@ from .epilogue import IDENTITY, NO_EPILOGUE, Activation, Epilogue
 from .gradients import gradient_sums_kernel, gradient_transform_kernel
 from .launch import workspace
 from .layouts import dense, dense_like
-from .records import BatchNormOptions, Buffers, Forward, Gradients, Renorm, Wanted
+from .records import BatchNormOptions, Buffers, Forward, Gradients, Wanted
 from .statistics import statistics_kernel
-from .steps import Sizes, Step, address, on_its_device, step_for, where
+from .steps import Sizes, Step, address, step_for, where
 from .transform import transform_kernel
 
-_NO_LIMITS = Renorm(0.0, 0.0, guarded=False)
+_NO_LIMITS = (0.0, 0.0, 0.0, 0.0, 0.0)
 # the tensors that launches pick from, by the names that kernels know them by
 _FORWARD = (
     "x", "weight", "bias", "running_mean", "running_var", "batches", "y", "table", "partials", "arrivals",
@@ -75,7 +75,6 @@ def _gradients(
     return sizes.reducing(gradient_sums_kernel, 2 + z, _BACKWARD, constants, transform, without=without)
 
 
-@on_its_device
 def forward(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, buffers: Buffers, options: BatchNormOptions,
     epilogue: Epilogue = NO_EPILOGUE, keep: bool = True, private: bool = False,
@@ -97,7 +96,9 @@ def forward(
     )
     var_at, var_type = (None, None) if running_var is None else (running_var.data_ptr(), running_var.dtype)
     batches_at = None if batches is None else batches.data_ptr()
-    *limits, guarded = renorm or _NO_LIMITS
+    limits, guarded = _NO_LIMITS, False
+    if renorm is not None:
+        limits, guarded = renorm[:5], renorm.guarded
     z = mask = z_at = mask_at = None
     vectors = x_at
     if epilogue is not NO_EPILOGUE:
@@ -145,7 +146,6 @@ def _inference(
     return y, table, mask
 
 
-@on_its_device
 def backward(
     x: Tensor, dy: Tensor, table: Tensor, weight: Tensor | None, bias: Tensor | None,
     options: BatchNormOptions, wanted: Wanted, epilogue: Epilogue = NO_EPILOGUE, private: bool = False,

@@ -24,7 +24,7 @@ from .layouts import dense, dense_like
 from .one_read import group_norm_gradients_kernel, group_norm_kernel
 from .records import Buffers, Forward, Gradients, GroupNormOptions, Wanted
 from .statistics import statistics_kernel
-from .steps import Sizes, Step, address, on_its_device, step_for, where
+from .steps import Sizes, Step, address, step_for, where
 from .transform import transform_kernel
 
 _FORWARD = ("x", "weight", "bias", "y", "table", "z", "signs", "partials", "arrivals", "none")
@@ -55,7 +55,6 @@ def _forward(sizes: Sizes, groups: int, activation: Activation, signs: bool, z: 
     return sizes.reducing(statistics_kernel, 1, _FORWARD, constants, transform, by_group, without=without)
 
 
-@on_its_device
 def forward(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, buffers: Buffers, options: GroupNormOptions,
     epilogue: Epilogue = NO_EPILOGUE, keep: bool = True, private: bool = False,
@@ -131,7 +130,6 @@ def _backward(
     return _Gradients(step.first, parameters, transform, False, sizes.seed, step.partials, step.counters)
 
 
-@on_its_device
 def backward(
     x: Tensor, dy: Tensor, table: Tensor, weight: Tensor | None, bias: Tensor | None,
     options: GroupNormOptions, wanted: Wanted, epilogue: Epilogue = NO_EPILOGUE, private: bool = False,

@@ -24,7 +24,7 @@ from .records import Buffers, Forward, Gradients, LayerNormOptions, Wanted
 from .row_activation import row_activation_kernel
 from .row_gradients import column_gradients_kernel, row_gradients_kernel, wide_gradients_kernel
 from .row_norm import long_row_norm_kernel, row_norm_kernel
-from .steps import address, multiprocessors, on_its_device, step_for, where
+from .steps import address, multiprocessors, step_for, where
 
 _FORWARD = ("x", "y", "table", "weight", "bias", "z", "none")
 _BACKWARD = (
@@ -106,7 +106,6 @@ def _backward(
     return RowStep(tuple(launches), sizes.seed, size.rows, shares, partials * halves * size.width)
 
 
-@on_its_device
 def forward(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, buffers: Buffers, options: LayerNormOptions,
     epilogue: Epilogue = NO_EPILOGUE, keep: bool = True, private: bool = False,
@@ -137,7 +136,6 @@ def forward(
     return y, table, None
 
 
-@on_its_device
 def backward(
     x: Tensor, dy: Tensor, table: Tensor, weight: Tensor | None, bias: Tensor | None,
     options: LayerNormOptions, wanted: Wanted, epilogue: Epilogue = NO_EPILOGUE, private: bool = False,

@@ -110,12 +110,12 @@ class ColumnGeometry(NamedTuple):
     blocks: Any
 
 
-class Buffers(NamedTuple):
-    """What training updates in place; None for what there is not."""
+# A NamedTuple in half the time that calling its class takes: new(Wanted, (dx, weight, bias)).
+new: Any = tuple.__new__
 
-    running_mean: Tensor | None = None
-    running_var: Tensor | None = None
-    batches: Tensor | None = None  # num_batches_tracked
+# What training updates in place: running_mean, running_var and num_batches_tracked, or None.
+Buffers = tuple[Tensor | None, Tensor | None, Tensor | None]
+NO_BUFFERS: Buffers = (None, None, None)
 
 
 class Renorm(NamedTuple):

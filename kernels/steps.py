@@ -6,9 +6,9 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache, wraps
+from functools import lru_cache
 from math import prod
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,9 +18,6 @@ from .epilogue import IDENTITY
 from .group_plan import swept
 from .launch import INTERPRET, Launch, current_stream
 from .layouts import accumulator, is_channels_last
-
-P = ParamSpec("P")
-R = TypeVar("R")
 
 
 @lru_cache
@@ -41,20 +38,6 @@ def where(x: Tensor) -> tuple[int, int]:
     """(device index, its current stream)."""
     index = x.get_device()
     return index, 0 if INTERPRET or index < 0 else current_stream(index)
-
-
-def on_its_device(function: Callable[Concatenate[Tensor, P], R]) -> Callable[Concatenate[Tensor, P], R]:
-    """Calls function(x, ...) with x's device as the current one, which is what Triton launches on."""
-
-    @wraps(function)
-    def guarded(x: Tensor, *args: P.args, **kwargs: P.kwargs) -> R:
-        index = x.get_device()
-        if INTERPRET or index < 0 or index == torch._C._cuda_getDevice():
-            return function(x, *args, **kwargs)
-        with torch.cuda.device(index):
-            return function(x, *args, **kwargs)
-
-    return guarded
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from ..kernels.epilogue import Activation, ActivationLike
-from ..kernels.records import BatchNormOptions, Buffers
+from ..kernels.records import BatchNormOptions, new
 from ..ops import batch_norm as ops
 from ..ops.op import Call
 
@@ -54,5 +54,6 @@ def batch_norm(
     if momentum is None or not isinstance(input, Tensor):  # torch's TypeError
         return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
     activation = None if activation is None else Activation.of(activation)
-    buffers, options = Buffers(running_mean, running_var), BatchNormOptions(training, momentum, eps)
-    return ops.batch_norm(Call(input, weight, bias, residual, activation, options, buffers))
+    options = new(BatchNormOptions, (training, momentum, eps, None))
+    buffers = (running_mean, running_var, None)
+    return ops.batch_norm(new(Call, (input, weight, bias, residual, activation, options, buffers)))

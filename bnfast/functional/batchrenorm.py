@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from ..kernels.epilogue import Activation, ActivationLike
-from ..kernels.records import BatchNormOptions, Buffers, Renorm
+from ..kernels.records import BatchNormOptions, Renorm
 from ..ops import batch_norm as ops
 from ..ops.op import Call
 
@@ -53,5 +53,5 @@ def batch_renorm(
         raise TypeError("batch_renorm(): argument 'momentum' must be float, not NoneType")
     activation = None if activation is None else Activation.of(activation)
     options = BatchNormOptions(training, momentum, eps, Renorm(float(r_max), float(d_max)))
-    buffers = Buffers(running_mean, running_var)
+    buffers = (running_mean, running_var, None)
     return ops.batch_renorm(Call(input, weight, bias, residual, activation, options, buffers))

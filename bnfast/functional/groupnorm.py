@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from ..kernels.epilogue import Activation, ActivationLike
-from ..kernels.records import GroupNormOptions
+from ..kernels.records import NO_BUFFERS, GroupNormOptions, new
 from ..ops import group_norm as ops
 from ..ops.op import Call
 
@@ -41,5 +41,5 @@ def group_norm(
     if not isinstance(input, Tensor):  # torch's error
         return F.group_norm(input, num_groups, weight, bias, eps)
     activation = None if activation is None else Activation.of(activation)
-    options = GroupNormOptions(num_groups, eps)
-    return ops.group_norm(Call(input, weight, bias, residual, activation, options))
+    options = new(GroupNormOptions, (num_groups, eps))
+    return ops.group_norm(new(Call, (input, weight, bias, residual, activation, options, NO_BUFFERS)))

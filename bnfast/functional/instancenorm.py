@@ -8,7 +8,6 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from ..kernels.epilogue import Activation, ActivationLike
-from ..kernels.records import Buffers
 from ..ops import instance_norm as ops
 from ..ops.op import Call
 
@@ -53,5 +52,5 @@ def instance_norm(
     activation = None if activation is None else Activation.of(activation)
     channels = input.size(1) if input.dim() > 1 else 0
     options = ops.InstanceNormOptions(channels, eps, use_input_stats, momentum)
-    buffers = Buffers(running_mean, running_var)
+    buffers = (running_mean, running_var, None)
     return ops.instance_norm(Call(input, weight, bias, residual, activation, options, buffers))

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from ..kernels.epilogue import Activation, ActivationLike
-from ..kernels.records import LayerNormOptions
+from ..kernels.records import NO_BUFFERS, LayerNormOptions, new
 from ..ops import layer_norm as ops
 from ..ops.op import Call
 
@@ -42,5 +42,5 @@ def layer_norm(
     if not isinstance(input, Tensor):
         return F.layer_norm(input, normalized_shape, weight, bias, eps)  # torch's TypeError
     activation = None if activation is None else Activation.of(activation)
-    options = LayerNormOptions(normalized_shape, eps)
-    return ops.layer_norm(Call(input, weight, bias, residual, activation, options))
+    options = new(LayerNormOptions, (normalized_shape, eps))
+    return ops.layer_norm(new(Call, (input, weight, bias, residual, activation, options, NO_BUFFERS)))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels.epilogue import Activation, ActivationLike
-from ..kernels.records import BatchNormOptions, Buffers
+from ..kernels.records import BatchNormOptions, new
 from ..ops.batch_norm import batch_norm
 from ..ops.op import Call
 from .drop_in import OptionalBias, says_what_it_takes
@@ -49,8 +49,12 @@ class _Kernels(Replaceable, OptionalBias, nn.modules.batchnorm._BatchNorm):
         if momentum is None and batches is None:
             momentum = 0.0
         training = self.training or (self.running_mean is None and self.running_var is None)
-        options, buffers = BatchNormOptions(training, momentum, self.eps), Buffers(mean, variance, batches)
-        return batch_norm(Call(input, self.weight, self.bias, residual, activation, options, buffers))
+        options, buffers = (
+            new(BatchNormOptions, (training, momentum, self.eps, None)),
+            (mean, variance, batches),
+        )
+        call = (input, self.weight, self.bias, residual, activation, options, buffers)
+        return batch_norm(new(Call, call))
 
 
 class BatchNorm1d(_Kernels, nn.BatchNorm1d):

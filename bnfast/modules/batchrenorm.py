@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels.epilogue import Activation, ActivationLike
-from ..kernels.records import BatchNormOptions, Buffers, Renorm
+from ..kernels.records import BatchNormOptions, Renorm
 from ..ops.batch_norm import batch_renorm
 from ..ops.op import Call
 from .drop_in import OptionalBias, says_what_it_takes
@@ -113,7 +113,7 @@ class _BatchRenorm(Replaceable, OptionalBias, nn.modules.batchnorm._BatchNorm):
             self.skip_nonfinite,
         )
         options = BatchNormOptions(self.training, self.momentum, self.eps, renorm)
-        buffers = Buffers(mean, variance, self.num_batches_tracked if self.training else None)
+        buffers = (mean, variance, self.num_batches_tracked if self.training else None)
         return batch_renorm(Call(input, self.weight, self.bias, residual, activation, options, buffers))
 
     def extra_repr(self) -> str:

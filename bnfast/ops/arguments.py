@@ -18,7 +18,7 @@ _FLOATS = (*_HALVES, torch.float32)
 def vectors_fit(way: int, x: Tensor, *vectors: Tensor | None) -> bool:
     """Whether the kernels can take these tensors of a value a channel. What they cannot take goes to torch,
     which raises its own errors. On the path of every call: each test is 0.1 us."""
-    channels, device = x.size(1), x.device
+    channels, index, cuda = x.size(1), x.get_device(), x.is_cuda
     for t in vectors:
         if t is not None and (
             (type(t) not in PLAIN and (way == KERNELS or not known(t)))
@@ -26,7 +26,7 @@ def vectors_fit(way: int, x: Tensor, *vectors: Tensor | None) -> bool:
             or t.numel() != channels
             or not t.is_contiguous()
             or t.dtype not in KERNEL_DTYPES
-            or t.device != device
+            or (t.get_device() != index or not t.is_cuda if cuda else not t.is_cpu)
         ):
             return False
     return True

@@ -15,7 +15,7 @@ from ..reference import batchnorm as reference
 from ..reference.batchrenorm import refuse_recomputation
 from . import op
 from .arguments import vectors_fit
-from .op import Call, Kernels, Norm
+from .op import NO_KERNELS, Call, Norm
 from .torch_batch_norm import torch_batch_norm, verify_batch_size
 
 _FLOAT_OR_NONE = (float, type(None))
@@ -45,7 +45,7 @@ def batch_renorm(call: Call) -> Tensor:
         raise ValueError(f"batch_renorm d_max must be at least 0, but got {renorm.d_max}")
     if not training:
         return batch_norm(call._replace(options=BatchNormOptions(False, momentum or 0.0, eps)))
-    if call.buffers.running_mean is None or call.buffers.running_var is None:
+    if call.buffers[0] is None or call.buffers[1] is None:
         raise ValueError("batch_renorm needs running_mean and running_var: it corrects towards them")
     if not torch.compiler.is_compiling():
         refuse_recomputation()
@@ -119,19 +119,25 @@ class BatchNorm(torch.autograd.Function):
     """Saves the coefficient table, and nothing that a later step changes: the running buffers are not among
     it, so a training step between an eval forward and its backward leaves the gradient alone."""
 
-    @staticmethod
-    def forward(ctx: Any, *given: Any) -> Tensor:
-        return op.record(ctx, *given)
+    forward = staticmethod(op.record)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         return op.gradients(ctx, grads[0], NORM)
 
 
-_kernels: Kernels | None = None
+_kernels = NO_KERNELS
 if TRITON:
     from . import batch_norm_operators
 
     _kernels = batch_norm_operators.KERNELS
 
-NORM = Norm(supports, _ordered, _torch, _kernels, _reference, _reference_backward, BatchNorm)
+
+def _written(call: Call, route: int) -> None:
+    """Whoever has saved the buffers for a backward is to know that the kernels have written to them.
+    Operators say so themselves."""
+    if route == KERNELS and call.options.training and not torch.is_inference_mode_enabled():
+        torch._C._increment_version([t for t in call.buffers if t is not None])
+
+
+NORM = Norm(supports, _ordered, _torch, _kernels, _reference, _reference_backward, BatchNorm, _written)

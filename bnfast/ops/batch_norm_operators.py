@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from ..kernels import batch_norm as kernels
@@ -48,7 +47,7 @@ def _ordered(x: Tensor) -> Tensor:
 
 def _forward(a: _Train, renorm: Renorm | None, epilogue: Epilogue) -> Made:
     momentum = None if a.cumulative else a.momentum
-    buffers, options = Buffers(*a[3:6]), BatchNormOptions(True, momentum, a.eps, renorm)
+    buffers, options = a[3:6], BatchNormOptions(True, momentum, a.eps, renorm)
     return with_mask(kernels.forward(_ordered(a.x), a.weight, a.bias, buffers, options, epilogue, True, True))
 
 
@@ -65,7 +64,7 @@ def _train_renorm(*given: Any) -> Made:
 def _eval(
     x: Tensor, weight: Any, bias: Any, mean: Tensor, variance: Tensor, eps: float, keep: bool, *after: Any
 ) -> Made:
-    options, buffers = BatchNormOptions(False, 0.0, eps), Buffers(mean, variance)
+    options, buffers = BatchNormOptions(False, 0.0, eps), (mean, variance, None)
     return with_mask(kernels.forward(_ordered(x), weight, bias, buffers, options, packed(*after), keep, True))
 
 
@@ -126,15 +125,6 @@ backward = define(
 )
 
 
-def _direct(
-    x: Tensor, weight: Any, bias: Any, buffers: Buffers, options: BatchNormOptions, *rest: Any
-) -> Forward:
-    made = kernels.forward(x, weight, bias, buffers, options, *rest)
-    if options.training and not torch.is_inference_mode_enabled():  # whoever has saved them is to know
-        torch._C._increment_version([t for t in buffers if t is not None])
-    return made
-
-
 def _operator(
     x: Tensor, weight: Any, bias: Any, buffers: Buffers, options: BatchNormOptions, epilogue: Epilogue,
     keep: bool,
@@ -158,4 +148,4 @@ def _operator_backward(
     return found
 
 
-KERNELS = Kernels(_direct, kernels.backward, _operator, _operator_backward)
+KERNELS = Kernels(kernels.forward, kernels.backward, _operator, _operator_backward)

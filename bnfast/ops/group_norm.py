@@ -14,7 +14,7 @@ from ..kernels.records import GroupNormOptions
 from ..reference import groupnorm as reference
 from . import op
 from .arguments import as_float, in_format_of, needs_float, vectors_fit
-from .op import Call, Kernels, Norm
+from .op import NO_KERNELS, Call, Norm
 
 
 def group_norm(call: Call) -> Tensor:
@@ -63,16 +63,14 @@ def _reference_backward(
 class GroupNorm(torch.autograd.Function):
     """Saves x, gamma, and mean and rstd of each group of each sample."""
 
-    @staticmethod
-    def forward(ctx: Any, *given: Any) -> Tensor:
-        return op.record(ctx, *given)
+    forward = staticmethod(op.record)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         return op.gradients(ctx, grads[0], NORM)
 
 
-_kernels: Kernels | None = None
+_kernels = NO_KERNELS
 if TRITON:
     from . import group_norm_operators
 

@@ -9,8 +9,8 @@ from torch import Tensor
 from ..kernels import group_norm as kernels
 from ..kernels import layouts
 from ..kernels.epilogue import Epilogue
-from ..kernels.records import Buffers, Forward, Gradients, GroupNormOptions, Wanted
-from .op import NO_BUFFERS, Kernels
+from ..kernels.records import NO_BUFFERS, Buffers, Forward, Gradients, GroupNormOptions, Wanted
+from .op import Kernels
 from .operators import (
     BACKWARD,
     FORWARD,

@@ -46,7 +46,7 @@ def instance_norm(call: Call) -> Tensor:
         momentum, eps = _as_torch_takes_them(use_input_stats, momentum, eps)
         call = call._replace(options=InstanceNormOptions(groups, eps, use_input_stats, momentum))
     # torch's batch_norm refuses a negative eps, and its instance_norm does not
-    if not use_input_stats and call.buffers.running_mean is not None and eps >= 0.0:
+    if not use_input_stats and call.buffers[0] is not None and eps >= 0.0:
         route = path(call.x)
         if route != TORCH and _fit(route, call):
             options = BatchNormOptions(False, momentum, eps)
@@ -86,9 +86,10 @@ def _ordered(x: Tensor) -> Tensor:
     return ordered(x, format_in_instance_norm)
 
 
-def _update(call: Call) -> None:
-    if call.buffers.running_mean is not None and call.buffers.running_var is not None:
-        _track(call.x.detach(), call.buffers.running_mean, call.buffers.running_var, call.options.momentum)
+def _update(call: Call, route: int) -> None:
+    mean, variance, _ = call.buffers
+    if mean is not None and variance is not None:
+        _track(call.x.detach(), mean, variance, call.options.momentum)
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ from ..kernels.records import LayerNormOptions
 from ..reference import layernorm as reference
 from . import op
 from .arguments import as_float, needs_float
-from .op import Call, Kernels, Norm
+from .op import NO_KERNELS, Call, Norm
 
 
 def layer_norm(call: Call) -> Tensor:
@@ -73,16 +73,14 @@ def _reference_backward(
 class LayerNorm(torch.autograd.Function):
     """Saves x, gamma, and mean and rstd of each row."""
 
-    @staticmethod
-    def forward(ctx: Any, *given: Any) -> Tensor:
-        return op.record(ctx, *given)
+    forward = staticmethod(op.record)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         return op.gradients(ctx, grads[0], NORM)
 
 
-_kernels: Kernels | None = None
+_kernels = NO_KERNELS
 if TRITON:
     from . import layer_norm_operators
 

@@ -10,8 +10,8 @@ from torch import Tensor
 from ..kernels import layer_norm as kernels
 from ..kernels import layouts
 from ..kernels.epilogue import Epilogue
-from ..kernels.records import Buffers, Forward, Gradients, LayerNormOptions, Wanted
-from .op import NO_BUFFERS, Kernels
+from ..kernels.records import NO_BUFFERS, Buffers, Forward, Gradients, LayerNormOptions, Wanted
+from .op import Kernels
 from .operators import (
     BACKWARD,
     FORWARD,

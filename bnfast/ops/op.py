@@ -11,20 +11,19 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from ..dispatch import KERNELS, TORCH, batched, ordinary, path, watched
+from ..dispatch import KERNELS, TORCH, batched, elsewhere, ordinary, path, watched
 from ..kernels.epilogue import IDENTITY, NO_EPILOGUE, Activation, Epilogue
 from ..kernels.plan import TooLarge
-from ..kernels.records import Buffers, Forward, Gradients, Wanted
+from ..kernels.records import NO_BUFFERS, Buffers, Forward, Gradients, Wanted, new
 from ..reference.batchnorm import wide
 from .arguments import check_residual, followed_by, residual_fits
-
-NO_BUFFERS = Buffers()
 
 
 class Call(NamedTuple):
@@ -44,7 +43,7 @@ class Call(NamedTuple):
     def holding(self, tensors: Any) -> Call:
         """The same call of other tensors."""
         x, weight, bias, residual, *buffers = tensors
-        return Call(x, weight, bias, residual, self.activation, self.options, Buffers(*buffers))
+        return Call(x, weight, bias, residual, self.activation, self.options, tuple(buffers))
 
 
 class Kernels(NamedTuple):
@@ -58,13 +57,20 @@ class Kernels(NamedTuple):
     operator_backward: Callable[..., Gradients]
 
 
+def _none(*_: Any) -> Any:
+    raise AssertionError("there is no Triton, and dispatch.path knows it")
+
+
+NO_KERNELS = Kernels(_none, _none, _none, _none)
+
+
 @dataclass(frozen=True, eq=False)
 class Norm:
     """What a normalizer brings.
 
     supports(route, call): whether the kernels can take a call; what they cannot take goes to torch, which
     raises its own errors. ordered: x in an order of memory that they take. plain: the call in plain torch,
-    but for the epilogue. kernels: None where there is no Triton.
+    but for the epilogue.
 
     reference(x, weight, bias, table, options) is what the epilogue is applied to, and reference_backward(dy,
     x, weight, table, options) its gradients, both in plain torch and differentiable. function: records the
@@ -73,11 +79,17 @@ class Norm:
     supports: Callable[[int, Call], bool]
     ordered: Callable[[Tensor], Tensor]
     plain: Callable[[Call], Tensor]
-    kernels: Kernels | None
+    kernels: Kernels
     reference: Callable[..., Tensor]
     reference_backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
     function: type[torch.autograd.Function]
-    then: Callable[[Call], None] | None = None  # after the kernels have run
+    then: Callable[[Call, int], None] | None = None  # after the kernels have run, by this route
+
+    @cached_property
+    def quick_apply(self) -> Any:
+        """function.apply without what it does for functorch, which dispatch has ruled out where the kernels
+        are called themselves: 4 us of 40."""
+        return super(torch.autograd.Function, self.function).apply  # type: ignore[misc]
 
 
 def run(call: Call, norm: Norm) -> Tensor:
@@ -108,10 +120,11 @@ def _again(*given: Any) -> Tensor:
 def on_kernels(call: Call, norm: Norm, route: int) -> Tensor | None:
     """The output, recorded where a gradient is wanted; None where the kernels cannot after all."""
     x, weight, bias, residual, activation, options, buffers = call
+    if route == KERNELS and x.is_cuda and elsewhere(x):
+        with torch.cuda.device(x.device):
+            return on_kernels(call, norm, route)
     x = norm.ordered(x)
-    kernels = norm.kernels
-    assert kernels is not None, "without Triton, dispatch.path answers TORCH"
-    forward = kernels.forward if route == KERNELS else kernels.operator
+    forward = norm.kernels[0 if route == KERNELS else 2]
     try:
         if not torch.is_grad_enabled() or not (
             x.requires_grad
@@ -119,44 +132,47 @@ def on_kernels(call: Call, norm: Norm, route: int) -> Tensor | None:
             or (bias is not None and bias.requires_grad)
             or (residual is not None and residual.requires_grad)
         ):
-            y = forward(x, weight, bias, buffers, options, epilogue_of(activation, residual, False), False)[0]
+            epilogue = NO_EPILOGUE
+            if activation is not None or residual is not None:
+                epilogue = epilogue_of(activation, residual, False)
+            y = forward(x, weight, bias, buffers, options, epilogue, False)[0]
         elif route != KERNELS:
-            y = norm.function.apply(x, weight, bias, residual, activation, options, buffers, forward)
+            y = norm.function.apply(x, weight, bias, residual, (activation, options, buffers, forward))
         elif not (x.is_inference() or (weight is not None and weight.is_inference())) and (
             activation is None or not any(t is not None and t.is_inference() for t in (bias, residual))
         ):
-            # Function.apply without what it does for functorch, which dispatch has ruled out: 4 us of 40
-            apply: Any = super(torch.autograd.Function, norm.function).apply  # type: ignore[misc]
-            y = apply(x, weight, bias, residual, activation, options, buffers, forward)
+            y = norm.quick_apply(x, weight, bias, residual, (activation, options, buffers, forward))
         else:  # inference tensors cannot be saved
             return None
     except TooLarge:
         return None
     if norm.then is not None:
-        norm.then(call)
+        norm.then(call, route)
     return y
 
 
 def epilogue_of(activation: Activation | None, residual: Tensor | None, keep: bool) -> Epilogue:
     """What the kernels are told of it."""
     if activation is None:
-        return NO_EPILOGUE if residual is None else Epilogue(IDENTITY, residual)
+        return Epilogue(IDENTITY, residual)
     return Epilogue(activation, residual, keep and activation.name == "relu")
 
 
 def record(
-    ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, *how: Any
+    ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, how: Any
 ) -> Tensor:
     """The forward of a normalizer's autograd Function, which its backward continues in `gradients`. how: the
     rest of a Call, and the forward to run."""
     activation, options, buffers, forward = how
-    epilogue = epilogue_of(activation, residual, True)
-    y, table, mask = forward(x, weight, bias, buffers, options, epilogue, True)
     bias_dtype = None if bias is None else bias.dtype
     if activation is None:
+        epilogue = NO_EPILOGUE if residual is None else Epilogue(IDENTITY, residual)
+        y, table, _ = forward(x, weight, bias, buffers, options, epilogue, True)
         ctx.fixed = (options, bias_dtype, None, residual is not None, None)
         ctx.save_for_backward(x, weight, table)
     else:
+        epilogue = epilogue_of(activation, residual, True)
+        y, table, mask = forward(x, weight, bias, buffers, options, epilogue, True)
         order = None if mask is None else x.stride()
         ctx.fixed = (options, bias_dtype, activation, residual is not None, order)
         ctx.save_for_backward(x, weight, table, bias, residual if mask is None else mask)
@@ -164,7 +180,7 @@ def record(
 
 
 def gradients(ctx: Any, dy: Tensor, norm: Norm) -> tuple[Tensor | None, ...]:
-    """The gradients of x, weight, bias and residual, None where not needed, and None for the rest of what
+    """The gradients of x, weight, bias and residual, None where not needed, and None for the last of what
     `record` is given.
 
     They come in plain torch, and differentiable, with create_graph=True, for a vmap over the backward, and
@@ -175,10 +191,10 @@ def gradients(ctx: Any, dy: Tensor, norm: Norm) -> tuple[Tensor | None, ...]:
     if order is not None and x.stride() != order:  # hooks of saved tensors; the mask has x's old order
         x = x.new_empty_strided(x.shape, order).copy_(x)
     need_dx, need_dweight, need_dbias, need_dz = ctx.needs_input_grad[:4]
-    wanted = Wanted(need_dx, weight.dtype if need_dweight else None, bias_dtype if need_dbias else None)
+    wanted = new(
+        Wanted, (need_dx, weight.dtype if need_dweight else None, bias_dtype if need_dbias else None)
+    )
     dz = dy if residual and activation is None else None
-    kernels = norm.kernels
-    assert kernels is not None
     found: Any = None
     if not (torch.is_grad_enabled() or batched(dy)):
         epilogue = NO_EPILOGUE if activation is None else Epilogue(activation, kept)
@@ -186,10 +202,10 @@ def gradients(ctx: Any, dy: Tensor, norm: Norm) -> tuple[Tensor | None, ...]:
         if activation is None and not (need_dx or need_dweight or need_dbias):
             found = (None, None, None, None)
         elif watched(x) or type(dy) is not Tensor:
-            found = kernels.operator_backward(*arguments)
+            found = norm.kernels.operator_backward(*arguments)
         else:
-            with contextlib.suppress(TooLarge):
-                found = kernels.backward(*arguments)
+            with contextlib.suppress(TooLarge), torch.cuda.device(x.get_device() if elsewhere(x) else -1):
+                found = norm.kernels.backward(*arguments)
     if found is None:
         g = dy
         if activation is not None:
@@ -203,7 +219,7 @@ def gradients(ctx: Any, dy: Tensor, norm: Norm) -> tuple[Tensor | None, ...]:
         dweight if need_dweight else None,
         dbias if need_dbias else None,
         (made if dz is None else dz) if need_dz else None,
-        *(None,) * (len(ctx.needs_input_grad) - 4),
+        None,
     )
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..dispatch import elsewhere
 from ..kernels import layouts, views
 from ..kernels.epilogue import NO_EPILOGUE, Activation, Epilogue
 from ..kernels.records import Wanted
@@ -29,10 +30,17 @@ _library = torch.library.Library("bnfast", "DEF")
 
 def define(schema: str, real: Any, fake: Any) -> Any:
     """Registers an operator for CPU (the interpreter) and CUDA; returns it."""
+
+    def on_its_device(x: Tensor, *rest: Any) -> Any:
+        if elsewhere(x):
+            with torch.cuda.device(x.device):
+                return real(x, *rest)
+        return real(x, *rest)
+
     name = schema.partition("(")[0]
     _library.define(schema)
     for key in ("CPU", "CUDA"):
-        _library.impl(name, real, key)
+        _library.impl(name, on_its_device, key)
     torch.library.register_fake(f"bnfast::{name}", fake, lib=_library)
     return getattr(torch.ops.bnfast, name).default
 

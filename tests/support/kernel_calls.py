@@ -20,8 +20,8 @@ from bnfast.kernels import launch, plan
 from bnfast.kernels import layer_norm as _layer_norm
 from bnfast.kernels.epilogue import NO_EPILOGUE, Epilogue
 from bnfast.kernels.records import (
+    NO_BUFFERS,
     BatchNormOptions,
-    Buffers,
     Forward,
     Gradients,
     GroupNormOptions,
@@ -44,13 +44,13 @@ def batch_norm_train(
     x: Tensor, weight: Result = None, bias: Result = None, mean: Result = None, variance: Result = None,
     batches: Result = None, *, momentum: float = 0.1, renorm: Any = None, epilogue: Epilogue = NO_EPILOGUE,
 ) -> Forward:  # fmt: skip
-    buffers, options = Buffers(mean, variance, batches), BatchNormOptions(True, momentum, EPS, renorm)
+    buffers, options = (mean, variance, batches), BatchNormOptions(True, momentum, EPS, renorm)
     return _batch_norm.forward(x, weight, bias, buffers, options, epilogue)
 
 
 def batch_norm_eval(x: Tensor, mean: Tensor, variance: Tensor, *, keep: bool = True) -> Forward:
     options = BatchNormOptions(False, 0.0, EPS)
-    return _batch_norm.forward(x, None, None, Buffers(mean, variance), options, keep=keep)
+    return _batch_norm.forward(x, None, None, (mean, variance, None), options, keep=keep)
 
 
 def batch_norm_backward(
@@ -64,7 +64,7 @@ def batch_norm_backward(
 def group_norm(
     x: Tensor, groups: int, weight: Result, bias: Result, epilogue: Epilogue = NO_EPILOGUE
 ) -> Forward:
-    return _group_norm.forward(x, weight, bias, Buffers(), GroupNormOptions(groups, EPS), epilogue)
+    return _group_norm.forward(x, weight, bias, NO_BUFFERS, GroupNormOptions(groups, EPS), epilogue)
 
 
 def group_norm_backward(
@@ -78,7 +78,7 @@ def group_norm_backward(
 def layer_norm(x: Tensor, weight: Result, bias: Result, *, keep: bool = True) -> Forward:
     """Of the last dimension."""
     options = LayerNormOptions(x.shape[-1:], EPS)
-    return _layer_norm.forward(x, weight, bias, Buffers(), options, keep=keep)
+    return _layer_norm.forward(x, weight, bias, NO_BUFFERS, options, keep=keep)
 
 
 def layer_norm_backward(
