@@ -25,7 +25,8 @@ BASELINES = ("torch", "native", "cudnn-op", "cudnn-frontend", "compile", "compil
 
 
 def parser() -> argparse.ArgumentParser:
-    """A job is a subcommand with options of its own, and the module whose `run` they are handed to."""
+    """A job is a subcommand with options of its own, and the module whose `run` they are handed to; or
+    another function of it, after a colon."""
     about = "What bnfast does on this machine."
     whole = argparse.ArgumentParser(prog="python3 -m benchmarks", description=about)
     jobs = whole.add_subparsers(title="jobs", metavar="JOB")
@@ -78,7 +79,7 @@ def parser() -> argparse.ArgumentParser:
     option("--top", type=positive, default=30, help="lines of a comparison (default: %(default)s)")
 
     about = "make README's section on performance of benchmarks/results"
-    add("readme", "readme", about, results=False)
+    add("readme", "report:write_readme", about, results=False)
     add("memory", "memory", "count what ResNet-50 keeps for its backward")
     add("host", "host", "time what an eager call costs the host, with a GPU's driver made up")
 
@@ -109,10 +110,11 @@ def main(arguments: list[str]) -> int:
     lacking = environment.ensure()
     if lacking:
         environment.say(f"going on without {', '.join(lacking)}; what needs them is named below.")
+    module, _, function = options.module.partition(":")
     # only now: it needs torch, which may just have come
-    job = importlib.import_module(f"benchmarks.{options.module}")
+    job = getattr(importlib.import_module(f"benchmarks.{module}"), function or "run")
     try:
-        return int(job.run(options, lacking))
+        return int(job(options, lacking))
     except Refused as e:
         print(f"python3 -m benchmarks: error: {e}", file=sys.stderr)
         return 2

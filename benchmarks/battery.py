@@ -191,9 +191,8 @@ def of_suite(
     return work
 
 
-def machines(session: Session, seconds: float) -> Iterator[Record]:
-    yield stamp.clock_record(session.device)
-    yield from limited(machine.copies(session.device), seconds)
+def copies(session: Session, seconds: float) -> Iterator[Record]:
+    return limited(machine.copies(session.device), seconds)
 
 
 def latencies(session: Session, seconds: float) -> Iterator[Record]:
@@ -223,7 +222,7 @@ COMPILED = measure.Method(rounds=7, caches=("cold",), graph=False)
 EAGER = ("torch", "native", "cudnn-op")
 PARTS = (
     Part("correctness", 120, correctness),
-    Part("machine", 20, machines),
+    Part("machine", 20, copies),
     Part("resnet50", 150, of_suite(suites.RESNET50, "resnet50", suites.LAYOUTS[::-1], BOTH, EAGER, SHORT)),
     Part("groupnorm", 45, of_suite(
         suites.SD15_UNET, "sd-unet", suites.LAYOUTS, BOTH[:1], ("torch", "apex", "liger"), SHORT)),

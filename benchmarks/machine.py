@@ -119,7 +119,7 @@ def launches(
     timing costs cancels out; and the host's own time for a launch (in the line's `host_us`)."""
     x = torch.zeros(16, device=device)
     for programs in (1, torch.cuda.get_device_properties(device).multi_processor_count):
-        shape = f"{programs} programs"
+        shape = f"grid of {programs}"
         works = {("eager", n): repeated(partial(launch, x, programs), n) for n in (FEW, MANY)}
         works |= {("graph", count): in_graph(work) for (_, count), work in works.items()}
         samples = in_turn({name: Timed(work) for name, work in works.items()}, stopwatch, rounds)
@@ -131,6 +131,6 @@ def launches(
     todo = {0: Timed(repeated(partial(launch, x, 1), MANY), MANY)}
     time = Spread.of(in_turn(todo, host, rounds)[0])
     yield Record(
-        "probe", MEASURED, "launch, host", shape="1 programs", mode="eager", host_us=round(time.us, 3),
+        "probe", MEASURED, "launch, host", shape="grid of 1", mode="eager", host_us=round(time.us, 3),
         note=f"quartiles of host_us: {time.us_low:.2f} and {time.us_high:.2f}",
     )  # fmt: skip

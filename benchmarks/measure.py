@@ -53,14 +53,12 @@ def get(names: Sequence[str]) -> list[Baseline]:
 class Method:
     """rounds: readings of each figure. caches: L2 as a call finds it, "cold" (buffers take turns, so that it
     finds nothing of its own; where they are too few for that, other memory is read before) and "warm" (one
-    buffer again and again). graph: time a captured CUDA graph too. verify: results and copies are checked
-    before anything is timed."""
+    buffer again and again). graph: time a captured CUDA graph too."""
 
     rounds: int = ROUNDS
     caches: tuple[str, ...] = ("cold", "warm")
     directions: tuple[str, ...] = DIRECTIONS
     graph: bool = True
-    verify: bool = True
     stopwatch: Stopwatch = on_gpu
 
 
@@ -153,9 +151,7 @@ class Ready:
         return {**self.columns, "note": "; ".join(filter(None, (self.note, lateness(samples))))}
 
 
-def ready(
-    case: Case, baselines: Sequence[Baseline], device: torch.device, method: Method
-) -> Iterator[Ready | Record]:
+def ready(case: Case, baselines: Sequence[Baseline], device: torch.device) -> Iterator[Ready | Record]:
     """Those that can run the case; for the others a record that says why they cannot. Nobody is timed whose
     results are wrong."""
     for afresh in dict.fromkeys(baseline.afresh for baseline in baselines):
@@ -168,21 +164,18 @@ def ready(
             continue
         try:
             contender = baseline.build(case, device)
-            one = Ready(baseline.name, contender)
-            if method.verify:
-                found = fairness.step(contender, case, device)
-                wrong = fairness.checked(found, case, device)
-                if wrong is not None:
-                    yield cannot(ran=contender.ran, note=f"{WRONG}: {wrong}")
-                    continue
-                copied = None
-                if contender.countable:
-                    copied = round(fairness.copies(contender, case, device) / 1e6, 3)
-                one = Ready(baseline.name, contender, copied, fairness.strayed(found, case))
+            found = fairness.step(contender, case, device)
+            wrong = fairness.checked(found, case, device)
+            copied = None
+            if contender.countable and wrong is None:
+                copied = round(fairness.copies(contender, case, device) / 1e6, 3)
         except Exception as e:
             yield cannot(note=one_line(e))
             continue
-        yield one
+        if wrong is not None:
+            yield cannot(ran=contender.ran, note=f"{WRONG}: {wrong}")
+        else:
+            yield Ready(baseline.name, contender, copied, fairness.strayed(found, case))
 
 
 def of_case(
@@ -191,7 +184,7 @@ def of_case(
     """Everything that is measured of one case. A contender that fails on the way, for memory say, is named in
     a record of its own, and the others go on."""
     contenders: list[Ready] = []
-    for found in ready(case, baselines, device, method):
+    for found in ready(case, baselines, device):
         if isinstance(found, Record):
             yield found
         else:

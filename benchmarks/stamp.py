@@ -13,10 +13,9 @@ import torch
 
 import bnfast
 from benchmarks import ROOT, timing
-from benchmarks.records import CANNOT, MEASURED, Record
 from bnfast import dispatch
 
-FIELDS = ("name", "driver_version", "clocks.sm", "clocks.mem", "temperature.gpu", "power.draw")
+FIELDS = ("name", "driver_version", "clocks.sm", "temperature.gpu")
 PATIENCE = 10.0  # seconds, at most, for an answer
 
 
@@ -27,9 +26,7 @@ class Clocks:
     name: str | None = None
     driver: str | None = None
     sm_MHz: float | None = None
-    memory_MHz: float | None = None
     temperature_C: float | None = None
-    power_W: float | None = None
 
 
 def output(*command: str) -> str:
@@ -64,19 +61,6 @@ def clocks(device: torch.device) -> Clocks:
     if found.name is None and timing.is_gpu(device):
         return replace(found, name=torch.cuda.get_device_name(device))
     return found
-
-
-def clock_record(device: torch.device) -> Record:
-    """clock_MHz is the SMs'; memory clock and power are in its note."""
-    found = clocks(device)
-    known = replace(found, name=None) != Clocks()
-    beside = (("memory clock", found.memory_MHz, "MHz"), ("power", found.power_W, "W"))
-    said = ", ".join(f"{what} {value:g} {unit}" for what, value, unit in beside if value is not None)
-    return Record(
-        "probe", MEASURED if known else CANNOT, "clocks", "nvidia-smi", clock_MHz=found.sm_MHz,
-        temperature_C=found.temperature_C, note=said if known else "nvidia-smi told nothing",
-        gpu=found.name or "", driver=found.driver or "",
-    )  # fmt: skip
 
 
 def commit() -> str:

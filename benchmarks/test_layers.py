@@ -39,7 +39,7 @@ CASES = [
 def test_layer(benchmark: Any, variant: str, case: Case, direction: str) -> None:
     if variant in COMPILED and not os.environ.get("BNFAST_BENCHMARK_COMPILED"):
         pytest.skip("set BNFAST_BENCHMARK_COMPILED=1 for what torch.compile makes")
-    (found,) = measure.ready(case, measure.get([variant]), DEVICE, measure.Method())
+    (found,) = measure.ready(case, measure.get([variant]), DEVICE)
     if isinstance(found, Record):
         assert measure.WRONG not in found.note
         pytest.skip(found.note)

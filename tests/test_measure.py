@@ -118,7 +118,7 @@ def test_small_layers_are_timed_in_few_calls_and_find_the_cache_empty(
 
     monkeypatch.setattr(measure, "evicting", lambda device: lambda: events.append("evict"))
     monkeypatch.setattr(timing, "COLD_BYTES", 100 * BATCH.x_bytes)
-    method = dataclasses.replace(QUICK, caches=("cold",), verify=False, stopwatch=watch)
+    method = dataclasses.replace(QUICK, caches=("cold",), stopwatch=watch)
     list(measure.of_case(BATCH, [altered("small", forward)], CPU, method))
     starts = [i for i, event in enumerate(events) if event == "start"]
     assert len(starts) == 2 * (QUICK.rounds + timing.WARM_UP)

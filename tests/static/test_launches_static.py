@@ -3,12 +3,14 @@ predictions, and a worse plan shows in it."""
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks import predict
+from benchmarks import host, predict, records
 from bnfast import dispatch
 from bnfast.kernels import plan
 from codegen import budgets, launches, sass
@@ -87,3 +89,15 @@ def test_a_worse_plan_is_noticed() -> None:
     assert f"{entry}, forward, transform_kernel: KB in flight {version} was" in complaint
     assert f"{entry}, forward, statistics_kernel: bytes was" in complaint
     assert budgets.RENEW in complaint
+
+
+def test_the_host_job_from_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four functions with and without gradient, ours and torch's."""
+    monkeypatch.setattr(host, "ROUNDS", 2)
+    monkeypatch.setattr(host, "CALLS", 2)
+    options = argparse.Namespace(device="cpu", out=tmp_path)
+    assert host.run(options, ["matplotlib"]) == 0
+    (file,) = tmp_path.glob("*/host.csv")
+    found = records.read(file)
+    assert found["variant"].tolist() == ["bnfast", "torch"] * 8
+    assert (found["host_us"] > 0).all()
