@@ -31,16 +31,22 @@ TRITONS = ("3.6.0", "3.7.1", "3.8.0", "3.9.0")  # codegen/budgets.csv has column
 # With the oldest: the static tests that compile every kernel, and what touches most of PyTorch and of Triton
 COVERING = ("tests/static/test_budgets.py",)
 LIBRARIES_TIER = [
-    f"tests/test_{name}.py"
-    for name in ("carrying_subclasses", "convert_models", "folding", "fuse_models", "fuse_report", "opacus")
-    + ("registries", "timm_tools")
+    f"tests/{name}.py"
+    for name in ("test_carrying_subclasses", "convert/test_folding", "convert/test_models")
+    + (
+        "convert/test_opacus",
+        "convert/test_registries",
+        "convert/test_timm_tools",
+        "fuse/test_models",
+        "fuse/test_report",
+    )
 ]
-OLDEST_TIER = [
-    f"tests/test_{name}.py"
-    for name in ("numerics", "batchnorm_layer", "operators", "autograd", "fx_and_script", "fuse")
-    + ("convert", "converters", "folding", "strides", "plain_layouts")
+OLDEST_TIER = ["tests/contract"] + [
+    f"tests/{name}.py"
+    for name in ("test_autograd", "test_batchnorm_layer", "test_fx_and_script")
+    + ("test_operators", "test_plain_layouts", "test_strides", "kernels/test_numerics", "fuse/test_blocks")
+    + ("convert/test_convert", "convert/test_converters", "convert/test_folding")
 ]
-OLDEST_TIER.append("tests/contract")
 NO_TESTS = 5  # pytest's exit code for "nothing collected"
 
 

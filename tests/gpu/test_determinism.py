@@ -11,7 +11,7 @@ from torch import Tensor
 
 import bnfast
 from bnfast.checks import one_step
-from bnfast.checks.cases import Case, batch_renorm, group_norm, instance_norm
+from bnfast.checks.cases import Case, batch_renorm, group_norm, instance_norm, layer_norm
 from bnfast.kernels import (
     cell_plan,
     column_sums,
@@ -49,6 +49,7 @@ CASES = [
         group_norm((16, 960, 17, 17), torch.float16, groups=32),
         group_norm((64, 30, 28, 28), torch.float32, groups=3),
     ),
+    *(layer_norm((2051, width), torch.bfloat16) for width in (768, 4096, 20000)),
 ]
 FEW = [*CASES[:5], *CASES[8:]]
 

@@ -13,6 +13,7 @@ from bnfast.checks import one_step
 from bnfast.checks.cases import Case, group_norm
 from tests.gpu import parity
 from tests.gpu.test_large import GB, need_memory
+from tests.kernels.test_numerics import GROUPS, TOO_LARGE_TO_HOLD
 from tests.support.buffers import bit_identical
 from tests.support.families import (
     BF16,
@@ -27,7 +28,6 @@ from tests.support.families import (
     parameters,
     strides,
 )
-from tests.test_numerics import GROUPS, TOO_LARGE_TO_HOLD
 
 pytestmark = pytest.mark.gpu
 

@@ -70,16 +70,6 @@ def test_unaligned_storage(cut: int) -> None:
         assert all(verdict.ok for verdict in verdicts.values()), {n: str(v) for n, v in verdicts.items()}
 
 
-@pytest.mark.parametrize("width", [768, 4096, 20000])
-def test_same_bits_every_time(width: int) -> None:
-    case = layer_norm((2051, width), BF16)
-    g = parity.given(case)
-    first = one_step.run(case, bnfast, g)
-    for _ in range(3):
-        again = one_step.run(case, bnfast, g)
-        assert all(bit_identical(first[name], again[name]) for name in first)
-
-
 @pytest.mark.parametrize("width", [768, 20000])
 def test_cuda_graph(width: int) -> None:
     """A training step, captured and replayed on other numbers."""

@@ -9,9 +9,9 @@ import pytest
 from bnfast.activation import NAMES, Activation
 from bnfast.kernels.one_read import group_norm_gradients_kernel, group_norm_kernel
 from bnfast.kernels.records import CellTile
-from codegen.sass import bytes_in_flight_per_sm, compile_kernel
+from codegen.sass import bytes_in_flight_per_sm
 from tests.support.compiled import compiled
-from tests.support.kernel_cases import After, Shape, call
+from tests.support.kernel_cases import After, Shape, call, compiled_held
 from tests.support.row_cases import call as row_call
 
 pytestmark = pytest.mark.static
@@ -85,20 +85,7 @@ def test_held_groups(kernel: object, name: str, residual: str) -> None:
         return  # swept
     absent = {"signs_ptr", "z_ptr"} - {f"{residual}_ptr"} - ({"z_ptr"} if forward and residual else set())
     absent |= {"dz_ptr"} if not residual else set()
-    kinds = {"signs_ptr": "*u8"} | {f"{n}_ptr": "*bf16" for n in ("x", "y", "dy", "dx", "z", "dz")}
-    names = [n for n in kernel.arg_names if n not in constexprs]  # type: ignore[attr-defined]
-    signature = {
-        n: None
-        if n in absent
-        else kinds.get(n, "*fp32" if n.endswith("_ptr") else "fp64" if n == "eps" else "i32")
-        for n in names
-    }
-    aligned = tuple(
-        n for n in names if n not in absent and n.endswith("_ptr") and n not in ("weight_ptr", "bias_ptr")
-    )
-    report = compile_kernel(
-        kernel, signature, constexprs, aligned=aligned, target="sm_90", num_warps=16, maxnreg=128
-    )  # fmt: skip
+    report = compiled_held(kernel, constexprs, absent, "bf16", 16, 128)
     assert (report.spills, report.stack) == (0, 0)
 
 

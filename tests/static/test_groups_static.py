@@ -7,10 +7,9 @@ import pytest
 
 from bnfast.kernels import cell_plan, one_read
 from bnfast.kernels.epilogue import IDENTITY
-from codegen.sass import compile_kernel
 from tests.static.test_kernels_static import check_code, variants
 from tests.support.compiled import compiled
-from tests.support.kernel_cases import ITEMSIZES, Shape, call
+from tests.support.kernel_cases import ITEMSIZES, Shape, call, compiled_held
 
 pytestmark = pytest.mark.static
 SWEPT = [
@@ -67,20 +66,7 @@ def test_held_cells(sweep: cell_plan.CellSweep, inputs: int, dtype: str) -> None
     kernel = one_read.group_norm_kernel if inputs == 1 else one_read.group_norm_gradients_kernel
     constexprs = {"T": sweep.tile, "ACT": IDENTITY}
     absent = {"z_ptr", "signs_ptr", "dz_ptr"} | ({"bias_ptr"} if inputs == 2 else set())
-    signature: dict[str, str | None] = {}
-    for name in kernel.arg_names:
-        if name in absent:
-            signature[name] = None
-        elif name in ("x_ptr", "y_ptr", "dy_ptr", "dx_ptr"):
-            signature[name] = f"*{dtype}"
-        elif name.endswith("_ptr"):
-            signature[name] = "*fp32"
-        elif name not in constexprs:
-            signature[name] = "fp64" if name == "eps" else "i32"
-    aligned = tuple(n for n in signature if n.endswith("_ptr") and n not in (*one_read.PARAMETERS, *absent))
-    report = compile_kernel(
-        kernel, signature, constexprs, aligned=aligned, num_warps=sweep.warps, maxnreg=sweep.registers
-    )
+    report = compiled_held(kernel, constexprs, absent, dtype, sweep.warps, sweep.registers)
     assert report.spills == 0
     assert report.registers <= sweep.registers
     assert report.loads.get(sweep.tile.vec * ITEMSIZES[dtype], 0) >= inputs * sweep.tile.tiles

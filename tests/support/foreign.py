@@ -1,5 +1,5 @@
 """Stand-ins for layers of libraries that need not be installed: what bnfast.convert knows of them, which is
-their place, their name, what they hold and what they compute. `tests/test_convert_models.py` has the real
+their place, their name, what they hold and what they compute. `tests/convert/test_models.py` has the real
 ones, where these are installed."""
 
 from __future__ import annotations

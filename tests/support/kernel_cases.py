@@ -7,9 +7,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from bnfast.kernels import gradients, plan, statistics, transform
+from bnfast.kernels import gradients, one_read, plan, statistics, transform
 from bnfast.kernels.epilogue import Activation
 from bnfast.kernels.group_plan import swept
+from codegen.sass import Report, compile_kernel
 
 KINDS = ("statistics", "transform", "gradient_sums", "gradient_transform")
 KERNELS = {
@@ -101,12 +102,13 @@ class Call:
     signature: dict[str, Any]
     constexprs: dict[str, Any]
     aligned: tuple[str, ...]
-    sweep: plan.Sweep = field(repr=False)
+    sweep: Any = field(repr=False)  # of plan.py or row_plan.py
 
     @property
     def variant(self) -> tuple[Any, ...]:
         """Equal for calls that compile to the same code."""
-        return (self.kernel.__name__, *self.signature.items(), *self.constexprs.items(), self.sweep.warps)
+        launch = (self.sweep.warps, self.sweep.registers)
+        return (self.kernel.__name__, *self.signature.items(), *self.constexprs.items(), *launch)
 
 
 def call(kind: str, shape: Shape, dtype: str, evaluating: bool = False, after: After = After()) -> Call:
@@ -164,3 +166,19 @@ def call(kind: str, shape: Shape, dtype: str, evaluating: bool = False, after: A
         n for n, t in signature.items() if isinstance(t, str) and t.startswith("*") and n not in anywhere
     )
     return Call(kernel, signature, constexprs, aligned, sweep)
+
+
+def compiled_held(
+    kernel: Any, constexprs: dict[str, Any], absent: set[str], dtype: str, warps: int, registers: int
+) -> Report:
+    """A kernel of one_read.py, which holds whole groups."""
+    kinds = {"signs_ptr": "*u8", "eps": "fp64", **dict.fromkeys(DATA, f"*{dtype}")}
+    names = [name for name in kernel.arg_names if name not in constexprs]
+    signature = {
+        name: None if name in absent else kinds.get(name, "*fp32" if name.endswith("_ptr") else "i32")
+        for name in names
+    }
+    vectors = (n for n in names if n.endswith("_ptr") and n not in (*one_read.PARAMETERS, *absent))
+    return compile_kernel(
+        kernel, signature, constexprs, aligned=tuple(vectors), num_warps=warps, maxnreg=registers
+    )

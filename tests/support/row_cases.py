@@ -4,33 +4,14 @@ codegen.sass.compile_kernel.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import Any
 
 from bnfast.kernels import column_sums, row_activation, row_gradients, row_norm, row_plan
 from bnfast.kernels.epilogue import Activation
+from tests.support.kernel_cases import DATA, ITEMSIZES, Call
 
 KINDS = ("forward", "gradients", "column_gradients", "wide_gradients", "column_sums")
-ITEMSIZES = {"fp16": 2, "bf16": 2, "fp32": 4, "fp64": 8}
-DATA = {"x_ptr", "y_ptr", "dy_ptr", "dx_ptr", "z_ptr", "dz_ptr"}
 SMS = 132
-
-
-@dataclass(frozen=True)
-class Call:
-    """The arguments of compile_kernel for one launch of the host code."""
-
-    kernel: Any
-    signature: dict[str, Any]
-    constexprs: dict[str, Any]
-    aligned: tuple[str, ...]
-    sweep: row_plan.RowSweep = field(repr=False)
-
-    @property
-    def variant(self) -> tuple[Any, ...]:
-        """Equal for calls that compile to the same code."""
-        launch = (self.sweep.warps, self.sweep.registers)
-        return (self.kernel.__name__, *self.signature.items(), *self.constexprs.items(), *launch)
 
 
 def sized(rows: int, width: int, dtype: str) -> row_plan.Rows:

@@ -1,5 +1,5 @@
 """timm's and Lightning's own tools on converted and fused models of timm's: they find its layers and lose
-nothing. These libraries need not be installed; tests/test_adopted.py does without."""
+nothing. These libraries need not be installed; tests/convert/test_adopted.py does without."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 """bnfast.convert and bnfast.revert on layers: the same object with another class, which computes the same. In
-plain torch; `tests/test_convert_models.py` has the kernels too."""
+plain torch; `tests/convert/test_models.py` has the kernels too."""
 
 from __future__ import annotations
 

@@ -56,7 +56,7 @@ CASES = {
 
 @pytest.fixture(autouse=True)
 def _plain_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whole models are too much for the interpreter; tests/test_fuse.py has kernels under fused blocks."""
+    """Whole models are too much for the interpreter; test_blocks.py has kernels under fused blocks."""
     monkeypatch.setattr(dispatch, "INTERPRET", False)
 
 
