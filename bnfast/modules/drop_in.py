@@ -32,8 +32,15 @@ class DropIn(nn.Module):
             enter(cls)
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
-        """act(norm(input) + residual), of input's shape, dtype and memory format. residual: of input's shape,
-        dtype and device. The function of the same name in bnfast.functional says more."""
+        """Computes activation(norm(input) + residual).
+
+        Args:
+            input (Tensor): What is normalized. The class says of which shape.
+            residual (Tensor, optional): What is added before the activation, of input's shape, dtype and
+                device.
+
+        Returns:
+            A tensor of input's shape, dtype and memory format."""
         if isinstance(input, Proxy):
             return self._leaf(*((input,) if residual is None else (input, residual)))
         return self.normalize(input, self.activation, residual)
