@@ -1,4 +1,4 @@
-"""Whole models: normalization layers become bnfast's where they stand, and what they were again.
+"""convert and revert: normalization layers of a model become bnfast's in place, and go back.
 
 A layer keeps its object and gets another class, as lazy and parametrized layers do in torch. A new object
 would have to take the old one's place under every name in the model, in every list beside it, in what its
@@ -54,19 +54,36 @@ _ELSEWHERE: dict[str, type[DropIn]] = {
 def convert(model: nn.Module) -> nn.Module:
     """Makes bnfast's layers of a model's normalization layers, in place.
 
-    Converted are, by exact type: torch.nn's BatchNorm1d/2d/3d, GroupNorm, InstanceNorm1d/2d/3d and LayerNorm;
-    torchvision's and detectron2's FrozenBatchNorm2d; timm's BatchNormAct2d, FrozenBatchNormAct2d,
-    GroupNormAct, GroupNorm1Act and LayerNormAct, whose activation the kernels apply, and timm's GroupNorm,
-    GroupNorm1 and LayerNorm. Layers of these libraries stay theirs as well: isinstance says so, and their
-    freezers and converters find what they look for. Parameters, buffers, hooks, flags, dtype, device and
-    state_dict keys stay, so the optimizer may have been made before; FSDP and torch.jit.script come after,
-    since they replace classes themselves.
+    These layers are converted, by exact type: torch.nn's BatchNorm1d/2d/3d, GroupNorm, InstanceNorm1d/2d/3d
+    and LayerNorm; torchvision's and detectron2's FrozenBatchNorm2d; timm's BatchNormAct2d,
+    FrozenBatchNormAct2d, GroupNormAct, GroupNorm1Act and LayerNormAct, whose activation the kernels apply,
+    and timm's GroupNorm, GroupNorm1 and LayerNorm. Layers of these libraries stay instances of their own
+    classes as well, so that the libraries' freezers and converters find what they look for.
 
-    Left alone are subclasses, lazy, parametrized and pruned layers, those whose activation the kernels do not
-    know, and all kinds that bnfast has not.
+    Parameters, buffers, hooks, flags, dtype, device and state_dict keys stay, so the optimizer may have been
+    made before. FSDP and torch.jit.script come after, since they replace classes themselves.
 
-    Returns the model. Logs what was converted, and what was left alone and why, to the logger "bnfast" at
-    level INFO. Raises TypeError for anything but a torch.nn.Module."""
+    Left alone are subclasses, lazy, parametrized and pruned layers, layers whose activation the kernels do
+    not know, and all kinds that bnfast does not have. What was converted, and what was left alone and why,
+    goes to the logger "bnfast" at level INFO.
+
+    Args:
+        model (nn.Module): The model, or a single layer. It is changed in place.
+
+    Returns:
+        The model.
+
+    Raises:
+        TypeError: model is not a torch.nn.Module.
+
+    Example:
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
+        >>> layer = model[1]
+        >>> bnfast.convert(model)[1] is layer
+        True
+        >>> type(layer)
+        <class 'bnfast.modules.batchnorm.BatchNorm2d'>
+    """
     log = _Log("convert", model)
     catch_up()
     for name, module in list(model.named_modules()):
@@ -89,13 +106,27 @@ def convert(model: nn.Module) -> nn.Module:
 def revert(model: nn.Module) -> nn.Module:
     """Undoes `fuse` and `convert`, in place: layers become torch.nn's, or what they were converted from.
 
-    A layer that carries an activation and came from nowhere else becomes one of bnfast.modules.plain:
-    torch.nn's with the activation behind it and the same state_dict keys. It still takes a residual, which
-    torch.nn's do not. Batch Renormalization becomes BatchNorm, which is equal in eval only: a warning
-    says so. Torch has no frozen BatchNorm, so one that came from nowhere else becomes bnfast's own in plain
-    torch. Subclasses of bnfast's layers are left alone.
+    A layer that carries an activation and was not converted from another library's becomes one of
+    bnfast.modules.plain: torch.nn's layer with the activation behind it and the same state_dict keys. It
+    still takes a residual, which torch.nn's layers do not. Batch Renormalization becomes BatchNorm, which is
+    equal in eval only: a warning says so. Torch has no frozen BatchNorm, so one that was not converted
+    becomes bnfast's own in plain torch. Subclasses of bnfast's layers are left alone. The logger "bnfast"
+    reports as for `convert`.
 
-    Returns the model; logs as `convert` does. Raises TypeError for anything but a torch.nn.Module."""
+    Args:
+        model (nn.Module): The model, or a single layer. It is changed in place.
+
+    Returns:
+        The model.
+
+    Raises:
+        TypeError: model is not a torch.nn.Module.
+
+    Example:
+        >>> model = bnfast.fuse(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU()))
+        >>> type(bnfast.revert(model)[1]) is nn.BatchNorm2d
+        True
+    """
     log = _Log("revert", model)
     unfuse(model)
     for name, module in list(model.named_modules()):

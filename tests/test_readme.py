@@ -1,5 +1,5 @@
-"""README, CONTRIBUTING, CHANGELOG and the pages of docs/: their examples run, the commands that they name exist,
-and their links lead somewhere."""
+"""README, CONTRIBUTING, CHANGELOG and docs/: their examples run, the commands that they name exist, and their
+links lead somewhere."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def test_readme_links_to_every_page() -> None:
 
 
 def test_readme_says_what_is_measured() -> None:
-    """docs/benchmarks.md is made from the results that are committed; README's sentence is written by hand."""
+    """docs/benchmarks.md is made from committed results; README's sentence is written by hand."""
     assert ("not measured yet" in README) == ("Not measured yet" in PAGES["docs/benchmarks.md"])
 
 

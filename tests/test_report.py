@@ -1,4 +1,4 @@
-"""Records, and what is made of them: CSV files, tables, pictures, comparisons, docs/benchmarks.md's section."""
+"""Records, and what is made of them: CSV files, tables, pictures, comparisons, the section in docs/."""
 
 from __future__ import annotations
 

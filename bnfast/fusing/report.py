@@ -17,9 +17,15 @@ from .survey import norms_within_reach, plan
 
 
 class Fused(NamedTuple):
-    """A layer that applies what follows it. norm: its name in the model. residual: whether an add comes
-    before the activation. block: the module whose forward calls the layer, "" for the model itself, and None
-    for an activation that is the layer's own, whoever calls it."""
+    """A layer that applies the activation behind it.
+
+    Attributes:
+        norm (str): The layer's name in the model.
+        activation (Activation): What it applies.
+        residual (bool): Whether an add comes before the activation.
+        block (str or None): The module whose forward calls the layer, "" for the model itself. None for an
+            activation that is the layer's own, whoever calls it.
+    """
 
     norm: str
     activation: Activation
@@ -35,14 +41,24 @@ class Fused(NamedTuple):
 
 
 class Skipped(NamedTuple):
-    """A layer that runs by itself, and why."""
+    """A layer that runs by itself.
+
+    Attributes:
+        norm (str): The layer's name in the model.
+        reason (str): Why it runs by itself.
+    """
 
     norm: str
     reason: str
 
 
 class FusionReport(NamedTuple):
-    """Every normalization layer of a model once, in the model's order."""
+    """Every normalization layer of a model once, in the model's order.
+
+    Attributes:
+        fused (tuple of Fused): The layers that apply what follows them.
+        skipped (tuple of Skipped): The others, each with a reason.
+    """
 
     fused: tuple[Fused, ...]
     skipped: tuple[Skipped, ...]
