@@ -1,4 +1,4 @@
-"""Docstrings of everything public: each parameter by name, in sections that tools read, and examples that run."""
+"""Docstrings of everything public: every parameter is explained in sections that tools read; examples run."""
 
 from __future__ import annotations
 
