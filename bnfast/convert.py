@@ -3,8 +3,9 @@
 A layer keeps its object and gets another class, as lazy and parametrized layers do in torch. A new object
 would have to take the old one's place under every name in the model, in every list beside it, in what its
 hooks hold, and in the caller's own variables. This way parameters, buffers, hooks, flags and other attributes
-are not copied, so none is forgotten. It takes classes whose objects hold the same things, so a layer that
-holds anything else which bnfast's class would read is left alone, and so is every class not exactly known."""
+are not copied, so none is forgotten. The two classes must have objects with the same attributes. So a layer
+is left alone if it has another attribute that bnfast's class would read, or if its exact class is not
+known."""
 
 from __future__ import annotations
 
@@ -36,7 +37,7 @@ _THEIRS = {ours: kind for kind, ours in _TORCH.items()} | {
     getattr(modules, f"BatchRenorm{n}d"): getattr(nn, f"BatchNorm{n}d") for n in (1, 2, 3)
 }
 _PLAIN = {getattr(plain, ours.__name__): ours for ours in _TORCH.values()}
-# Known by name: these libraries are nobody's dependency here.
+# Known by name, for bnfast depends on none of these libraries.
 _ELSEWHERE: dict[str, type[DropIn]] = {
     "torchvision.ops.misc.FrozenBatchNorm2d": modules.FrozenBatchNorm2d,
     "detectron2.layers.batch_norm.FrozenBatchNorm2d": modules.FrozenBatchNorm2d,
@@ -144,12 +145,12 @@ def revert(model: nn.Module) -> nn.Module:
 
 
 def _restored(module: Any) -> type[nn.Module] | None:
-    """The class that one of bnfast's layers goes back to, or None for a subclass of them."""
+    """The class that one of bnfast's layers is reverted to, or None for a subclass of them."""
     kind = type(module)
     adopted = is_adopted(kind)
     if not adopted and kind not in _THEIRS:
         return None
-    # What timm's layers apply is not in here: their own class calls the modules that it is read from.
+    # timm's layers have no such entry: their `activation` is read from modules that their own class calls.
     activation = module.__dict__.pop("activation", None)
     if activation is None:
         return kind.theirs if adopted else _THEIRS[kind]
@@ -171,8 +172,8 @@ def _counterpart(kind: type) -> type[DropIn] | None:
 
 
 def _is_norm(module: nn.Module) -> bool:
-    """Whether somebody may expect it to be converted: one of torch.nn's or of a subclass, or a module called
-    so that has parameters or buffers of its own, as containers have not."""
+    """Whether a user may expect the module to be converted: an instance of one of torch.nn's layers, or a
+    module with "Norm" in its name that has parameters or buffers of its own, which containers do not have."""
     if isinstance(module, (*NORMS, nn.RMSNorm, nn.LocalResponseNorm)):
         return True
     name = getattr(module, "original_name", "") or type(module).__name__  # torch.jit's modules have the first
@@ -193,7 +194,7 @@ def _why_unknown(module: nn.Module) -> str:
 
 
 def _obstacle(module: nn.Module, target: type[DropIn]) -> str | None:
-    """Why a layer of a known class would not be the same as one of bnfast's, or None."""
+    """Why a layer of a known class would compute something else as one of bnfast's, or None."""
     held: set[str] = set(module.__dict__).union(module._parameters, module._buffers, module._modules)
     read = (set(dir(target)) - set(dir(type(module))) - {"affine"}) | {"forward"}
     if held & read:
@@ -213,13 +214,13 @@ def _obstacle(module: nn.Module, target: type[DropIn]) -> str | None:
 
 
 class _Log:
-    """What one call did to a model: a line for all changes, one for each reason to leave layers alone."""
+    """The log of one call: a line for all changes, and a line for each reason to leave layers alone."""
 
     def __init__(self, what: str, model: nn.Module) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"bnfast.{what} takes a torch.nn.Module, but got {type(model).__name__}")
         self.what = what
-        self.unlike: list[str] = []  # names of layers that compute something else now
+        self.unlike: list[str] = []  # names of layers that now compute something else
         self._changes: Counter[str] = Counter()
         self._left: defaultdict[str, list[str]] = defaultdict(list)
 

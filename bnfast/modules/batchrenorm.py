@@ -99,7 +99,7 @@ class _BatchRenorm(Replaceable, OptionalBias, nn.modules.batchnorm._BatchNorm):
         )
 
     def _lost_in(self, by: str, caller: FrameType) -> str | None:
-        if by not in TO_SYNC:  # a layer of constants renormalizes as little as this one in eval
+        if by not in TO_SYNC:  # a frozen layer computes what this one computes in eval
             return super()._lost_in(by, caller)
         return (
             "renormalizes, which torch.nn.SyncBatchNorm does not: convert the model's other layers one by "

@@ -14,13 +14,14 @@ from .drop_in import DropIn, says_what_it_takes
 
 
 class TorchFrozenBatchNorm2d(nn.Module):
-    """The layer in plain torch: what bnfast.revert and torch.jit.script have for FrozenBatchNorm2d."""
+    """The layer in plain torch. bnfast.revert and torch.jit.script get it in place of FrozenBatchNorm2d."""
 
-    # As detectron2's, which shares the keys: its older releases take eps out of a lower one's running_var.
+    # The version of detectron2's layer, which has the same keys. For a lower version, its older releases
+    # subtract eps from running_var.
     _version = 3
 
     keep_dtype = False
-    __constants__ = ("keep_dtype",)  # or torch.jit.script would not see what a class has
+    __constants__ = ("keep_dtype",)  # otherwise torch.jit.script does not see an attribute of the class
 
     if TYPE_CHECKING:  # torch.jit.script would read these
         eps: float
@@ -54,7 +55,7 @@ class TorchFrozenBatchNorm2d(nn.Module):
         return input * scale.view(1, -1, 1, 1) + shift.view(1, -1, 1, 1)
 
     def widened(self, input: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Both in the output's dtype, which the residual may be of already."""
+        """Converts both to the output's dtype, which the residual may have already."""
         dtype = input.dtype
         if not self.keep_dtype:
             for constant in (self.weight, self.bias, self.running_mean, self.running_var):
@@ -67,7 +68,7 @@ class TorchFrozenBatchNorm2d(nn.Module):
         return f"{self.weight.numel()}, eps={self.eps}{', keep_dtype=True' if self.keep_dtype else ''}"
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-        # A BatchNorm's checkpoint: what it counted is not among what is unexpected.
+        # In a BatchNorm's checkpoint, the counter is not an unexpected key.
         state_dict.pop(f"{prefix}num_batches_tracked", None)
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
