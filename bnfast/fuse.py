@@ -1,4 +1,4 @@
-"""Whole models: activations and residual adds folded into the normalization layers' calls."""
+"""fuse, unfuse and fusion_report: activations and residual adds of a model inside the calls of its layers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .fusing.survey import fuse_block
 __all__ = ["Fused", "FusionReport", "Skipped", "fuse", "fusion_report", "unfuse"]
 
 _LOG = logging.getLogger("bnfast")
-_ONE_THREAD = threading.RLock()  # torch.fx exchanges torch.nn.Module's __call__ while it traces
+_ONE_THREAD = threading.RLock()  # torch.fx replaces torch.nn.Module's __call__ while it traces
 
 
 def fuse(model: nn.Module) -> nn.Module:

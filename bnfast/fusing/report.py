@@ -1,4 +1,4 @@
-"""What of a model's normalization layers is fused, and why the rest is not."""
+"""Reports which normalization layers of a model are fused, and why the others are not."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class FusionReport(NamedTuple):
     skipped: tuple[Skipped, ...]
 
     def __str__(self) -> str:
-        """How many are fused; how many are not, for each reason; and then each one that is."""
+        """The number of fused layers, the number of others with each reason, and then each fused layer."""
         names: defaultdict[str, list[str]] = defaultdict(list)
         for norm, reason in self.skipped:
             names[reason].append(norm)
@@ -102,8 +102,8 @@ def report(model: nn.Module) -> FusionReport:
 
 
 def _explain(block: nn.Module, reasons: dict[nn.Module, str], last: dict[nn.Module, str]) -> None:
-    """Adds what a block tells of its layers. A Sequential, which comes first, knows more of its own than what
-    is around it, except for what becomes of its output: that goes to `last`."""
+    """Adds the reasons that a block gives for its layers. A Sequential comes before the blocks around it, for
+    it has the more exact reasons, except for the use of its output: those go to `last`."""
     found = plan(block, set())
     if found is None:
         return
@@ -113,7 +113,7 @@ def _explain(block: nn.Module, reasons: dict[nn.Module, str], last: dict[nn.Modu
 
 
 def _why_not_converted(norm: nn.Module) -> str | None:
-    """For a layer that is none of bnfast's but could be, or could if it were not for something of its own."""
+    """Why a layer that bnfast has a class for was not converted; None for other layers."""
     target = _counterpart(type(norm))
     if target is None:
         return None
