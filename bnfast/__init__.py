@@ -1,4 +1,4 @@
-"""bnfast: fused normalization layers for PyTorch, in Triton.
+"""Fused normalization layers for PyTorch, in Triton.
 
 Layers, each with torch.nn's arguments and `activation=`; a call takes a residual as its second argument:
 
@@ -17,8 +17,11 @@ Layers, each with torch.nn's arguments and `activation=`; a call takes a residua
 
 Functions, with the arguments of torch.nn.functional's and `activation=` and `residual=`:
 
-    functional.batch_norm, functional.batch_renorm, functional.group_norm, functional.instance_norm,
-    functional.layer_norm
+    functional.batch_norm       as torch.nn.functional.batch_norm
+    functional.batch_renorm     Batch Renormalization, with the limits of r and d as arguments
+    functional.group_norm       as torch.nn.functional.group_norm
+    functional.instance_norm    as torch.nn.functional.instance_norm
+    functional.layer_norm       as torch.nn.functional.layer_norm
 
 Whole models:
 
