@@ -78,7 +78,7 @@ def parser() -> argparse.ArgumentParser:
     option("--out", type=Path, help="where pictures go (default: beside the path)")
     option("--top", type=positive, default=30, help="lines of a comparison (default: %(default)s)")
 
-    about = "make README's section on performance of benchmarks/results"
+    about = "make the section on performance of docs/benchmarks.md from benchmarks/results"
     add("readme", "report:write_readme", about, results=False)
     add("memory", "memory", "count what ResNet-50 keeps for its backward")
     add("host", "host", "time what an eager call costs the host, with a GPU's driver made up")

@@ -1,5 +1,6 @@
 """The job `report`: tables and pictures of the CSV files of earlier runs, and the comparison of two of them.
-The job `readme`: README's section on performance, made of benchmarks/results and of nothing else."""
+The job `readme`: the section on performance of docs/benchmarks.md, which README links to. It is made from
+benchmarks/results and nothing else."""
 
 from __future__ import annotations
 
@@ -16,7 +17,7 @@ from benchmarks.session import as_text, paragraph, section
 from benchmarks.tables import COPY_RATE, COUNTED, IDENTITY, label
 from codegen.cases import DIRECTIONS
 
-RESULTS, README = ROOT / "benchmarks" / "results", ROOT / "README.md"
+RESULTS, PAGE = ROOT / "benchmarks" / "results", ROOT / "docs" / "benchmarks.md"
 BEGIN, END = "<!-- performance: made by `python3 -m benchmarks readme` -->", "<!-- end of performance -->"
 NOT_MEASURED = f"""\
 **Not measured yet: no run on a GPU is recorded.** What follows is predicted for an H200: bytes and launches
@@ -164,7 +165,7 @@ def run(options: argparse.Namespace, lacking: list[str]) -> int:
     return 0
 
 
-# README
+# docs/benchmarks.md
 
 
 def markdown(table: pd.DataFrame) -> str:
@@ -191,14 +192,14 @@ def readme_section(found: pd.DataFrame) -> str:
 
 
 def renewed(text: str, found: pd.DataFrame) -> str:
-    """README with its section made anew. ValueError if the marks of the section are not there."""
+    """The page with its section made anew. Raises ValueError if the marks of the section are missing."""
     before, begin, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end:
-        raise ValueError(f"README has no section between {BEGIN!r} and {END!r}")
+        raise ValueError(f"the page has no section between {BEGIN!r} and {END!r}")
     return f"{before}{BEGIN}\n\n{readme_section(found)}\n\n{END}{after}"
 
 
 def write_readme(options: argparse.Namespace, lacking: list[str]) -> int:
-    README.write_text(renewed(README.read_text(encoding="utf-8"), load([RESULTS])), encoding="utf-8")
+    PAGE.write_text(renewed(PAGE.read_text(encoding="utf-8"), load([RESULTS])), encoding="utf-8")
     return 0

@@ -1,20 +1,48 @@
-"""bnfast: fused normalization layers for PyTorch, in Triton.
+"""Fused normalization layers for PyTorch, in Triton.
 
-    bnfast.BatchNorm2d          drop-in for torch.nn.BatchNorm2d (and 1d, 3d)
-    bnfast.BatchRenorm2d        Batch Renormalization (and 1d, 3d)
-    bnfast.LayerNorm            drop-in for torch.nn.LayerNorm
-    bnfast.GroupNorm            drop-in for torch.nn.GroupNorm
-    bnfast.InstanceNorm2d       drop-in for torch.nn.InstanceNorm2d (and 1d, 3d)
-    bnfast.fuse                 a model's activations and residual adds inside its layers' calls
-    bnfast.functional           the same as functions, with torch.nn.functional's signatures
+Layers, each with torch.nn's arguments and `activation=`; a call takes a residual as its second argument:
+
+    BatchNorm1d         batch normalization of (N, C) or (N, C, L) input; as torch.nn's
+    BatchNorm2d         the same of (N, C, H, W) input
+    BatchNorm3d         the same of (N, C, D, H, W) input
+    BatchRenorm1d       Batch Renormalization of (N, C) or (N, C, L) input; torch.nn has none
+    BatchRenorm2d       the same of (N, C, H, W) input
+    BatchRenorm3d       the same of (N, C, D, H, W) input
+    FrozenBatchNorm2d   BatchNorm2d with constant statistics and affine, as in torchvision and detectron2
+    GroupNorm           group normalization of (N, C, *) input; as torch.nn's
+    InstanceNorm1d      instance normalization of (N, C, L) or (C, L) input; as torch.nn's
+    InstanceNorm2d      the same of (N, C, H, W) or (C, H, W) input
+    InstanceNorm3d      the same of (N, C, D, H, W) or (C, D, H, W) input
+    LayerNorm           layer normalization over the last dimensions; as torch.nn's
+
+Functions, with the arguments of torch.nn.functional's and `activation=` and `residual=`:
+
+    functional.batch_norm       as torch.nn.functional.batch_norm
+    functional.batch_renorm     Batch Renormalization, with the limits of r and d as arguments
+    functional.group_norm       as torch.nn.functional.group_norm
+    functional.instance_norm    as torch.nn.functional.instance_norm
+    functional.layer_norm       as torch.nn.functional.layer_norm
+
+Whole models:
+
+    convert             makes bnfast's layers of a model's normalization layers, in place
+    fuse                converts, and runs activations and residual adds inside the layers' kernels
+    fusion_report       says what is fused, and why the rest is not
+    unfuse              undoes what fuse adds to convert
+    revert              makes torch.nn's layers again
+
+And:
+
+    Activation          an activation with its parameter: what a layer's `activation` is
+    __version__         the version of bnfast
 
 CUDA tensors run the Triton kernels. Everything else runs plain torch, with the same results: `python -m
 bnfast info` says which and why."""
 
 from . import functional, modules
+from .activation import Activation
 from .convert import convert, revert
 from .fuse import fuse, fusion_report, unfuse
-from .kernels.epilogue import Activation
 from .modules import *  # noqa: F403
 from .registries import fill
 

@@ -1,5 +1,5 @@
-"""Layers of other libraries on bnfast's kernels: their class is one of bnfast's and the library's as well, so
-that the library's own tools go on finding them. bnfast.convert gives layers such classes."""
+"""Layers of other libraries on bnfast's kernels. Their class is a subclass of bnfast's and of the library's
+class, so that the library's own tools still find them. bnfast.convert gives layers such classes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _KEEPING = ("convert_sync_batchnorm", "freeze_batch_norm_2d")  # timm's function
 
 
 class Adopted(DropIn):
-    """Mixed into a class of both, before the two."""
+    """The first base of a class that has bnfast's and the library's class as its other bases."""
 
     ours: type[DropIn]
     theirs: type[nn.Module]
@@ -42,12 +42,12 @@ class Adopted(DropIn):
 
 
 class Applying(Adopted):
-    """timm's layers with their two modules, `drop` and `act`, which are called after the normalization. They
-    stay where they are, and are called where the kernels cannot stand for them as they are now."""
+    """timm's layers have two modules, `drop` and `act`, which are called after the normalization. They stay
+    in place, and are called where the kernels cannot compute what they do now."""
 
     @property
     def activation(self) -> Any:
-        """What `act` is; `act` itself where it has to be called."""
+        """The Activation that `act` applies; `act` itself where it has to be called."""
         act, drop = self._modules.get("act"), self._modules.get("drop")
         if type(drop) is not nn.Identity or hooked(drop) or hooked_everywhere():
             return act
@@ -87,7 +87,7 @@ _made: dict[tuple[type, type], type[Adopted]] = {}
 
 
 def both(ours: type[DropIn], theirs: type[nn.Module]) -> type[Adopted]:
-    """The class of a layer of the library's that runs on bnfast's kernels: the same for the same two."""
+    """The class of a library's layer on bnfast's kernels; always the same for the same two classes."""
     if (ours, theirs) in _made:
         return _made[ours, theirs]
     mixin: type[Adopted] = Adopted
@@ -107,12 +107,12 @@ def both(ours: type[DropIn], theirs: type[nn.Module]) -> type[Adopted]:
 
 
 def is_adopted(kind: type) -> bool:
-    """Whether a class is one that `both` has made, and not somebody's subclass of it."""
+    """Whether `both` has made a class; False for subclasses of such."""
     return issubclass(kind, Adopted) and "theirs" in vars(kind)
 
 
 def activation_of(act: nn.Module | None) -> Activation | None:
-    """What a layer of timm's applies: None too for one that bnfast does not know."""
+    """The activation that a module of timm's layer applies; None also for one that bnfast does not know."""
     known = of_module(act)
     if known is None and type(act).__module__ == "timm.layers.activations":
         known = Activation.of(_TIMM_ACTIVATIONS.get(type(act).__name__))
@@ -120,7 +120,7 @@ def activation_of(act: nn.Module | None) -> Activation | None:
 
 
 def as_module(activation: Activation | None) -> nn.Module:
-    """torch.nn's module that does the same."""
+    """torch.nn's module for an activation."""
     if activation is None:
         return nn.Identity()
     name, parameter = activation
@@ -133,6 +133,6 @@ def as_module(activation: Activation | None) -> nn.Module:
 
 
 def _blank(ours: type[DropIn], theirs: type[nn.Module]) -> nn.Module:
-    """What pickle and copy fill with a layer's state."""
+    """Makes the object that pickle and copy fill with a layer's state."""
     blank: nn.Module = object.__new__(both(ours, theirs))
     return blank

@@ -1,10 +1,11 @@
-"""Whole models: normalization layers become bnfast's where they stand, and what they were again.
+"""convert and revert: normalization layers of a model become bnfast's in place, and go back.
 
 A layer keeps its object and gets another class, as lazy and parametrized layers do in torch. A new object
 would have to take the old one's place under every name in the model, in every list beside it, in what its
 hooks hold, and in the caller's own variables. This way parameters, buffers, hooks, flags and other attributes
-are not copied, so none is forgotten. It takes classes whose objects hold the same things, so a layer that
-holds anything else which bnfast's class would read is left alone, and so is every class not exactly known."""
+are not copied, so none is forgotten. The two classes must have objects with the same attributes. So a layer
+is left alone if it has another attribute that bnfast's class would read, or if its exact class is not
+known."""
 
 from __future__ import annotations
 
@@ -36,7 +37,7 @@ _THEIRS = {ours: kind for kind, ours in _TORCH.items()} | {
     getattr(modules, f"BatchRenorm{n}d"): getattr(nn, f"BatchNorm{n}d") for n in (1, 2, 3)
 }
 _PLAIN = {getattr(plain, ours.__name__): ours for ours in _TORCH.values()}
-# Known by name: these libraries are nobody's dependency here.
+# Known by name, for bnfast depends on none of these libraries.
 _ELSEWHERE: dict[str, type[DropIn]] = {
     "torchvision.ops.misc.FrozenBatchNorm2d": modules.FrozenBatchNorm2d,
     "detectron2.layers.batch_norm.FrozenBatchNorm2d": modules.FrozenBatchNorm2d,
@@ -54,19 +55,36 @@ _ELSEWHERE: dict[str, type[DropIn]] = {
 def convert(model: nn.Module) -> nn.Module:
     """Makes bnfast's layers of a model's normalization layers, in place.
 
-    Converted are, by exact type: torch.nn's BatchNorm1d/2d/3d, GroupNorm, InstanceNorm1d/2d/3d and LayerNorm;
-    torchvision's and detectron2's FrozenBatchNorm2d; timm's BatchNormAct2d, FrozenBatchNormAct2d,
-    GroupNormAct, GroupNorm1Act and LayerNormAct, whose activation the kernels apply, and timm's GroupNorm,
-    GroupNorm1 and LayerNorm. Layers of these libraries stay theirs as well: isinstance says so, and their
-    freezers and converters find what they look for. Parameters, buffers, hooks, flags, dtype, device and
-    state_dict keys stay, so the optimizer may have been made before; FSDP and torch.jit.script come after,
-    since they replace classes themselves.
+    These layers are converted, by exact type: torch.nn's BatchNorm1d/2d/3d, GroupNorm, InstanceNorm1d/2d/3d
+    and LayerNorm; torchvision's and detectron2's FrozenBatchNorm2d; timm's BatchNormAct2d,
+    FrozenBatchNormAct2d, GroupNormAct, GroupNorm1Act and LayerNormAct, whose activation the kernels apply,
+    and timm's GroupNorm, GroupNorm1 and LayerNorm. Layers of these libraries stay instances of their own
+    classes as well, so that the libraries' freezers and converters find what they look for.
 
-    Left alone are subclasses, lazy, parametrized and pruned layers, those whose activation the kernels do not
-    know, and all kinds that bnfast has not.
+    Parameters, buffers, hooks, flags, dtype, device and state_dict keys stay, so the optimizer may have been
+    made before. FSDP and torch.jit.script come after, since they replace classes themselves.
 
-    Returns the model. Logs what was converted, and what was left alone and why, to the logger "bnfast" at
-    level INFO. Raises TypeError for anything but a torch.nn.Module."""
+    Left alone are subclasses, lazy, parametrized and pruned layers, layers whose activation the kernels do
+    not know, and all kinds that bnfast does not have. What was converted, and what was left alone and why,
+    goes to the logger "bnfast" at level INFO.
+
+    Args:
+        model (nn.Module): The model, or a single layer. It is changed in place.
+
+    Returns:
+        The model.
+
+    Raises:
+        TypeError: model is not a torch.nn.Module.
+
+    Example:
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
+        >>> layer = model[1]
+        >>> bnfast.convert(model)[1] is layer
+        True
+        >>> type(layer)
+        <class 'bnfast.modules.batchnorm.BatchNorm2d'>
+    """
     log = _Log("convert", model)
     catch_up()
     for name, module in list(model.named_modules()):
@@ -89,13 +107,27 @@ def convert(model: nn.Module) -> nn.Module:
 def revert(model: nn.Module) -> nn.Module:
     """Undoes `fuse` and `convert`, in place: layers become torch.nn's, or what they were converted from.
 
-    A layer that carries an activation and came from nowhere else becomes one of bnfast.modules.plain:
-    torch.nn's with the activation behind it and the same state_dict keys. It still takes a residual, which
-    torch.nn's do not. Batch Renormalization becomes BatchNorm, which is equal in eval only: a warning
-    says so. Torch has no frozen BatchNorm, so one that came from nowhere else becomes bnfast's own in plain
-    torch. Subclasses of bnfast's layers are left alone.
+    A layer that carries an activation and was not converted from another library's becomes one of
+    bnfast.modules.plain: torch.nn's layer with the activation behind it and the same state_dict keys. It
+    still takes a residual, which torch.nn's layers do not. Batch Renormalization becomes BatchNorm, which is
+    equal in eval only: a warning says so. Torch has no frozen BatchNorm, so one that was not converted
+    becomes bnfast's own in plain torch. Subclasses of bnfast's layers are left alone. The logger "bnfast"
+    reports as for `convert`.
 
-    Returns the model; logs as `convert` does. Raises TypeError for anything but a torch.nn.Module."""
+    Args:
+        model (nn.Module): The model, or a single layer. It is changed in place.
+
+    Returns:
+        The model.
+
+    Raises:
+        TypeError: model is not a torch.nn.Module.
+
+    Example:
+        >>> model = bnfast.fuse(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU()))
+        >>> type(bnfast.revert(model)[1]) is nn.BatchNorm2d
+        True
+    """
     log = _Log("revert", model)
     unfuse(model)
     for name, module in list(model.named_modules()):
@@ -113,12 +145,12 @@ def revert(model: nn.Module) -> nn.Module:
 
 
 def _restored(module: Any) -> type[nn.Module] | None:
-    """The class that one of bnfast's layers goes back to, or None for a subclass of them."""
+    """The class that one of bnfast's layers is reverted to, or None for a subclass of them."""
     kind = type(module)
     adopted = is_adopted(kind)
     if not adopted and kind not in _THEIRS:
         return None
-    # What timm's layers apply is not in here: their own class calls the modules that it is read from.
+    # timm's layers have no such entry: their `activation` is read from modules that their own class calls.
     activation = module.__dict__.pop("activation", None)
     if activation is None:
         return kind.theirs if adopted else _THEIRS[kind]
@@ -140,8 +172,8 @@ def _counterpart(kind: type) -> type[DropIn] | None:
 
 
 def _is_norm(module: nn.Module) -> bool:
-    """Whether somebody may expect it to be converted: one of torch.nn's or of a subclass, or a module called
-    so that has parameters or buffers of its own, as containers have not."""
+    """Whether a user may expect the module to be converted: an instance of one of torch.nn's layers, or a
+    module with "Norm" in its name that has parameters or buffers of its own, which containers do not have."""
     if isinstance(module, (*NORMS, nn.RMSNorm, nn.LocalResponseNorm)):
         return True
     name = getattr(module, "original_name", "") or type(module).__name__  # torch.jit's modules have the first
@@ -162,7 +194,7 @@ def _why_unknown(module: nn.Module) -> str:
 
 
 def _obstacle(module: nn.Module, target: type[DropIn]) -> str | None:
-    """Why a layer of a known class would not be the same as one of bnfast's, or None."""
+    """Why a layer of a known class would compute something else as one of bnfast's, or None."""
     held: set[str] = set(module.__dict__).union(module._parameters, module._buffers, module._modules)
     read = (set(dir(target)) - set(dir(type(module))) - {"affine"}) | {"forward"}
     if held & read:
@@ -182,13 +214,13 @@ def _obstacle(module: nn.Module, target: type[DropIn]) -> str | None:
 
 
 class _Log:
-    """What one call did to a model: a line for all changes, one for each reason to leave layers alone."""
+    """The log of one call: a line for all changes, and a line for each reason to leave layers alone."""
 
     def __init__(self, what: str, model: nn.Module) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"bnfast.{what} takes a torch.nn.Module, but got {type(model).__name__}")
         self.what = what
-        self.unlike: list[str] = []  # names of layers that compute something else now
+        self.unlike: list[str] = []  # names of layers that now compute something else
         self._changes: Counter[str] = Counter()
         self._left: defaultdict[str, list[str]] = defaultdict(list)
 

@@ -1,4 +1,5 @@
-"""Kernels or plain torch? One place decides, from the tensor and from what is going on around the call."""
+"""Decides whether a call runs the kernels or plain torch, from the tensor and from the state around the call
+(compilation, tracing, transforms)."""
 
 from __future__ import annotations
 
@@ -13,7 +14,7 @@ PLAIN = (torch.Tensor, torch.nn.Parameter)
 _TRACED = (
     "FakeTensor",
     "FunctionalTensor",
-)  # what graph capture passes; any other subclass is its own business
+)  # what graph capture passes; other subclasses are not known here
 KERNEL_DTYPES = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
 INTERPRET = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
 OLDEST_TRITON = (3, 6)
@@ -33,13 +34,14 @@ TRITON = TRITON_VERSION is not None and tuple(map(int, TRITON_VERSION.split(".")
 
 
 def is_exporting() -> bool:
-    """torch.compiler.is_exporting, as a flag that Dynamo reads: up to torch 2.11 it takes the function for
-    True in a plain torch.compile too (pytorch issue 176347)."""
+    """torch.compiler.is_exporting, read as a flag. Up to torch 2.11, Dynamo takes the function for True in a
+    plain torch.compile too (pytorch issue 176347)."""
     return torch.compiler._is_exporting_flag
 
 
 def refuse_dtensor(*tensors: torch.Tensor | None) -> None:
-    """A DTensor's statistics would span devices, which needs communication that no kernel here does."""
+    """Raises TypeError for a DTensor: its statistics would span devices, and the kernels do not
+    communicate."""
     for t in tensors:
         if t is not None and type(t) not in PLAIN and type(t).__name__ == "DTensor":
             raise TypeError(
@@ -50,15 +52,16 @@ def refuse_dtensor(*tensors: torch.Tensor | None) -> None:
 
 
 def known(x: torch.Tensor) -> bool:
-    """Whether x is what it seems to be: memory that holds its values."""
+    """Whether x is an ordinary tensor, whose memory holds its values, or a traced one that stands for
+    such."""
     if type(x) in PLAIN:
         return not (x.is_nested or (not torch.compiler.is_compiling() and x.is_neg()))
     return type(x).__name__ in _TRACED
 
 
 def carries(kind: type) -> bool:
-    """Whether this is a subclass of Tensor that is an ordinary tensor and what it carries: it may have a say
-    on torch's functions, in __torch_function__, but has none on operators, in __torch_dispatch__."""
+    """Whether this is a subclass of Tensor that is an ordinary tensor with other data beside it. It may
+    override torch's functions, by __torch_function__, but not operators, by __torch_dispatch__."""
     return (
         kind not in PLAIN
         and issubclass(kind, torch.Tensor)
@@ -67,9 +70,9 @@ def carries(kind: type) -> bool:
 
 
 def ordinary(way: int, *tensors: torch.Tensor | None) -> list[Any] | None:
-    """The ordinary tensors that these are; None if they are that already, or if the first would take the
-    plain-torch path as one too, and in torch.compile, which sees through torch's functions alone. way: what
-    path() says of the first as it is."""
+    """Returns these tensors as ordinary ones. None if they are ordinary already, if the first would take the
+    plain-torch path as an ordinary one too, and in torch.compile, which handles __torch_function__ itself.
+    way: what path() returned for the first as it is."""
     if way == TORCH and type(tensors[0]) in PLAIN:
         return None
     subclasses = [t for t in tensors if t is not None and type(t) not in PLAIN]
@@ -99,16 +102,15 @@ def transforming() -> bool:
 
 
 def batched(dy: torch.Tensor) -> bool:
-    """Whether a gradient stands for many: torch.autograd.grad(is_grads_batched=True) has a vmap of its
-    own.
-    """
+    """Whether a gradient is a batch of gradients: torch.autograd.grad(is_grads_batched=True) uses a vmap of
+    its own."""
     if torch.compiler.is_compiling():
         return False
     return transforming() or torch._C._functorch.is_legacy_batchedtensor(dy)
 
 
 def reason_for_torch(x: torch.Tensor) -> str | None:
-    """Why x would take the plain-torch path for its own sake, or None if the kernels can have it."""
+    """Why x itself requires the plain-torch path, or None if the kernels can take it."""
     if not TRITON:
         found = f"Triton {TRITON_VERSION} is too old" if TRITON_VERSION else "Triton is not installed"
         return f"{found}: the kernels need {'.'.join(map(str, OLDEST_TRITON))} or newer"
@@ -127,19 +129,19 @@ def reason_for_torch(x: torch.Tensor) -> str | None:
     return f"no kernels for the device type {x.device.type!r}"
 
 
-TORCH, OPERATORS, KERNELS = range(3)  # what path() answers
+TORCH, OPERATORS, KERNELS = range(3)  # what path() returns
 
 _suitable: dict[tuple[torch.dtype, torch.device, torch.layout], bool] = {}
 
 
 def path(x: torch.Tensor) -> int:
-    """TORCH: plain torch (exported and traced graphs must hold nothing but aten operators). OPERATORS: the
-    kernels, as operators, because something watches operators go by. KERNELS: the kernels themselves, 4 us
-    quicker.
+    """Returns what a call on x runs. TORCH: plain torch (exported and traced graphs must hold aten operators
+    only). OPERATORS: the kernels as operators, because a dispatch mode or a subclass intercepts operators.
+    KERNELS: the kernels themselves, which is 4 us faster.
 
-    On the path of every call, so what is usual is tested first, and with as few calls as it takes."""
+    Every call runs this, so the usual cases come first and take as few calls as possible."""
     if torch.compiler.is_compiling():
-        # without a cache, which would be a guard, and each new entry of it a recompilation
+        # without the cache: Dynamo would guard on it, and recompile for each new entry
         kernels = not (torch.jit.is_tracing() or is_exporting() or transforming())
         return OPERATORS if kernels and x.numel() > 0 and reason_for_torch(x) is None else TORCH
     if not (x.is_cuda or INTERPRET) or torch._C._is_tracing():
@@ -165,5 +167,5 @@ def elsewhere(x: torch.Tensor) -> bool:
 
 
 def watched(x: torch.Tensor) -> bool:
-    """Whether something watches operators go by, in a backward, where `path` has decided the rest."""
+    """Whether something intercepts operators. For a backward, where `path` has decided the rest."""
     return type(x) not in PLAIN or torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0

@@ -1,14 +1,15 @@
-"""What the results of a normalization are, in fp64, and how far a kernel's may be from them.
+"""The exact results of a normalization, in fp64, and how far the results of a kernel may be from them.
 
 A result is judged element by element: half a unit in the last place for its final rounding, plus a few units
 of the accumulating type times the *scale* of the element, the size of the terms it is a sum of. No bound
 grows with the number of values reduced. An error over the whole tensor would hide a wrong tile in the sum of
-all others; it is asked for as well, beside torch's own, because a bias that no element betrays shows there.
+all others. It is compared with torch's own as well, because a bias that no single element shows appears
+there.
 
 A *cell* is a set of values that share a mean and a variance: a channel in BatchNorm, a group of a sample's
-channels in GroupNorm. Vectors (means, parameters) keep x's dimensions, with 1 where they do not vary, so
-that the formulas below know nothing of cells. A renormalization that takes r * xhat + d for xhat is one with
-r * weight and d * weight + bias."""
+channels in GroupNorm. Vectors (means, parameters) keep x's dimensions, with 1 where they do not vary, so that
+the formulas below do not depend on cells. Batch Renormalization, which has r * xhat + d in place of xhat, is
+a normalization with r * weight and d * weight + bias."""
 
 from __future__ import annotations
 
@@ -18,9 +19,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# Units of the accumulating type. Triton's interpreter, which adds one after another where a GPU adds in a
-# tree, needs 3.0 of them (dbias and dweight of up to 80,000 values a channel, fp32 and fp64), so it gets no
-# more than a GPU does. torch on a CPU needs up to 44, and thousands where means are large.
+# Units of the accumulating type. Triton's interpreter, which adds sequentially where a GPU adds in a tree,
+# needs 3.0 of them (dbias and dweight of up to 80,000 values a channel, fp32 and fp64), so its bound need not
+# be wider than a GPU's. torch on a CPU needs up to 44, and thousands where means are large.
 FEW = 4.0
 # Units in the last place that the root mean square may have beyond twice torch's.
 ULPS = 2.0
@@ -54,13 +55,13 @@ class Exact:
     drift: Tensor  # what the mean's rounding does to sum_gx
     count: float  # values a cell
     batch: bool  # whether mean and variance are those of x, and not given
-    rounded: bool = True  # whether y is computed from a mean that has been stored
-    offset: Tensor | float = 0.0  # what x - mean is computed about: all of the above is of x - offset
+    rounded: bool = True  # whether y is computed from a mean that was stored, and so rounded
+    offset: Tensor | float = 0.0  # subtracted from x first: all of the above are statistics of x - offset
 
     @property
     def spread(self) -> Tensor:
-        """What an error of one unit in each of x and the mean comes to in xhat. A mean is kept in the
-        accumulating type, so its rounding is nobody's fault."""
+        """The effect on xhat of an error of one unit in each of x and the mean. A mean is stored in the
+        accumulating type, so its rounding cannot be avoided."""
         return _spread(self.mean + self.offset, self.variance, self.rstd, self.batch)
 
     def xhat(self, x: Tensor) -> Tensor:
@@ -82,14 +83,14 @@ class Exact:
         return value, self.rstd * (h.abs() + self.size_h * moved)
 
     def dweight(self) -> Value:
-        """[channels], like the next one."""
+        """The gradient of weight, [channels], as dbias is."""
         return self.sum_gx.flatten(), (self.norm_gx + self.sum_gx.abs() + self.drift).flatten()
 
     def dbias(self) -> Value:
         return self.sum_g.flatten(), (self.norm_g + self.sum_g.abs()).flatten()
 
     def running(self, mean: Tensor, variance: Tensor, momentum: float) -> dict[str, Value]:
-        """The running statistics after a step that found these: [cells], which are its channels."""
+        """The running statistics after a step that began with these: [cells], which are channels here."""
         old_mean, old_variance = mean.double(), variance.double()
         new_mean, new_variance = self.mean.flatten(), self.variance.flatten()
         unbiased = new_variance * self.count / max(1, self.count - 1)
@@ -103,7 +104,8 @@ class Exact:
 
 
 def _sum(t: Tensor, dims: tuple[int, ...], fully: bool) -> Tensor:
-    """fully: rounded once, where what is judged is a sum in fp64 too."""
+    """Sums over dimensions and keeps them. fully: round once only, for results that are sums in fp64
+    themselves."""
     if not dims:
         return t  # a sum over no dimensions would be one over all of them
     if not fully:
@@ -111,7 +113,7 @@ def _sum(t: Tensor, dims: tuple[int, ...], fully: bool) -> Tensor:
     shape = [1 if d in dims else n for d, n in enumerate(t.shape)]
     t = t.movedim(dims, tuple(range(len(dims)))).flatten(0, len(dims) - 1)
     lost = torch.zeros_like(t)
-    while len(t) > 1:  # in pairs, with what each addition rounds off (Knuth's two-sum)
+    while len(t) > 1:  # in pairs, with the rounding error of each addition (Knuth's two-sum)
         half, odd = len(t) // 2, t[2 * (len(t) // 2) :]
         a, b = t[:half], t[half : 2 * half]
         s = a + b
@@ -136,9 +138,9 @@ def normalization(
     rounded: bool = True,
     offset: Tensor | float = 0.0,
 ) -> Exact:
-    """cell, channel: the dimensions that values of one cell, and those of one parameter, extend over. fixed:
-    mean and variance, where they are not the batch's. Every chunk holds a part of each cell: sums over
-    chunks serve tensors that do not fit the memory in fp64."""
+    """The exact results of a normalization. cell, channel: the dimensions over which the values of one cell,
+    and of one parameter, extend. fixed: mean and variance, where they are not the batch's. Every chunk holds
+    a part of each cell: sums over chunks allow for tensors that do not fit into memory in fp64."""
     both = tuple(d for d in cell if d in channel)
     fully = next(iter(pairs()))[0].dtype == torch.float64
 
@@ -165,7 +167,7 @@ def normalization(
         gx = g * (x - mean) * rstd
         return g, gx, g.square(), gx.square()
 
-    # of each cell's part of each channel: both kinds of sums are sums of these
+    # sums over each cell's part of each channel; the sums over cells and over channels are sums of these
     g, gx, squares_g, squares_gx = total(gradient_terms, both)
     count = elements / mean.numel()
     mean_h, mean_hx, squares_h = (
@@ -257,15 +259,15 @@ def layer_norm(
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:
-    """What values of this type are summed in."""
+    """The dtype in which values of this dtype are summed."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def excess(value: Tensor, expected: Value, accumulating: torch.dtype) -> float:
-    """The largest error of any element as a share of what it may be: above 1, or NaN, is wrong."""
+    """The largest ratio of an element's error to its bound. A result above 1, or NaN, is wrong."""
     exact, scale = expected
     out = torch.finfo(value.dtype)
-    # 0.505: a result a hair off the middle between two neighbours may round to the other one
+    # 0.505: a result very close to the middle between two neighbours may round to the other one
     rounding = 0.505 * out.eps * exact.abs() + out.smallest_normal * out.eps
     allowed = rounding + FEW * torch.finfo(accumulating).eps * scale
     share = (value.double() - exact).abs() / allowed
@@ -284,7 +286,8 @@ def rms(value: Tensor, expected: Value) -> float:
 
 @dataclass(frozen=True)
 class Verdict:
-    """On one result. share: of the error that the worst element may have. limit: what rms may be."""
+    """The judgement of one result. share: the worst element's error over its bound. limit: the bound of
+    rms."""
 
     share: float
     rms: float
@@ -300,7 +303,7 @@ class Verdict:
 
 
 def judge(value: Tensor, torchs: Tensor, expected: Value, accumulating: torch.dtype) -> Verdict:
-    """A result beside torch's for the same input."""
+    """Judges a result, with torch's result for the same input."""
     other = rms(torchs, expected)
     limit = 2 * other + ULPS * torch.finfo(value.dtype).eps
     return Verdict(excess(value, expected, accumulating), rms(value, expected), other, limit)

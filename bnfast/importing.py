@@ -1,4 +1,4 @@
-"""What is to be done once a module has been imported, by whomever and whenever."""
+"""Calls a function once a module has been imported, at any time and by any code."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ class _Awaited:
     told: bool = False  # that it could not be done
 
     def do(self, module: Any) -> None:
-        """Another release of a library may have nothing of what is looked for, which must not stop its
-        import."""
+        """Calls the function. Another release of a library may lack what the function looks for, which must
+        not stop its import."""
         self.done = True
         try:
             self.then(module)
@@ -53,13 +53,13 @@ def when_imported(name: str, then: Callable[[Any], None]) -> None:
     if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Finder())
     if _is_begun(sys.modules.get(name)):
-        with suppress(Exception):  # which whoever imports it gets as well
+        with suppress(Exception):  # the code that imports it gets the exception as well
             importlib.import_module(name)  # waits for another thread
     _catch_up(name)
 
 
 def catch_up() -> None:
-    """For modules that were filled since, or came here past the finder."""
+    """Handles modules whose import has ended since, or that were imported without the finder."""
     for name in list(_awaited):
         _catch_up(name)
 
@@ -68,12 +68,12 @@ def _catch_up(name: str) -> None:
     awaited, module = _awaited[name], sys.modules.get(name)
     if module is None or awaited.done or _is_begun(module):
         return
-    if type(module).__name__ != "_LazyModule":  # importlib's, which any question would have loaded
+    if type(module).__name__ != "_LazyModule":  # importlib's; reading an attribute would load it
         awaited.do(module)
 
 
 def _is_begun(module: Any) -> bool:
-    """Whether its import has begun and is not over."""
+    """Whether the import of a module has begun and has not ended."""
     if type(module).__name__ == "_LazyModule":
         return False
     return getattr(getattr(module, "__spec__", None), "_initializing", False) is True
@@ -94,7 +94,7 @@ class _Finder(MetaPathFinder):
             spec: ModuleSpec | None = find(fullname, path, target)
             if hasattr(spec.loader if spec else None, "exec_module"):
                 spec.loader = _Loader(spec.loader)  # type: ignore[union-attr]
-        except Exception:  # the import goes on without this finder, and gets it as well
+        except Exception:  # the import continues without this finder, and raises it as well
             return None
         finally:
             self._within.asks = False
@@ -102,7 +102,7 @@ class _Finder(MetaPathFinder):
 
 
 class _Loader(Loader):
-    """Loads a module as another loader, which is the module's own from then on."""
+    """Loads a module with another loader, which becomes the module's own."""
 
     def __init__(self, own: Any) -> None:
         self.own = own

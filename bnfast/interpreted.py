@@ -1,5 +1,6 @@
-"""Triton's interpreter made what tests need: its bf16 the hardware's (it truncates fp32 to bf16 and
-mangles subnormals), half as slow, and of use for every kernel with every numpy."""
+"""Changes Triton's interpreter for tests. It then rounds to bf16 as the hardware does (unchanged, it
+truncates fp32 to bf16 and mishandles subnormals), takes half the time, and runs every kernel with every
+numpy."""
 
 from __future__ import annotations
 
@@ -45,10 +46,9 @@ def bfloat16_to_nearest() -> Iterator[None]:
 def without_repetition() -> Iterator[None]:
     """Within, interpreted kernels take about half the time.
 
-    A function that a kernel calls no longer looks through triton.language for what the kernel's launch has
-    replaced there already; and 32-bit arithmetic is not done again in 64 bits in search of an overflow, which
-    tensors small enough to be interpreted cannot reach.
-    """
+    A function that a kernel calls does not patch triton.language again, which the kernel's launch has
+    patched. And 32-bit arithmetic is not repeated in 64 bits to detect an overflow, which tensors small
+    enough for the interpreter cannot reach."""
     original, builder = interpreter._patch_lang, interpreter.interpreter_builder
 
     def patch_lang(function: Callable[..., Any]) -> Any:
@@ -68,7 +68,7 @@ def without_repetition() -> Iterator[None]:
 @contextlib.contextmanager
 def with_every_numpy() -> Iterator[None]:
     """Within, a scalar becomes a Python int whatever the dimensions of the array that holds it. Triton 3.6
-    leaves that to numpy, which since 2.4 refuses arrays of one dimension or more."""
+    leaves the conversion to numpy, which since 2.4 refuses arrays of one dimension or more."""
     original = interpreter._patch_lang_tensor
 
     def patch_lang_tensor(tensor: Any, scope: Any) -> None:
@@ -81,8 +81,8 @@ def with_every_numpy() -> Iterator[None]:
 
 @contextlib.contextmanager
 def conditions_kept() -> Iterator[None]:
-    """Within, a comparison of scalars stays one where it is broadcast, and can be a part of a mask. Triton
-    makes integers of it, which 3.9's loads and stores refuse."""
+    """Within, a comparison of scalars stays boolean where it is broadcast, so that it can be part of a mask.
+    Triton converts it to integers, which the loads and stores of 3.9 refuse."""
     builder = interpreter.interpreter_builder
     original = builder.create_splat
 
@@ -98,6 +98,6 @@ def conditions_kept() -> Iterator[None]:
 
 @contextlib.contextmanager
 def prepared() -> Iterator[None]:
-    """All of the above."""
+    """Within, all of the above hold."""
     with bfloat16_to_nearest(), without_repetition(), with_every_numpy(), conditions_kept():
         yield

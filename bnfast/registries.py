@@ -1,8 +1,8 @@
-"""Where torch and other libraries look up a layer's exact class, bnfast's get an entry beside torch.nn's.
+"""Adds bnfast's layers to the registries in which torch and other libraries look up a layer's exact class.
 
-None of these libraries is imported here. A registry is filled when its module is in place: at once, or right
-after somebody imports it. Filling it when a layer is made, converted or called instead would miss layers that
-were there before the library was, and a model is validated, folded or quantized before it is called."""
+None of these libraries is imported here. A registry is filled when its module is loaded: at once, or right
+after its import. If it were filled when a layer is made, converted or called, layers that existed before the
+library was imported would be missing, and a model is validated, folded or quantized before it is called."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from .modules.drop_in import WHEN_SUBCLASSED, DropIn, is_ours
 from .modules.frozenbatchnorm import TorchFrozenBatchNorm2d
 from .twins import torchs_class, twin
 
-Enter = Callable[[type[DropIn]], None]  # enters one class of layers
+Enter = Callable[[type[DropIn]], None]  # adds one class of layers
 
 
 def fill() -> None:
-    """Has each registry filled, as soon as it is there."""
+    """Fills each registry as soon as its module is loaded."""
     for name, begin in _REGISTRIES.items():
         when_imported(name, functools.partial(_fill, begin))
 
@@ -46,8 +46,8 @@ def _below(kind: type[DropIn]) -> Iterator[type[DropIn]]:
 
 
 def opacus(validators: Any) -> Enter:
-    """Its validator refuses layers that mix samples, and replaces them. Subclasses mix them as well, but may
-    do more than what they would be replaced by."""
+    """Opacus's validator refuses layers that mix samples, and replaces them. Subclasses of bnfast's layers
+    mix samples too, but may do more than their replacement, so they are refused and not replaced."""
     errors, fixers = validators.ModuleValidator.VALIDATORS, validators.ModuleValidator.FIXERS
 
     def enter(kind: type[DropIn]) -> None:
@@ -66,7 +66,7 @@ def _keeping(fix: Callable[..., Any]) -> Callable[..., Any]:
         new = fix(twin(layer, "Opacus"), **arguments)
         if activation is None:
             return new
-        if not isinstance(activation, Activation):  # timm's, which has hooks or such
+        if not isinstance(activation, Activation):  # timm's module, which has hooks or other additions
             raise ValueError(
                 f"{type(activation).__name__}, which {type(layer).__name__} calls, would be lost: use "
                 "bnfast.revert(model) and replace the layers that Opacus does not take yourself"
@@ -79,8 +79,8 @@ def _keeping(fix: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def captum(deep_lift: Any) -> Enter:
-    """DeepLift has rules for activations, and takes all other layers for linear. Eval BatchNorm and its
-    activation work on each element by itself, so the rule of activations is right for the two together."""
+    """DeepLift has rules for activations, and treats all other layers as linear. A BatchNorm in eval and its
+    activation are elementwise, so the rule of activations is right for the two together."""
     table, rule = deep_lift.SUPPORTED_NON_LINEAR, deep_lift.nonlinear
 
     def multiplier(layer: Any, inputs: Any, outputs: Any, dx: Any, dy: Any, eps: float = 1e-10) -> Any:
@@ -96,7 +96,7 @@ def captum(deep_lift: Any) -> Enter:
         return rule(layer, inputs, outputs, dx, dy, eps)
 
     def enter(kind: type[DropIn]) -> None:
-        if not issubclass(kind, Applying):  # whose act is a module with a rule of its own
+        if not issubclass(kind, Applying):  # its act is a module with a rule of its own
             table.setdefault(kind, multiplier)
 
     return enter
@@ -119,7 +119,7 @@ def _beside_torchs(table: dict[type, Any]) -> Enter:
     return enter
 
 
-# module: what is given it, and may return what enters a class
+# by module: a function that is called with the module, and may return one that adds a class
 _REGISTRIES: dict[str, Callable[[Any], Enter | None]] = {
     "torch.nn.utils.fusion": torch_registries.refuse_activations,
     "torch.fx.experimental.optimization": torch_registries.match_ours,

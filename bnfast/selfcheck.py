@@ -1,4 +1,5 @@
-"""python -m bnfast check: the kernels against fp64 on this machine, judged beside torch's own error."""
+"""python -m bnfast check: compares the kernels on this machine with fp64, and their error with torch's
+own."""
 
 from __future__ import annotations
 
@@ -19,7 +20,7 @@ from .dispatch import INTERPRET
 
 DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64"}
 FAR = 1e4  # a mean, in standard deviations
-# for Triton's interpreter: small, and each awkward in a way of its own
+# for Triton's interpreter: small shapes, each irregular in a different way
 _SMALL = (
     Case((8, 24, 7, 7)),
     Case((8, 24, 7, 7), training=False),
@@ -38,7 +39,7 @@ _SMALL = (
     group_norm((5, 64, 1, 1), groups=16),
     layer_norm((3, 9000)),
 )
-# ResNet-50's, an image model's, a language model's
+# shapes of ResNet-50, of an image model, of a language model
 _LARGE = (
     *map(
         Case, ((32, 64, 112, 112), (32, 256, 56, 56), (32, 512, 28, 28), (32, 1024, 14, 14), (32, 2048, 7, 7))
@@ -52,8 +53,8 @@ _LARGE = (
 
 
 def cases(device: torch.device) -> list[Case]:
-    """Every layer in every dtype and layout: small and awkward shapes first, then, on a GPU, those of
-    networks. Means far from zero come last."""
+    """Every layer in every dtype and layout: small and irregular shapes first, then, on a GPU, shapes of
+    networks. Cases with means far from zero come last."""
     shapes = _SMALL if device.type == "cpu" else _SMALL + _LARGE
     grid = [
         replace(case, dtype=dtype, channels_last=last)

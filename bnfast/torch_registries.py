@@ -1,8 +1,8 @@
-"""torch's own registries: folding a BatchNorm into the layer before it (torch.nn.utils.fusion, torch.fx's
-optimizer), and torch.ao.quantization, which newer versions of torch may come without.
+"""torch's own registries: folding of a BatchNorm into the layer before it (torch.nn.utils.fusion, torch.fx's
+optimizer), and torch.ao.quantization, which newer versions of torch may not have.
 
-What quantization does with a layer of bnfast's it does with torch.nn's, which shares the parameters: the
-modules that it makes hold that one."""
+Quantization of one of bnfast's layers works on torch.nn's layer, which shares the parameters: the modules
+that quantization makes hold that layer."""
 
 from __future__ import annotations
 
@@ -26,8 +26,9 @@ Enter = Callable[[type[DropIn]], None]
 
 
 def refuse_activations(fusion: Any) -> None:
-    """fuse_conv_bn_eval and fuse_linear_bn_eval get a layer, read its tensors and call one of these functions
-    of their own module, which is the same for all who have imported them."""
+    """Makes fuse_conv_bn_eval and fuse_linear_bn_eval raise for a layer with an activation. Both read a
+    layer's tensors and call one of these functions of their own module, so replacing them there works for all
+    code that has imported the two."""
     names = ("fuse_conv_bn", "fuse_linear_bn")
     for name, function in [(name, getattr(fusion, f"{name}_weights")) for name in names]:
         setattr(fusion, f"{name}_weights", _checked(function, f"{name}_eval"))
@@ -45,9 +46,9 @@ def _checked(function: Callable[..., Any], caller: str) -> Callable[..., Any]:
 
 
 def match_ours(optimization: Any) -> None:
-    """optimization.fuse compares classes in one function."""
+    """Makes optimization.fuse find bnfast's layers. It compares classes in one function, which is wrapped."""
     matches = optimization.matches_module_pattern
-    told: WeakSet[Any] = WeakSet()  # each call has a graph of its own
+    told: WeakSet[Any] = WeakSet()  # each call of fuse has its own graph
 
     @functools.wraps(matches)
     def matches_ours(pattern: Iterable[type], node: Any, modules: dict[str, Any]) -> bool:
@@ -87,7 +88,7 @@ def _tell_what_is_left(graph: Any, modules: dict[str, Any]) -> None:
 
 
 def fuser_methods(mappings: Any) -> Enter:
-    """fuse_modules and fuse_modules_qat look up the classes of all that they fuse."""
+    """For fuse_modules and fuse_modules_qat, which look up the classes of the modules that they fuse."""
     table = mappings._DEFAULT_OP_LIST_TO_FUSER_METHOD
     theirs = dict(table)
 
@@ -115,7 +116,7 @@ def _bare(layer: nn.Module, by: str, training: bool = False) -> nn.Module:
 
 
 def quantized_modules(mappings: Any) -> Enter:
-    """prepare and convert look up which module to put in a layer's place."""
+    """For prepare and convert, which look up the module that replaces a layer."""
     table = mappings.DEFAULT_STATIC_QUANT_MODULE_MAPPINGS
 
     def enter(kind: type[DropIn]) -> None:
@@ -126,7 +127,7 @@ def quantized_modules(mappings: Any) -> Enter:
 
 
 class _Quantized:
-    """Makes a quantized module of a layer of bnfast's."""
+    """Makes a quantized module from one of bnfast's layers."""
 
     def __init__(self, kind: Any) -> None:
         self.kind = kind
@@ -136,8 +137,8 @@ class _Quantized:
 
 
 def graphs(quantize_fx: Any) -> None:
-    """prepare_fx, prepare_qat_fx and fuse_fx hand what they have traced to one function, and the first
-    two hand its result to another, which has to know each node's scope."""
+    """For prepare_fx, prepare_qat_fx and fuse_fx. They pass the traced model to one function, and the first
+    two pass its result to another, which needs each node's scope. Both are wrapped."""
     fuse, prepare = quantize_fx._fuse_fx, quantize_fx.prepare
 
     def fuse_twins(model: Any, is_qat: bool, *rest: Any, **named: Any) -> Any:
@@ -153,8 +154,9 @@ def graphs(quantize_fx: Any) -> None:
 
 
 def _with_twins(model: Any, is_qat: bool) -> Any:
-    """A traced model with torch.nn's layers, and their activations as modules behind them, in the place of
-    those of bnfast's that are called with nothing but an input. A traced model's containers are its own."""
+    """Replaces bnfast's layers of a traced model that are called with an input only by torch.nn's, and their
+    activations by modules behind them. A traced model has containers of its own, so the original model does
+    not change."""
     modules = dict(model.named_modules())
     for node in list(model.graph.nodes):
         layer = modules.get(node.target) if node.op == "call_module" else None

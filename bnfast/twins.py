@@ -1,4 +1,4 @@
-"""torch.nn's layers with the parameters and buffers of bnfast's."""
+"""Makes torch.nn's layers that share parameters and buffers with bnfast's."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ _RENORMS = {getattr(modules, f"BatchRenorm{n}d"): getattr(nn, f"BatchNorm{n}d") 
 
 
 def torchs_class(kind: type) -> type[nn.Module] | None:
-    """The class of torch.nn's that a layer is one of, or, for Batch Renormalization, is equal to in eval; or
-    None."""
+    """torch.nn's class that a layer's class derives from or, for Batch Renormalization, is equal to in eval;
+    or None."""
     for base in kind.__mro__:
         if base in _RENORMS:
             return _RENORMS[base]
@@ -26,13 +26,14 @@ def torchs_class(kind: type) -> type[nn.Module] | None:
 
 
 def has_twin(layer: object) -> bool:
-    """Whether `twin` stands for all that a layer does but its activation: subclasses may do other things."""
+    """Whether `twin` computes the same as a layer, except for its activation. Subclasses may compute other
+    things."""
     return isinstance(layer, DropIn) and is_ours(type(layer)) and torchs_class(type(layer)) is not None
 
 
 def twin(layer: DropIn, by: str, training: bool = False) -> nn.Module:
-    """torch.nn's layer with the same parameters and buffers, and without the activation, which the caller has
-    to keep. by: who asks. training: whether it is to be trained."""
+    """Makes torch.nn's layer with the same parameters and buffers, and without the activation, which the
+    caller has to apply. by: the caller's name. training: whether the new layer will be trained."""
     if training and isinstance(layer, _BatchRenorm):
         raise RuntimeError(
             f"{by} would train a BatchNorm in the place of {type(layer).__name__}: use bnfast.revert(model) "
@@ -50,7 +51,7 @@ def twin(layer: DropIn, by: str, training: bool = False) -> nn.Module:
 
 
 def refuse_activation(layer: object, by: str) -> None:
-    """For those who have no place for it."""
+    """Raises RuntimeError if a layer has an activation. For tools that cannot keep one."""
     activation = getattr(layer, "activation", None) if isinstance(layer, DropIn) else None
     if activation is not None:
         name = getattr(activation, "name", type(activation).__name__)
@@ -61,7 +62,7 @@ def refuse_activation(layer: object, by: str) -> None:
 
 
 def way_out(timms: bool) -> str:
-    """What to do where an activation is in the way. timms: whether it is one of timm's layers that has it."""
+    """The advice for a layer whose activation cannot be kept. timms: whether it is one of timm's layers."""
     if timms:
         return (
             "bnfast.revert(model) gives back timm's own layers, whose activation torch does not take along "

@@ -1,4 +1,4 @@
-"""How each layout is seen by tiles.py, before tiles are chosen: which matrix, which strips of it, which
+"""How each layout is seen by geometry.py, before tiles are chosen: which matrix, which strips of it, which
 lanes hold which channel. Pure Python."""
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def floor_power_of_two(n: int) -> int:
 
 @dataclass(frozen=True)
 class View:
-    """How a layout is seen by tiles.py, before tiles are chosen. Sizes in elements."""
+    """How a layout is seen by geometry.py, before tiles are chosen. Sizes in elements."""
 
     mode: str
     rows: int

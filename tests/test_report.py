@@ -1,4 +1,4 @@
-"""Records, and what is made of them: CSV files, tables, pictures, comparisons, README's section."""
+"""Records, and what is made of them: CSV files, tables, pictures, comparisons, the section in docs/."""
 
 from __future__ import annotations
 
@@ -232,11 +232,11 @@ def test_first_look_at_networks(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert any("python3 -m benchmarks run --suite" in line for line in lines)
 
 
-# README
+# docs/benchmarks.md
 
 
 def test_readme_is_made_of_the_committed_results() -> None:
-    text = report.README.read_text(encoding="utf-8")
+    text = report.PAGE.read_text(encoding="utf-8")
     assert report.renewed(text, records.load([report.RESULTS])) == text, "python3 -m benchmarks readme"
 
 

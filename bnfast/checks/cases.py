@@ -35,7 +35,7 @@ class Case:
     groups: int = 0  # GroupNorm's
     # BatchRenorm's r_max, d_max, warmup_steps, r_max_steps, d_max_steps: at batch 3 r may be 1.5 and d 0.5
     schedule: tuple[float, float, int, int, int] = (3.0, 1.0, 2, 6, 4)
-    batches: int = 3  # that a layer with running statistics has seen
+    batches: int = 3  # number of batches that a layer with running statistics has seen before
 
     def __str__(self) -> str:
         words = ["x".join(map(str, self.shape)), str(self.dtype).removeprefix("torch.")]
@@ -54,17 +54,18 @@ class Case:
 
     @property
     def channels(self) -> int:
-        """Elements of the parameters."""
+        """The number of elements of weight and of bias."""
         return self.shape[-1 if self.layer == "LayerNorm" else 1]
 
     @property
     def in_sample(self) -> int:
-        """How many sets of channels have statistics of their own in a sample; 0 where a batch shares them."""
+        """The number of sets of channels in a sample that have statistics of their own; 0 where statistics
+        span the batch."""
         return {"GroupNorm": self.groups, "InstanceNorm": self.channels}.get(self.layer, 0)
 
     @property
     def factor(self) -> float:
-        """What the running statistics move by."""
+        """The weight of the batch in the running statistics."""
         if self.momentum is None:
             return 0.0 if self.layer == "InstanceNorm" else 1 / (self.batches + 1)
         return self.momentum
@@ -79,7 +80,7 @@ USUAL = {
     )
 }  # fmt: skip
 
-# torch's InstanceNorm tracks nothing unless it is told to, and its GroupNorm never does.
+# torch's InstanceNorm has running statistics only on request, and its GroupNorm never.
 group_norm = partial(Case, layer="GroupNorm", tracked=False)
 instance_norm = partial(Case, layer="InstanceNorm", tracked=False)
 batch_renorm = partial(Case, layer="BatchRenorm")
@@ -87,10 +88,10 @@ layer_norm = partial(Case, layer="LayerNorm", tracked=False)
 
 
 def placed(t: Tensor, how: str, channels_last: bool = False) -> Tensor:
-    """The values of t, lying in memory as said.
+    """Returns the values of t in memory of another order.
 
     dense: in the layout's own order. offset: the same, one element past a 16-byte boundary. sliced: a view
-    into something wider. transposed: N and C have changed places. expanded: one value, stride 0 everywhere.
+    into something wider. transposed: N and C are exchanged. expanded: one value, stride 0 everywhere.
     """
     if how == "expanded":
         return t.new_tensor(0.75).expand(t.shape)
@@ -132,8 +133,8 @@ def given(case: Case, device: torch.device) -> Given:
     def rising(start: float, end: float, steps: int) -> Tensor:
         return torch.linspace(start, end, steps, device=device, dtype=torch.float64)
 
-    # Every set of values that share statistics has its own mean, and its own deviation in each sample, or a
-    # kernel that mixes them up would go unseen. No weight is near 0.
+    # Every set of values that share statistics has its own mean, and its own deviation in each sample.
+    # Otherwise a kernel that confuses two sets would pass. No weight is near 0.
     sets = case.in_sample or channels
     spread = rising(0.9, 1.1, sets).repeat_interleave(channels // sets)
     x = random(*case.shape)

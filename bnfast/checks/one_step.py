@@ -1,4 +1,4 @@
-"""One step of a case's layer: forward, backward, and what it wrote to."""
+"""One step of a case's layer: forward, backward, and the buffers that it updates."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ SUFFIXES = {2: "1d", 3: "1d", 4: "2d", 5: "3d"}
 
 
 def layer(case: Case, library: Any, tensors: Given) -> Any:
-    """bnfast's layer or torch.nn's, with these parameters, and running statistics of its own to write to."""
+    """Makes bnfast's layer or torch.nn's, with these parameters, and with copies of the running
+    statistics."""
     module = _new(case, library, tensors.x.device)
     if tensors.weight is not None:
         module.weight = nn.Parameter(tensors.weight)
@@ -38,12 +39,13 @@ def _new(case: Case, library: Any, device: torch.device) -> Any:
     names = ("r_max", "d_max", "warmup_steps", "r_max_steps", "d_max_steps")
     schedule = dict(zip(names, case.schedule, strict=True))
     module: Any = kind(channels, eps, affine=affine, device=device, **schedule)
-    module.momentum = case.momentum  # None is for later only
+    module.momentum = case.momentum  # the constructor does not take None
     return module
 
 
 def step(module: Any, x: Tensor, dy: Tensor) -> dict[str, Tensor]:
-    """Forward and backward: the output and all gradients. Running statistics are left in the module."""
+    """Runs forward and backward. Returns the output and all gradients; running statistics stay in the
+    module."""
     x = x.detach().requires_grad_()
     y = module(x)
     wanted = {"dx": x, "dweight": module.weight, "dbias": module.bias}
@@ -57,6 +59,6 @@ def buffers(module: nn.Module) -> dict[str, Tensor]:
 
 
 def run(case: Case, library: Any, tensors: Given) -> dict[str, Tensor]:
-    """All that one step returns and writes."""
+    """Returns everything that one step returns and writes."""
     module = layer(case, library, tensors)
     return {**step(module, tensors.x, tensors.dy), **buffers(module)}

@@ -1,5 +1,5 @@
-"""What bnfast's layers are judged beside, under the same names: torch.nn's, and plain torch where torch.nn
-has no such layer, or not with such parameters."""
+"""Reference layers for comparison, under the names of bnfast's: torch.nn's, and plain torch where torch.nn
+has no such layer or refuses such parameters."""
 
 from __future__ import annotations
 
@@ -21,8 +21,9 @@ def _alike(x: Tensor, *parameters: Tensor | None) -> bool:
 
 
 def group_norm(x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
-    """torch's own. It takes no parameters of another dtype than x on a GPU, and no bias without a weight on a
-    CPU: with these it computes in fp32 (fp64 for fp64) throughout, and rounds the result."""
+    """torch's own group_norm. It refuses parameters of another dtype than x on a GPU, and a bias without a
+    weight on a CPU. With these, this function computes in fp32 (fp64 for fp64) throughout, and rounds the
+    result."""
     if _alike(x, weight, bias) and (weight is not None or bias is None):
         return F.group_norm(x, groups, weight, bias, eps)
     wide = exact.accumulator(x.dtype)
@@ -35,7 +36,7 @@ def group_norm(x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | Non
 def layer_norm(
     x: Tensor, shape: tuple[int, ...], weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> Tensor:
-    """torch's own; where the dtypes differ in fp32 (fp64 for fp64), with a result in x's."""
+    """torch's own layer_norm; where dtypes differ, in fp32 (fp64 for fp64), with a result of x's dtype."""
     if _alike(x, weight, bias):
         return F.layer_norm(x, shape, weight, bias, eps)
     wide = exact.accumulator(x.dtype)
@@ -54,7 +55,7 @@ class LayerNorm(nn.LayerNorm):
 
 
 class _BatchRenorm(bnfast.BatchRenorm2d):
-    """The formulas of the reference, in x's dtype and autograd's hands."""
+    """The formulas of the reference in x's dtype, differentiated by autograd."""
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         mean, variance = self.running_mean, self.running_var

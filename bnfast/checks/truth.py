@@ -1,5 +1,5 @@
-"""All that a step of a case returns and writes, in fp64, with the scale of each element (bnfast.exact has the
-rule), layer by layer, and the judgement by it."""
+"""The expected results of a step of a case in fp64, with the scale of each element (bnfast.exact explains the
+rule), and the comparison with them."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from . import peers
 from .cases import Case, Given
 from .one_step import run
 
-# InstanceNorm's running statistics are torch.var_mean's, a reduction that is not ours to bound as tightly.
+# InstanceNorm's running statistics are computed by torch.var_mean, whose error we cannot bound as tightly.
 TORCHS_OWN = 8.0
 
 
 @dataclass(frozen=True)
 class Truth:
-    """vectors: the gradients of parameters and the running statistics, by name."""
+    """The expected results. vectors: the gradients of parameters and the running statistics, by name."""
 
     normal: exact.Exact
     vectors: dict[str, exact.Value]
-    groups: int = 0  # of a sample, which are `normal`'s cells; 0: its cells are channels over all samples
-    offset: Tensor | float = 0.0  # by how much y is a sum of more than `normal` knows
+    groups: int = 0  # of a sample, whose statistics `normal` has; 0: those of channels over all samples
+    offset: Tensor | float = 0.0  # the size of terms of y that `normal` does not include
 
     def y(self, x: Tensor) -> exact.Value:
-        """x: all of it, or a chunk of the pairs that the truth was made from."""
+        """The expected y. x: all of it, or one chunk of the pairs that this was made from."""
         value, scale = self.normal.y(self.seen(x))
         return self.as_x(value), self.as_x(scale + self.offset)
 
@@ -37,17 +37,17 @@ class Truth:
         return self.as_x(value), self.as_x(scale)
 
     def seen(self, t: Tensor) -> Tensor:
-        """x, or what is shaped as it, in the shape that `normal` knows."""
+        """Reshapes x, or a tensor of its shape, to the shape that `normal` uses."""
         return exact.by_group(t, self.groups) if self.groups else t
 
     def as_x(self, t: Tensor) -> Tensor:
-        """And back."""
+        """The inverse of `seen`."""
         return t.flatten(1, 2) if self.groups else t
 
 
 def of(case: Case, tensors: Given, pairs: exact.Pairs | None = None) -> Truth:
-    """Of every layer but LayerNorm. pairs: chunks of (x, dy), [N, C, *] each, where fp64 of the whole does
-    not fit the memory."""
+    """The expected results of every layer but LayerNorm. pairs: chunks of (x, dy), [N, C, *] each, where the
+    whole does not fit into memory in fp64."""
     if case.layer == "BatchRenorm" and case.training:
         return _renormalized(case, tensors, pairs)
     x, dy, weight, bias = tensors.x, tensors.dy, tensors.weight, tensors.bias
@@ -64,7 +64,7 @@ def of(case: Case, tensors: Given, pairs: exact.Pairs | None = None) -> Truth:
 
 
 def expectations(case: Case, tensors: Given) -> dict[str, exact.Value]:
-    """Everything that a step returns or writes, but for the batch counter."""
+    """The expected value of everything that a step returns or writes, except the batch counter."""
     if case.layer == "LayerNorm":
         x, dy, weight, bias = tensors.x, tensors.dy, tensors.weight, tensors.bias
         found = exact.layer_norm(x, dy, 1, weight, bias, case.eps)
@@ -75,8 +75,9 @@ def expectations(case: Case, tensors: Given) -> dict[str, exact.Value]:
 
 
 def judge(case: Case, tensors: Given, ours: dict[str, Tensor]) -> dict[str, exact.Verdict]:
-    """What `one_step.run` gave for these tensors, beside what torch gives. Raises AssertionError where a
-    result is missing or too many, has another shape or dtype than torch's, or the batch counter differs."""
+    """Compares what `one_step.run` returned for these tensors with fp64 and with torch. Raises AssertionError
+    where a result is missing or unexpected, has another shape or dtype than torch's, or the batch counter
+    differs."""
     theirs, expected = run(case, peers, tensors), expectations(case, tensors)
     for name in sorted(ours.keys() | theirs.keys()):
         mine, other = (None if t is None else (t.shape, t.dtype) for t in (ours.get(name), theirs.get(name)))
@@ -89,7 +90,7 @@ def judge(case: Case, tensors: Given, ours: dict[str, Tensor]) -> dict[str, exac
 
 
 def _gradients(tensors: Given, dweight: exact.Value, dbias: exact.Value) -> dict[str, exact.Value]:
-    """Of the parameters that there are."""
+    """The gradients of those parameters that exist."""
     found = {} if tensors.weight is None else {"dweight": dweight}
     return found if tensors.bias is None else found | {"dbias": dbias}
 
@@ -109,8 +110,8 @@ def _running(case: Case, tensors: Given, normal: exact.Exact) -> dict[str, exact
 
 
 def _limits(case: Case) -> tuple[float, float]:
-    """(largest r, largest d) of a batch that `Case.batches` came before."""
-    if case.momentum is None:  # statistics are being collected
+    """(largest r, largest d) of a batch after `Case.batches` others."""
+    if case.momentum is None:  # this collects statistics
         return 1.0, 0.0
     r_max, d_max, warmup, r_steps, d_steps = case.schedule
 
@@ -121,7 +122,7 @@ def _limits(case: Case) -> tuple[float, float]:
 
 
 def _renormalized(case: Case, tensors: Given, pairs: exact.Pairs | None) -> Truth:
-    """Ioffe 2017, algorithm 1: a BatchNorm with r * gamma for gamma and d * gamma + beta for beta."""
+    """Ioffe 2017, algorithm 1, as a BatchNorm with r * gamma for gamma and d * gamma + beta for beta."""
     x, dy = tensors.x, tensors.dy
     batch = exact.batch_norm(x, dy, None, None, case.eps, None, pairs)
     mean, sigma = batch.mean.flatten(), (batch.variance.flatten() + case.eps).sqrt()

@@ -27,19 +27,65 @@ def batch_renorm(
     activation: ActivationLike = None,
     residual: Tensor | None = None,
 ) -> Tensor:
-    """Batch Renormalization (Ioffe 2017, arXiv 1702.03275, algorithm 1).
+    """Batch Renormalization, and act(normalized + residual) with it.
 
-    input: [N, C, *], as for batch_norm; running_mean, running_var: [C], required; weight, bias: [C] or None.
-    In training y = gamma * ((x - mean) / sigma * r + d) + beta, with r = sigma / running sigma clipped to
-    [1 / r_max, r_max] and d = (mean - running mean) / running sigma clipped to [-d_max, d_max]. r and d come
-    from the running statistics before this batch and carry no gradient; r_max=1, d_max=0 is batch_norm.
-    Then the running statistics move in place: running_mean by `momentum` towards the batch's mean, and
-    running_var so that its sigma, sqrt(running_var + eps), moves by `momentum` towards the batch's. In eval
-    it is batch_norm. activation, residual: as batch_norm's.
+    In training y = activation(((x - mean) / sigma * r + d) * weight + bias + residual), with the batch's mean
+    and sigma = sqrt(variance + eps), r = sigma / running sigma clipped to [1 / r_max, r_max], and d = (mean -
+    running mean) / running sigma clipped to [-d_max, d_max]. r and d come from the running statistics before
+    this batch and carry no gradient. With r_max=1 and d_max=0 it is batch_norm.
 
-    Returns a tensor of input's shape, dtype and memory format. Raises as batch_norm does, and ValueError for
-    missing running statistics, r_max < 1 and d_max < 0, before anything is updated; RuntimeError in the
-    recomputation of activation checkpointing (see BatchRenorm2d)."""
+    The running statistics are then updated in place: running_mean moves by `momentum` towards the batch's
+    mean, and running_var so that its sigma, sqrt(running_var + eps), moves by `momentum` towards the batch's.
+    Without `training` it is batch_norm.
+
+    Args:
+        input (Tensor): What is normalized.
+        running_mean (Tensor): [C], of any floating dtype. Required.
+        running_var (Tensor): [C], of any floating dtype. Required.
+        weight (Tensor, optional): The scale of each channel, [C], of any floating dtype. Default: None, which
+            is 1.
+        bias (Tensor, optional): The shift of each channel, [C], of any floating dtype. Default: None, which
+            is 0.
+        training (bool): Whether to normalize with the batch's statistics, corrected. Default: False.
+        momentum (float): The weight of the batch in the running statistics. Default: 0.01.
+        eps (float): The number that is added to the variance under the root. Default: 1e-5.
+        r_max (float): The limit of r, at least 1. Default: 3.0.
+        d_max (float): The limit of d, at least 0. Default: 5.0.
+        activation: The activation that is applied in the same kernels, after the residual: None, a name such
+            as ``"relu"``, a name and its number such as ``("leaky_relu", 0.2)``, or torch's own module, class
+            or function, such as ``nn.ReLU()``, ``nn.ReLU`` or ``F.relu``. bnfast.activation.NAMES lists the
+            names. Keyword only. Default: None.
+        residual (Tensor, optional): What is added to the normalized values before the activation, of input's
+            shape, dtype and device, in any strides. Keyword only. Default: None.
+
+    Shape:
+        - input: (N, C, *), of fp16, bf16, fp32 or fp64, in any strides.
+        - residual: as input.
+        - output: as input. Contiguous, channels_last and channels_last_3d inputs give outputs of the same
+          memory format, others contiguous ones.
+
+    Returns:
+        A tensor of input's shape and dtype.
+
+    Raises:
+        ValueError: As batch_norm, and for missing running statistics, r_max < 1 and d_max < 0. All before
+            anything is updated.
+        RuntimeError: As batch_norm, and in the recomputation of activation checkpointing (see
+            bnfast.BatchRenorm2d).
+        TypeError: As batch_norm, and for a momentum of None.
+
+    Example:
+        >>> x, mean, variance = torch.randn(8, 16, 4, 4), torch.zeros(16), torch.ones(16)
+        >>> y = bnfast.functional.batch_renorm(x, mean, variance, training=True)
+        >>> x, mean, variance = torch.randn(8, 16, 4, 4), torch.zeros(16), torch.ones(16)
+        >>> y = bnfast.functional.batch_renorm(x, mean, variance, training=True, r_max=1.0, d_max=0.0)
+        >>> torch.allclose(y, F.batch_norm(x, None, None, training=True), atol=1e-5)
+        True
+
+    References:
+        Ioffe 2017, "Batch Renormalization: Towards Reducing Minibatch Dependence in Batch-Normalized Models",
+        arXiv 1702.03275, algorithm 1.
+    """
     if (
         has_torch_function_variadic(input, running_mean, running_var, weight, bias, residual)
         and not torch.compiler.is_compiling()

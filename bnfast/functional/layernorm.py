@@ -25,15 +25,53 @@ def layer_norm(
     activation: ActivationLike = None,
     residual: Tensor | None = None,
 ) -> Tensor:
-    """Layer normalization, as torch.nn.functional.layer_norm (Ba, Kiros and Hinton 2016, arXiv 1607.06450).
+    """Layer normalization as torch.nn.functional.layer_norm, and act(normalized + residual) with it.
 
-    input: [*, *normalized_shape], fp16, bf16, fp32 or fp64, any strides. weight, bias: normalized_shape or
-    None, of dtypes of their own. Mean and variance of each row are computed in fp32 (fp64 for fp64 input).
-    activation, residual: as batch_norm's.
+    y = activation((x - mean) / sqrt(variance + eps) * weight + bias + residual)
 
-    Returns a contiguous tensor of input's shape and dtype. Under autocast too: torch's own returns fp32 for
-    fp16 and bf16 input there, and takes twice the memory. Raises what torch.nn.functional.layer_norm raises
-    (RuntimeError for shapes that do not match and for an empty normalized_shape)."""
+    Mean and variance are those of each row, that is over the last dimensions, and are computed in fp32, for
+    fp64 input in fp64.
+
+    Args:
+        input (Tensor): What is normalized.
+        normalized_shape (sequence of int): The sizes of the last dimensions, which are normalized together.
+        weight (Tensor, optional): The scale, of shape normalized_shape and any floating dtype. Default: None,
+            which is 1.
+        bias (Tensor, optional): The shift, of shape normalized_shape and any floating dtype. Default: None,
+            which is 0.
+        eps (float): The number that is added to the variance under the root. Default: 1e-5.
+        activation: The activation that is applied in the same kernels, after the residual: None, a name such
+            as ``"relu"``, a name and its number such as ``("leaky_relu", 0.2)``, or torch's own module, class
+            or function, such as ``nn.ReLU()``, ``nn.ReLU`` or ``F.relu``. bnfast.activation.NAMES lists the
+            names. Keyword only. Default: None.
+        residual (Tensor, optional): What is added to the normalized values before the activation, of input's
+            shape, dtype and device, in any strides. Keyword only. Default: None.
+
+    Shape:
+        - input: (*, *normalized_shape), of fp16, bf16, fp32 or fp64, in any strides.
+        - residual: as input.
+        - output: as input, contiguous.
+
+    Returns:
+        A contiguous tensor of input's shape and dtype, under autocast too: torch's own returns fp32 for fp16
+        and bf16 input there, and takes twice the memory.
+
+    Raises:
+        RuntimeError: Shapes or devices do not match, or normalized_shape is empty, as in
+            torch.nn.functional.layer_norm.
+        ValueError: The activation is unknown, or the residual's shape, dtype or device differs from the
+            input's.
+        TypeError: The residual is not a tensor, or an argument has a type that torch refuses.
+
+    Example:
+        >>> x, shortcut = torch.randn(8, 10, 32), torch.randn(8, 10, 32)
+        >>> y = bnfast.functional.layer_norm(x, (32,), activation="gelu", residual=shortcut)
+        >>> torch.allclose(y, F.gelu(F.layer_norm(x, (32,)) + shortcut), atol=1e-5)
+        True
+
+    References:
+        Ba, Kiros and Hinton 2016, "Layer Normalization", arXiv 1607.06450.
+    """
     if has_torch_function_variadic(input, weight, bias, residual) and not torch.compiler.is_compiling():
         return handle_torch_function(
             layer_norm, (input, weight, bias, residual), input, normalized_shape, weight=weight, bias=bias,

@@ -1,4 +1,4 @@
-"""What in a graph is an activation that the layers know."""
+"""Recognizes, in an fx graph, the activations that the kernels apply."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from ..kernels.epilogue import FUNCTIONS, Activation, Form, of_module
 
 
 def still(module: object, activation: Activation) -> bool:
-    """Whether calling the module is this activation."""
+    """Whether calling the module still applies this activation."""
     return of_module(module) == activation
 
 
 def _read(form: Form, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Activation | None:
-    """What a call of a function with these arguments after its input is."""
+    """The activation that a function applies with these arguments after its input."""
     given = dict(zip((*form.parameters, "inplace"), args, strict=False)) | kwargs
     # Whether it writes in place does not matter: its input has no other use.
     given.pop("inplace", None)

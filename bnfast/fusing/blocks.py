@@ -1,4 +1,4 @@
-"""A fused block's class: a subclass of the block's own, with another forward."""
+"""The class of a fused block: a subclass of the block's own class with another forward."""
 
 from __future__ import annotations
 
@@ -20,12 +20,13 @@ from .subclassing import Unannounced, subclass
 from .tracing import Traced
 
 _classes: WeakValueDictionary[tuple[object, ...], type] = WeakValueDictionary()
-# Those who pickle or copy in a way of their own might find a class that they do not know.
+# A class that pickles or copies itself in its own way might not know the fused class.
 _COPYING = ("__reduce__", "__reduce_ex__", "__getstate__", "__deepcopy__", "__copy__")
 
 
 class Variant(NamedTuple):
-    """What a block's forward does while its guards hold and what it reads is unchanged."""
+    """One traced forward of a block. It is valid while its guards hold and the values that it reads are
+    unchanged."""
 
     source: str
     parameters: tuple[str, ...]
@@ -34,12 +35,13 @@ class Variant(NamedTuple):
     sites: tuple[Site, ...]
 
     def changed(self, block: nn.Module) -> str | None:
-        """What has changed since it was traced, and keeps a block from it."""
+        """What has changed since the trace, so that the block cannot use this variant; None if nothing
+        has."""
         guard = next((f"its block's {guard.what}" for guard in self.guards if not guard.holds(block)), None)
         return guard or next((f"{r.what}, which its block reads," for r in self.reads if not r.holds()), None)
 
     def of_mode(self, block: nn.Module) -> bool:
-        """Whether the block is in the mode, training or not, that it was traced in."""
+        """Whether the block is in the mode, training or eval, in which it was traced."""
         modes = (guard for guard in self.guards if isinstance(guard, Guard) and guard.name == "training")
         return all(guard.holds(block) for guard in modes)
 
@@ -52,7 +54,7 @@ class Built(NamedTuple):
 
 
 def build(traced: Traced, matches: list[Match], sites: tuple[Site, ...]) -> Built:
-    """Raises what goes wrong if no such forward can be made."""
+    """Makes the function of a traced and rewritten graph. Lets the exception pass if that fails."""
     for match, site in zip(matches, sites, strict=True):
         rewrite(traced.graph, match, site)
     traced.graph.lint()
@@ -63,8 +65,8 @@ def build(traced: Traced, matches: list[Match], sites: tuple[Site, ...]) -> Buil
 
 
 class FusedBlock(Unannounced):
-    """Mixed into a block's class, before it. Instances hold nothing new: state_dict, copies and replicas are
-    those of the block. The class holds what is known of its forward."""
+    """The first base of a fused block's class. Instances have no new attributes, so state_dict, copies and
+    replicas are those of the block. The class has the variants of its forward."""
 
     _bnfast_original: Any
     _bnfast_variants: tuple[Variant, ...]
@@ -76,12 +78,12 @@ class FusedBlock(Unannounced):
         new = self.__class__.__new__(self.__class__)
         memo[id(self)] = new
         state = dict(self.__dict__)
-        state.pop("_compiled_call_impl", None)  # which would call this one
+        state.pop("_compiled_call_impl", None)  # it would call the block that is copied
         new.__dict__.update(copy.deepcopy(state, memo))
         return new
 
     def __prepare_scriptable__(self) -> nn.Module:
-        """torch.jit.script reads the source of forward: the original's."""
+        """Gives torch.jit.script, which reads the source of forward, the original class."""
         plain: nn.Module = object.__new__(self._bnfast_original)
         plain.__dict__ = dict(self.__dict__)
         prepare: Callable[[], nn.Module] = getattr(plain, "__prepare_scriptable__", lambda: plain)
@@ -89,7 +91,7 @@ class FusedBlock(Unannounced):
 
 
 def why_not_subclassed(block: nn.Module) -> str | None:
-    """Why another class could not stand in for a block's, or None."""
+    """Why the block's class cannot be replaced by a subclass, or None."""
     cls = original_class(type(block))
     if any(getattr(cls, name, None) is not getattr(nn.Module, name, None) for name in _COPYING):
         return f"{cls.__name__} is copied or pickled in a way of its own"
@@ -97,11 +99,11 @@ def why_not_subclassed(block: nn.Module) -> str | None:
 
 
 def install(block: nn.Module, variants: tuple[Built, ...]) -> None:
-    """Gives a block the class whose forward is the first of the variants that holds. Blocks with the same
-    share it."""
+    """Gives a block a class whose forward runs the first variant that is valid. Blocks with the same variants
+    share the class."""
     original: Any = type(block)
     known = tuple(built.variant for built in variants)
-    # 1, 1.0 and True are equal as guards, but not as what they say.
+    # repr: guards with 1, 1.0 and True compare equal, but expect different values.
     key = original, original.forward, known, repr([variant.guards for variant in known])
     if key not in _classes:
         members = {
@@ -121,7 +123,7 @@ def install(block: nn.Module, variants: tuple[Built, ...]) -> None:
 
 def _forward(original: Any, variants: tuple[Built, ...]) -> Callable[..., Any]:
     traced = original.forward
-    count = len(variants[0].variant.parameters)  # those that forward requires: the same for all
+    count = len(variants[0].variant.parameters)  # those that forward requires, the same for all variants
     ways = tuple((fused, variant.guards, unchanged(variant.reads)) for variant, fused in variants)
 
     @functools.wraps(traced)  # torch.fx reads the names of the parameters through it
@@ -136,7 +138,7 @@ def _forward(original: Any, variants: tuple[Built, ...]) -> Callable[..., Any]:
     return forward
 
 
-# These two run with every call, and all() takes longer.
+# These two run with every call, and all() is slower.
 def _tensors(args: tuple[Any, ...]) -> bool:
     for a in args:  # noqa: SIM110
         if not isinstance(a, Tensor):
@@ -152,7 +154,8 @@ def guards_hold(block: nn.Module, guards: tuple[Condition, ...]) -> bool:
 
 
 def restore(block: nn.Module) -> bool:
-    """Gives a fused block its original class back, unless somebody has put another in the place of ours."""
+    """Gives a fused block its original class back, unless other code has replaced the fused class. Returns
+    whether the block is not fused now."""
     if "_bnfast_original" in vars(type(block)):
         object.__setattr__(block, "__class__", original_class(type(block)))
     return not isinstance(block, FusedBlock)
@@ -160,7 +163,7 @@ def restore(block: nn.Module) -> bool:
 
 def unfuse(model: nn.Module) -> nn.Module:
     """Gives every block its original class back, in place, and returns the model. Warns of blocks whose class
-    somebody has replaced since they were fused: these stay."""
+    other code has replaced since they were fused, and leaves them."""
     for name, module in model.named_modules():
         if not restore(module):
             warnings.warn(
@@ -170,7 +173,8 @@ def unfuse(model: nn.Module) -> nn.Module:
 
 
 def live_sites(block: FusedBlock) -> tuple[list[Site], dict[str, str]]:
-    """The sites of a block that a call of it fuses, and why it passes the others by, by layer."""
+    """Returns the sites of a block that a call fuses, and for each layer of the other sites the reason why
+    not."""
     variants = block._bnfast_variants
     cls: Any = type(block)
     if "forward" in block.__dict__ or cls._bnfast_original.forward is not cls.forward.__wrapped__:
@@ -194,14 +198,15 @@ def live_sites(block: FusedBlock) -> tuple[list[Site], dict[str, str]]:
 
 
 def _blank(original: type) -> nn.Module:
-    """What pickle fills with a fused block's state: it becomes fused again once it has that."""
+    """Makes the object that pickle fills with a fused block's state. It is fused again once it has its
+    state."""
     waiting = subclass(original, {"_bnfast_original": original}, _Waiting)
     blank: nn.Module = object.__new__(waiting)
     return blank
 
 
 class _Waiting(Unannounced):
-    """Mixed into a block's class while pickle or copy makes one."""
+    """The first base of a block's class while pickle or copy makes one."""
 
     _bnfast_original: Any
 

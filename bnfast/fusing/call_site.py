@@ -1,4 +1,4 @@
-"""What the rewritten forward of a block calls in place of a layer and what follows it."""
+"""The function that a rewritten forward calls in place of a layer and the operations after it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from .patterns import Match
 
 
 class Step(NamedTuple):
-    """One operation of the original forward after the layer, on its last result."""
+    """One operation of the original forward after the layer, applied to the result of the operation before
+    it."""
 
     op: str  # call_module, call_function or call_method
     target: Any
@@ -25,8 +26,8 @@ class Step(NamedTuple):
 
 
 class Site(NamedTuple):
-    """norm, modules: where they are in the block. modules: of the steps that call one, in order, the last one
-    being the activation if `activates`."""
+    """One call of a layer and what is fused with it. norm, modules: paths in the block. modules: those that
+    the steps call, in order; the last one is the activation if `activates`."""
 
     norm: str
     modules: tuple[str, ...]
@@ -43,7 +44,7 @@ LAST, RESIDUAL = "<last>", "<residual>"
 def site_of(match: Match) -> Site:
     steps, previous = [], match.norm
     for node in match.steps:
-        # Each step is on the chain, so these two are all the nodes that it takes.
+        # Each step is on the chain, so its arguments can have no nodes but these two.
         names = {previous: LAST, match.residual: RESIDUAL}
         args = tuple(names[a] if isinstance(a, Node) else a for a in node.args)
         target = None if node.op == "call_module" else node.target
@@ -55,8 +56,9 @@ def site_of(match: Match) -> Site:
 
 
 def rewrite(graph: Graph, match: Match, site: Site) -> None:
-    """One call in place of a match's nodes: where the layer's call stood, or, with a residual, the add. It
-    takes its inputs from the graph as it is now: an input that the match knows may have been rewritten."""
+    """Replaces a match's nodes by one call, at the place of the layer's call or, with a residual, of the add.
+    It takes its inputs from the graph as it is now, for an input that the match has stored may have been
+    rewritten."""
     with graph.inserting_before(match.add or match.norm):
         modules = [graph.get_attr(name) for name in (site.norm, *site.modules)]
         tensors = (match.norm.args[0], match.residual_now())
@@ -78,7 +80,7 @@ def caller(site: Site) -> Callable[..., Tensor]:
 
 
 def why_unfused(site: Site, norm: nn.Module, modules: tuple[nn.Module, ...]) -> str | None:
-    """What has happened to the modules of a site since it was fused, that its call must not pass over."""
+    """Why the original operations must run: what has changed on the modules of a site since it was fused."""
     reason = "there are hooks on all modules" if hooked_everywhere() else why_not_ours(norm)
     if reason is not None:
         return reason
@@ -106,7 +108,7 @@ def _alike(input: Tensor, residual: Tensor | None) -> bool:
 def _one_by_one(
     site: Site, output: Tensor, residual: Tensor | None, modules: tuple[nn.Module, ...]
 ) -> Tensor:
-    """The original operations, in-place ones in place."""
+    """Runs the original operations; in-place ones work in place."""
     left = list(modules)
     for step in site.steps:
         if step.op == "call_module":

@@ -1,4 +1,5 @@
-"""What a block's forward depends on beside its inputs. A traced one holds while all of that is as it was."""
+"""Guards: the values of the block that its forward depends on. A traced forward is valid while they are
+unchanged."""
 
 from __future__ import annotations
 
@@ -19,7 +20,7 @@ _PLAIN = (
     bool, int, float, complex, str, bytes, type(None),
     torch.dtype, torch.device, torch.memory_format, FunctionType,
 )  # fmt: skip
-# Functions of these ask the clock, the system or chance.
+# Functions of these modules depend on the clock, the system or random numbers.
 CHANGING = {
     "os", "posix", "nt", "time", "_io", "io", "uuid", "secrets", "_random", "socket", "_socket", "platform",
     "subprocess", "tempfile", "genericpath", "getpass", "locale", "pathlib",
@@ -29,12 +30,13 @@ _NO_ATTRIBUTES = (collections.OrderedDict, collections.Counter, collections.defa
 
 
 class Refusal(BaseException):
-    """Why a forward cannot be traced, or what it reads not be guarded. No Exception: a forward that catches
-    those would go on, and its handler would be taken for what it always does."""
+    """Raised where a forward cannot be traced, or a value that it reads cannot be guarded. It is not an
+    Exception: a forward that catches exceptions would continue, and the trace would record its handler as the
+    normal path."""
 
 
 class Absent:
-    """Expected where there was no such attribute."""
+    """The expected value where there was no such attribute."""
 
 
 class Guard(NamedTuple):
@@ -55,7 +57,7 @@ class Guard(NamedTuple):
         owner = follow(block, self.path) if self.path else block
         if owner is None:
             return False
-        value: Any = owner._modules.get(self.name)  # getattr comes to the same, in five times the time
+        value: Any = owner._modules.get(self.name)  # getattr gives the same in five times the time
         if value is None:
             value = getattr(owner, self.name, Absent)
         if isinstance(value, nn.Module):
@@ -72,7 +74,7 @@ class Guard(NamedTuple):
         return type(value) is type(self.expected) and equal(value, self.expected)
 
     def put_back(self, block: nn.Module) -> bool:
-        """Whether what a list or dict holds had been changed; it is as it was then."""
+        """Restores the contents of a list or dict. Returns whether they had changed."""
         value = getattr(follow(block, self.path), self.name, None)
         if not isinstance(value, (list, dict)) or self.holds(block):
             return False
@@ -82,8 +84,8 @@ class Guard(NamedTuple):
 
 
 class Children(NamedTuple):
-    """All children of the block or of a module in it, which forward goes through. expected: names and
-    classes."""
+    """All children of the block, or of a module in it, over which the forward iterates. expected: their names
+    and classes."""
 
     path: tuple[str, ...]
     expected: tuple[tuple[str, type], ...]
@@ -139,13 +141,13 @@ class Inlined(NamedTuple):
 
 
 def equal(value: Any, other: Any) -> bool:
-    """For two of the same class. 0.0 and -0.0 are not."""
+    """Whether two values of the same class are equal. 0.0 and -0.0 are not."""
     return bool(value == other and (value or not isinstance(value, float) or str(value) == str(other)))
 
 
 def refuse_changing(value: Any, name: str) -> None:
-    """Raises Refusal for what asks the clock, the system or chance, or is of their kind, and for a builtin
-    method of an object, which no guard sees."""
+    """Raises Refusal for functions and objects that depend on the clock, the system or random numbers, and
+    for a builtin method of an object, whose state no guard compares."""
     if isinstance(value, (FunctionType, BuiltinFunctionType)):
         owner = getattr(value, "__self__", None)
         clock = isinstance(owner, type) and issubclass(owner, datetime.date) and value.__name__ in _NOW
@@ -165,7 +167,7 @@ def refuse_changing(value: Any, name: str) -> None:
 
 
 def refuse_attributes(value: Any, name: str) -> None:
-    """Raises Refusal for a list, a dict or another plain value that has attributes beside what it holds."""
+    """Raises Refusal for a list, a dict or another plain value that has attributes beside its contents."""
     held = getattr(value, "__dict__", None)
     if held or (held is not None and type(value) not in _NO_ATTRIBUTES):
         kind = f"a {type(value).__name__}"
@@ -188,7 +190,8 @@ def original_class(cls: type) -> Any:
 
 
 def guard(path: tuple[str, ...], name: str, value: Any) -> Guard:
-    """For a value as read. Raises Refusal for what may change and stay the same object."""
+    """Makes the guard for a value that was read. Raises Refusal for an object that may change and stay the
+    same object."""
     if isinstance(value, nn.Module):
         keys = tuple(_children(value)) if isinstance(value, CONTAINERS) else None
         return Guard(path, name, original_class(type(value)), keys)
@@ -202,7 +205,7 @@ def children(path: tuple[str, ...], module: nn.Module) -> Children:
 
 
 def _children(module: nn.Module) -> dict[str, nn.Module]:
-    """Read past the module's class, which may note what is read."""
+    """Reads the children without the module's __getattribute__, which may record what is read."""
     held: dict[str, nn.Module] = object.__getattribute__(module, "_modules")
     return held
 
@@ -216,7 +219,7 @@ def _held(block: nn.Module, name: str) -> object:
 
 
 def _frozen(value: Any, name: str = "") -> Any:
-    """A value that stays as it is: for lists and dicts, their kind and what they hold."""
+    """Returns a value that cannot change: for lists and dicts, their class and contents."""
     if isinstance(value, (list, dict)):
         refuse_attributes(value, name)
     if isinstance(value, dict):
@@ -233,7 +236,7 @@ def _unchanging(value: Any, name: str) -> Any:
         for item in value:
             _unchanging(item, name)
         return value
-    # A class may hold settings, but one of modules is for comparing
+    # A class may hold settings, but a class of modules is read to be compared
     if (
         isinstance(value, (*_PLAIN, BuiltinFunctionType))
         or value is Absent

@@ -1,4 +1,4 @@
-"""What one of Python's instructions is about, as those around it tell."""
+"""Interprets one bytecode instruction of Python from the instructions around it."""
 
 from __future__ import annotations
 
@@ -31,14 +31,15 @@ class Place(NamedTuple):
         return self.instructions[self.place].argval
 
     def attributes(self) -> Iterator[str]:
-        """Those that are read on what this one loads, one after another."""
+        """Yields the attributes that are read, one after another, on the value that this instruction
+        loads."""
         for x in self.instructions[self.place + 1 :]:
             if x.opname not in ATTRIBUTE:
                 return
             yield x.argval
 
     def sets(self) -> str | None:
-        """The attribute that is set or deleted on what this one loads."""
+        """The attribute that is set or deleted on the value that this instruction loads."""
         after = next((x for x in self.instructions[self.place + 1 :] if x.opname not in ATTRIBUTE), None)
         return after.argval if after is not None and after.opname in ("STORE_ATTR", "DELETE_ATTR") else None
 
@@ -49,8 +50,8 @@ class Place(NamedTuple):
         return importlib.util.resolve_name("." * level + self.instructions[i].argval, package)
 
     def asked_by_name(self) -> tuple[str | None] | None:
-        """The name that getattr or hasattr is called with, if this loads what they are called for. (None,)
-        stands for a name that is no constant."""
+        """If this loads the object of a call of getattr or hasattr: a tuple of the name that is asked for, or
+        (None,) if the name is not a constant."""
         before = self.instructions[self.place - 1] if self.place else None
         if before is None or before.opname != "LOAD_GLOBAL" or before.argval not in ("getattr", "hasattr"):
             return None
@@ -58,7 +59,8 @@ class Place(NamedTuple):
         return (name.argval if isinstance(name.argval, str) and name.opname == "LOAD_CONST" else None,)
 
     def called(self) -> str | None:
-        """For a call, what is called, as it is written; None where Python does not say where that begins."""
+        """For a call, the called expression as it is written; None where Python does not record its
+        position."""
         start = _start(self.instructions[self.place])
         if start is None or not self.op.startswith("CALL"):
             return None
@@ -66,19 +68,19 @@ class Place(NamedTuple):
         return ".".join(str(x.argval) for x in loads) or None
 
     def super_attribute(self) -> str | None:
-        """What is read on a super() that begins here."""
+        """The attribute that is read on a super() that begins here."""
         near = self.instructions[self.place : self.place + 8]
         return next((x.argval for x in near if x.opname in _SUPER_ATTRIBUTE), None)
 
 
 def _start(instruction: dis.Instruction) -> tuple[int, int] | None:
-    """The line and column where what it computes begins: Python 3.11 and newer know."""
+    """The line and column where the expression of an instruction begins. Python 3.11 and newer record it."""
     positions = getattr(instruction, "positions", None)
     return None if positions is None or positions.lineno is None else (positions.lineno, positions.col_offset)
 
 
 def at(code: CodeType, offset: int) -> Place | None:
-    """The instruction there; None for those that only Python's interpreter knows."""
+    """The instruction at an offset; None for internal ones of Python's interpreter."""
     instructions, places = _read(code)
     index = places.get(offset)
     return None if index is None else Place(instructions, index)
@@ -90,7 +92,7 @@ def _read(code: CodeType) -> tuple[tuple[dis.Instruction, ...], dict[int, int]]:
     kept: list[dis.Instruction] = []
     prefixes: list[int] = []
     for x in dis.get_instructions(code):
-        if x.opname in _PREFIXES:  # Python may say that it is there, and not at what follows
+        if x.opname in _PREFIXES:  # Python may report this offset in place of the next instruction's
             prefixes.append(x.offset)
         elif x.opname not in _SILENT:
             places.update(dict.fromkeys((*prefixes, x.offset), len(kept)))

@@ -1,4 +1,5 @@
-"""Which modules a call may be made for in another way than by calling them."""
+"""Whether `normalize` may be called in place of a layer, and whether a call of a module runs its forward
+only."""
 
 from __future__ import annotations
 
@@ -9,13 +10,13 @@ from torch.nn.modules import module as torch_module
 
 from ..modules.drop_in import DropIn
 
-# and subclasses: what a report speaks of
+# these and their subclasses appear in a report
 NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, DropIn)
 
 
 def hooked(module: nn.Module) -> bool:
-    """Whether anything else runs when the module is called than its forward as its class has it."""
-    held = module.__dict__  # with every call of a fused block, where attributes take twice the time
+    """Whether a call of the module runs anything else than the forward of its class."""
+    held = module.__dict__  # this runs with every call of a fused block, and attributes take twice as long
     kind: Any = type(module)
     return bool(
         held["_forward_hooks"]
@@ -34,13 +35,13 @@ _CALL, _CALL_IMPL = nn.Module._wrapped_call_impl, nn.Module._call_impl  # __call
 
 
 def called_as_torch_does(cls: type) -> bool:
-    """Whether calling an object of a class runs what torch.nn.Module's own way of calling does."""
+    """Whether a class is called as torch.nn.Module implements it: its __call__ and _call_impl are torch's."""
     kind: Any = cls
     return kind.__call__ is _CALL and kind._call_impl is _CALL_IMPL
 
 
 def why_not_called(module: nn.Module) -> str:
-    """Why a call of a module that is hooked cannot be left out."""
+    """Why the call of a hooked module cannot be omitted."""
     base: Any = nn.Module
     if base.__call__ is not _CALL or base._call_impl is not _CALL_IMPL:
         return "torch.nn.Module's __call__ or _call_impl has been replaced"
@@ -50,7 +51,7 @@ def why_not_called(module: nn.Module) -> str:
 
 
 def hooked_everywhere() -> bool:
-    """Whether there are hooks on the calls of all modules."""
+    """Whether global hooks are registered, which run with the calls of all modules."""
     return bool(
         torch_module._global_forward_hooks
         or torch_module._global_forward_pre_hooks
@@ -60,7 +61,7 @@ def hooked_everywhere() -> bool:
 
 
 def why_not_ours(norm: nn.Module) -> str | None:
-    """Why a layer's `normalize` cannot stand for a call of it, or None if it can."""
+    """Why `normalize` cannot be called in place of a layer, or None if it can."""
     if not isinstance(norm, DropIn):
         return f"{type(norm).__module__}.{type(norm).__name__} is no layer of bnfast"
     if type(norm).forward is not DropIn.forward:

@@ -1,4 +1,4 @@
-"""Notes what a block's forward reads of the block and of the modules in it, while it is traced."""
+"""Records which attributes of the block and of its modules a forward reads while it is traced."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from .subclassing import subclass
 
 Seen = dict[tuple[object, ...], Guard | Children]
 
-_EMPTY = torch.empty(0)  # in place of what is a parameter or a buffer
-# torch.nn.Module's own, read with every call
+_EMPTY = torch.empty(0)  # stands for a parameter or a buffer
+# attributes of torch.nn.Module itself, which every call reads
 _OWN = {*vars(nn.Module()), *(name for name in dir(nn.Module) if name.startswith("__")), "forward"} - {
     "training"
 }
 _LISTS_CHILDREN = {"_modules", "children", "named_children"}
-# What tells of modules and tensors in ways that no guard follows
+# Attributes that reveal modules and tensors in ways that no guard covers
 _TELLS_ALL = set(vars(nn.Module())) - {"training", "_modules"} | {
     "__dict__", "parameters", "named_parameters", "buffers", "named_buffers", "modules", "named_modules",
     "state_dict", "forward",
@@ -35,18 +35,19 @@ _TELLS_ALL = set(vars(nn.Module())) - {"training", "_modules"} | {
 def observed(
     block: nn.Module, parameters: tuple[str, ...], sequences: set[nn.Module], seen: Seen
 ) -> Iterator[None]:
-    """While it lasts, what is read on the block and on the modules in it is noted in `seen`, and the block's
-    forward takes its required parameters only. sequences: Sequentials whose children are known anyway.
+    """Within, every attribute that is read on the block and on its modules is recorded in `seen`, and the
+    block's forward takes its required parameters only. sequences: Sequentials whose children have a guard
+    already.
 
-    Raises Refusal where that cannot be done, or is not enough."""
+    Raises Refusal where that is impossible, or would not cover everything that is read."""
     classes: list[tuple[nn.Module, type]] = []
     try:
         for name, module in block.named_modules():
             cls = type(module)
             if issubclass(cls, torch.jit.ScriptModule):
-                continue  # compiled, as are its attributes
+                continue  # it is compiled, and so are its attributes
             members = _spy(cls, tuple(name.split(".")) if name else (), module in sequences, seen)
-            if not called_as_torch_does(cls):  # a leaf with all that it does around torch's way of calling it
+            if not called_as_torch_does(cls):  # it is a leaf, with everything that its own __call__ does
                 members["__call__"] = lambda self, *args, **kwargs: nn.Module.__call__(self, *args, **kwargs)
             members["_bnfast_original"] = original_class(cls)  # for guards, which note the classes of modules
             if module is block:
@@ -66,7 +67,7 @@ def observed(
 
 
 def _forward_of(cls: Any, parameters: tuple[str, ...]) -> Callable[..., Any]:
-    """torch.fx asks the code of a forward for its parameters."""
+    """Wraps forward with these parameters only, for torch.fx reads the parameters from its code."""
     names = ", ".join(("self", *parameters))
     scope = {"forward": cls.forward, "__name__": __name__}
     forward: Callable[..., Any] = eval(f"lambda {names}: forward({names})", scope)
@@ -74,7 +75,7 @@ def _forward_of(cls: Any, parameters: tuple[str, ...]) -> Callable[..., Any]:
 
 
 def asked_by(depth: int) -> str:
-    """The module whose code is that many calls above the caller's."""
+    """The name of the module whose code runs that many calls above the caller."""
     name: str = sys._getframe(depth + 1).f_globals.get("__name__", "")
     return name
 
@@ -84,8 +85,8 @@ def by_torch(depth: int) -> bool:
 
 
 def _spy(cls: Any, path: tuple[str, ...], known: bool, seen: Seen) -> dict[str, Any]:
-    """Members of a subclass that notes what is read on its one instance, and lets nothing be set. known:
-    whether its children are."""
+    """The members of a subclass that records what is read on its only instance, and refuses to set
+    attributes. known: whether its children have a guard already."""
 
     def note(module: nn.Module, name: str, value: Any) -> Any:
         kept = _EMPTY if isinstance(value, Proxy) else value

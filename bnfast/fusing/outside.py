@@ -1,5 +1,6 @@
-"""What a forward reads that is no input of it and not held by its block: globals, closure variables, and what
-modules, classes, default arguments and other objects hold. A traced forward holds while all is as it was."""
+"""What a forward reads from outside its inputs and its block: globals, closure variables, and attributes of
+modules, classes, default arguments and other objects. A traced forward is valid while all of them are
+unchanged."""
 
 from __future__ import annotations
 
@@ -19,18 +20,18 @@ from torch.fx import Proxy
 from .guards import Refusal, equal, refuse_attributes, refuse_changing
 
 _STDLIB = frozenset(sys.stdlib_module_names)
-OTHERS = _STDLIB | {"torch", "bnfast", "numpy"}  # their own code is not watched
+OTHERS = _STDLIB | {"torch", "bnfast", "numpy"}  # code of these is not watched
 _PLAIN = (
     bool, int, float, complex, str, bytes, range, type(None), type(...),
     torch.dtype, torch.device, torch.memory_format, torch.layout,
 )  # fmt: skip
-# Compared by identity: what these hold is read under a name of its own, or does not matter here.
+# Compared by identity: their contents are read under a name of their own, or do not matter here.
 _KNOWN_BY_IDENTITY = (
     type, types.ModuleType, types.FunctionType, types.MethodDescriptorType, types.WrapperDescriptorType,
     types.GetSetDescriptorType, types.MemberDescriptorType, property,
     enum.Enum, logging.Logger, re.Pattern, nn.Module,
 )  # fmt: skip
-_MOST = 1000  # items of a value, which are compared with every call
+_MOST = 1000  # the limit of items in a value, for every call compares them
 
 
 class Same:
@@ -47,8 +48,8 @@ class Same:
 
 
 class Frozen(NamedTuple):
-    """A value as it was when it was read. kind: its class. identity: the object that it has to be, where it
-    has to be the same one. content: the value itself, if that cannot change, or what it held, frozen."""
+    """A value as it was when it was read. kind: its class. identity: the object, if the value must be the
+    same one. content: the value itself, if that cannot change, or its frozen contents."""
 
     kind: Any
     identity: Same | None
@@ -71,7 +72,8 @@ class Read(NamedTuple):
         return ".".join((self.name, *self.path))
 
     def owner(self) -> Any:
-        """What holds the value as the last of its attributes; the value itself if it has no path."""
+        """The object that has the value as the last attribute of the path; the value itself if there is no
+        path."""
         found = self.holder.it
         if self.where == "global":
             found = found[self.name]
@@ -91,11 +93,11 @@ class Read(NamedTuple):
 
 
 def frozen(value: Any, name: str) -> Frozen:
-    """Raises Refusal, which names the value, for what may change unseen."""
+    """Freezes a value. Raises Refusal, which names it, if it may change without a visible sign."""
     left = [_MOST]
 
     def freeze(value: Any, around: tuple[int, ...]) -> Frozen:
-        if isinstance(value, Proxy):  # first, for it does not like to be asked whether it is anything else
+        if isinstance(value, Proxy):  # comes first, for a proxy refuses to be asked for its type
             raise Refusal(f"forward keeps a tensor in {name}")
         left[0] -= 1
         if left[0] < 0:
@@ -137,14 +139,14 @@ def frozen(value: Any, name: str) -> Frozen:
 
 
 def same(value: Any, expected: Frozen) -> bool:
-    """Whether a value is still what was frozen. torch.compile reads this, too."""
+    """Whether a value still equals what was frozen. torch.compile traces this function, too."""
     kind, identity, content = expected
     if identity is not None:
         if content is None or value is not identity.it:
             return value is identity.it
         if not torch.compiler.is_compiling():
             return same(value.__dict__, content)
-        # up to torch 2.11, torch.compile knows of no object's __dict__
+        # up to torch 2.11, torch.compile cannot read an object's __dict__
         for key, was in content.content:  # noqa: SIM110 - as below
             if not same(getattr(value, key.content), was):
                 return False
@@ -174,8 +176,9 @@ def same(value: Any, expected: Frozen) -> bool:
 
 
 def unchanged(reads: tuple[Read, ...]) -> Callable[[], bool] | None:
-    """A function that says whether all of them hold; None for none. It reads the names as Python code does,
-    which is the fastest way, and which torch.compile has guards of its own for."""
+    """Returns a function that says whether all reads are unchanged; None if there are none. The function
+    reads names as Python code does, which is the fastest way, and for which torch.compile has guards of its
+    own."""
     spaces: dict[int, list[Read]] = {}
     anywhere = [read for read in reads if read.where != "global"]
     for read in reads:
@@ -200,7 +203,7 @@ def unchanged(reads: tuple[Read, ...]) -> Callable[[], bool] | None:
 
 
 def _compiled(reads: list[Read]) -> Callable[[], bool]:
-    """For reads of globals of one module, and others."""
+    """Compiles the check of reads: globals of one module, and others."""
     constants: list[Any] = []
     cells: dict[str, types.CellType] = {}
 

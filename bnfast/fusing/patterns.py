@@ -1,4 +1,4 @@
-"""Finds, in a block's graph, the layers that an activation follows."""
+"""Finds the layers in a block's graph that an activation follows."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ _ADDS_IN_PLACE = (add_in_place, "add_")
 
 
 class Match(NamedTuple):
-    """A layer's call and what follows it: Identities, at most one add, and the activation, in `steps`."""
+    """A layer's call and the operations after it, in `steps`: Identities, at most one add, and the
+    activation."""
 
     norm: Node
     steps: tuple[Node, ...]
@@ -32,7 +33,7 @@ class Match(NamedTuple):
     activation: Activation
 
     def residual_now(self) -> Any:
-        """The residual, or what has taken its place in the graph since."""
+        """The residual, or the node that has replaced it in the graph."""
         if self.add is None:
             return None
         place = self.steps.index(self.add)
@@ -40,8 +41,9 @@ class Match(NamedTuple):
 
 
 def find(graph: Graph, modules: dict[str, nn.Module]) -> tuple[list[Match], dict[Node, str]]:
-    """All that can be fused, and why each of the other layers' calls cannot. Where both operands of an add
-    are layers' calls, it goes to the one nearer to the block, for the other is a shortcut as a rule."""
+    """Returns everything that can be fused, and why each of the other layers' calls cannot. Where both
+    operands of an add are calls of layers, the add is fused with the one that is nested less deeply, for the
+    other is usually a shortcut."""
     matches: dict[Node, Match] = {}
     reasons: dict[Node, str] = {}
     norms = [n for n in graph.nodes if n.op == "call_module" and isinstance(modules[str(n.target)], NORMS)]
@@ -114,9 +116,9 @@ def _other_operand(add: Node, ours: Node) -> Node | None:
 def _why_later_is_wrong(
     norm: Node, add: Node, residual: Node, steps: list[Node], modules: dict[str, nn.Module]
 ) -> str | None:
-    """With a residual, the layer's call moves to where the add stands. Nothing that it passes may write to
-    its input or see that it has not run yet; and the residual, which the layer may save for backward, is not
-    written to any more."""
+    """Why the layer's call cannot move to the place of the add, as it does with a residual, or None. No
+    operation between the two may write to the layer's input, or observe that the layer has not run yet. No
+    operation after the add may write to the residual, which the layer may save for its backward."""
     layer = modules[str(norm.target)]
     counted = {id(buffer) for buffer in layer.buffers()}
     for node in norm.graph.nodes:
@@ -160,7 +162,7 @@ def _may_write(node: Node, called: nn.Module | None) -> bool:
         return True
     if isinstance(node.target, str):
         return node.target.endswith("_")
-    # Functions of others may do anything.
+    # A function of another library may write to anything.
     name = getattr(node.target, "__name__", "")
     torchs = (getattr(node.target, "__module__", None) or "torch").startswith("torch")
     return node.target not in _READS and (not torchs or name.endswith("_"))
@@ -170,7 +172,8 @@ _READS = (getattr, operator.add, operator.sub, operator.mul, operator.truediv, o
 
 
 def _known(module: nn.Module) -> bool:
-    """Ours and torch.nn's forwards write to nothing but buffers of theirs, unless they say inplace."""
+    """Whether a module's forward is bnfast's or torch.nn's. These write to their own buffers only, unless
+    they have `inplace`."""
     kind: Any = original_class(type(module))
     theirs = kind.forward.__module__.startswith("torch.nn.") or kind.forward is DropIn.forward
     return theirs and called_as_torch_does(kind)

@@ -1,4 +1,4 @@
-"""What of a model's normalization layers is fused, and why the rest is not."""
+"""Reports which normalization layers of a model are fused, and why the others are not."""
 
 from __future__ import annotations
 
@@ -17,9 +17,15 @@ from .survey import norms_within_reach, plan
 
 
 class Fused(NamedTuple):
-    """A layer that applies what follows it. norm: its name in the model. residual: whether an add comes
-    before the activation. block: the module whose forward calls the layer, "" for the model itself, and None
-    for an activation that is the layer's own, whoever calls it."""
+    """A layer that applies the activation behind it.
+
+    Attributes:
+        norm (str): The layer's name in the model.
+        activation (Activation): What it applies.
+        residual (bool): Whether an add comes before the activation.
+        block (str or None): The module whose forward calls the layer, "" for the model itself. None for an
+            activation that is the layer's own, whoever calls it.
+    """
 
     norm: str
     activation: Activation
@@ -35,20 +41,30 @@ class Fused(NamedTuple):
 
 
 class Skipped(NamedTuple):
-    """A layer that runs by itself, and why."""
+    """A layer that runs by itself.
+
+    Attributes:
+        norm (str): The layer's name in the model.
+        reason (str): Why it runs by itself.
+    """
 
     norm: str
     reason: str
 
 
 class FusionReport(NamedTuple):
-    """Every normalization layer of a model once, in the model's order."""
+    """Every normalization layer of a model once, in the model's order.
+
+    Attributes:
+        fused (tuple of Fused): The layers that apply what follows them.
+        skipped (tuple of Skipped): The others, each with a reason.
+    """
 
     fused: tuple[Fused, ...]
     skipped: tuple[Skipped, ...]
 
     def __str__(self) -> str:
-        """How many are fused; how many are not, for each reason; and then each one that is."""
+        """The number of fused layers, the number of others with each reason, and then each fused layer."""
         names: defaultdict[str, list[str]] = defaultdict(list)
         for norm, reason in self.skipped:
             names[reason].append(norm)
@@ -86,8 +102,8 @@ def report(model: nn.Module) -> FusionReport:
 
 
 def _explain(block: nn.Module, reasons: dict[nn.Module, str], last: dict[nn.Module, str]) -> None:
-    """Adds what a block tells of its layers. A Sequential, which comes first, knows more of its own than what
-    is around it, except for what becomes of its output: that goes to `last`."""
+    """Adds the reasons that a block gives for its layers. A Sequential comes before the blocks around it, for
+    it has the more exact reasons, except for the use of its output: those go to `last`."""
     found = plan(block, set())
     if found is None:
         return
@@ -97,7 +113,7 @@ def _explain(block: nn.Module, reasons: dict[nn.Module, str], last: dict[nn.Modu
 
 
 def _why_not_converted(norm: nn.Module) -> str | None:
-    """For a layer that is none of bnfast's but could be, or could if it were not for something of its own."""
+    """Why a layer that bnfast has a class for was not converted; None for other layers."""
     target = _counterpart(type(norm))
     if target is None:
         return None

@@ -1,4 +1,4 @@
-"""Which blocks a model has, what can be fused in each, and why the rest cannot."""
+"""Finds the blocks of a model, what can be fused in each, and why the rest cannot."""
 
 from __future__ import annotations
 
@@ -21,18 +21,19 @@ _LOG = logging.getLogger("bnfast")
 
 
 class Plan(NamedTuple):
-    """What was found out about one block; paths of layers are the block's."""
+    """What was found in one block. Paths of layers are relative to the block."""
 
     built: Built | None  # None where there is nothing to fuse
     sites: tuple[Site, ...]
     skipped: dict[str, str]
-    left: str | None = None  # why the whole block is
-    reads_mode: bool = False  # whether it may be another in training, or out of it
+    left: str | None = None  # why the whole block is left as it is
+    reads_mode: bool = False  # whether the plan may differ between training and eval
 
 
 def norms_within_reach(block: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """The layers that a block's forward may call: its children, those in lists among them, and the last of
-    Sequentials among them. What is further inside a Sequential is that one's to call."""
+    """Yields the layers that a block's forward may call: its children, the entries of lists among its
+    children, and the last layer of each Sequential among them. The Sequential itself calls what is further
+    inside it."""
     for name, child in block.named_children():
         if isinstance(child, NORMS):
             yield prefix + name, child
@@ -43,7 +44,8 @@ def norms_within_reach(block: nn.Module, prefix: str = "") -> Iterator[tuple[str
 
 
 def plan(block: nn.Module, claimed: set[nn.Module]) -> Plan | None:
-    """claimed: layers whose calls an outer block has taken over. None if nothing within reach is left."""
+    """Plans what to fuse in a block. claimed: layers whose calls an outer block has taken over. None if no
+    layer within reach is left."""
     reach = {name: norm for name, norm in norms_within_reach(block) if norm not in claimed}
     if not reach:
         return None
@@ -73,8 +75,8 @@ def _left(norms: Iterable[str], reason: str) -> Plan:
 
 
 def _trace_with_sequences(block: nn.Module) -> tuple[Traced, list[Match], dict[str, str]]:
-    """A Sequential that ends in a layer becomes part of the block's graph if an activation follows there. The
-    reasons, by layer, are those of all such layers."""
+    """Traces a block. A Sequential that ends in a layer becomes part of the block's graph if an activation
+    follows it. The reasons cover the layers of all graphs that were tried."""
     reasons: dict[str, str] = {}
     modules = dict(block.named_modules(remove_duplicate=False))
     inlined = {module for _, _, chain in _trailing(block) for module in chain}
@@ -89,8 +91,8 @@ def _trace_with_sequences(block: nn.Module) -> tuple[Traced, list[Match], dict[s
 
 
 def _trailing(block: nn.Module) -> Iterator[tuple[str, nn.Module, list[nn.Module]]]:
-    """Layers that end a Sequential among a block's children, or one that ends such a Sequential in turn; with
-    these Sequentials."""
+    """Yields the layers that end a Sequential among a block's children, directly or as the end of a nested
+    one, each with these Sequentials."""
     for name, child in block.named_children():
         chain = []
         while is_sequence(child) and child._modules and not hooked(child):
@@ -107,8 +109,8 @@ def _around(path: str, modules: dict[str, nn.Module]) -> Iterator[nn.Module]:
 
 
 def fuse_block(block: nn.Module, claimed: set[nn.Module] | None = None) -> str | None:
-    """Rewrites one block's call sites, where it has any, for training and for inference where these differ.
-    claimed: grows by the layers that it takes over. Returns why the block is left as it is, if it is."""
+    """Rewrites the call sites of one block, for training and for inference where these differ. Adds the
+    layers whose calls it takes over to `claimed`. Returns why the block is left as it is, or None."""
     claimed = set() if claimed is None else claimed
     found = plan(block, claimed)
     if found is None:
@@ -126,7 +128,7 @@ def fuse_block(block: nn.Module, claimed: set[nn.Module] | None = None) -> str |
 
 @contextlib.contextmanager
 def _in_mode(block: nn.Module, training: bool) -> Iterator[None]:
-    """All of it in training, or none, as `train` would have it, which may do more, though."""
+    """Sets the mode of all modules, as `train` does, without a call of `train`, which may do more."""
     before = [(m.__dict__, m.__dict__["training"]) for m in block.modules() if "training" in m.__dict__]
     try:
         for held, _ in before:

@@ -1,4 +1,4 @@
-"""What a traced forward gets in place of tensors, and of all that it makes of them."""
+"""The symbols that a traced forward gets in place of tensors and of everything computed from them."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from .guards import Refusal
 from .instructions import at
 from .observing import asked_by
 
-# torch.nn.Parameter's own isinstance asks for whoever called it.
+# The isinstance of torch.nn.Parameter asks on behalf of its caller.
 _ON_BEHALF = "torch.nn.parameter"
 _ASKING = ("isinstance", "issubclass", "getattr", "hasattr", "type")
 _NONE_OR_NOT = ("grad", "grad_fn", "_base")
 
 
 class Symbol(Proxy):
-    """Refuses what a tensor would answer, and a symbol cannot or would answer in another way. Only torch.fx
-    may ask whether it is a tensor, for it knows what to do if not."""
+    """A proxy that raises Refusal where a tensor has an answer, and a symbol has none or another one. Only
+    torch.fx may ask whether it is a tensor, for it handles both cases."""
 
     @property  # type: ignore[misc]
     def __class__(self) -> type:
@@ -57,7 +57,7 @@ def _by_fx(depth: int) -> bool:
 
 
 class _Of(Symbol, Attribute):
-    """An attribute of a symbol, or the method of that name."""
+    """An attribute of a symbol, or its method of that name."""
 
 
 def _refuses(name: str) -> None:
@@ -75,7 +75,8 @@ for _name in (
 
 
 def _in_place(name: str) -> Callable[..., Any]:
-    """torch.fx takes `a += b` for `a = a + b`, which is another thing where a has a second name."""
+    """Records `a += b` as a write in place. torch.fx records it as `a = a + b`, which differs if a has a
+    second name."""
     function = getattr(operator, name)
 
     def write(left: Any, right: Any) -> Any:

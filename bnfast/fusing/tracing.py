@@ -1,4 +1,5 @@
-"""One block's forward as a torch.fx graph whose leaves are the modules in it, with what it depended on."""
+"""Traces one block's forward to a torch.fx graph whose leaves are the modules in it, and records its
+dependencies."""
 
 from __future__ import annotations
 
@@ -26,7 +27,7 @@ from .watching import Reads, watched
 
 
 class Untraceable(Exception):
-    """Why a block's forward cannot be replaced by a graph of it."""
+    """Raised with the reason why a block's forward cannot be replaced by its graph."""
 
 
 class Traced(NamedTuple):
@@ -37,7 +38,7 @@ class Traced(NamedTuple):
 
 
 def is_sequence(module: nn.Module) -> bool:
-    """Whether it calls its children one after another, and nothing else."""
+    """Whether the module calls its children one after another, and does nothing else."""
     return (
         isinstance(module, nn.Sequential)
         and original_class(type(module)).forward is nn.Sequential.forward
@@ -59,7 +60,7 @@ def trace(block: nn.Module, inlined: set[nn.Module]) -> Traced:
         graphs = [_run(block, parameters, inlined, sequences, seen, reads, on) for on in (False, True)]
     except (Refusal, TraceError) as why:
         raise Untraceable(str(why).strip().splitlines()[0]) from why
-    except Exception as why:  # a forward may fail in any way on what is no tensor
+    except Exception as why:  # a forward may fail in any way on a symbol
         raise Untraceable(f"{type(why).__name__}: {str(why).strip().splitlines()[:1]}") from why
     if str(graphs[0]) != str(graphs[1]):
         raise Untraceable("forward depends on grad mode or autocast")
@@ -77,7 +78,8 @@ def trace(block: nn.Module, inlined: set[nn.Module]) -> Traced:
 
 
 def _required_parameters(block: nn.Module) -> tuple[str, ...]:
-    """What forward must be given. Defaults stay defaults: a call that gives more takes the original path."""
+    """The required parameters of forward. The others keep their defaults: a call that passes more runs the
+    original forward."""
     kinds = inspect.Parameter
     required = []
     for parameter in list(inspect.signature(original_class(type(block)).forward).parameters.values())[1:]:
@@ -109,7 +111,7 @@ def _run(
 
 
 def _shared(block: nn.Module, used: set[str]) -> Iterator[Shared]:
-    """What a graph uses by one of several names."""
+    """Yields a guard for each module, parameter or buffer with several names that a graph uses."""
     names: defaultdict[object, list[str]] = defaultdict(list)
     for things in (block.named_modules, block.named_parameters, block.named_buffers):
         for name, thing in things(remove_duplicate=False):
@@ -145,7 +147,7 @@ class _BlockTracer(Tracer):
         if isinstance(a, Tensor) and a not in self.tensor_attrs:
             raise Refusal("forward makes a tensor of its own")
         kind = type(a)
-        if kind is OrderedDict:  # torch.fx takes all of its kind for a dict, as all lists for a list
+        if kind is OrderedDict:  # torch.fx records every subclass of dict as a dict, and every list as a list
             return self.create_node("call_function", kind, (self.create_arg(list(a.items())),), {})
         if isinstance(a, (dict, list)) and kind not in (dict, list) and kind.__module__[:6] != "torch.":
             raise Refusal(f"forward makes a {kind.__name__}, which torch.fx does not")
@@ -158,8 +160,8 @@ class _BlockTracer(Tracer):
 
 
 class _NoTensors(TorchDispatchMode):
-    """While a forward runs with symbols, real tensors can only be of its own making, or what it reads; what
-    it finds in them may be another thing the next time."""
+    """Refuses operations on real tensors. While a forward runs with symbols, it has made or read them itself,
+    and their values may differ the next time."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         raise Refusal("forward makes a tensor of its own")
@@ -177,7 +179,7 @@ DEVICES = ("cpu", "cuda")
 
 @contextlib.contextmanager
 def _for_inference(on: bool) -> Iterator[None]:
-    """Inference mode and autocast, both on or both off."""
+    """Switches inference mode and autocast on or off together."""
     before = [torch.is_autocast_enabled(kind) for kind in DEVICES]
     try:
         with torch.inference_mode(on), torch.set_grad_enabled(not on):
@@ -191,7 +193,8 @@ def _for_inference(on: bool) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _no_random_numbers() -> Iterator[None]:
-    """A branch taken by chance would be taken for ever. (torch's random numbers are tensors.)"""
+    """Raises Refusal if Python's or numpy's generator was used: the graph would take the same branch for
+    ever. (torch's random numbers are tensors, which are refused anyway.)"""
     python, numpy = random.getstate(), sys.modules.get("numpy.random")
     arrays = numpy and numpy.get_state()
     try:

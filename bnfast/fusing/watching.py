@@ -1,5 +1,5 @@
-"""Watches the code that runs while a forward is traced, instruction by instruction: what it reads that is no
-input of it and not held by its block."""
+"""Watches the code that runs while a forward is traced, instruction by instruction, and records what it reads
+from outside its inputs and its block."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ from .outside import OTHERS, Read, Same, frozen
 Reads = dict[tuple[object, ...], Read]
 
 _TELL_ALL = ("globals", "vars", "eval", "exec", "__import__")
-_HOLDERS = (types.ModuleType, type, nn.Module)  # whose attributes are followed one by one
+_HOLDERS = (types.ModuleType, type, nn.Module)  # their attributes are followed one by one
 _NOTHING = object()
 
 
 @contextlib.contextmanager
 def watched(reads: Reads) -> Iterator[None]:
-    """While it lasts, what watched code reads is noted in `reads`, as it was at first.
+    """Within, what watched code reads is recorded in `reads` with its first value.
 
-    Raises Refusal at the end for what may change unseen, for what the code has written, and for code that
-    asks for types: it would find subclasses, and symbols for tensors."""
+    Raises Refusal at the end if a value may change without a visible sign, if the code has written to one, or
+    if it asks for types: it would find subclasses of classes, and symbols in place of tensors."""
     watch = _Watch(reads)
     before, collecting = sys.gettrace(), gc.isenabled()
-    gc.disable()  # whose callbacks and finalizers, which may run at any time, are none of the forward's code
+    gc.disable()  # its callbacks and finalizers may run at any time, and are not the forward's code
     sys.settrace(watch.enter)
     try:
         yield
@@ -51,7 +51,7 @@ def watched(reads: Reads) -> Iterator[None]:
 
 
 def _foreign(frame: FrameType | None) -> bool:
-    """Whether it runs code of torch, bnfast or Python itself, which is not watched."""
+    """Whether a frame runs code of torch, bnfast or Python itself, which is not watched."""
     module = frame.f_globals.get("__name__", "") if frame is not None else "torch"
     return module.partition(".")[0] in OTHERS or module.startswith("namedtuple_")
 
@@ -63,8 +63,9 @@ class _Watch:
         self.codes: dict[int, CodeType] = {}
         self.functions: dict[CodeType, list[types.FunctionType]] = {}
         self.values: dict[tuple[object, ...], Any] = {}  # by the keys of reads
-        self.copies: list[tuple[Any, Any]] = []  # lists, dicts and sets as they were
-        self.bound: dict[tuple[int, str], tuple[Any, str, Any]] = {}  # what is set by its name, as it was
+        self.copies: list[tuple[Any, Any]] = []  # lists, dicts and sets with their former contents
+        # former values of variables and attributes that are set by name
+        self.bound: dict[tuple[int, str], tuple[Any, str, Any]] = {}
 
     def enter(self, frame: FrameType, event: str, argument: Any) -> Any:
         if _foreign(frame):
@@ -83,7 +84,8 @@ class _Watch:
         return self.step
 
     def _guarded(self, note: Callable[[FrameType], None], frame: FrameType) -> None:
-        """What is raised here would end the watch, and surface in a forward, which may catch it."""
+        """Records an instruction. An exception from here would end the watch and appear in the forward, which
+        may catch it."""
         if self.refusal is None:
             try:
                 note(frame)
@@ -132,7 +134,7 @@ class _Watch:
         value = getattr(builtins, name)
         if value is type:
             raise Refusal(f"{frame.f_code.co_name} asks for the type of something")
-        if value is callable:  # a symbol is, and a tensor is not
+        if value is callable:  # a symbol is callable, and a tensor is not
             raise Refusal(f"{frame.f_code.co_name} asks whether something is callable")
         refuse_changing(value, name)
         if name in _TELL_ALL:
@@ -141,9 +143,10 @@ class _Watch:
             self._note_super(frame, place.super_attribute())
 
     def _note_local(self, frame: FrameType, place: Place) -> None:
-        """A module or a class under another name: `cls` of a class method, what is imported in a function."""
+        """Records a module or a class under a local name: `cls` of a class method, or an import in a
+        function."""
         value = frame.f_locals.get(place.name)
-        if isinstance(value, Proxy):  # first, for it does not like to be asked whether it is anything else
+        if isinstance(value, Proxy):  # comes first, for a proxy refuses to be asked for its type
             return
         if isinstance(value, type):
             value = original_class(value)
@@ -155,7 +158,7 @@ class _Watch:
             self._note_class_of(value, next(place.attributes(), None))
 
     def _note_class_of(self, it: Any, name: str | None) -> None:
-        """An attribute of an object that its class has, and not the object itself."""
+        """Records an attribute that an object has from its class."""
         kind: Any = type(it)
         if name is None or isinstance(it, _HOLDERS) or kind.__module__.partition(".")[0] in OTHERS:
             return
@@ -170,7 +173,7 @@ class _Watch:
             self._add("object", module, module.__name__, (name,), value)
 
     def _note_super(self, frame: FrameType, name: str | None) -> None:
-        """super().name: on the class that has it."""
+        """Records super().name as an attribute of the class that has it."""
         cls, this = frame.f_locals.get("__class__"), frame.f_locals.get((*frame.f_code.co_varnames, "")[0])
         if name is None or cls is None:
             return
@@ -181,7 +184,7 @@ class _Watch:
             self._add("object", owner, owner.__name__, (name,), getattr(owner, name))
 
     def _note_chain(self, where: str, holder: Any, name: str, value: Any, place: Place) -> None:
-        """Follows attributes of modules and classes to what is read in the end."""
+        """Follows attributes of modules and classes to the value that is finally read, and records it."""
         root: Any = value
         path: tuple[str, ...] = ()
         outside = isinstance(root, types.ModuleType) and root.__name__.partition(".")[0] in OTHERS
@@ -195,7 +198,7 @@ class _Watch:
                 break
             value, path = getattr(value, step), (*path, step)
         owner = getattr(value, "__self__", None)
-        if isinstance(owner, (list, dict, set)):  # refused below, but forward goes on until it ends
+        if isinstance(owner, (list, dict, set)):  # it is refused below, but forward continues to its end
             self.copies.append((owner, copy.copy(owner)))
         refuse_changing(value, ".".join((name, *path)))
         sets = place.sets()
@@ -203,7 +206,7 @@ class _Watch:
             was = vars(value).get(sets, _NOTHING)
             self.bound.setdefault((id(value), sets), (value, ".".join((name, *path, sets)), was))
         if outside and not isinstance(value, (bool, int, float, str, list, dict, set)):
-            path, value = (), root  # the functions and classes of these stay what they are
+            path, value = (), root  # functions and classes of these modules do not change
         if where != "object" or path:
             self._add(where, holder, name, path, value)
 
@@ -218,7 +221,7 @@ class _Watch:
                 self.copies.append((held, copy.copy(held)))
 
     def _note_defaults(self, frame: FrameType) -> None:
-        """Defaults of arguments, where they are objects that may change."""
+        """Records default arguments that are objects which may change."""
         code = frame.f_code
         for name in code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]:
             value = frame.f_locals.get(name)
@@ -233,7 +236,8 @@ class _Watch:
                     break
 
     def _cells(self, frame: FrameType, name: str) -> list[types.CellType]:
-        """Of a variable of a function around; none if that one runs in forward itself."""
+        """The cells of a variable of an enclosing function; none if that function runs within forward
+        itself."""
         code, value = frame.f_code, frame.f_locals[name]
         while True:
             around = next((c for c in self.codes.values() if any(x is code for x in c.co_consts)), None)
@@ -255,7 +259,7 @@ class _Watch:
         return self.functions[code]
 
     def put_back(self) -> str | None:
-        """The name of something that watched code has written, if it has; all that is as it was."""
+        """Restores everything that watched code has written. Returns the name of one such value, or None."""
         written = [self.reads[key] for key in self.values if not self.reads[key].holds()]
         names = [read.what for read in written] + [name for _, name, _ in self.bound.values()]
         for held, before in self.copies:

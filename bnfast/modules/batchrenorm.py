@@ -18,31 +18,7 @@ from .replaceable import TO_SYNC, Replaceable
 
 
 class _BatchRenorm(Replaceable, OptionalBias, nn.modules.batchnorm._BatchNorm):
-    """Batch Renormalization (Ioffe 2017, arXiv 1702.03275, algorithm 1): training normalizes with the batch's
-    statistics, corrected towards the running ones, so that training and eval compute the same as far as the
-    limits allow. For small and for not identically distributed batches.
-
-    The arguments are BatchNorm's, with the paper's momentum of 0.01, and the schedule of the limits, in
-    training batches. A batch is governed by the number of batches *before* it (num_batches_tracked as it
-    comes in): up to `warmup_steps` of them r = 1 and d = 0, as in BatchNorm; from there r_max rises in a
-    straight line from 1 to `r_max` at `r_max_steps`, and d_max from 0 to `d_max` at `d_max_steps`. All of
-    it is read on the device: nothing waits for the GPU.
-
-    State: BatchNorm's five keys, so that checkpoints load strictly both ways, and eval is the same. The
-    schedule goes by num_batches_tracked: call `reset_schedule()` where a trained BatchNorm's counter has
-    come along.
-
-    skip_nonfinite: a channel whose batch holds inf or NaN, as in a step that mixed precision's loss scaling
-    throws away, leaves its running statistics alone (else they, and with them r and d, are NaN for ever). It
-    is the batch that is looked at, not what is stored: fp16 statistics may overflow. A skipped batch counts:
-    it moves the schedule on.
-
-    momentum may be set to None later, as torch.optim.swa_utils.update_bn does: then r = 1, d = 0, and running
-    statistics become the average over all batches since they were reset (of the mean, and of sigma), and
-    nothing is skipped.
-
-    Raises RuntimeError in the recomputation of activation checkpointing: the running statistics have moved by
-    then, and r and d with them, so that gradients would be wrong."""
+    """The constructor and forward of all three. BatchRenorm2d has the documentation."""
 
     @says_what_it_takes
     def __init__(
@@ -86,7 +62,7 @@ class _BatchRenorm(Replaceable, OptionalBias, nn.modules.batchnorm._BatchNorm):
         self.r_max_steps, self.d_max_steps, self.skip_nonfinite = r_max_steps, d_max_steps, skip_nonfinite
 
     def reset_schedule(self) -> None:
-        """Starts the schedule of the limits anew: sets num_batches_tracked to 0, and nothing else."""
+        """Restarts the schedule of the limits: sets num_batches_tracked to 0, and nothing else."""
         assert self.num_batches_tracked is not None
         self.num_batches_tracked.zero_()
 
@@ -124,7 +100,7 @@ class _BatchRenorm(Replaceable, OptionalBias, nn.modules.batchnorm._BatchNorm):
         )
 
     def _lost_in(self, by: str, caller: FrameType) -> str | None:
-        if by not in TO_SYNC:  # a layer of constants renormalizes as little as this one in eval
+        if by not in TO_SYNC:  # a frozen layer computes what this one computes in eval
             return super()._lost_in(by, caller)
         return (
             "renormalizes, which torch.nn.SyncBatchNorm does not: convert the model's other layers one by "
@@ -139,15 +115,228 @@ class _BatchRenorm(Replaceable, OptionalBias, nn.modules.batchnorm._BatchNorm):
 
 
 class BatchRenorm1d(_BatchRenorm):
-    __doc__ = f"{_BatchRenorm.__doc__}\n\n    input: [N, C] or [N, C, L]."
+    """Batch Renormalization of (N, C) or (N, C, L) input, which torch.nn does not have.
+
+    In training y = activation(((x - mean) / sigma * r + d) * weight + bias + residual), with the batch's mean
+    and sigma = sqrt(variance + eps), r = sigma / running sigma and d = (mean - running mean) / running sigma,
+    both clipped and without a gradient. So training and eval compute the same as far as the limits of r and d
+    allow, which helps small batches and batches that are not identically distributed. In eval the layer is
+    BatchNorm.
+
+    BatchRenorm2d explains the schedule of the limits, the state, and what is not possible.
+
+    Args:
+        num_features (int): C, the number of channels of the input.
+        eps (float): The number that is added to the variance under the root. Default: 1e-5.
+        momentum (float): The weight of a batch in the running statistics. Default: 0.01, as in the paper.
+        affine (bool): Whether the layer has a weight and a bias for each channel. Default: True.
+        device: The device of parameters and buffers. Default: torch's default device.
+        dtype (torch.dtype): The dtype of parameters and buffers, which may differ from the input's. Default:
+            torch's default dtype.
+        bias (bool): Whether an affine layer has a bias. With False it has a weight only. Keyword only.
+            Default: True.
+        r_max (float): The limit of r from batch `r_max_steps` on: r is clipped to [1 / r_max, r_max].
+            Default: 3.0.
+        d_max (float): The limit of d from batch `d_max_steps` on: d is clipped to [-d_max, d_max]. Default:
+            5.0.
+        warmup_steps (int): The number of training batches with r = 1 and d = 0. Default: 5000.
+        r_max_steps (int): The batch at which the limit of r reaches `r_max`. Default: 40000.
+        d_max_steps (int): The batch at which the limit of d reaches `d_max`. Default: 25000.
+        skip_nonfinite (bool): Whether a channel whose batch holds infinity or NaN leaves its running
+            statistics alone. Default: True.
+        track_running_stats (bool): Must be True, since the layer corrects towards these statistics.
+        activation: The activation that the layer applies in the same kernels, after the residual: None, a
+            name such as ``"relu"``, a name with a number such as ``("leaky_relu", 0.2)``, or torch's own
+            module, class or function, such as ``nn.SiLU()``, ``nn.SiLU`` or ``F.silu``. See
+            :class:`bnfast.Activation`. Keyword only. Default: None.
+
+    Shape:
+        - input: (N, C) or (N, C, L), of fp16, bf16, fp32 or fp64, in any strides.
+        - residual (optional, the second argument of a call): input's shape, dtype and device, in any strides.
+        - output: input's shape and dtype. It has the strides that torch.nn's layer gives it.
+
+    Returns:
+        A call ``layer(input, residual=None)`` returns activation(norm(input) + residual).
+
+    Raises:
+        TypeError: The constructor got an argument that it does not take; the message names the one that may
+            have been meant. Or the residual is not a tensor.
+        ValueError: momentum is None or track_running_stats False in the constructor, the limits or their
+            schedule are out of order, the activation is unknown, or a call is as BatchNorm's calls must not
+            be.
+        RuntimeError: The running statistics are missing, or are not tracked in training; the forward runs
+            again to recompute activations in a backward (checkpointing); sizes or devices do not match.
+
+    Example:
+        >>> norm = bnfast.BatchRenorm1d(16, warmup_steps=100, activation="relu")
+        >>> x, shortcut = torch.randn(8, 16, 10), torch.randn(8, 16, 10)
+        >>> norm(x).shape  # relu(norm(x))
+        torch.Size([8, 16, 10])
+        >>> y = norm(x, shortcut)  # relu(norm(x) + shortcut)
+
+    References:
+        Ioffe 2017, "Batch Renormalization: Towards Reducing Minibatch Dependence in Batch-Normalized Models",
+        arXiv 1702.03275, algorithm 1.
+    """
+
     _check_input_dim = nn.BatchNorm1d._check_input_dim
 
 
 class BatchRenorm2d(_BatchRenorm):
-    __doc__ = f"{_BatchRenorm.__doc__}\n\n    input: [N, C, H, W], contiguous or channels_last."
+    """Batch Renormalization of (N, C, H, W) input, which torch.nn does not have.
+
+    In training y = activation(((x - mean) / sigma * r + d) * weight + bias + residual), with the batch's mean
+    and sigma = sqrt(variance + eps), r = sigma / running sigma and d = (mean - running mean) / running sigma,
+    both clipped and without a gradient. So training and eval compute the same as far as the limits of r and d
+    allow, which helps small batches and batches that are not identically distributed. In eval the layer is
+    BatchNorm.
+
+    The limits follow a schedule, in training batches. A batch is governed by the number of batches *before*
+    it (num_batches_tracked as it comes in): up to `warmup_steps` of them r = 1 and d = 0, as in BatchNorm;
+    from there the limit of r rises in a straight line from 1 to `r_max` at `r_max_steps`, and that of d from
+    0 to `d_max` at `d_max_steps`. All of it is read on the device: nothing waits for the GPU.
+
+    The state has BatchNorm's five keys, so checkpoints load strictly both ways, and eval is the same. The
+    schedule goes by num_batches_tracked: call `reset_schedule()` where the counter of a trained BatchNorm has
+    come along.
+
+    `skip_nonfinite` is for batches with infinity or NaN, as in a step that the loss scaling of mixed
+    precision throws away. Without it the running statistics, and with them r and d, would be NaN for ever.
+    The check looks at the batch and not at what is stored: fp16 statistics may overflow. A skipped batch
+    counts: it moves the schedule on.
+
+    momentum may be set to None later, as torch.optim.swa_utils.update_bn does. Then r = 1 and d = 0, the
+    running statistics become the average (of the mean, and of sigma) over all batches since they were reset,
+    and nothing is skipped.
+
+    In the recomputation of activation checkpointing the layer raises: the running statistics have moved by
+    then, and r and d with them, so that gradients would be wrong.
+
+    Args:
+        num_features (int): C, the number of channels of the input.
+        eps (float): The number that is added to the variance under the root. Default: 1e-5.
+        momentum (float): The weight of a batch in the running statistics. Default: 0.01, as in the paper.
+        affine (bool): Whether the layer has a weight and a bias for each channel. Default: True.
+        device: The device of parameters and buffers. Default: torch's default device.
+        dtype (torch.dtype): The dtype of parameters and buffers, which may differ from the input's. Default:
+            torch's default dtype.
+        bias (bool): Whether an affine layer has a bias. With False it has a weight only. Keyword only.
+            Default: True.
+        r_max (float): The limit of r from batch `r_max_steps` on: r is clipped to [1 / r_max, r_max].
+            Default: 3.0.
+        d_max (float): The limit of d from batch `d_max_steps` on: d is clipped to [-d_max, d_max]. Default:
+            5.0.
+        warmup_steps (int): The number of training batches with r = 1 and d = 0. Default: 5000.
+        r_max_steps (int): The batch at which the limit of r reaches `r_max`. Default: 40000.
+        d_max_steps (int): The batch at which the limit of d reaches `d_max`. Default: 25000.
+        skip_nonfinite (bool): Whether a channel whose batch holds infinity or NaN leaves its running
+            statistics alone. Default: True.
+        track_running_stats (bool): Must be True, since the layer corrects towards these statistics.
+        activation: The activation that the layer applies in the same kernels, after the residual: None, a
+            name such as ``"relu"``, a name with a number such as ``("leaky_relu", 0.2)``, or torch's own
+            module, class or function, such as ``nn.SiLU()``, ``nn.SiLU`` or ``F.silu``. See
+            :class:`bnfast.Activation`. Keyword only. Default: None.
+
+    Shape:
+        - input: (N, C, H, W), of fp16, bf16, fp32 or fp64, in any strides.
+        - residual (optional, the second argument of a call): input's shape, dtype and device, in any strides.
+        - output: input's shape and dtype. Contiguous and channels_last inputs give outputs of the same memory
+          format, others contiguous ones.
+
+    Returns:
+        A call ``layer(input, residual=None)`` returns activation(norm(input) + residual).
+
+    Raises:
+        TypeError: The constructor got an argument that it does not take; the message names the one that may
+            have been meant. Or the residual is not a tensor.
+        ValueError: momentum is None or track_running_stats False in the constructor, the limits or their
+            schedule are out of order, the activation is unknown, or a call is as BatchNorm's calls must not
+            be.
+        RuntimeError: The running statistics are missing, or are not tracked in training; the forward runs
+            again to recompute activations in a backward (checkpointing); sizes or devices do not match.
+
+    Example:
+        >>> norm = bnfast.BatchRenorm2d(16, warmup_steps=100, activation="relu")
+        >>> x, shortcut = torch.randn(8, 16, 4, 4), torch.randn(8, 16, 4, 4)
+        >>> norm(x).shape  # relu(norm(x))
+        torch.Size([8, 16, 4, 4])
+        >>> y = norm(x, shortcut)  # relu(norm(x) + shortcut)
+        >>> trained = nn.BatchNorm2d(16)
+        >>> _ = norm.load_state_dict(trained.state_dict())  # the same keys
+        >>> norm.reset_schedule()
+
+    References:
+        Ioffe 2017, "Batch Renormalization: Towards Reducing Minibatch Dependence in Batch-Normalized Models",
+        arXiv 1702.03275, algorithm 1.
+    """
+
     _check_input_dim = nn.BatchNorm2d._check_input_dim
 
 
 class BatchRenorm3d(_BatchRenorm):
-    __doc__ = f"{_BatchRenorm.__doc__}\n\n    input: [N, C, D, H, W], contiguous or channels_last_3d."
+    """Batch Renormalization of (N, C, D, H, W) input, which torch.nn does not have.
+
+    In training y = activation(((x - mean) / sigma * r + d) * weight + bias + residual), with the batch's mean
+    and sigma = sqrt(variance + eps), r = sigma / running sigma and d = (mean - running mean) / running sigma,
+    both clipped and without a gradient. So training and eval compute the same as far as the limits of r and d
+    allow, which helps small batches and batches that are not identically distributed. In eval the layer is
+    BatchNorm.
+
+    BatchRenorm2d explains the schedule of the limits, the state, and what is not possible.
+
+    Args:
+        num_features (int): C, the number of channels of the input.
+        eps (float): The number that is added to the variance under the root. Default: 1e-5.
+        momentum (float): The weight of a batch in the running statistics. Default: 0.01, as in the paper.
+        affine (bool): Whether the layer has a weight and a bias for each channel. Default: True.
+        device: The device of parameters and buffers. Default: torch's default device.
+        dtype (torch.dtype): The dtype of parameters and buffers, which may differ from the input's. Default:
+            torch's default dtype.
+        bias (bool): Whether an affine layer has a bias. With False it has a weight only. Keyword only.
+            Default: True.
+        r_max (float): The limit of r from batch `r_max_steps` on: r is clipped to [1 / r_max, r_max].
+            Default: 3.0.
+        d_max (float): The limit of d from batch `d_max_steps` on: d is clipped to [-d_max, d_max]. Default:
+            5.0.
+        warmup_steps (int): The number of training batches with r = 1 and d = 0. Default: 5000.
+        r_max_steps (int): The batch at which the limit of r reaches `r_max`. Default: 40000.
+        d_max_steps (int): The batch at which the limit of d reaches `d_max`. Default: 25000.
+        skip_nonfinite (bool): Whether a channel whose batch holds infinity or NaN leaves its running
+            statistics alone. Default: True.
+        track_running_stats (bool): Must be True, since the layer corrects towards these statistics.
+        activation: The activation that the layer applies in the same kernels, after the residual: None, a
+            name such as ``"relu"``, a name with a number such as ``("leaky_relu", 0.2)``, or torch's own
+            module, class or function, such as ``nn.SiLU()``, ``nn.SiLU`` or ``F.silu``. See
+            :class:`bnfast.Activation`. Keyword only. Default: None.
+
+    Shape:
+        - input: (N, C, D, H, W), of fp16, bf16, fp32 or fp64, in any strides.
+        - residual (optional, the second argument of a call): input's shape, dtype and device, in any strides.
+        - output: input's shape and dtype. Contiguous and channels_last_3d inputs give outputs of the same
+          memory format, others contiguous ones.
+
+    Returns:
+        A call ``layer(input, residual=None)`` returns activation(norm(input) + residual).
+
+    Raises:
+        TypeError: The constructor got an argument that it does not take; the message names the one that may
+            have been meant. Or the residual is not a tensor.
+        ValueError: momentum is None or track_running_stats False in the constructor, the limits or their
+            schedule are out of order, the activation is unknown, or a call is as BatchNorm's calls must not
+            be.
+        RuntimeError: The running statistics are missing, or are not tracked in training; the forward runs
+            again to recompute activations in a backward (checkpointing); sizes or devices do not match.
+
+    Example:
+        >>> norm = bnfast.BatchRenorm3d(16, warmup_steps=100, activation="relu")
+        >>> x, shortcut = torch.randn(2, 16, 4, 4, 4), torch.randn(2, 16, 4, 4, 4)
+        >>> norm(x).shape  # relu(norm(x))
+        torch.Size([2, 16, 4, 4, 4])
+        >>> y = norm(x, shortcut)  # relu(norm(x) + shortcut)
+
+    References:
+        Ioffe 2017, "Batch Renormalization: Towards Reducing Minibatch Dependence in Batch-Normalized Models",
+        arXiv 1702.03275, algorithm 1.
+    """
+
     _check_input_dim = nn.BatchNorm3d._check_input_dim

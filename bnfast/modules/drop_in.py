@@ -1,5 +1,5 @@
-"""What all layers add to torch.nn's: an activation and a residual, and what it takes to pass for torch.nn's
-where graphs are recorded, by torch.fx and torch.jit.script."""
+"""What every layer adds to torch.nn's: an activation, a residual, and the methods that let it stand in for
+torch.nn's layer where torch.fx and torch.jit.script record graphs."""
 
 from __future__ import annotations
 
@@ -17,13 +17,14 @@ from ..importing import catch_up
 from ..kernels.epilogue import Activation
 
 _P = ParamSpec("_P")
-WHEN_SUBCLASSED: list[Callable[[type], None]] = []  # each is given every new class of layers
+WHEN_SUBCLASSED: list[Callable[[type], None]] = []  # each is called with every new class of layers
 
 
 class DropIn(nn.Module):
-    """Mixed into a subclass of one of torch.nn's layers, before it, which defines `normalize`."""
+    """A mixin that precedes one of torch.nn's layers among the bases of a class. The class defines
+    `normalize`."""
 
-    activation = None  # type: Activation | None  # an annotation would be read by torch.jit.script
+    activation = None  # type: Activation | None  # torch.jit.script would read an annotation
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -32,14 +33,21 @@ class DropIn(nn.Module):
             enter(cls)
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
-        """act(norm(input) + residual), of input's shape, dtype and memory format. residual: of input's shape,
-        dtype and device. The function of the same name in bnfast.functional says more."""
+        """Computes activation(norm(input) + residual).
+
+        Args:
+            input (Tensor): What is normalized. The class says of which shape.
+            residual (Tensor, optional): What is added before the activation, of input's shape, dtype and
+                device.
+
+        Returns:
+            A tensor of input's shape, dtype and memory format."""
         if isinstance(input, Proxy):
             return self._leaf(*((input,) if residual is None else (input, residual)))
         return self.normalize(input, self.activation, residual)
 
     def normalize(self, input: Tensor, activation: Activation | None, residual: Tensor | None) -> Tensor:
-        """The forward with another activation than the layer's own."""
+        """Computes the forward with this activation in place of the layer's own."""
         raise NotImplementedError
 
     def extra_repr(self) -> str:
@@ -50,8 +58,9 @@ class DropIn(nn.Module):
         return f"{super().extra_repr()}, activation={shown if isinstance(shown, str) else tuple(shown)}"
 
     def _leaf(self, *inputs: Any) -> Any:
-        """Records a call of this layer, as torch.fx does for torch.nn's. From within the call, though: what
-        runs around this forward would be recorded once more, beside the call that runs it."""
+        """Records a call of this layer, as torch.fx does for torch.nn's layers. It does so from within the
+        call, so it refuses hooks and other forwards around this one: they would be recorded a second time,
+        beside the call that runs them."""
         tracer: Any = inputs[0].tracer
         around = "hooks" if self._forward_hooks or self._forward_pre_hooks else None
         if not is_ours(next(c for c in type(self).__mro__ if "forward" in vars(c))):
@@ -64,8 +73,8 @@ class DropIn(nn.Module):
         return tracer.create_proxy("call_module", tracer.path_of_module(self), inputs, {})
 
     def __prepare_scriptable__(self) -> nn.Module:
-        """torch.jit.script compiles Python, which the kernels' host code is more of than it takes: it gets
-        torch.nn's layer, with the same parameters and buffers. A subclass has to see for itself."""
+        """Gives torch.jit.script torch.nn's layer, with the same parameters and buffers: it compiles a part
+        of Python only, and the kernels' host code uses more. A subclass has to provide its own."""
         if not is_ours(type(self)):
             return self
         if self.activation is not None:
@@ -80,8 +89,8 @@ class DropIn(nn.Module):
 
 
 def says_what_it_takes(init: Callable[_P, None]) -> Callable[_P, None]:
-    """A layer's __init__ whose TypeErrors about the arguments name the layer, not the private class that has
-    the __init__, and an argument that may have been meant."""
+    """Wraps a layer's __init__ so that its TypeErrors about arguments name the layer, and not the private
+    class that has the __init__, and suggest the argument that may have been meant."""
     takes = signature(init)
     names = [*takes.parameters][1:]
 
@@ -110,7 +119,8 @@ def _meant(unknown: str, names: list[str]) -> str:
 
 
 class OptionalBias:
-    """torch's layers have had `bias=False` since 2.13; before, one without a bias is one that has lost it."""
+    """Adds `bias=False`, which torch's layers have had since 2.13. Before, a layer without a bias is one
+    whose bias has been removed."""
 
     def _without_bias(self: Any, unless: bool) -> None:
         if self.weight is not None and not unless:
@@ -126,5 +136,5 @@ class OptionalBias:
 
 
 def is_ours(cls: type) -> bool:
-    """Whether a class is one of bnfast's layers, and not somebody's subclass."""
+    """Whether a class is one of bnfast's own layers, and not a subclass defined elsewhere."""
     return cls.__module__.rpartition(".")[0] == __package__

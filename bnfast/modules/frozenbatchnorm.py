@@ -16,13 +16,14 @@ from .drop_in import DropIn, says_what_it_takes
 
 
 class TorchFrozenBatchNorm2d(nn.Module):
-    """The layer in plain torch: what bnfast.revert and torch.jit.script have for FrozenBatchNorm2d."""
+    """The layer in plain torch. bnfast.revert and torch.jit.script get it in place of FrozenBatchNorm2d."""
 
-    # As detectron2's, which shares the keys: its older releases take eps out of a lower one's running_var.
+    # The version of detectron2's layer, which has the same keys. For a lower version, its older releases
+    # subtract eps from running_var.
     _version = 3
 
     keep_dtype = False
-    __constants__ = ("keep_dtype",)  # or torch.jit.script would not see what a class has
+    __constants__ = ("keep_dtype",)  # otherwise torch.jit.script does not see an attribute of the class
 
     if TYPE_CHECKING:  # torch.jit.script would read these
         eps: float
@@ -56,7 +57,7 @@ class TorchFrozenBatchNorm2d(nn.Module):
         return input * scale.view(1, -1, 1, 1) + shift.view(1, -1, 1, 1)
 
     def widened(self, input: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Both in the output's dtype, which the residual may be of already."""
+        """Converts both to the output's dtype, which the residual may have already."""
         dtype = input.dtype
         if not self.keep_dtype:
             for constant in (self.weight, self.bias, self.running_mean, self.running_var):
@@ -69,24 +70,62 @@ class TorchFrozenBatchNorm2d(nn.Module):
         return f"{self.weight.numel()}, eps={self.eps}{', keep_dtype=True' if self.keep_dtype else ''}"
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-        # A BatchNorm's checkpoint: what it counted is not among what is unexpected.
+        # In a BatchNorm's checkpoint, the counter is not an unexpected key.
         state_dict.pop(f"{prefix}num_batches_tracked", None)
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
 
 class FrozenBatchNorm2d(DropIn, TorchFrozenBatchNorm2d):
-    """BatchNorm2d with constant statistics and affine, in training as in eval; torchvision.ops and detectron2
-    have layers of this name. input: [N, C, H, W], contiguous or channels_last.
+    """BatchNorm2d whose statistics and affine are constants, in training as in eval.
 
-    weight, bias, running_mean and running_var are buffers, and all there is in the state_dict. It loads a
-    BatchNorm2d's with strict=True, num_batches_tracked being dropped. Gradients go to the input and the
-    residual only.
+    y = activation((x - running_mean) / sqrt(running_var + eps) * weight + bias + residual)
 
-    The output has the wider dtype of the input's and the buffers', as torchvision's: fp32 for fp16 input and
-    fp32 buffers, as under autocast. With keep_dtype it has the input's, as detectron2's: fewer bytes move.
-    residual: of the output's dtype or of the input's.
+    torchvision.ops and detectron2 have layers of this name; torch.nn does not. weight, bias, running_mean and
+    running_var are buffers, and all there is in the state_dict. It loads a BatchNorm2d's state_dict with
+    strict=True and drops num_batches_tracked. Gradients go to the input and the residual only.
 
-    Raises ValueError for an input that is not 4-D, and for a residual that is not as said."""
+    Args:
+        num_features (int): C, the number of channels of the input.
+        eps (float): The number that is added to the variance under the root. Default: 1e-5.
+        device: The device of the buffers. Default: torch's default device.
+        dtype (torch.dtype): The dtype of the buffers. Default: torch's default dtype.
+        keep_dtype (bool): The output's dtype. With False it is the wider dtype of the input and the buffers,
+            as in torchvision: fp32 for fp16 input and fp32 buffers, as under autocast. With True it is the
+            input's, as in detectron2, and fewer bytes move. Keyword only. Default: False.
+        activation: The activation that the layer applies in the same kernels, after the residual: None, a
+            name such as ``"relu"``, a name with a number such as ``("leaky_relu", 0.2)``, or torch's own
+            module, class or function, such as ``nn.SiLU()``, ``nn.SiLU`` or ``F.silu``. See
+            :class:`bnfast.Activation`. Keyword only. Default: None.
+
+    Shape:
+        - input: (N, C, H, W), in any strides.
+        - residual (optional, the second argument of a call): input's shape and device, and the output's dtype
+          or the input's, in any strides.
+        - output: input's shape, in the dtype that keep_dtype says. Contiguous and channels_last inputs give
+          outputs of the same memory format, others contiguous ones.
+
+    Returns:
+        A call ``layer(input, residual=None)`` returns activation(norm(input) + residual).
+
+    Raises:
+        TypeError: The constructor got an argument that it does not take; the message names the one that may
+            have been meant. Or the residual is not a tensor.
+        ValueError: The activation is unknown, the input is not 4-D, or the residual is not as described
+            above.
+
+    Example:
+        >>> trained = nn.BatchNorm2d(16)
+        >>> norm = bnfast.FrozenBatchNorm2d(16, activation="relu")
+        >>> _ = norm.load_state_dict(trained.state_dict())
+        >>> norm(torch.randn(8, 16, 4, 4)).shape
+        torch.Size([8, 16, 4, 4])
+        >>> list(norm.parameters())
+        []
+
+    References:
+        Ioffe and Szegedy 2015, "Batch Normalization: Accelerating Deep Network Training by Reducing Internal
+        Covariate Shift", arXiv 1502.03167: the transform at inference.
+    """
 
     @says_what_it_takes
     def __init__(

@@ -1,4 +1,4 @@
-"""GroupNorm: torch.nn's, with another forward."""
+"""GroupNorm: a subclass of torch.nn's layer with another forward."""
 
 from __future__ import annotations
 
@@ -13,8 +13,59 @@ from .drop_in import DropIn, OptionalBias, says_what_it_takes
 
 
 class GroupNorm(DropIn, OptionalBias, nn.GroupNorm):
-    """torch.nn.GroupNorm on bnfast's kernels. input: [N, C, *], contiguous, channels_last or
-    channels_last_3d."""
+    """Group normalization of (N, C, *) input: torch.nn's GroupNorm on bnfast's kernels.
+
+    y = activation((x - mean) / sqrt(variance + eps) * weight + bias + residual)
+
+    Mean and variance are those of each group of a sample: C / num_groups neighbouring channels, at all
+    positions. They are computed in fp32, for fp64 input in fp64, in training as in eval. Contiguous groups
+    that a program can hold are read once; others, and channels_last, twice.
+
+    The layer is a subclass of torch.nn.GroupNorm with another forward, so that checkpoints load both ways.
+    Under autocast it returns input's dtype, where torch's returns fp32 on GPUs and takes twice the memory. On
+    the kernels, a constant group gives 0 with eps=0 too, where torch's gives NaN.
+
+    Args:
+        num_groups (int): The number of groups, a divisor of num_channels.
+        num_channels (int): C, the number of channels of the input.
+        eps (float): The number that is added to the variance under the root. Default: 1e-5.
+        affine (bool): Whether the layer has a weight and a bias for each channel. Default: True.
+        device: The device of weight and bias. Default: torch's default device.
+        dtype (torch.dtype): The dtype of weight and bias, which may differ from the input's. Default: torch's
+            default dtype.
+        bias (bool): Whether an affine layer has a bias. With False it has a weight only. Keyword only.
+            Default: True.
+        activation: The activation that the layer applies in the same kernels, after the residual: None, a
+            name such as ``"relu"``, a name with a number such as ``("leaky_relu", 0.2)``, or torch's own
+            module, class or function, such as ``nn.SiLU()``, ``nn.SiLU`` or ``F.silu``. See
+            :class:`bnfast.Activation`. Keyword only. Default: None.
+
+    Shape:
+        - input: (N, C, *), of fp16, bf16, fp32 or fp64, in any strides.
+        - residual (optional, the second argument of a call): input's shape, dtype and device, in any strides.
+        - output: input's shape and dtype. Contiguous, channels_last and channels_last_3d inputs give outputs
+          of the same memory format, others contiguous ones.
+
+    Returns:
+        A call ``layer(input, residual=None)`` returns activation(norm(input) + residual).
+
+    Raises:
+        TypeError: The constructor got an argument that it does not take; the message names the one that may
+            have been meant. Or the residual is not a tensor.
+        ValueError: num_groups does not divide num_channels, the activation is unknown, the whole batch has a
+            single value for each group, or the residual's shape, dtype or device differs from the input's.
+        RuntimeError: Sizes or devices do not match, as in torch.nn.
+
+    Example:
+        >>> norm = bnfast.GroupNorm(4, 16, activation="silu")
+        >>> x, shortcut = torch.randn(8, 16, 4, 4), torch.randn(8, 16, 4, 4)
+        >>> norm(x).shape  # silu(norm(x))
+        torch.Size([8, 16, 4, 4])
+        >>> y = norm(x, shortcut)  # silu(norm(x) + shortcut)
+
+    References:
+        Wu and He 2018, "Group Normalization", arXiv 1803.08494.
+    """
 
     @says_what_it_takes
     def __init__(

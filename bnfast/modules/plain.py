@@ -1,5 +1,5 @@
-"""Layers that apply an activation and take a residual, without the kernels: what `bnfast.revert` makes of
-layers that carry an activation, which torch.nn's have not. The same names and state."""
+"""Layers that apply an activation and take a residual in plain torch. `bnfast.revert` makes them of layers
+with an activation, which torch.nn layers do not have. They have the same names and the same state."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .replaceable import Replaceable
 
 
 class _Plain(DropIn):
-    """Mixed into a subclass of a plain torch layer, before it."""
+    """A mixin that precedes a plain torch layer among the bases of a class."""
 
     def normalize(self, input: Tensor, activation: Activation | None, residual: Tensor | None) -> Tensor:
         if residual is not None:
@@ -34,7 +34,7 @@ class BatchNorm3d(_Plain, Replaceable, nn.BatchNorm3d):
 
 
 class FrozenBatchNorm2d(_Plain, TorchFrozenBatchNorm2d):
-    """A BatchNorm2d of constants, then the activation."""
+    """A BatchNorm2d with constant statistics and affine, then the activation."""
 
     def normalize(self, input: Tensor, activation: Activation | None, residual: Tensor | None) -> Tensor:
         input, residual = self.widened(input, residual)

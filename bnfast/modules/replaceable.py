@@ -1,4 +1,4 @@
-"""BatchNorms as other code finds them that builds a layer of its own from what one holds."""
+"""What a BatchNorm does when code of another library builds a layer of its own from its attributes."""
 
 from __future__ import annotations
 
@@ -10,26 +10,27 @@ import torch
 
 from .drop_in import DropIn
 
-# Functions that build another layer in the place of whatever is one of torch.nn's BatchNorms: torch's and
-# timm's, apex's; detectron2's; timm's and open_clip's; timm's. torch.utils.mkldnn does so in a constructor.
+# Functions that replace every instance of torch.nn's BatchNorms by a layer that they build. They belong to
+# torch and timm, apex; detectron2; timm and open_clip; timm. torch.utils.mkldnn does so in a constructor.
 TO_SYNC = ("convert_sync_batchnorm", "convert_syncbn_model")
 _TO_ANOTHER = (*TO_SYNC, "convert_frozen_batchnorm", "freeze_batch_norm_2d", "convert_splitbn_model")
 _MKLDNN = "torch.utils.mkldnn"
 _IN_GRAPHS = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 14)
-_TAKEN = {"num_features", "running_mean", "running_var"}  # what each of them reads besides
+_TAKEN = {"num_features", "running_mean", "running_var"}  # what each of them also reads
 
 
 class Replaceable(DropIn):
-    """Mixed into a BatchNorm. It raises where a bare layer is built in its place that would do less."""
+    """A mixin for BatchNorms. It raises where a bare layer, which would do less, is built to replace this
+    one."""
 
     __jit_unused_properties__ = ("affine",)  # torch.jit.script would compile it
 
     @property
     def affine(self) -> bool:
-        """torch.nn's attribute. No forward reads it, but all of those functions do: they build a bare layer
-        from a BatchNorm's attributes, and none of them asks the BatchNorm in any other way."""
-        if torch.compiler.is_compiling():  # Dynamo knows no frames
-            if not _IN_GRAPHS:  # 2.11's takes a look into __dict__ for a call of this property
+        """torch.nn's attribute, as a property. No forward reads it, but all of those functions do: they build
+        a bare layer from a BatchNorm's attributes, and call nothing else of it that could raise."""
+        if torch.compiler.is_compiling():  # Dynamo cannot trace frames
+            if not _IN_GRAPHS:  # torch 2.11's takes a read of __dict__ for a call of this property
                 return self.weight is not None
         else:
             caller = sys._getframe(1)
@@ -58,7 +59,8 @@ class Replaceable(DropIn):
             )
 
     def _lost_in(self, by: str, caller: FrameType) -> str | None:
-        """What the bare layer that a function builds would not do as this one does, and a way out."""
+        """What the bare layer that the function `by` builds would lose, and what to do instead; None for
+        nothing."""
         if self.activation is None:
             return None
         return (
@@ -68,14 +70,14 @@ class Replaceable(DropIn):
 
 
 def _builds_another(code: CodeType) -> bool:
-    """Whether a function is one of those, and not somebody's of the same name. The first is often copied, and
-    goes by its name alone."""
+    """Whether code belongs to one of those functions, and not to another of the same name. The first of them
+    is often copied, so its name is enough."""
     name = code.co_name
     return name == TO_SYNC[0] or (name in _TO_ANOTHER and _TAKEN.issubset(code.co_names))
 
 
 def _calls_of_itself(frame: FrameType) -> int:
-    """How many calls of a function stand above its caller's."""
+    """The number of consecutive frames, from this one upwards, that run the same function."""
     calls, above = 1, frame.f_back
     while above is not None and above.f_code is frame.f_code:
         calls, above = calls + 1, above.f_back
