@@ -114,9 +114,9 @@ _RANGE = "between -3.4e38 and 3.4e38"
 class Activation(NamedTuple):
     """An activation that the kernels apply: what a layer holds as `activation`.
 
-    The names are relu, relu6, leaky_relu, elu, silu, gelu, gelu_tanh, hardswish, hardsigmoid, mish, sigmoid and
-    tanh. `Activation.of(value)` makes one of all that an `activation=` argument takes, and raises ValueError for
-    anything else.
+    The names are relu, relu6, leaky_relu, elu, silu, gelu, gelu_tanh, hardswish, hardsigmoid, mish, sigmoid
+    and tanh. `Activation.of(value)` makes one of all that an `activation=` argument takes, and raises
+    ValueError for anything else.
 
     Args:
         name (str): One of bnfast.activation.NAMES.
