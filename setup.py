@@ -10,7 +10,9 @@ from pathlib import Path
 from setuptools import setup
 
 HERE = Path(__file__).resolve().parent
-PARTS = ("checks", "functional", "fusing", "modules", "ops", "reference")
+PARTS = (
+    "checks", "functional", "fusing", "kernels", "kernels.normalizers", "modules", "ops", "reference",
+)  # fmt: skip
 
 
 def version() -> str:
@@ -32,7 +34,12 @@ setup(
     license="MIT",
     license_files=["LICENSE"],
     python_requires=">=3.10",
-    packages=["bnfast", *(f"bnfast.{part}" for part in PARTS), "bnfast.kernels"],
+    packages=[
+        "bnfast",
+        *(f"bnfast.{part}" for part in PARTS),
+        "bnfast.kernels",
+        "bnfast.kernels.normalizers",
+    ],
     package_dir={"bnfast.kernels": "kernels"},
     package_data={"bnfast": ["py.typed"]},
     # Tested: PyTorch 2.11.0 with Triton 3.6.0 and 2.15.0 with 3.9.0, which the requirements files pin;

@@ -7,6 +7,7 @@ device. The caller has checked all that."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,6 +17,8 @@ from .epilogue import IDENTITY, NO_EPILOGUE, Activation, Epilogue
 from .gradients import gradient_sums_kernel, gradient_transform_kernel
 from .launch import workspace
 from .layouts import dense, dense_like
+from .normalizers.batch_norm import BATCH_NORM
+from .normalizers.batch_renorm import BATCH_RENORM
 from .records import BatchNormOptions, Buffers, Forward, Gradients, Wanted
 from .statistics import statistics_kernel
 from .steps import Sizes, Step, address, step_for, where
@@ -38,23 +41,23 @@ _OF_CHANNELS = ("weight", "bias", "running_mean", "running_var")
 def _train(
     sizes: Sizes, cumulative: bool, renorm: bool, guarded: bool, activation: Activation, z: bool, *rest: Any,
 ) -> Step:  # fmt: skip
-    constants = {"SOURCE": "table", "CENTRED": True, "ACT": activation}
+    constants = {"NORM": BATCH_NORM, "CENTRED": True, "ACT": activation}
     transform = sizes.mapping(transform_kernel, 1 + z, _FORWARD, constants, without=_OF_CHANNELS)
     # read by the first, for the cumulative average and Batch Renorm's schedule, counted by the second
     without = () if cumulative or renorm else ("batches",)
-    norm = {"NORM": "renorm" if renorm else "batch", "CUMULATIVE": cumulative, "GUARDED": guarded}
-    return sizes.reducing(statistics_kernel, 1, _FORWARD, norm, transform, without=without)
+    norm = replace(BATCH_RENORM if renorm else BATCH_NORM, cumulative=cumulative, guarded=guarded)
+    return sizes.reducing(statistics_kernel, 1, _FORWARD, {"NORM": norm}, transform, without=without)
 
 
 def _eval(sizes: Sizes, keep: bool, activation: Activation, z: bool, *rest: Any) -> Step:
-    constants = {"SOURCE": "statistics", "CENTRED": True, "ACT": activation}
+    constants = {"NORM": None, "CENTRED": True, "ACT": activation}
     without = () if keep else ("table",)
     transform = sizes.mapping(transform_kernel, 1 + z, _INFERENCE, constants, without=without)
     return Step(transform, transform, sizes.seed)
 
 
 def _scale(sizes: Sizes, *dtypes: Any) -> Step:
-    constants = {"SOURCE": "table", "CENTRED": False, "ACT": IDENTITY}
+    constants = {"NORM": BATCH_NORM, "CENTRED": False, "ACT": IDENTITY}
     transform = sizes.mapping(transform_kernel, 1, _BACKWARD, constants, rename={"x": "dy", "y": "dx"})
     return Step(transform, transform, sizes.seed)
 
@@ -65,13 +68,13 @@ def _gradients(
 ) -> Step:  # fmt: skip
     transform = None
     if training and need_dx:
-        constants = {"NORM": "batch", "ACT": IDENTITY if residual else activation}
+        constants = {"NORM": BATCH_NORM, "ACT": IDENTITY if residual else activation}
         rename = {"dy": "dz"} if residual else {}
         transform = sizes.mapping(gradient_transform_kernel, 2, _BACKWARD, constants, rename=rename)
     without = [] if training and need_dx else ["gradients"]
     if training:
         without.append("dx")
-    constants = {"NORM": "renorm" if renorm else "batch", "ACT": activation}
+    constants = {"NORM": BATCH_RENORM if renorm else BATCH_NORM, "ACT": activation}
     return sizes.reducing(gradient_sums_kernel, 2 + z, _BACKWARD, constants, transform, without=without)
 
 

@@ -4,7 +4,7 @@ the same order, so that the same input gives the same bits."""
 import triton
 import triton.language as tl
 
-from .coefficients import store_as
+from .normalizers.common import store_as
 
 SIZES = ["rows", "columns", "blocks"]
 # of the caller or cut from one of his tensors: stored as well without alignment

@@ -21,6 +21,8 @@ from .gradients import gradient_sums_kernel, gradient_transform_kernel
 from .group_plan import held
 from .launch import Launch, workspace
 from .layouts import dense, dense_like
+from .normalizers.common import Normalizer
+from .normalizers.group_norm import CHANNELS, GROUPS
 from .one_read import group_norm_gradients_kernel, group_norm_kernel
 from .records import Buffers, Forward, Gradients, GroupNormOptions, Wanted
 from .statistics import statistics_kernel
@@ -32,6 +34,11 @@ _BACKWARD = (
     "x", "dy", "dx", "weight", "table", "dweight", "dbias", "bias", "z", "signs", "dz", "sums", "partials",
     "arrivals", "gradients", "none",
 )  # fmt: skip
+
+
+def _merged(sizes: Sizes) -> Normalizer:
+    """How cells are merged, where the kernel sees channels."""
+    return CHANNELS if sizes.groups == sizes.c else GROUPS
 
 
 def _held(sizes: Sizes, groups: int, inputs: int, activation: str, kept: str) -> CellSweep | None:
@@ -47,10 +54,10 @@ def _forward(sizes: Sizes, groups: int, activation: Activation, signs: bool, z: 
         only = Launch(group_norm_kernel, cells, _FORWARD, act, sizes.aligned)
         return Step(only, only, sizes.seed)
     transform = sizes.mapping(
-        transform_kernel, 1 + z, _FORWARD, {"SOURCE": "cells", "CENTRED": True, **act}
+        transform_kernel, 1 + z, _FORWARD, {"NORM": GROUPS, "CENTRED": True, **act}
     )  # fmt: skip
     by_group = not sizes.channels_last
-    constants = {"NORM": "cell" if by_group else sizes.norm, "CUMULATIVE": False, "GUARDED": False}
+    constants = {"NORM": CHANNELS if by_group else _merged(sizes)}
     without = ("weight", "bias")
     return sizes.reducing(statistics_kernel, 1, _FORWARD, constants, transform, by_group, without=without)
 
@@ -121,11 +128,11 @@ def _backward(
         return _Gradients(only, parameters, None, True, sizes.seed)
     transform = None
     if need_dx:
-        constants = {"NORM": sizes.norm, "ACT": IDENTITY if residual else activation}
+        constants = {"NORM": _merged(sizes), "ACT": IDENTITY if residual else activation}
         rename = {"dy": "dz"} if residual else {}
         transform = sizes.mapping(gradient_transform_kernel, 2, _BACKWARD, constants, rename=rename)
     without += ["dx", "dweight", "dbias"] + ([] if need_dx else ["gradients"])
-    constants = {"NORM": sizes.norm, **act}
+    constants = {"NORM": _merged(sizes), **act}
     step = sizes.reducing(gradient_sums_kernel, 2 + z, _BACKWARD, constants, without=without)
     return _Gradients(step.first, parameters, transform, False, sizes.seed, step.partials, step.counters)
 

@@ -95,3 +95,21 @@ def merge_along(m, AXIS: tl.constexpr):
     rest = tl.where(some, distance - tl.expand_dims(moved, AXIS), 0.0)
     m2 = tl.sum(tl.where(some, m.m2, 0.0) + m.count * rest * rest, AXIS)
     return Moments(total, centre, moved, m2)
+
+
+@triton.jit
+def store_channels(to_ptr, offs_c, mask_c, g, pivot, shift, m2):
+    """[3, channels]."""
+    tl.store(to_ptr + offs_c, pivot, mask=mask_c)
+    tl.store(to_ptr + g.channels + offs_c, shift, mask=mask_c)
+    tl.store(to_ptr + 2 * g.channels + offs_c, m2, mask=mask_c)
+
+
+@triton.jit
+def load_channels(from_ptr, mask, g):
+    """What store_channels has left of channels: (pivot, shift, M2)."""
+    # .cg: written by other programs of this launch, so never from L1
+    pivot = tl.load(from_ptr, mask=mask, other=0.0, cache_modifier=".cg")
+    shift = tl.load(from_ptr + g.channels, mask=mask, other=0.0, cache_modifier=".cg")
+    m2 = tl.load(from_ptr + 2 * g.channels, mask=mask, other=0.0, cache_modifier=".cg")
+    return pivot, shift, m2

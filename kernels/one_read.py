@@ -9,9 +9,10 @@ import triton
 import triton.language as tl
 
 from .activations import activate, before_activation, pack, unpack
-from .coefficients import GradientSums, cell_rstd, load_or, slopes
 from .geometry import as_scalar
 from .moments import not_negative, product, product_in_tile
+from .normalizers.common import GradientSums, load_or
+from .normalizers.group_norm import cell_rstd, slopes
 from .records import CellGeometry
 
 SIZES = list(CellGeometry._fields)
@@ -138,9 +139,9 @@ def group_norm_gradients_kernel(
     cells, group, inner_v, in_sample,
     T: tl.constexpr, ACT: tl.constexpr,
 ):  # fmt: skip
-    """sums, where given: [samples, 2, channels], what each sample adds to dgamma and dbeta. dx as in
-    coefficients.slopes. Of activations only those whose slope is 0 or 1: dy times it takes no more bits than
-    dy, and there is no room for more (others are swept: see group_norm.py)."""
+    """sums, where given: [samples, 2, channels], what each sample adds to dgamma and dbeta. dx: see `slopes`.
+    Of activations only those whose slope is 0 or 1: dy times it takes no more bits than dy, and there is no
+    room for more (others are swept: see group_norm.py)."""
     ACC: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
     ROWS: tl.constexpr = T.rows
     TILES: tl.constexpr = T.tiles

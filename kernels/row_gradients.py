@@ -37,7 +37,7 @@ def gamma_of(weight_ptr, column, exists, ACC: tl.constexpr, AGAIN: tl.constexpr)
         policy: tl.constexpr = "evict_last" if AGAIN else ""
         gamma = tl.load(weight_ptr + column, mask=exists, other=1.0, eviction_policy=policy)
         if gamma.dtype.primitive_bitwidth == 16:
-            gamma = gamma.to(tl.float32)  # see coefficients.store_as
+            gamma = gamma.to(tl.float32)  # see normalizers/common.store_as
         gamma = gamma.to(ACC)
     return gamma
 

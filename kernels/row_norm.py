@@ -8,9 +8,9 @@ import triton
 import triton.language as tl
 
 from .activations import activate
-from .coefficients import load_or, reciprocal_std
 from .geometry import as_scalar
 from .moments import Moments, finite_or_zero, merge_along, not_negative, product_in_tile
+from .normalizers.common import load_or, reciprocal_std
 
 SIZES = ["rows", "width_v"]
 TABLES = ["table_ptr"]  # of two numbers a row: loaded and stored as well without alignment

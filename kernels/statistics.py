@@ -5,7 +5,6 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from .coefficients import Channels, Options, Parameters, arrive_last, batch_norm_forward, store_cell
 from .geometry import (
     channels_held,
     channels_of_block,
@@ -15,9 +14,18 @@ from .geometry import (
     tile,
     values_a_channel,
 )
-from .moments import Moments, finite_or_zero, from_pivoted_sums, merge, merge_along, no_moments
+from .moments import (
+    Moments,
+    finite_or_zero,
+    from_pivoted_sums,
+    load_channels,
+    merge,
+    merge_along,
+    no_moments,
+    store_channels,
+)
+from .normalizers.common import Channels, Options, Parameters, Workspace, arrive_last
 from .records import Geometry
-from .renorm import batch_renorm_forward
 
 # of the caller, who may have cut them from anywhere: a channel each is loaded as well without alignment
 PARAMETERS = ["weight_ptr", "bias_ptr", "running_mean_ptr", "running_var_ptr", "batches_ptr"]
@@ -110,24 +118,6 @@ def store_moments(mine_ptr, block, count, sums, g, T: tl.constexpr):
 
 
 @triton.jit
-def store_channels(to_ptr, offs_c, mask_c, g, pivot, shift, m2):
-    """[3, channels]."""
-    tl.store(to_ptr + offs_c, pivot, mask=mask_c)
-    tl.store(to_ptr + g.channels + offs_c, shift, mask=mask_c)
-    tl.store(to_ptr + 2 * g.channels + offs_c, m2, mask=mask_c)
-
-
-@triton.jit
-def load_channels(from_ptr, mask, g):
-    """What store_channels has left of channels: (pivot, shift, M2)."""
-    # .cg: written by other programs of this launch, so never from L1
-    pivot = tl.load(from_ptr, mask=mask, other=0.0, cache_modifier=".cg")
-    shift = tl.load(from_ptr + g.channels, mask=mask, other=0.0, cache_modifier=".cg")
-    m2 = tl.load(from_ptr + 2 * g.channels, mask=mask, other=0.0, cache_modifier=".cg")
-    return pivot, shift, m2
-
-
-@triton.jit
 def merge_splits(sample_ptr, counts_ptr, c, g, T: tl.constexpr, ACC: tl.constexpr):
     """What all programs of a block found of its channels, as Moments.
 
@@ -147,21 +137,6 @@ def merge_splits(sample_ptr, counts_ptr, c, g, T: tl.constexpr, ACC: tl.constexp
     return merge_along(found, 0)
 
 
-@triton.jit
-def merge_groups(moments_ptr, offs_g, in_sample, count, g, T: tl.constexpr, ACC: tl.constexpr):
-    """(mean, variance) of a sample's groups offs_g, of `in_sample`, from what store_channels has left of its
-    channels, of `count` values each."""
-    found = no_moments(T.groups, T.members, ACC)
-    for start in tl.range(0, g.group, T.members):
-        offs_m = start + tl.arange(0, T.members)[None, :]
-        mask = (offs_m < g.group) & (offs_g < in_sample)[:, None]
-        theirs_ptr = moments_ptr + offs_g[:, None] * g.group + offs_m
-        pivot, shift, m2 = load_channels(theirs_ptr, mask, g)
-        found = merge(found, Moments(tl.where(mask, count, 0.0), pivot, shift, m2))
-    m = merge_along(found, 1)
-    return m.pivot + m.shift, m.m2 / tl.where(m.count > 0, m.count, 1.0)
-
-
 @triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=PARAMETERS)
 def statistics_kernel(
     x_ptr, partials_ptr, arrivals_ptr, table_ptr,
@@ -169,10 +144,11 @@ def statistics_kernel(
     eps: tl.float64, momentum: tl.float64, r_max: tl.float64, d_max: tl.float64,
     warmup: tl.float64, r_steps: tl.float64, d_steps: tl.float64,
     rows, pitch_v, width_v, inner, channels, tiles, pieces, total_v, blocks, splits, group, cells,
-    T: tl.constexpr, NORM: tl.constexpr, CUMULATIVE: tl.constexpr, GUARDED: tl.constexpr,
+    T: tl.constexpr, NORM: tl.constexpr,
 ):  # fmt: skip
     """partials, of each sample: [splits, 3, channels] pivot, shift and M2, then [splits, blocks] counts.
-    table: see coefficients.py."""
+    NORM: a Normalizer, which makes
+    the table of them."""
     ACC: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
     g = Geometry(
         rows, pitch_v, width_v, inner, channels, tiles, pieces, total_v, blocks, splits, group, cells
@@ -190,25 +166,5 @@ def statistics_kernel(
         offs_c, mask_c = channels_of_block(block, tl.arange(0, T.channels), channels_held(g, T), g)
         c = Channels(offs_c, mask_c)
         m = merge_splits(sample_ptr, counts_ptr, c, g, T, ACC)
-        if NORM == "batch":
-            batch_norm_forward(c, m, table_ptr, of, o, g, CUMULATIVE, ACC)
-        elif NORM == "renorm":
-            batch_renorm_forward(c, m, table_ptr, of, o, g, CUMULATIVE, GUARDED, ACC)
-        elif NORM == "cell":
-            cell = Channels(sample * g.channels + offs_c, mask_c)
-            store_cell(table_ptr, cell, g, m.pivot + m.shift, m.m2 / m.count, o.eps, ACC)
-        else:
-            # The channels of a group may lie in several blocks: the last of the sample's blocks merges them.
-            # Slot 0 is read by nobody else any more.
-            tl.debug_barrier()
-            store_channels(sample_ptr, offs_c, mask_c, g, m.pivot, m.shift, m.m2)
-            all_blocks = tl.num_programs(0) // g.splits
-            if arrive_last(arrivals_ptr + all_blocks + sample, g.blocks):
-                in_sample = g.channels // g.group
-                for start in tl.range(0, in_sample, T.groups):
-                    offs_g = start + tl.arange(0, T.groups)
-                    mean, variance = merge_groups(
-                        sample_ptr, offs_g, in_sample, tl.max(m.count, 0), g, T, ACC
-                    )
-                    cell = Channels(sample * in_sample + offs_g, offs_g < in_sample)
-                    store_cell(table_ptr, cell, g, mean, variance, o.eps, ACC)
+        at = Workspace(sample, sample_ptr, arrivals_ptr, table_ptr)
+        NORM.finalize_forward(c, m, at, of, o, g, T, NORM, ACC)

@@ -102,11 +102,6 @@ class Sizes:
             return make(self.n, self.c, self.s, *self._rest, inputs, activation=activation)
         return swept(make, self.n, self.c, self.s, self.groups, by_group, *self._rest, inputs, activation)
 
-    @property
-    def norm(self) -> str:
-        """How cells within a sample are merged, where the kernel sees channels."""
-        return "cell" if self.groups == self.c else "group"
-
     def mapping(
         self, kernel: Any, inputs: int, tensors: Sequence[str], constants: dict[str, Any], **how: Any
     ) -> Launch:

@@ -5,15 +5,11 @@ import triton
 import triton.language as tl
 
 from .activations import activate, pack
-from .coefficients import Channels, Parameters, from_cells, from_running_statistics, store_table
 from .geometry import by_lane, lanes_and_channels, place, start_of, tile
+from .normalizers.batch_norm import from_running_statistics, store_table
+from .normalizers.common import Channels, Parameters
 from .records import Geometry
 from .statistics import PARAMETERS, SIZES
-
-
-@triton.jit
-def load_coefficient(table_ptr, row: tl.constexpr, c, g):
-    return tl.load(table_ptr + row * g.channels + c.offs, mask=c.mask, other=0.0)
 
 
 @triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=PARAMETERS)
@@ -22,14 +18,13 @@ def transform_kernel(
     weight_ptr, bias_ptr, running_mean_ptr, running_var_ptr, batches_ptr, z_ptr, signs_ptr,
     eps: tl.float64,
     rows, pitch_v, width_v, inner, channels, tiles, pieces, total_v, blocks, splits, group, cells,
-    T: tl.constexpr, SOURCE: tl.constexpr, CENTRED: tl.constexpr,
+    T: tl.constexpr, NORM: tl.constexpr, CENTRED: tl.constexpr,
     ACT: tl.constexpr,
 ):  # fmt: skip
-    """SOURCE, where the coefficients come from: "table", [3 and more, channels] p, a, b; "statistics", the
-    running ones, as in eval, where a table_ptr receives them for the backward; "cells", a table [2, cells] of
-    mean and rstd, and weight and bias. not CENTRED: y = a * x, which is the whole backward of eval when no
-    parameter needs a gradient. ACT: of the activation, see activations.py. signs: a bit for each
-    element of x, 1 where relu lets it through."""
+    """NORM: a Normalizer, whose coefficients these are, or None: the running statistics, as in eval, where a
+    table_ptr receives them for the backward. not CENTRED: y = a * x, which is the whole backward of eval when
+    no parameter needs a gradient. ACT: the activation, see activations.py. signs: a bit for each element of
+    x, 1 where relu lets it through."""
     ACC: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
     g = Geometry(
         rows, pitch_v, width_v, inner, channels, tiles, pieces, total_v, blocks, splits, group, cells
@@ -38,7 +33,7 @@ def transform_kernel(
     block, split, sample = place(tl.program_id(0), g)
     offs_c, mask_c = lanes_and_channels(block, g, T)
     c = Channels(offs_c, mask_c)
-    if SOURCE == "statistics":
+    if NORM is None:
         p, a, b, rstd = from_running_statistics(c, of, eps, ACC)
         if table_ptr is not None:
             first = mask_c & (split == 0)
@@ -48,12 +43,8 @@ def transform_kernel(
             elif T.mode != "runs":
                 first = first & (block * (g.width_v * T.vec) + tl.arange(0, T.lanes) < g.channels)
             store_table(table_ptr, offs_c, first, g.channels, p, a, b, rstd)
-    elif SOURCE == "cells":
-        p, a, b = from_cells(c, sample, table_ptr, of, g, ACC)
     else:
-        p = load_coefficient(table_ptr, 0, c, g)
-        a = load_coefficient(table_ptr, 1, c, g)
-        b = load_coefficient(table_ptr, 2, c, g)
+        p, a, b = NORM.coefficients(c, sample, table_ptr, of, g, ACC)
     p, a, b = by_lane(p, T), by_lane(a, T), by_lane(b, T)
     if batches_ptr is not None:  # num_batches_tracked: read by the first launch, so written here
         if tl.program_id(0) == 0:

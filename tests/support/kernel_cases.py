@@ -4,12 +4,16 @@ codegen.sass.compile_kernel.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from bnfast.kernels import gradients, one_read, plan, statistics, transform
 from bnfast.kernels.epilogue import Activation
 from bnfast.kernels.group_plan import swept
+from bnfast.kernels.normalizers.batch_norm import BATCH_NORM
+from bnfast.kernels.normalizers.batch_renorm import BATCH_RENORM
+from bnfast.kernels.normalizers.common import Normalizer
+from bnfast.kernels.normalizers.group_norm import CHANNELS, GROUPS
 from codegen.sass import Report, compile_kernel
 
 KINDS = ("statistics", "transform", "gradient_sums", "gradient_transform")
@@ -73,10 +77,10 @@ class Shape:
         """Whether a kernel sees contiguous groups as runs."""
         return kind == "statistics" and self.groups > 0 and not self.channels_last
 
-    def norm(self, kind: str) -> str:
+    def norm(self, kind: str) -> Normalizer:
         if not self.groups:
-            return "renorm" if self.renorm else "batch"
-        return "cell" if self.by_group(kind) or self.groups == self.c else "group"
+            return replace(BATCH_RENORM, guarded=True) if self.renorm else BATCH_NORM
+        return CHANNELS if self.by_group(kind) or self.groups == self.c else GROUPS
 
     def sweep(self, kind: str, dtype: str, after: After) -> plan.Sweep:
         if self.groups or after != After():
@@ -121,11 +125,11 @@ def call(kind: str, shape: Shape, dtype: str, evaluating: bool = False, after: A
     parameters, running = {"weight_ptr", "bias_ptr"}, {"running_mean_ptr", "running_var_ptr", "batches_ptr"}
     within = shape.groups > 0
     if kind == "statistics":
-        constexprs |= {"NORM": shape.norm(kind), "CUMULATIVE": False, "GUARDED": shape.renorm}
+        constexprs |= {"NORM": shape.norm(kind)}
         absent = running | parameters if within else set() if shape.renorm else {"batches_ptr"}
     elif kind == "transform":
-        source = "cells" if within else "statistics" if evaluating else "table"
-        constexprs |= {"SOURCE": source, "CENTRED": True}
+        norm = GROUPS if within else None if evaluating else BATCH_NORM
+        constexprs |= {"NORM": norm, "CENTRED": True}
         absent = running if within else {"batches_ptr"} if evaluating else (running | parameters)
         if not within and not evaluating:
             absent -= {"batches_ptr"}

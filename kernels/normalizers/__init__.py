@@ -1,0 +1,1 @@
+"""What a normalizer is to the kernels, a file each."""
