@@ -28,6 +28,7 @@ from bnfast.kernels.records import (
     LayerNormOptions,
     Renorm,
     Wanted,
+    new,
 )
 from bnfast.ops import batch_norm as batch_norm_op
 from bnfast.ops import group_norm as group_norm_op
@@ -117,12 +118,13 @@ def gradients_asked_for() -> Iterator[list[tuple[bool, bool, bool]]]:
     """Grows by whether (dx, dweight, dbias) are wanted with each backward."""
     seen: list[tuple[bool, bool, bool]] = []
 
-    def noted(*given: Any) -> Wanted:
-        wanted = Wanted(*given)
-        seen.append((wanted.dx, wanted.weight is not None, wanted.bias is not None))
-        return wanted
+    def noted(kind: Any, values: Any) -> Any:
+        record = new(kind, values)
+        if isinstance(record, Wanted):
+            seen.append((record.dx, record.weight is not None, record.bias is not None))
+        return record
 
-    with mock.patch.object(op, "Wanted", noted):
+    with mock.patch.object(op, "new", noted):
         yield seen
 
 
