@@ -3,8 +3,18 @@
 ACT is an epilogue.Activation at compile time: one of its NAMES, with leaky_relu's slope or elu's alpha. At
 their corners, and at NaN, they do as torch does."""
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
+
+
+class Affine(NamedTuple):
+    """What a normalizer does to x: a * (x - p) + b."""
+
+    p: Any
+    a: Any
+    b: Any
 
 
 @triton.jit
@@ -123,12 +133,10 @@ def times_slope(g, v, ACT: tl.constexpr):
 
 
 @triton.jit
-def before_activation(
-    g, x, p, a, b, z_ptr, offs, mask, ACT: tl.constexpr, ACC: tl.constexpr
-):  # fmt: skip
-    """The gradient g of act(v) -> that of v = a * (x - p) + b + z, recomputed from x. z_ptr: of what offs
-    count from, or None."""
-    v = a * (x.to(ACC) - p) + b
+def before_activation(g, x, k, z_ptr, offs, mask, ACT: tl.constexpr, ACC: tl.constexpr):
+    """The gradient g of act(v) -> that of v = a * (x - p) + b + z, recomputed from x; k: an Affine. z_ptr: of
+    what offs count from, or None."""
+    v = k.a * (x.to(ACC) - k.p) + k.b
     if z_ptr is not None:
         v += tl.load(z_ptr + offs, mask=mask, other=0.0, eviction_policy="evict_first").to(ACC)
     return times_slope(g.to(ACC), v, ACT)

@@ -9,7 +9,7 @@ first launch writes it, and the second reads it for dy."""
 import triton
 import triton.language as tl
 
-from .activations import before_activation, unpack
+from .activations import Affine, before_activation, unpack
 from .geometry import (
     by_lane,
     channels_held,
@@ -80,9 +80,8 @@ def gradient_sums_kernel(
         x = tl.load(x_ptr + base + t.offs, mask=t.mask, other=0.0, eviction_policy="evict_last")
         if SLOPED:
             grad = before_activation(
-                grad, x, p, a, b, None if z_ptr is None else z_ptr + base, t.offs, t.mask, ACT,
-                ACC,
-            )  # fmt: skip
+                grad, x, Affine(p, a, b), None if z_ptr is None else z_ptr + base, t.offs, t.mask, ACT, ACC
+            )
         elif signs_ptr is not None:
             bits = tile(block, index, g, T, False, True)
             signs = tl.load(
@@ -146,9 +145,8 @@ def gradient_transform_kernel(
         grad = tl.load(dy_ptr + base + t.offs, mask=t.mask, other=0.0, eviction_policy="evict_first").to(ACC)
         x = tl.load(x_ptr + base + t.offs, mask=t.mask, other=0.0, eviction_policy="evict_first").to(ACC)
         if ACT.name != "none":
-            grad = before_activation(
-                grad, x, p, k1, b, None, t.offs, t.mask, ACT, ACC
-            )  # fmt: skip  # k1 is a
+            k = Affine(p, k1, b)  # k1 is a
+            grad = before_activation(grad, x, k, None, t.offs, t.mask, ACT, ACC)
         dx = k1 * grad + k2 * (x - p) + k3
         tl.store(
             dx_ptr + base + t.offs, dx.to(dx_ptr.dtype.element_ty), mask=t.mask, eviction_policy="evict_first"

@@ -38,12 +38,11 @@ _BACKWARD = (
 
 def _merged(sizes: Sizes) -> Normalizer:
     """How cells are merged, where the kernel sees channels."""
-    return CHANNELS if sizes.groups == sizes.c else GROUPS
+    return CHANNELS if sizes.groups == sizes.x.c else GROUPS
 
 
 def _held(sizes: Sizes, groups: int, inputs: int, activation: str, kept: str) -> CellSweep | None:
-    rest = (sizes.itemsize, sizes.channels_last, sizes.aligned, inputs)
-    return held(sizes.n, sizes.c, sizes.s, groups, *rest, activation, kept)
+    return held(sizes.x, groups, inputs, activation, kept)
 
 
 def _forward(sizes: Sizes, groups: int, activation: Activation, signs: bool, z: bool, *rest: Any) -> Step:
@@ -56,7 +55,7 @@ def _forward(sizes: Sizes, groups: int, activation: Activation, signs: bool, z: 
     transform = sizes.mapping(
         transform_kernel, 1 + z, _FORWARD, {"NORM": GROUPS, "CENTRED": True, **act}
     )  # fmt: skip
-    by_group = not sizes.channels_last
+    by_group = not sizes.x.channels_last
     constants = {"NORM": CHANNELS if by_group else _merged(sizes)}
     without = ("weight", "bias")
     return sizes.reducing(statistics_kernel, 1, _FORWARD, constants, transform, by_group, without=without)
@@ -115,7 +114,10 @@ def _backward(
     sizes.groups = groups
     parameters, act = None, {"ACT": activation}
     if need_parameters:
-        columns, rename = row_plan.column_sums(sizes.n, sizes.c, 2), {"first": "dweight", "second": "dbias"}
+        columns, rename = (
+            row_plan.column_sums(sizes.x.n, sizes.x.c, 2),
+            {"first": "dweight", "second": "dbias"},
+        )
         rename["partials"] = "sums"
         parameters = Launch(column_sums_kernel, columns, _BACKWARD, {}, sizes.aligned, rename=rename)
     without = [] if need_parameters else ["sums"]

@@ -11,33 +11,33 @@ from dataclasses import dataclass
 from .cell_plan import CellSweep, cell_sweep
 from .epilogue import NO_EPILOGUE_PLAN, EpiloguePlan
 from .plan import Sweep, map_sweep, reduce_sweep
+from .records import Problem
 
 
-def held(
-    n: int, c: int, s: int, groups: int, itemsize: int, channels_last: bool, aligned: bool, inputs: int,
-    activation: str = "none", kept: str = "",
-) -> CellSweep | None:  # fmt: skip
+def held(x: Problem, groups: int, inputs: int, activation: str = "none", kept: str = "") -> CellSweep | None:
     """The plan of one launch, for cells that a program can hold of each of `inputs` tensors (1: a forward, 2:
     a backward). None: they are swept twice, as all are where they are no runs of memory. kept: of a residual,
     for the backward: "residual", "mask" or ""."""
-    if channels_last and s > 1:
+    if x.channels_last and x.s > 1:
         return None
     # held in full precision, dy times any other slope takes more registers than there are [sass]
     if inputs > 1 and activation != "none" and (activation not in ("relu", "relu6") or kept == "residual"):
         return None
-    cells = cell_sweep(n, groups, c // groups, s, itemsize, aligned, inputs)
+    cells = cell_sweep(x.n, groups, x.c // groups, x.s, x.itemsize, x.aligned, inputs)
     # of signs, a byte for each vector is written or read
     return None if cells is not None and kept == "mask" and cells.tile.vec != 8 else cells
 
 
 def swept(
-    make: Callable[..., Sweep], n: int, c: int, s: int, groups: int, by_group: bool,
-    itemsize: int, channels_last: bool, aligned: bool, sms: int, inputs: int, activation: str = "none",
-) -> Sweep:  # fmt: skip
+    make: Callable[..., Sweep], x: Problem, groups: int, by_group: bool, inputs: int, activation: str = "none"
+) -> Sweep:
     """The plan of one sweep, by plan.reduce_sweep or plan.map_sweep. by_group: contiguous groups are runs of
     memory, and seen as channels."""
-    c, s, group = (groups, c // groups * s, 1) if by_group else (c, s, c // groups)
-    return make(1, c, s, itemsize, channels_last, aligned, sms, inputs, n, group, activation)
+    if by_group:
+        seen, group = x._replace(n=1, c=groups, s=x.c // groups * x.s), 1
+    else:
+        seen, group = x._replace(n=1), x.c // groups
+    return make(seen, inputs, x.n, group, activation)
 
 
 @dataclass(frozen=True)
@@ -110,17 +110,17 @@ def group_norm(
     sms: int = 132, aligned: bool = True, epilogue: EpiloguePlan = NO_EPILOGUE_PLAN,
 ) -> GroupNormPlan:  # fmt: skip
     channels_last = channels_last or s == 1
-    size, rest = (n, c, s, groups), (itemsize, channels_last, aligned)
+    x = Problem(n, c, s, itemsize, channels_last, aligned, sms)
 
     def sweep(make: Callable[..., Sweep], by_group: bool, inputs: int, activation: str) -> Sweep:
-        return swept(make, *size, by_group, *rest, sms, inputs, activation)
+        return swept(make, x, groups, by_group, inputs, activation)
 
-    forward = held(*size, *rest, 1, kept=epilogue.kept) or (
+    forward = held(x, groups, 1, kept=epilogue.kept) or (
         sweep(reduce_sweep, not channels_last, 1, "none"),
         sweep(map_sweep, False, 1 + epilogue.residual, epilogue.activation),
     )
-    backward = held(*size, *rest, 2, epilogue.activation, epilogue.kept) or (
+    backward = held(x, groups, 2, epilogue.activation, epilogue.kept) or (
         sweep(reduce_sweep, False, 2 + (epilogue.kept == "residual"), epilogue.activation),
         sweep(map_sweep, False, 2, epilogue.activation_of_dx),
     )
-    return GroupNormPlan(*size, itemsize, forward, backward, epilogue)
+    return GroupNormPlan(n, c, s, groups, itemsize, forward, backward, epilogue)

@@ -8,7 +8,7 @@ left of a tile where sizes are no powers of two is masked: it costs registers, n
 import triton
 import triton.language as tl
 
-from .activations import activate, before_activation, pack, unpack
+from .activations import Affine, activate, before_activation, pack, unpack
 from .geometry import as_scalar
 from .moments import not_negative, product, product_in_tile
 from .normalizers.common import GradientSums, load_or
@@ -53,16 +53,13 @@ def byte_of(offs):
 
 
 @triton.jit
-def held_gradient(
-    g, x, mean, a, b, signs_ptr, base, offs, mask,
-    ACT: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
+def held_gradient(g, x, k, signs_ptr, base, offs, mask, ACT: tl.constexpr, ACC: tl.constexpr):
     """dy of a tile -> the gradient of what the activation was applied to."""
     if signs_ptr is not None:
         signs = tl.load(signs_ptr + base // 8 + byte_of(offs), mask=mask, other=0)
         g = tl.where(unpack(signs), g, 0.0).to(ACC)
     else:
-        g = before_activation(g, x, mean, a, b, None, offs, mask, ACT, ACC)
+        g = before_activation(g, x, k, None, offs, mask, ACT, ACC)
     return g
 
 
@@ -174,9 +171,8 @@ def group_norm_gradients_kernel(
             a = by_row(load_or(weight_ptr, offs_c, channel < group, 1.0, ACC), ROWS) * by_row(rstd, ROWS)
             b = by_row(load_or(bias_ptr, offs_c, channel < group, 0.0, ACC), ROWS)
             grad = held_gradient(
-                gs[k], xs[k], by_row(mean, ROWS), a, b, signs_ptr, base, offs, mask,
-                ACT, ACC,
-            )  # fmt: skip
+                gs[k], xs[k], Affine(by_row(mean, ROWS), a, b), signs_ptr, base, offs, mask, ACT, ACC
+            )
             masked = masked + (grad.to(dy_ptr.dtype.element_ty),)
         else:
             masked = masked + (gs[k],)

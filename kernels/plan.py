@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
 from .epilogue import ACTIVATIONS, NO_EPILOGUE_PLAN, EpiloguePlan
-from .records import Geometry, Tile
+from .records import Geometry, Problem, Tile
 from .views import (
     VECTOR_BYTES,
     View,
@@ -226,11 +226,11 @@ def _warps(view: View, group: int, itemsize: int, program: Program) -> int:
 
 @lru_cache(maxsize=4096)
 def reduce_sweep(
-    n: int, c: int, s: int, itemsize: int, channels_last: bool, aligned: bool, sms: int, inputs: int,
-    samples: int = 1, group: int = 1, activation: str = "none",
-) -> Sweep:  # fmt: skip
-    """The plan of a kernel that reduces x, `samples` times [n, c, s], over n and s. activation: whose slope
-    it takes on the way."""
+    x: Problem, inputs: int, samples: int = 1, group: int = 1, activation: str = "none"
+) -> Sweep:
+    """The plan of a kernel that reduces x, or `samples` times such an x, over n and s. activation: whose
+    slope it takes on the way."""
+    n, c, s, itemsize, channels_last, aligned, sms = x
     cost = _cost(activation)
     by_runs = REDUCE_RUNS_ACTIVATED if cost else REDUCE_RUNS
     otherwise = REDUCE if cost < 2 else REDUCE_CURVED
@@ -255,12 +255,10 @@ def reduce_sweep(
 
 
 @lru_cache(maxsize=4096)
-def map_sweep(
-    n: int, c: int, s: int, itemsize: int, channels_last: bool, aligned: bool, sms: int, inputs: int,
-    samples: int = 1, group: int = 1, activation: str = "none",
-) -> Sweep:  # fmt: skip
-    """The plan of a kernel that maps x, `samples` times [n, c, s], element by element with coefficients by
+def map_sweep(x: Problem, inputs: int, samples: int = 1, group: int = 1, activation: str = "none") -> Sweep:
+    """The plan of a kernel that maps x, or `samples` times such an x, element by element with coefficients by
     channel. activation: which one it then applies, or the slope of."""
+    n, c, s, itemsize, channels_last, aligned, sms = x
     vector, program = VECTOR_BYTES // itemsize, MAPS[_cost(activation)]
     lanes = MAP.warps * WARP * vector
     if channels_last:
@@ -330,11 +328,11 @@ def batch_norm(
     """n, c, s: batch, channels, spatial positions (1 for 2-D input). itemsize: bytes an element of x.
     channels_last: C is the fastest dimension (2-D input counts as that). aligned: every tensor starts on 16
     bytes. sms: of the GPU. epilogue: what follows, from EpiloguePlan.of."""
-    size = (n, c, s, itemsize, channels_last, aligned, sms)
+    x = Problem(n, c, s, itemsize, channels_last, aligned, sms)
     return BatchNormPlan(
-        reduce_sweep(*size, 1),
-        map_sweep(*size, 1 + epilogue.residual, activation=epilogue.activation),
-        reduce_sweep(*size, 2 + (epilogue.kept == "residual"), activation=epilogue.activation),
-        map_sweep(*size, 2, activation=epilogue.activation_of_dx),
+        reduce_sweep(x, 1),
+        map_sweep(x, 1 + epilogue.residual, activation=epilogue.activation),
+        reduce_sweep(x, 2 + (epilogue.kept == "residual"), activation=epilogue.activation),
+        map_sweep(x, 2, activation=epilogue.activation_of_dx),
         epilogue,
     )

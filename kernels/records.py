@@ -13,6 +13,18 @@ import torch
 from torch import Tensor
 
 
+class Problem(NamedTuple):
+    """What a plan starts from: x of n samples, c channels and s positions (1 for 2-D input)."""
+
+    n: int
+    c: int
+    s: int
+    itemsize: int  # bytes an element
+    channels_last: bool  # C is the fastest dimension; 2-D input counts as that
+    aligned: bool = True  # every tensor starts on 16 bytes
+    sms: int = 132  # of the GPU; an H200's
+
+
 class Geometry(NamedTuple):
     """x as geometry.py walks over it. Units of `_v`: vectors of Tile.vec elements."""
 

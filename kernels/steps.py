@@ -18,6 +18,7 @@ from .epilogue import IDENTITY
 from .group_plan import swept
 from .launch import INTERPRET, Launch, current_stream
 from .layouts import accumulator, is_channels_last
+from .records import Problem
 
 
 @lru_cache
@@ -89,18 +90,17 @@ class Sizes:
 
     def __init__(self, x: Tensor, index: int, aligned: bool) -> None:
         self.aligned, self.groups = aligned, 0
-        self.n, self.c, self.s = x.shape[0], x.shape[1], prod(x.shape[2:])
-        self.channels_last = is_channels_last(x)
-        self._rest = (x.element_size(), self.channels_last, aligned, multiprocessors(index))
-        self.itemsize = x.element_size()
+        n, c, *inner = x.shape
+        last = is_channels_last(x)
+        self.x = Problem(n, c, prod(inner), x.element_size(), last, aligned, multiprocessors(index))
         self.seed = torch.empty(0, dtype=accumulator(x), device=x.device)
 
     def _sweep(
-        self, make: Callable[..., plan.Sweep], inputs: int, by_group: bool, activation: str = "none"
-    ) -> plan.Sweep:  # fmt: skip
+        self, make: Callable[..., plan.Sweep], inputs: int, by_group: bool, activation: str
+    ) -> plan.Sweep:
         if not self.groups:
-            return make(self.n, self.c, self.s, *self._rest, inputs, activation=activation)
-        return swept(make, self.n, self.c, self.s, self.groups, by_group, *self._rest, inputs, activation)
+            return make(self.x, inputs, activation=activation)
+        return swept(make, self.x, self.groups, by_group, inputs, activation)
 
     def mapping(
         self, kernel: Any, inputs: int, tensors: Sequence[str], constants: dict[str, Any], **how: Any

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import bnfast
 from bnfast.kernels import plan, views
 from bnfast.kernels.epilogue import Activation, Epilogue
+from bnfast.kernels.records import Problem
 from tests.support import kernel_calls as kernels
 from tests.support.fused_cases import given
 from tests.support.layers import every_path
@@ -144,9 +145,9 @@ def test_where_there_are_signs_no_byte_is_two_programs(
     last = last or s == 1
     if not views.packs(c, s, itemsize, last):
         return
-    size = ((1, c, s) if group else (n, c, s)) + (itemsize, last, aligned, sms)
+    x = Problem(1 if group else n, c, s, itemsize, last, aligned, sms)
     rest = (n, c) if group else ()
-    for sweep in (plan.map_sweep(*size, 2, *rest), plan.reduce_sweep(*size, 2, *rest)):
+    for sweep in (plan.map_sweep(x, 2, *rest), plan.reduce_sweep(x, 2, *rest)):
         view = sweep.view
         numbers = [view.pitch, view.width, view.lanes] + [view.total] * (view.mode == "cycles" or group)
         assert not any(number % 8 for number in numbers), sweep

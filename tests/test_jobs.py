@@ -160,17 +160,18 @@ def test_a_case_is_timed_by_pytest_benchmark() -> None:
 
 def test_every_candidate_takes_the_place_of_the_planned_one() -> None:
     from bnfast.kernels import plan
+    from bnfast.kernels.records import Problem
 
-    size = (256, 256, 3136, 2, True, True, 132)
+    x = Problem(256, 256, 3136, 2, True)
     for family, candidates in tile_sweep.CANDIDATES.items():
         assert any(tile_sweep.is_planned(family, program) for program in candidates)
         for program in candidates:
             with tile_sweep.planned_with(family, program):
                 assert tile_sweep.is_planned(family, program)
-                sweep = plan.map_sweep(*size, 1) if family == "MAPS" else plan.reduce_sweep(*size, 1)
+                sweep = plan.map_sweep(x, 1) if family == "MAPS" else plan.reduce_sweep(x, 1)
                 if family != "REDUCE_RUNS":
                     assert (sweep.warps, sweep.registers) == (program[0], program[2])
-    assert plan.reduce_sweep(*size, 1).warps == plan.REDUCE[0].warps
+    assert plan.reduce_sweep(x, 1).warps == plan.REDUCE[0].warps
 
 
 def test_a_better_tile_is_named() -> None:

@@ -89,14 +89,6 @@ def _ordered(x: Tensor) -> Tensor:
     return ordered(x, format_in_batch_norm)
 
 
-def _torch(call: Call) -> Tensor:
-    training, momentum, eps, renorm = call.options
-    mean, variance, batches = call.buffers
-    return torch_batch_norm(
-        call.x, mean, variance, call.weight, call.bias, training, momentum, eps, batches, renorm
-    )
-
-
 def _statistics(table: Tensor, options: BatchNormOptions) -> tuple[Any, Any]:
     """What the reference asks for: given mean and rstd, or None in training; r and d, or None."""
     correction = (table[4], table[5]) if table.shape[0] == 6 else None
@@ -140,4 +132,6 @@ def _written(call: Call, route: int) -> None:
         torch._C._increment_version([t for t in call.buffers if t is not None])
 
 
-NORM = Norm(supports, _ordered, _torch, _kernels, _reference, _reference_backward, BatchNorm, _written)
+NORM = Norm(
+    supports, _ordered, torch_batch_norm, _kernels, _reference, _reference_backward, BatchNorm, _written
+)

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from ..dispatch import is_exporting, refuse_dtensor, transforming
 from ..kernels.layouts import dense, format_in_batch_norm, ordered
-from ..kernels.records import Renorm
 from ..reference import batchnorm as reference
 from ..reference.batchrenorm import batch_renorm
 from .arguments import flat, seen_as_graph, wants_gradient
+from .op import Call
 
 # more than one value a channel, or torch's ValueError
 verify_batch_size: Callable[[torch.Size], None] = getattr(F, "_verify_batch_size")  # noqa: B009
@@ -41,21 +41,13 @@ def _verify_renormalized(x: Tensor, **vectors: Tensor | None) -> None:
             )
 
 
-def torch_batch_norm(
-    x: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    training: bool,
-    momentum: float | None,
-    eps: float,
-    batches: Tensor | None,
-    renorm: Renorm | None,
-) -> Tensor:
+def torch_batch_norm(call: Call) -> Tensor:
     """torch's own batch_norm. A rejected batch leaves no trace, neither in the counter nor in the
     statistics.
     """
+    x, weight, bias = call.x, call.weight, call.bias
+    running_mean, running_var, batches = call.buffers
+    training, momentum, eps, renorm = call.options
     refuse_dtensor(x, running_mean, running_var, weight, bias)
     device = x.device
     for name, t in (

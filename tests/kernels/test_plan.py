@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bnfast.kernels import plan, row_plan
+from bnfast.kernels.records import Problem
 
 SMS = 132
 RESNET50 = [(64, 112), (64, 56), (256, 56), (128, 56), (128, 28), (512, 28), (256, 28), (256, 14), (1024, 14)]
@@ -94,7 +95,7 @@ def test_lanes_beyond_the_end_do_not_wrap(c: int, itemsize: int) -> None:
     """A sample of nearly 2^31 elements: what a block's last lanes count up to, beyond the sample's end, would
     be below 0 in 32 bits, and so within the sample."""
     for s in ((2**31 - 1) // c, (2**31 - 40_000) // c | 1):
-        sweep = plan.map_sweep(1, c, s, itemsize, False, True, SMS, 1)
+        sweep = plan.map_sweep(Problem(1, c, s, itemsize, False, True, SMS), 1)
         view = sweep.view
         last = (view.blocks - 1) * view.width + view.lanes
         if last < 2**31:

@@ -11,6 +11,7 @@ import torch
 
 from bnfast.kernels import plan
 from bnfast.kernels.layouts import is_channels_last
+from bnfast.kernels.records import Problem
 from tests.support import kernel_calls as kernels
 from tests.support.trace import clean, trace
 
@@ -146,5 +147,5 @@ def test_a_channel_is_split_over_programs(shape: tuple[int, ...]) -> None:
     n, c, s = shape[0], shape[1], shape[2] * shape[3]
     large = 64 if s > 1 else 2048
     for last in (True, False):
-        sweep = plan.reduce_sweep(n * large, c, s * 64, 2, last, True, 132, 1)
+        sweep = plan.reduce_sweep(Problem(n * large, c, s * 64, 2, last), 1)
         assert sweep.programs >= 0.75 * 132

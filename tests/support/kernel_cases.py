@@ -14,6 +14,7 @@ from bnfast.kernels.normalizers.batch_norm import BATCH_NORM
 from bnfast.kernels.normalizers.batch_renorm import BATCH_RENORM
 from bnfast.kernels.normalizers.common import Normalizer
 from bnfast.kernels.normalizers.group_norm import CHANNELS, GROUPS
+from bnfast.kernels.records import Problem
 from codegen.sass import Report, compile_kernel
 
 KINDS = ("statistics", "transform", "gradient_sums", "gradient_transform")
@@ -90,10 +91,10 @@ class Shape:
             inputs += kind == "transform" and after.residual != ""
             name = "none" if kind == "statistics" else after.called(kind)
             make = plan.reduce_sweep if reduces else plan.map_sweep
-            memory = (ITEMSIZES[dtype], self.channels_last, True, 132, inputs)
+            x = Problem(self.n, self.c, self.s, ITEMSIZES[dtype], self.channels_last)
             if not self.groups:
-                return make(self.n, self.c, self.s, *memory, activation=name)
-            return swept(make, self.n, self.c, self.s, self.groups, self.by_group(kind), *memory, name)
+                return make(x, inputs, activation=name)
+            return swept(make, x, self.groups, self.by_group(kind), inputs, name)
         plans = plan.batch_norm(self.n, self.c, self.s, ITEMSIZES[dtype], self.channels_last)
         return getattr(plans, kind)
 
