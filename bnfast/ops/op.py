@@ -124,7 +124,7 @@ def on_kernels(call: Call, norm: Norm, route: int) -> Tensor | None:
         with torch.cuda.device(x.device):
             return on_kernels(call, norm, route)
     x = norm.ordered(x)
-    forward = norm.kernels[0 if route == KERNELS else 2]
+    forward = norm.kernels.forward if route == KERNELS else norm.kernels.operator
     try:
         if not torch.is_grad_enabled() or not (
             x.requires_grad
@@ -204,8 +204,8 @@ def gradients(ctx: Any, dy: Tensor, norm: Norm) -> tuple[Tensor | None, ...]:
         elif watched(x) or type(dy) is not Tensor:
             found = norm.kernels.operator_backward(*arguments)
         else:
-            with contextlib.suppress(TooLarge), torch.cuda.device(x.get_device() if elsewhere(x) else -1):
-                found = norm.kernels.backward(*arguments)
+            with contextlib.suppress(TooLarge):
+                found = _on_its_device(norm.kernels.backward, *arguments)
     if found is None:
         g = dy
         if activation is not None:
@@ -221,6 +221,13 @@ def gradients(ctx: Any, dy: Tensor, norm: Norm) -> tuple[Tensor | None, ...]:
         (made if dz is None else dz) if need_dz else None,
         None,
     )
+
+
+def _on_its_device(function: Callable[..., Gradients], x: Tensor, *rest: Any) -> Gradients:
+    if x.is_cuda and elsewhere(x):
+        with torch.cuda.device(x.device):
+            return function(x, *rest)
+    return function(x, *rest)
 
 
 def _slope(
