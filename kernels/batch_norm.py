@@ -19,6 +19,7 @@ from .launch import workspace
 from .layouts import dense, dense_like
 from .normalizers.batch_norm import BATCH_NORM
 from .normalizers.batch_renorm import BATCH_RENORM
+from .normalizers.moments import MOMENTS
 from .records import BatchNormOptions, Buffers, Forward, Gradients, Wanted
 from .statistics import statistics_kernel
 from .steps import Sizes, Step, address, step_for, where
@@ -47,6 +48,11 @@ def _train(
     without = () if cumulative or renorm else ("batches",)
     norm = replace(BATCH_RENORM if renorm else BATCH_NORM, cumulative=cumulative, guarded=guarded)
     return sizes.reducing(statistics_kernel, 1, _FORWARD, {"NORM": norm}, transform, without=without)
+
+
+def _moments(sizes: Sizes) -> Step:
+    without = (*_OF_CHANNELS, "batches")
+    return sizes.reducing(statistics_kernel, 1, _FORWARD, {"NORM": MOMENTS}, without=without)
 
 
 def _eval(sizes: Sizes, keep: bool, activation: Activation, z: bool, *rest: Any) -> Step:
@@ -147,6 +153,19 @@ def _inference(
     addresses += (y.data_ptr(), table.data_ptr(), address(z), address(mask), None)
     step.first(stream, tensors, addresses, eps)
     return y, table, mask
+
+
+def moments(x: Tensor, private: bool = False) -> Tensor:
+    """[3, C]: mean, M2 (the sum of squared deviations from it) and count of each channel. One launch."""
+    index, stream = where(x)
+    step = step_for(_moments, x, index, x.data_ptr())
+    table = step.seed.new_empty((3, x.shape[1]))
+    partials, counters = workspace(index, stream, step.seed, step.partials, step.counters, private)
+    none = (None,) * 6
+    tensors = (x, *none, table, partials, counters, None, None, None)
+    addresses = [address(t) for t in tensors]
+    step.first(stream, tensors, addresses, 0.0, 0.0, *_NO_LIMITS)
+    return table
 
 
 def backward(

@@ -9,8 +9,10 @@ from __future__ import annotations
 import itertools
 
 import pytest
+import torch
 
-from bnfast.kernels import plan
+from bnfast.kernels import batch_norm, plan
+from codegen import launches, sass
 from codegen.sass import Report, bytes_in_flight_per_sm
 from tests.support.compiled import compiled
 from tests.support.kernel_cases import ITEMSIZES, KINDS, Call, Shape, call
@@ -154,3 +156,17 @@ def epilogue(c: Call, report: Report) -> float:
     ]
     turns = plan.ceil_div(held, c.sweep.fold) if report.epilogue_loops else 1
     return report.epilogue_instructions + (turns - 1) * report.repeated_instructions
+
+
+@pytest.mark.parametrize("channels_last", [True, False], ids=["channels_last", "contiguous"])
+def test_moments(channels_last: bool) -> None:
+    """The reduction that stops at the moments is as tight as BatchNorm's."""
+    x = torch.empty(256, 64, 56, 56, dtype=torch.bfloat16)
+    if channels_last:
+        x = x.contiguous(memory_format=torch.channels_last)
+    with launches.recording() as found:
+        batch_norm.moments(x)
+    (launched,) = found
+    report = sass.report(launched.code)
+    assert (report.spills, report.stack) == (0, 0)
+    assert max(report.main_loop_loads or report.loads) == 16
