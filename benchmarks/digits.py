@@ -265,13 +265,13 @@ def counted_launches() -> Iterator[list[int]]:
 def first_steps(layer: str, steps: int, batch: int, width: int) -> dict[str, Any]:
     """Both runs, in this process, which must have been started with TRITON_INTERPRET=1: their losses, what
     they differ by, how many kernels were launched, and in how many calls of a layer."""
-    from bnfast.interpreted import without_repetition  # needs Triton
+    from bnfast.interpreted import prepared  # needs Triton
 
     theirs, ours = pair(layer, steps)
     recipe = Recipe(epochs=1, batch=batch, width=width, steps=steps, held=batch)
     data = load(recipe.seed, torch.device("cpu"))
     plain = train(theirs, data, recipe)
-    with without_repetition(), counted_launches() as launches:
+    with prepared(), counted_launches() as launches:
         run = train(ours, data, recipe, "steps in the interpreter")
     layers = sum(type(m) is type(ours(width)) for m in network(ours, width).modules())
     calls = layers * (2 * steps + 1)  # forward and backward, and once in eval
