@@ -85,13 +85,13 @@ def test_what_is_run_by_default() -> None:
     assert (first.module, first.epochs, first.out) == ("first_look", 3, Path("here"))
 
 
-def test_readme_is_written(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    text = report.README.read_text(encoding="utf-8")
-    monkeypatch.setattr(report, "README", tmp_path / "README.md")
+def test_the_page_is_written(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    text = report.PAGE.read_text(encoding="utf-8")
+    monkeypatch.setattr(report, "PAGE", tmp_path / "benchmarks.md")
     before, _, rest = text.partition(report.BEGIN)
-    report.README.write_text(before + report.BEGIN + rest[rest.index(report.END) :], encoding="utf-8")
+    report.PAGE.write_text(before + report.BEGIN + rest[rest.index(report.END) :], encoding="utf-8")
     assert __main__.main(["readme"]) == 0
-    assert report.README.read_text(encoding="utf-8") == text
+    assert report.PAGE.read_text(encoding="utf-8") == text
 
 
 def test_names_that_the_command_knows_are_those_that_exist() -> None:

@@ -25,7 +25,7 @@ def vectors_fit(way: int, x: Tensor, *vectors: Tensor | None) -> bool:
             or t.dim() != 1
             or t.numel() != channels
             or not t.is_contiguous()
-            or t.dtype not in KERNEL_DTYPES
+            or (t.dtype is not torch.float32 and t.dtype not in KERNEL_DTYPES)
             or (t.get_device() != index or not t.is_cuda if cuda else not t.is_cpu)
         ):
             return False
