@@ -36,14 +36,14 @@ def _supports(route: int, call: Call) -> bool:
     for n in shape:
         if not isinstance(n, (int, torch.SymInt)):  # 4.0 would pass for 4
             return False
-    device = x.device
+    index, cuda = x.get_device(), x.is_cuda
     for t in (call.weight, call.bias):
         if t is not None and (
             (route == KERNELS and type(t) not in PLAIN)
             or t.shape != shape  # on the path of every call: each test is 0.1 us
             or not t.is_contiguous()
-            or t.dtype not in KERNEL_DTYPES
-            or t.device != device
+            or (t.dtype is not torch.float32 and t.dtype not in KERNEL_DTYPES)
+            or (t.get_device() != index or not t.is_cuda if cuda else not t.is_cpu)
         ):
             return False
     return True
