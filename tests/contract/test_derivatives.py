@@ -24,6 +24,7 @@ from tests.support.layers import (
     norms,
     tracking,
 )
+from tests.support.versions import TORCH
 
 FP64 = torch.float64
 SHAPES = {"2-D": ((4, 2), False), "4-D": ((2, 2, 2, 3), False), "4-D channels_last": ((2, 2, 2, 3), True)}
@@ -114,6 +115,8 @@ def test_transforms_as_torch(
     try:
         expected = transform(theirs)
     except Exception as error:
+        if TORCH == (2, 11) and "non-singleton dimension" in str(error):
+            pytest.skip("a fault of this PyTorch's group_norm, in which we go another way")
         with pytest.raises(type(error), match="batched tensor|in-place"):
             transform(ours)
         assert_close(ours.state_dict(), before, rtol=0, atol=0)

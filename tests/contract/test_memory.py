@@ -28,6 +28,7 @@ from tests.support.layers import (
     norms,
     parameters,
 )
+from tests.support.versions import TORCH
 
 SHAPE = (3, 4, 2, 3)
 Arrange = Callable[[Tensor], Tensor]
@@ -139,8 +140,8 @@ def test_saved_tensors_come_back_in_other_memory(
     norm: str, unpack: Arrange, after: str | None, last: bool, path: str
 ) -> None:
     """Offloading and compressing hooks owe nobody the strides of what they were given."""
-    if norm == "layer" and path == "torch":
-        pytest.skip("torch's own layer_norm takes them for dense")
+    if path == "torch" and (norm == "layer" or (norm == "group" and TORCH == (2, 11))):
+        pytest.skip("torch's own function takes them for dense")
     x, z = data(2, 4, 4, 8, last=last), data(2, 4, 4, 8, seed=7)
     options: Any = {} if after is None else {"activation": after, "residual": z}
     ours, _ = norms(norm)
