@@ -2,7 +2,7 @@
 
     python3 -m tests                all of it; with the oldest PyTorch and Triton, what covers every kernel
     python3 -m tests --all          all of it with every Triton, and with the oldest PyTorch
-    python3 -m tests --quick        in three minutes: every fourth case of each test of kernels and layers
+    python3 -m tests --quick        in three minutes: every sixth case of each test of kernels and layers
     python3 -m tests -- -k running  what follows the two dashes goes to every pytest
 
 Triton decides once a process whether it interprets or compiles, so each kind of test has its own process.
@@ -120,7 +120,7 @@ def suite(
 
 def in_interpreter(extra: list[str], triton: str, python: str, *, quick: bool = False) -> Outcome:
     left_out = "not static and not gpu and not slow" if quick else "not static and not gpu"
-    selection = ["tests", "--ignore=tests/static", "-m", left_out, *(["--sample", "4"] if quick else [])]
+    selection = ["tests", "--ignore=tests/static", "-m", left_out, *(["--sample", "6"] if quick else [])]
     name = f"interpreter and torch, Triton {triton}"
     return suite(name, selection, extra, python=python, interpret=True, may_be_empty=bool(extra))
 
