@@ -15,7 +15,7 @@ from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
 import bnfast
-from bnfast.functional import batch_norm
+from bnfast.functional import batch_norm, layer_norm
 from tests.support.layers import both_modes, every_path
 from tests.support.layers import data as of_dtype
 
@@ -206,3 +206,14 @@ def test_who_saved_a_buffer_is_told(path: str) -> None:
     layer(torch.randn(4, 3, 5, 5, requires_grad=True))
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.sum().backward()
+
+
+@every_path
+def test_a_shape_that_changes_before_the_backward(path: str) -> None:
+    """A list is the caller's, who may go on with it."""
+    x, shape = torch.randn(4, 3, 6, requires_grad=True), [6]
+    y = layer_norm(x, shape)
+    shape.insert(0, 3)
+    (dx,) = torch.autograd.grad(y.square().sum(), x)
+    (expected,) = torch.autograd.grad(F.layer_norm(x, [6]).pow(2).sum(), x)
+    assert_close(dx, expected, rtol=1e-4, atol=1e-5)

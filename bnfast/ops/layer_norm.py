@@ -23,14 +23,15 @@ def layer_norm(call: Call) -> Tensor:
         # integers and 0-d tensors, which torch's function takes for floats, or its TypeError
         F.layer_norm(torch.ones(1, 1), (1,), None, None, call.options.eps)
         call = call._replace(options=call.options._replace(eps=float(call.options.eps)))
+    if isinstance(call.options.shape, list):  # the caller's, who may change it before the backward
+        call = call._replace(options=call.options._replace(shape=tuple(call.options.shape)))
     return op.run(call, NORM)
 
 
 def _supports(route: int, call: Call) -> bool:
     x, shape = call.x, call.options.shape
-    if not isinstance(shape, (tuple, list)) or len(shape) == 0:  # torch.Size is a tuple
+    if not isinstance(shape, tuple) or len(shape) == 0:  # torch.Size is a tuple
         return False
-    shape = tuple(shape)
     if x.shape[-len(shape) :] != shape:
         return False
     for n in shape:
