@@ -70,9 +70,10 @@ class FusedBlock(Unannounced):
 
     _bnfast_original: Any
     _bnfast_variants: tuple[Variant, ...]
+    _bnfast_blank: Callable[[type], nn.Module]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return _blank, (self._bnfast_original,), self.__getstate__()
+        return self._bnfast_blank, (self._bnfast_original,), self.__getstate__()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         new = self.__class__.__new__(self.__class__)
@@ -98,9 +99,9 @@ def why_not_subclassed(block: nn.Module) -> str | None:
     return f"the forward of this {cls.__name__} is its own" if "forward" in block.__dict__ else None
 
 
-def install(block: nn.Module, variants: tuple[Built, ...]) -> None:
+def install(block: nn.Module, variants: tuple[Built, ...], blank: Callable[[type], nn.Module]) -> None:
     """Gives a block a class whose forward runs the first variant that is valid. Blocks with the same variants
-    share the class."""
+    share the class. blank: makes, of the original class, what pickle fills with a block's state."""
     original: Any = type(block)
     known = tuple(built.variant for built in variants)
     # repr: guards with 1, 1.0 and True compare equal, but expect different values.
@@ -113,6 +114,7 @@ def install(block: nn.Module, variants: tuple[Built, ...]) -> None:
             "forward": _forward(original, variants),
             "_bnfast_original": original,
             "_bnfast_variants": known,
+            "_bnfast_blank": staticmethod(blank),
         }
         made = subclass(original, members, FusedBlock)
         _classes[key] = made
@@ -195,24 +197,3 @@ def live_sites(block: FusedBlock) -> tuple[list[Site], dict[str, str]]:
         else:
             reasons[site.norm] = reason
     return live, reasons
-
-
-def _blank(original: type) -> nn.Module:
-    """Makes the object that pickle fills with a fused block's state. It is fused again once it has its
-    state."""
-    waiting = subclass(original, {"_bnfast_original": original}, _Waiting)
-    blank: nn.Module = object.__new__(waiting)
-    return blank
-
-
-class _Waiting(Unannounced):
-    """The first base of a block's class while pickle or copy makes one."""
-
-    _bnfast_original: Any
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        from .survey import fuse_block
-
-        object.__setattr__(self, "__class__", self._bnfast_original)
-        self.__setstate__(state)
-        fuse_block(self)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Iterable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -15,6 +15,7 @@ from .call_site import Site, site_of
 from .guards import Guard
 from .layers import NORMS, hooked
 from .patterns import Match, find
+from .subclassing import Unannounced, subclass
 from .tracing import Traced, Untraceable, is_sequence, trace
 
 _LOG = logging.getLogger("bnfast")
@@ -122,7 +123,7 @@ def fuse_block(block: nn.Module, claimed: set[nn.Module] | None = None) -> str |
     variants = tuple(p.built for p in plans if p.built is not None)
     if variants:
         claimed |= {block.get_submodule(site.norm) for p in plans for site in p.sites}
-        blocks.install(block, variants)
+        blocks.install(block, variants, _blank)
     return found.left
 
 
@@ -137,3 +138,22 @@ def _in_mode(block: nn.Module, training: bool) -> Iterator[None]:
     finally:
         for held, was in before:
             held["training"] = was
+
+
+def _blank(original: type) -> nn.Module:
+    """Makes the object that pickle fills with a fused block's state. It is fused again once it has its
+    state."""
+    waiting = subclass(original, {"_bnfast_original": original}, _Waiting)
+    blank: nn.Module = object.__new__(waiting)
+    return blank
+
+
+class _Waiting(Unannounced):
+    """The first base of a block's class while pickle or copy makes one."""
+
+    _bnfast_original: Any
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        object.__setattr__(self, "__class__", self._bnfast_original)
+        self.__setstate__(state)
+        fuse_block(self)
