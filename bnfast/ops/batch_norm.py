@@ -62,10 +62,10 @@ def _as_torch_takes_them(training: Any, momentum: Any, eps: Any) -> tuple[bool, 
 
 
 def supports(route: int, call: Call) -> bool:
-    x, training, (mean, variance, batches) = call.x, call.options.training, call.buffers
+    x, weight, bias, _, _, (training, _, _, _), (mean, variance, batches) = call
     if not 2 <= x.dim() <= 5 or (not training and (mean is None or variance is None)):
         return False
-    if not vectors_fit(route, x, mean, variance, call.weight, call.bias):
+    if not vectors_fit(route, x, mean, variance, weight, bias):
         return False
     if mean is not None and variance is not None:
         if (mean.requires_grad or variance.requires_grad) and torch.is_grad_enabled():

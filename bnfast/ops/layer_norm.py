@@ -16,29 +16,32 @@ from . import op
 from .arguments import as_float, needs_float
 from .op import NO_KERNELS, Call, Norm
 
+_INTEGERS = (int, torch.SymInt)
+
 
 def layer_norm(call: Call) -> Tensor:
     """A call with LayerNormOptions, checked."""
-    if type(call.options.eps) is not float:
-        # integers and 0-d tensors, which torch's function takes for floats, or its TypeError
-        F.layer_norm(torch.ones(1, 1), (1,), None, None, call.options.eps)
-        call = call._replace(options=call.options._replace(eps=float(call.options.eps)))
-    if isinstance(call.options.shape, list):  # the caller's, who may change it before the backward
-        call = call._replace(options=call.options._replace(shape=tuple(call.options.shape)))
+    shape, eps = call.options
+    if type(shape) is not tuple or type(eps) is not float:
+        if type(eps) is not float:  # integers and 0-d tensors, which torch takes for floats, or its TypeError
+            F.layer_norm(torch.ones(1, 1), (1,), None, None, eps)
+        if isinstance(shape, list):  # the caller's, who may change it before the backward
+            shape = tuple(shape)
+        call = call._replace(options=LayerNormOptions(shape, float(eps)))
     return op.run(call, NORM)
 
 
 def _supports(route: int, call: Call) -> bool:
-    x, shape = call.x, call.options.shape
+    x, weight, bias, _, _, (shape, _), _ = call
     if not isinstance(shape, tuple) or len(shape) == 0:  # torch.Size is a tuple
         return False
-    if x.shape[-len(shape) :] != shape:
-        return False
-    for n in shape:
-        if not isinstance(n, (int, torch.SymInt)):  # 4.0 would pass for 4
+    sizes = x.shape
+    first = len(sizes) - len(shape)
+    for i, n in enumerate(shape, first):
+        if first < 0 or sizes[i] != n or not isinstance(n, _INTEGERS):  # 4.0 would pass for 4
             return False
     index, cuda = x.get_device(), x.is_cuda
-    for t in (call.weight, call.bias):
+    for t in (weight, bias):
         if t is not None and (
             (route == KERNELS and type(t) not in PLAIN)
             or t.shape != shape  # on the path of every call: each test is 0.1 us

@@ -98,6 +98,9 @@ def run(call: Call, norm: Norm) -> Tensor:
     if residual is not None:
         check_residual(x, residual)
     route = path(x)
+    if route == KERNELS and x.is_cuda and elsewhere(x):
+        with torch.cuda.device(x.device):
+            return run(call, norm)
     if route != TORCH and norm.supports(route, call) and (residual is None or residual_fits(route, residual)):
         y = on_kernels(call, norm, route)
         if y is not None:
@@ -120,9 +123,6 @@ def _again(*given: Any) -> Tensor:
 def on_kernels(call: Call, norm: Norm, route: int) -> Tensor | None:
     """The output, recorded where a gradient is wanted; None where the kernels cannot after all."""
     x, weight, bias, residual, activation, options, buffers = call
-    if route == KERNELS and x.is_cuda and elsewhere(x):
-        with torch.cuda.device(x.device):
-            return on_kernels(call, norm, route)
     x = norm.ordered(x)
     forward = norm.kernels.forward if route == KERNELS else norm.kernels.operator
     try:
