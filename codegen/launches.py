@@ -19,7 +19,7 @@ from bnfast import dispatch
 from bnfast.kernels import launch, steps
 from codegen import SMS
 from codegen.cases import Case
-from codegen.fake_driver import HOPPER, FakeDriver, GPUTarget, fake_driver
+from codegen.fake_driver import FakeDriver, fake_driver
 
 # The tensors whose bytes count. Parameters, running statistics and counters are few.
 DATA = {"x_ptr", "y_ptr", "z_ptr", "signs_ptr", "dy_ptr", "dx_ptr", "dz_ptr"}
@@ -70,7 +70,7 @@ class Launched:
 
 
 @contextlib.contextmanager
-def as_on_a_gpu(target: GPUTarget = HOPPER) -> Iterator[FakeDriver]:
+def as_on_a_gpu(target: str = "sm_90") -> Iterator[FakeDriver]:
     """Within, CPU tensors take the kernels' path, and all that happens on the host for a launch happens."""
     with (
         mock.patch.object(dispatch, "INTERPRET", True),  # what lets CPU tensors to the kernels
@@ -93,7 +93,7 @@ def planning_anew() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def recording(compiled: bool = True, target: GPUTarget = HOPPER) -> Iterator[list[Launched]]:
+def recording(compiled: bool = True, target: str = "sm_90") -> Iterator[list[Launched]]:
     """Within, what layers launch for CPU tensors is planned for SMS multiprocessors and added to the list;
     without code if that is not asked for, and in the interpreter."""
     found: list[Launched] = []
@@ -129,7 +129,7 @@ def layer_of(case: Case) -> nn.Module:
     return layer.train(case.training)
 
 
-def of_case(case: Case, compiled: bool = True, target: GPUTarget = HOPPER) -> dict[str, list[Launched]]:
+def of_case(case: Case, compiled: bool = True, target: str = "sm_90") -> dict[str, list[Launched]]:
     """The launches of one call, forward and backward, with the gradients of all that there is."""
     layer = layer_of(case)
     given = [case.empty().requires_grad_() for _ in range(1 + case.residual)]

@@ -44,17 +44,6 @@ def kernels() -> dict[str, list[str]]:
     }
 
 
-def differences(before: dict[str, list[str]], after: dict[str, list[str]]) -> list[str]:
-    """A line for each kernel that is not the same in both, with the first lines that differ."""
-    found = [f"{key}: only {'before' if key in before else 'after'}" for key in before.keys() ^ after.keys()]
-    for key in before.keys() & after.keys():
-        if before[key] != after[key]:
-            lines = list(difflib.unified_diff(before[key], after[key], "before", "after", n=0, lineterm=""))
-            counts = f"{len(before[key])} instructions before, {len(after[key])} after"
-            found.append("\n    ".join([f"{key}: {counts}", *lines[2 : 2 + FIRST_DIFFERENCES]]))
-    return sorted(found)
-
-
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python3 -m codegen.same_code", description=__doc__.splitlines()[0])
     parser.add_argument("action", choices=["save", "compare"])
@@ -67,10 +56,15 @@ def main(arguments: list[str]) -> int:
         path.write_text(json.dumps(now), encoding="utf-8")
         print(f"{len(now)} kernels saved in {path}")
         return 0
-    found = differences(json.loads(path.read_text(encoding="utf-8")), now)
-    print("\n".join(found))
-    print(f"Triton {triton.__version__}: {len(now)} kernels, {len(found)} differ")
-    return int(bool(found))
+    before, differ = json.loads(path.read_text(encoding="utf-8")), 0
+    for key in sorted(before.keys() | now.keys()):
+        was, is_ = before.get(key, []), now.get(key, [])
+        if was != is_:
+            differ += 1
+            lines = list(difflib.unified_diff(was, is_, n=0, lineterm=""))[2 : 2 + FIRST_DIFFERENCES]
+            print(f"{key}: {len(was)} instructions before, {len(is_)} after", *lines, sep="\n    ")
+    print(f"Triton {triton.__version__}: {len(now)} kernels, {differ} differ")
+    return int(differ > 0)
 
 
 if __name__ == "__main__":

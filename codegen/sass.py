@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import triton
-from triton.backends.compiler import GPUTarget
 from triton.compiler import CompiledKernel
 from triton.runtime.cache import get_cache_manager
 
@@ -23,12 +22,6 @@ from codegen import sass_flow
 from codegen.fake_driver import fake_driver
 from codegen.sass_flow import Instruction, Phases
 
-TARGETS = {
-    "sm_80": GPUTarget("cuda", 80, 32),
-    "sm_90": GPUTarget("cuda", 90, 32),
-    "sm_100": GPUTarget("cuda", 100, 32),
-    "gfx942": GPUTarget("hip", "gfx942", 64),
-}
 SHARED_PER_SM = {"sm_80": 164 * 1024, "sm_90": 228 * 1024, "sm_100": 228 * 1024}  # bytes
 ITERATIONS = 8  # of the main loop, to see its steady state: more than stages of any pipeline
 
@@ -46,28 +39,28 @@ class Report:
     spills: int  # instructions that move registers to or from local memory; for AMD, vector registers spilled
     stack: int  # bytes a thread
     shared: int  # bytes a CTA
-    loads: dict[int, int]  # from global memory: bytes a thread -> how many
-    stores: dict[int, int]
+    loads: Counter[int]  # from global memory: bytes a thread -> how many
+    stores: Counter[int]
     # None for AMD, where no control flow is read.
     bytes_in_flight: int | None = None  # the most bytes a thread waits for at a time, in the main loop if any
     phases: Phases | None = field(default=None, repr=False)
     text: str = field(default="", repr=False)
 
     @property
-    def main_loop_loads(self) -> dict[int, int]:
+    def main_loop_loads(self) -> Counter[int]:
         """As `loads`, in the main loop."""
-        return _widths(ins for ins in self.phases.main_loop if ins.loads) if self.phases else {}
+        return _widths(ins for ins in self.phases.main_loop if ins.loads) if self.phases else Counter()
 
 
 def compile_kernel(
     kernel: triton.JITFunction, *arguments: Any, target: str = "sm_90", **options: Any
 ) -> Report:
-    """Compile for one of TARGETS, as a launch with these arguments would, and report.
+    """Compile for one of fake_driver's TARGETS, as a launch with these arguments would, and report.
 
     options: compile-time constants by name, and what else a launch takes: num_warps, num_stages, maxnreg."""
     if triton.knobs.runtime.interpret:
         raise RuntimeError("interpreted kernels cannot be compiled: import them without TRITON_INTERPRET")
-    with fake_driver(TARGETS[target]):
+    with fake_driver(target):
         return report(kernel[(1,)](*arguments, **{"enable_fp_fusion": FP_FUSION, **options}))
 
 
@@ -107,36 +100,32 @@ def _report_nvidia(compiled: CompiledKernel) -> Report:
     phases = sass_flow.phases(blocks)
     instructions = [ins for block in blocks for ins in block.instructions]
     return Report(
-        target=f"sm_{compiled.metadata.target.arch}",
-        num_warps=compiled.metadata.num_warps,
-        registers=_number(r"REG:(\d+)", usage),
-        spills=sum(ins.name in ("LDL", "STL") for ins in instructions),
-        stack=_number(r"STACK:(\d+)", usage),
-        shared=compiled.metadata.shared,
-        loads=_widths(ins for ins in instructions if ins.loads),
-        stores=_widths(ins for ins in instructions if ins.name == "STG"),
-        bytes_in_flight=sass_flow.bytes_in_flight(phases.main_loop * ITERATIONS or phases.prologue),
-        phases=phases,
-        text=text,
+        f"sm_{compiled.metadata.target.arch}",
+        compiled.metadata.num_warps,
+        _number(r"REG:(\d+)", usage),
+        sum(ins.name in ("LDL", "STL") for ins in instructions),
+        _number(r"STACK:(\d+)", usage),
+        compiled.metadata.shared,
+        _widths(ins for ins in instructions if ins.loads),
+        _widths(ins for ins in instructions if ins.name == "STG"),
+        sass_flow.bytes_in_flight(phases.main_loop * ITERATIONS or phases.prologue),
+        phases,
+        text,
     )
 
 
 def _report_amd(compiled: CompiledKernel) -> Report:
     text = compiled.asm["amdgcn"]
-    widths = Counter((access, AMD_WIDTHS[kind]) for access, kind in AMD_ACCESS.findall(text))
-
-    def figure(name: str) -> int:
-        return _number(rf"\.{name}:\s+(\d+)", text)
-
+    found = AMD_ACCESS.findall(text)
     return Report(
-        target=compiled.metadata.target.arch,
-        num_warps=compiled.metadata.num_warps,
-        registers=figure("vgpr_count"),
-        spills=figure("vgpr_spill_count"),  # scalar ones go to vector registers, not to memory
-        stack=figure("private_segment_fixed_size"),
-        shared=compiled.metadata.shared,
-        loads={width: n for (access, width), n in widths.items() if access == "load"},
-        stores={width: n for (access, width), n in widths.items() if access == "store"},
+        compiled.metadata.target.arch,
+        compiled.metadata.num_warps,
+        _number(r"\.vgpr_count:\s+(\d+)", text),
+        _number(r"\.vgpr_spill_count:\s+(\d+)", text),  # scalar ones go to vector registers, not to memory
+        _number(r"\.private_segment_fixed_size:\s+(\d+)", text),
+        compiled.metadata.shared,
+        Counter(AMD_WIDTHS[kind] for access, kind in found if access == "load"),
+        Counter(AMD_WIDTHS[kind] for access, kind in found if access == "store"),
         text=text,
     )
 
@@ -148,8 +137,8 @@ def _number(pattern: str, text: str) -> int:
     return int(found[1])
 
 
-def _widths(instructions: Iterable[Instruction]) -> dict[int, int]:
-    return dict(Counter(ins.width for ins in instructions))
+def _widths(instructions: Iterable[Instruction]) -> Counter[int]:
+    return Counter(ins.width for ins in instructions)
 
 
 def _told(compiled: CompiledKernel, tool: str, *options: str) -> str:

@@ -22,7 +22,6 @@ import networkx as nx  # PyTorch brings it
 LINE = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(@!?U?P\w+\s+)?([A-Z][\w.]*)\s*(.*?)\s*;")
 LABEL = re.compile(r"^([.$\w]+):", re.MULTILINE)
 TARGET = re.compile(r"`\(([^)]+)\)")
-TOLERATED = re.compile(r"DEPBAR\.LE SB0, (0x\w+)")  # groups of copies that may still be pending
 REGISTER = re.compile(r"\bR(\d+)\b")
 WIDTHS = {".256": 32, ".128": 16, ".64": 8, ".U16": 2, ".S16": 2, ".U8": 1, ".S8": 1}
 
@@ -45,8 +44,8 @@ class Instruction(NamedTuple):
 
     @property
     def loads(self) -> bool:
-        """Whether this loads from global memory, into registers or (LDGSTS) shared memory."""
-        return self.name in ("LDG", "LDGSTS")
+        """Whether this loads from global memory into registers. No kernel copies into shared memory."""
+        return self.name == "LDG"
 
     @property
     def is_atomic(self) -> bool:
@@ -69,7 +68,6 @@ class Phases(NamedTuple):
     epilogue: tuple[Instruction, ...]
     finaliser: tuple[Instruction, ...]
     repeated: tuple[Instruction, ...]  # the part of the epilogue inside loops, which runs more than once
-    epilogue_loops: int  # how many of these there are
 
 
 def parse(text: str) -> list[Block]:
@@ -142,15 +140,13 @@ def phases(blocks: list[Block]) -> Phases:
     streams = {i for i in behind if streaming & {ins.opcode for ins in blocks[i].instructions}}
     remainder = streams.union(*(nx.ancestors(graph.subgraph(behind), i) for i in streams))
     epilogue = behind - remainder
-    inner = [loop for loop in loops if loop <= epilogue]
     return Phases(
         gather(everything - main - behind - final),
         gather(main),
         gather(remainder),
         gather(epilogue),
         gather(final),
-        gather(set().union(*inner)),
-        len(inner),
+        gather(set().union(*(loop for loop in loops if loop <= epilogue))),
     )
 
 
@@ -188,16 +184,13 @@ def bytes_in_flight(instructions: Iterable[Instruction]) -> int:
     """The most bytes a thread has requested from global memory and not yet waited for.
 
     A thread issues in order and stops at the first use of a register that is still to be loaded: loads are in
-    flight together as long as none of them is used. Asynchronous copies, committed in groups, are in flight
-    until a DEPBAR that tolerates fewer groups.
-    """
+    flight together as long as none of them is used."""
     filler: dict[int, int] = {}  # register -> the load that fills it
     loads: dict[int, int] = {}  # load -> bytes
-    groups = [0]  # bytes of each group of copies; the last is still open
     most = 0
     for number, instruction in enumerate(instructions):
         destinations, _, _ = instruction.operands.partition("[")
-        filled = [int(r) for r in REGISTER.findall(destinations)] if instruction.name == "LDG" else []
+        filled = [int(r) for r in REGISTER.findall(destinations)] if instruction.loads else []
         registers = {
             first + i for first in filled for i in range(max(1, instruction.width // 4 // len(filled)))
         }
@@ -206,11 +199,5 @@ def bytes_in_flight(instructions: Iterable[Instruction]) -> int:
         if registers:
             loads[number] = instruction.width
             filler |= dict.fromkeys(registers, number)
-        elif instruction.name == "LDGSTS":
-            groups[-1] += instruction.width
-        elif instruction.name == "LDGDEPBAR":
-            groups.append(0)
-        elif tolerated := TOLERATED.search(f"{instruction.opcode} {instruction.operands}"):
-            groups = groups[-1 - int(tolerated[1], 16) :]
-        most = max(most, sum(loads.values()) + sum(groups))
+        most = max(most, sum(loads.values()))
     return most

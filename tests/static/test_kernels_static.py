@@ -35,7 +35,7 @@ BY_ROW = ("row_gradients_kernel", "column_gradients_kernel", "row_activation_ker
 
 def recorded(case: Case, target: str = "sm_90") -> list[Launched]:
     """All that a case launches which goes through x, forward and backward, and what merges partial sums."""
-    return list(itertools.chain(*launches.of_case(case, target=sass.TARGETS[target]).values()))
+    return list(itertools.chain(*launches.of_case(case, target=target).values()))
 
 
 def given(each: Launched, names: tuple[str, ...]) -> list[Tensor]:
@@ -97,7 +97,7 @@ def check_epilogue(each: Launched) -> None:
         "rows": tile.lanes, "runs": 1,
     }[tile.mode]  # fmt: skip
     # folding lanes into channels is a loop of its own
-    turns = -(-held // tile.fold) if phases.epilogue_loops else 1
+    turns = -(-held // tile.fold) if phases.repeated else 1
     epilogue = len(phases.epilogue) + (turns - 1) * len(phases.repeated)
     # the first tile, which is peeled, counts as one turn of the loop
     assert epilogue <= len(phases.main_loop) * sizes["tiles"] / sizes["splits"] / 4, each.kernel

@@ -53,11 +53,6 @@ def compile_one() -> None:
     compile_kernel(toys.copy, torch.ones(64), torch.ones(64), 64, BLOCK=64)
 
 
-def compiled_by(driver: FakeDriver) -> list[Any]:
-    caches = [source.fn.device_caches[driver.get_current_device()][0] for source in driver._launched]
-    return [kernel for cache in caches for kernel in cache.values()]
-
-
 @pytest.mark.parametrize("default", ["0", "1"])
 def test_contraction_is_no_matter_of_a_default(
     default: str, driver: FakeDriver, monkeypatch: pytest.MonkeyPatch
@@ -65,7 +60,7 @@ def test_contraction_is_no_matter_of_a_default(
     """A default that versions and environments change must not decide how results are rounded."""
     monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", default)
     launch_them_all()
-    found = {kernel.name: kernel.metadata.enable_fp_fusion for kernel in compiled_by(driver)}
+    found = {kernel.name: kernel.metadata.enable_fp_fusion for kernel in driver.compiled()}
     names = ("statistics_kernel", "transform_kernel", "copy_kernel", "empty_kernel")
     assert found == dict.fromkeys(names, True)
 
@@ -136,7 +131,7 @@ def test_code_compiled_for_hooks_is_not_kept() -> None:
 def test_a_launch_keeps_its_code_loaded(driver: FakeDriver) -> None:
     """Triton unloads a kernel's module with the kernel, which its caches may be the only ones to hold."""
     forward(columns=3)
-    kernels = [weakref.ref(kernel) for kernel in compiled_by(driver)]
+    kernels = [weakref.ref(kernel) for kernel in driver.compiled()]
     driver.forget()
     gc.collect()
     assert len(kernels) == 2
@@ -154,5 +149,5 @@ def test_nothing_is_unloaded_by_another_driver(capfd: pytest.CaptureFixture[str]
     with fake_driver() as second:
         del launched
         gc.collect()
-        assert (first.utils.unloaded, second.utils.unloaded) == (0, 0)
+        assert (first.unloaded, second.unloaded) == (0, 0)
     assert "Exception ignored" not in capfd.readouterr().err

@@ -95,15 +95,11 @@ def sum_behind_barrier(x, partials, counter, y, expected, PROGRAMS: tl.constexpr
 
 
 @triton.jit
-def sum_rows(
-    x, y, rows, BLOCK: tl.constexpr, UNROLL: tl.constexpr = 1, STAGES: tl.constexpr = 1,
-    PARTS: tl.constexpr = 0,
-):  # fmt: skip
-    """One tile of x a row, UNROLL rows an iteration; STAGES > 1 sends them through asynchronous copies.
-    PARTS: each part of the sums is added up in turn."""
+def sum_rows(x, y, rows, BLOCK: tl.constexpr, UNROLL: tl.constexpr = 1, PARTS: tl.constexpr = 0):
+    """One tile of x a row, UNROLL rows an iteration. PARTS: each part of the sums is added up in turn."""
     i = tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), tl.float32)
-    for row in tl.range(0, rows, UNROLL, num_stages=STAGES):
+    for row in tl.range(0, rows, UNROLL, num_stages=1):
         tile = tl.load(x + tl.cast(row, tl.int64) * BLOCK + tl.arange(0, UNROLL * BLOCK))
         total += tl.sum(tl.reshape(tile, (UNROLL, BLOCK)).to(tl.float32), 0)
     if PARTS == 0:
