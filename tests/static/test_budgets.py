@@ -13,7 +13,7 @@ from benchmarks import predict
 from bnfast import dispatch
 from bnfast.kernels import plan
 from codegen import budgets, figures
-from codegen.budget_cases import CASES, layer
+from codegen.budget_cases import CASES, LAST, layers
 from codegen.cases import Case
 
 pytestmark = pytest.mark.static
@@ -46,7 +46,7 @@ def worse(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.mark.usefixtures("worse")
 def test_a_worse_plan_is_noticed() -> None:
-    case = layer("BatchNorm", (256, 256, 56, 56), True)
+    (case,) = layers("BatchNorm", (256, 256, 56, 56), last=LAST)
     complaint = budgets.complaint(budgets.changes(figures.lines(case, figures.of_case(case)), budgets.read()))
     assert f"{case}, forward, transform_kernel: KB in flight {dispatch.TRITON_VERSION} was" in complaint
     assert f"{case}, forward, statistics_kernel: bytes was" in complaint
@@ -54,7 +54,9 @@ def test_a_worse_plan_is_noticed() -> None:
 
 
 def test_predictions() -> None:
-    forward, backward = predict.records([layer("BatchNorm", (256, 256, 56, 56), True, "z + relu")])
+    forward, backward = predict.records(
+        layers("BatchNorm", (256, 256, 56, 56), after=["z + relu"], last=LAST)
+    )
     for record, kernels in ((forward, "statistics"), (backward, "gradient_sums")):
         assert record.status == "predicted"
         assert record.ran.startswith(f"{kernels}_kernel ")

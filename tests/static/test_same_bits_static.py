@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from codegen import launches, sass, sass_flow
-from codegen.budget_cases import CASES, FP32, layer
+from codegen.budget_cases import CASES, FP32, LAST, layers
 from codegen.cases import Case
 from tests.support import toys
 
@@ -26,13 +26,13 @@ REGISTER = re.compile(r"R(\d+)")
 
 # few elements a thread, so that it adds up none, or few, of its own before those of others
 SMALL = (
-    layer("BatchNorm", (2, 7, 5, 5)),
-    layer("GroupNorm", (2, 30, 9, 9), groups=5, dtype=FP32),
-    layer("GroupNorm", (2, 30, 9, 9), True, groups=5),
-    layer("GroupNorm", (4, 12, 5, 5), after="relu", groups=3, dtype=torch.float64),
-    layer("InstanceNorm", (2, 8, 3, 3), dtype=FP32),
-    layer("LayerNorm", (1, 16), dtype=FP32),
-    layer("BatchNorm", (2, 4, 2, 2), dtype=FP32),
+    *layers("BatchNorm", (2, 7, 5, 5)),
+    *layers("BatchNorm", (2, 4, 2, 2), dtypes=[FP32]),
+    *layers("GroupNorm", (2, 30, 9, 9), groups=5, dtypes=[FP32]),
+    *layers("GroupNorm", (2, 30, 9, 9), last=LAST, groups=5),
+    *layers("GroupNorm", (4, 12, 5, 5), after=["relu"], groups=3, dtypes=[torch.float64]),
+    *layers("InstanceNorm", (2, 8, 3, 3), dtypes=[FP32]),
+    *layers("LayerNorm", (1, 16), dtypes=[FP32]),
 )
 
 
