@@ -19,7 +19,7 @@ from bnfast import dispatch
 from bnfast.kernels import launch, steps
 from codegen import SMS
 from codegen.cases import Case
-from codegen.fake_driver import FakeDriver, fake_driver
+from codegen.fake_driver import fake_driver
 
 # The tensors whose bytes count. Parameters, running statistics and counters are few.
 DATA = {"x_ptr", "y_ptr", "z_ptr", "signs_ptr", "dy_ptr", "dx_ptr", "dz_ptr"}
@@ -70,26 +70,20 @@ class Launched:
 
 
 @contextlib.contextmanager
-def as_on_a_gpu(target: str = "sm_90") -> Iterator[FakeDriver]:
-    """Within, CPU tensors take the kernels' path, and all that happens on the host for a launch happens."""
+def as_on_a_gpu(target: str = "sm_90") -> Iterator[Any]:
+    """Within, CPU tensors take the kernels' path, and all that happens on the host for a launch happens.
+    Gives the FakeDriver; in the interpreter there is none."""
     with (
         mock.patch.object(dispatch, "INTERPRET", True),  # what lets CPU tensors to the kernels
         mock.patch.object(dispatch, "_suitable", {}),
         mock.patch.object(launch, "is_capturing", bool),  # False
-        fake_driver(target) as driver,
-        planning_anew(),
+        contextlib.nullcontext() if launch.INTERPRET else fake_driver(target) as driver,
     ):
-        yield driver
-
-
-@contextlib.contextmanager
-def planning_anew() -> Iterator[None]:
-    """Plans of within and of without are not mixed up."""
-    steps.forget_plans()
-    try:
-        yield
-    finally:
         steps.forget_plans()
+        try:
+            yield driver
+        finally:
+            steps.forget_plans()
 
 
 @contextlib.contextmanager
@@ -111,7 +105,7 @@ def recording(compiled: bool = True, target: str = "sm_90") -> Iterator[list[Lau
         mock.patch.dict(os.environ, {"BNFAST_INTERPRETER_SMS": str(SMS)}),
         mock.patch.object(launch.Launch, "__call__", note),
         mock.patch.object(launch, "KEPT", -1),  # every workspace is as large as it has to be
-        planning_anew() if launch.INTERPRET else as_on_a_gpu(target),
+        as_on_a_gpu(target),
     ):
         yield found
 

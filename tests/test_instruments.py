@@ -59,6 +59,27 @@ class TestTraffic:
         with pytest.raises(KeyError):
             t.of(torch.empty(4))
 
+    @pytest.mark.parametrize(
+        ("x", "options", "read", "efficiency", "written"),
+        [
+            (torch.randn(128), {"FAULT": "half"}, 4 * 128, 1, 0.5),
+            (torch.randn(512), {"STRIDE": 4}, 4 * 128, 0.25, 1),
+            (torch.ones(1).expand(128), {"STRIDE": 0}, 4, 0.125, 1),  # counts in its logical size
+        ],
+        ids=["half is written", "stride", "expanded"],
+    )
+    def test_other_copies(self, x, options, read, efficiency, written):
+        y = torch.empty(128)
+        with trace(x=x) as t:
+            toys.copy[(2,)](x, y, 128, BLOCK=64, **options)
+        assert (t["x"].unique_read, t["x"].read_efficiency) == (read, efficiency)
+        assert t["x"].reads == (1 if x.stride() == (0,) else 128 / len(x))
+        assert (t.of(y).writes, t.of(y).unique_written, t.of(y).write_efficiency) == (
+            written,
+            written * 512,
+            1,
+        )
+
     def test_a_second_read_counts(self):
         x = torch.randn(96)
         y = torch.empty_like(x)
@@ -68,26 +89,6 @@ class TestTraffic:
         assert t.launches == 2
         assert (t["x"].reads, t["x"].unique_read) == (4, 96 * 4)
         assert (t["y"].writes, t["y"].unique_written) == (2, 96 * 4)
-
-    def test_a_partial_write_shows(self):
-        with trace() as t:
-            y = copied(torch.randn(128), "half")
-        assert t.of(y).writes == 0.5
-        assert t.of(y).unique_written == t.of(y).size // 2
-
-    def test_stride_wastes_sectors(self):
-        x, y = torch.randn(512), torch.empty(128)
-        with trace(x=x) as t:
-            toys.copy[(2,)](x, y, 128, STRIDE=4, BLOCK=64)
-        assert t["x"].read_efficiency == 0.25
-        assert t.of(y).write_efficiency == 1
-
-    def test_expanded_tensor_counts_in_its_logical_size(self):
-        x = torch.ones(1).expand(64)
-        with trace(x=x) as t:
-            toys.copy[(1,)](x, torch.empty(64), 64, STRIDE=0, BLOCK=64)
-        assert t["x"].reads == 1
-        assert t["x"].unique_read == 4
 
     def test_views_are_told_apart_and_overlaps_refused(self):
         base = torch.zeros(128)
@@ -142,26 +143,19 @@ class TestOutOfBounds:
         assert torch.equal(x.tensor, y.tensor)
         assert (x.intact(), y.intact()) == (True, traced)
 
-    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-    def test_a_read_of_a_guard_is_nan(self, dtype):
-        assert guarded(torch.zeros(4)).guard.view(dtype).isnan().all()
-
 
 class TestHazards:
-    def test_a_merge_by_the_last_program_is_clean(self):
-        with trace() as t:
-            column_sums(torch.randn(16, 32))
-        assert not t.hazards
-        assert t["counter"].atomics == 4
-        assert t["partials"].reads == t["partials"].writes == 1
-
     @pytest.mark.parametrize(
-        "fault", [{"barrier": False}, {"sem": "relaxed"}, {"sem": "release"}, {"sem": "acquire"}]
+        "fault", [{}, {"barrier": False}, {"sem": "relaxed"}, {"sem": "release"}, {"sem": "acquire"}]
     )
-    def test_a_merge_without_proper_synchronisation_races(self, fault):
+    def test_a_merge_by_the_last_program(self, fault):
+        """It is clean, and races without proper synchronisation."""
         with trace() as t:
             column_sums(torch.randn(16, 32), **fault)
-        assert Hazard("sum_last_done", 1, "partials", "load/store") in t.hazards
+        assert (Hazard("sum_last_done", 1, "partials", "load/store") in t.hazards) is bool(fault)
+        assert bool(t.hazards) is bool(fault)
+        assert t["counter"].atomics == 4
+        assert t["partials"].reads == t["partials"].writes == 1
 
     @pytest.mark.parametrize(
         ("programs", "lanes", "race"), [(3, 1, "store/store"), (1, 2, "lanes")], ids=["programs", "lanes"]
@@ -216,19 +210,20 @@ class TestBuffers:
         assert torch.empty is before
 
     @pytest.mark.parametrize("shape", [(), (5,), (2, 3, 4, 4), (0, 3)])
-    def test_guarded_copies_strides_and_values(self, shape):
+    def test_guards_see_one_byte_at_either_end(self, shape):
+        """The copy between them has the strides and values of what was copied, and they are NaN to whoever
+        reads them."""
         x = torch.randn(shape)
         x = x.to(memory_format=torch.channels_last) if x.dim() == 4 else x
-        held = guarded(x)
-        assert bit_identical(held.tensor, x)
-        assert held.tensor.stride() == x.stride()
-        assert held.intact()
-
-    @pytest.mark.parametrize("position", [0, GUARD - 1, -GUARD, -1])
-    def test_guards_see_one_byte_at_either_end(self, position):
-        held = guarded(torch.randn(5))
-        held.buffer[position] = 0
-        assert not held.intact()
+        for position in (None, 0, GUARD - 1, -GUARD, -1):
+            held = guarded(x)
+            assert bit_identical(held.tensor, x)
+            assert held.tensor.stride() == x.stride()
+            if position is not None:
+                held.buffer[position] = 0
+            assert held.intact() is (position is None)
+        for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+            assert held.guard.view(dtype).isnan().all()
 
     def test_bits(self):
         nan, zero, x = torch.tensor([float("nan")]), torch.zeros(1), torch.randn(2, 3)

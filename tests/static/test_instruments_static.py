@@ -28,18 +28,8 @@ def compiled_copy(target: str = "sm_90", x: torch.Tensor = HALVES, stride: int =
     return compile_kernel(toys.copy, x, HALVES, 1024, BLOCK=2048, STRIDE=stride, target=target)
 
 
-def compiled_centre(block: int, **options: object) -> Report:
-    return compile_kernel(toys.centre_in_registers, FLOATS, FLOATS, BLOCK=block, **options)
-
-
 def compiled_sum(target: str = "sm_90", **options: int) -> Report:
     return compile_kernel(toys.sum_rows, HALVES, FLOATS, ROWS, BLOCK=1024, target=target, **options)
-
-
-def compiled_last_done(target: str) -> Report:
-    pointers = (HALVES, FLOATS, COUNTER, FLOATS)
-    options = {"BLOCK": 1024, "BARRIER": True, "SEM": "acq_rel"}
-    return compile_kernel(toys.sum_last_done, *pointers, ROWS, **options, target=target)
 
 
 class TestAccesses:
@@ -59,21 +49,13 @@ class TestAccesses:
         assert set(report.loads) == {2}
         assert set(report.stores) == {16}
 
-    # Registers a thread: 255 for NVIDIA, 512 for AMD.
     @EVERY
     def test_spills_are_seen(self, target):
-        threads = 4 * TARGETS[target].warp_size
-        fitting = compiled_centre(32 * threads, target=target)
-        spilling = compiled_centre((1024 if target == "gfx942" else 512) * threads, target=target)
-        assert fitting.spills == fitting.stack == 0
-        assert spilling.spills > 100
-        assert spilling.stack > 100
-
-    def test_options_are_passed_on(self):
-        report = compiled_centre(8192, num_warps=8)
-        assert report.num_warps == 8
-        assert report.loads == {16: 8}
-        assert compiled_centre(8192, num_warps=8, maxnreg=32).registers <= 32 < report.registers
+        for floats in (32, 1024 if target == "gfx942" else 512):  # a thread has 512 registers, or 255
+            block = floats * 4 * TARGETS[target].warp_size
+            report = compile_kernel(toys.centre_in_registers, FLOATS, FLOATS, BLOCK=block, target=target)
+            assert (report.spills > 100, report.stack > 100) == (floats > 32, floats > 32)
+            assert floats > 32 or report.spills == report.stack == 0
 
     def test_compiling_needs_a_process_without_the_interpreter(self, monkeypatch):
         monkeypatch.setattr(triton.knobs.runtime, "interpret", True)
@@ -84,7 +66,9 @@ class TestAccesses:
 @NVIDIA
 class TestPhases:
     def test_each_phase_holds_what_it_should(self, target):
-        report = compiled_last_done(target)
+        options = {"BLOCK": 1024, "BARRIER": True, "SEM": "acq_rel"}
+        pointers = (HALVES, FLOATS, COUNTER, FLOATS)
+        report = compile_kernel(toys.sum_last_done, *pointers, ROWS, **options, target=target)
         phases, blocks = report.phases, sass_flow.parse(report.text)
         names = {name: {ins.name for ins in getattr(phases, name)} for name in phases._fields[:-1]}
         assert {"LDG", "BRA"} <= names["main_loop"]

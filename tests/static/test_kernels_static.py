@@ -35,7 +35,7 @@ BY_ROW = ("row_gradients_kernel", "column_gradients_kernel", "row_activation_ker
 
 
 def recorded(case: Case, target: str = "sm_90") -> list[Launched]:
-    """All that a case launches which goes through x, forward and backward, and what merges partial sums."""
+    """What a case launches, forward and backward."""
     return list(itertools.chain(*launches.of_case(case, target=target).values()))
 
 

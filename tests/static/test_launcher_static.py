@@ -42,40 +42,27 @@ def bound() -> list[Any]:
     return [launch._bound for step in steps._steps.values() for launch in (step.first, step.second)]
 
 
-def launch_them_all() -> None:
-    forward()
-    x = torch.ones(1024)
-    machine.copy(x, x)
-    machine.empty(x, 1)
-
-
-def compile_one() -> None:
-    compile_kernel(toys.copy, torch.ones(64), torch.ones(64), 64, BLOCK=64)
-
-
-@pytest.mark.parametrize("default", ["0", "1"])
+@pytest.mark.parametrize("default", [None, "0", "1"])
 def test_contraction_is_no_matter_of_a_default(
-    default: str, driver: FakeDriver, monkeypatch: pytest.MonkeyPatch
+    default: str | None, driver: FakeDriver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A default that versions and environments change must not decide how results are rounded."""
-    monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", default)
-    launch_them_all()
+    """A default that versions and environments change must not decide how results are rounded. Triton 3.9
+    warns whoever relies on it, once a process."""
+    monkeypatch.delenv("TRITON_DEFAULT_FP_FUSION", raising=False)
+    if default is not None:
+        monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", default)
+    if hasattr(triton._utils, "warn_once"):
+        triton._utils.warn_once.cache_clear()
+    x = torch.ones(1024)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        forward()
+        machine.copy(x, x)
+        machine.empty(x, 1)
+        compile_kernel(toys.copy, x, x, 1024, BLOCK=64)
     found = {kernel.name: kernel.metadata.enable_fp_fusion for kernel in driver.compiled()}
     names = ("statistics_kernel", "transform_kernel", "copy_kernel", "empty_kernel")
     assert found == dict.fromkeys(names, True)
-
-
-@pytest.mark.parametrize("work", [launch_them_all, compile_one])
-@pytest.mark.usefixtures("driver")
-def test_no_launch_is_warned_of_a_default(work: Callable[[], None], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Triton 3.9 warns whoever does not say whether products are to be contracted, once a process."""
-    monkeypatch.delenv("TRITON_DEFAULT_FP_FUSION", raising=False)
-    warn_once = getattr(triton._utils, "warn_once", None)
-    if warn_once is not None:
-        warn_once.cache_clear()
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        work()
 
 
 @contextlib.contextmanager
