@@ -16,9 +16,10 @@ DIRECTIONS = ("forward", "backward")
 
 @dataclass(frozen=True)
 class Case:
-    """act(norm(x) + z) in training. norm: "BatchNorm", "GroupNorm" or "InstanceNorm"; groups: of GroupNorm,
-    0 for BatchNorm, channels for InstanceNorm. shape: of x, [N, C, *size]. activation: as bnfast's layers
-    name it, or None. residual: whether there is a z. count: layers of this form in the network, if of one.
+    """act(norm(x) + z). norm: "BatchNorm", "GroupNorm" or "InstanceNorm", and where nothing is measured
+    "BatchRenorm" and "LayerNorm" too. groups: of GroupNorm, 0 for BatchNorm, channels for InstanceNorm.
+    shape: of x, [N, C, *size]. activation: as bnfast's layers name it, or None. residual: whether there is a
+    z. count: layers of this form in the network, if of one. Without `training`, the layer is in eval.
 
     Parameters and statistics are fp32, but for fp64, and where torch.nn takes none but x's dtype (GroupNorm
     on a GPU)."""
@@ -33,6 +34,7 @@ class Case:
     count: int = 1
     suite: str = ""
     network: str = ""
+    training: bool = True
 
     def __post_init__(self) -> None:
         if len(self.shape) < 2 or min(self.shape) < 1:
@@ -42,7 +44,9 @@ class Case:
 
     def __str__(self) -> str:
         what = self.norm + " + z" * self.residual + f" + {self.activation}" * bool(self.activation)
-        return f"{what} {'x'.join(map(str, self.shape))} {NAMES[self.dtype]} {self.layout}"
+        groups = f" {self.groups} groups" if self.norm == "GroupNorm" else ""
+        mode = "" if self.training else " eval"
+        return f"{what} {'x'.join(map(str, self.shape))} {NAMES[self.dtype]} {self.layout}{groups}{mode}"
 
     @property
     def layout(self) -> str:

@@ -21,36 +21,26 @@ from triton.backends.nvidia.driver import CudaLauncher
 from triton.compiler import ASTSource
 from triton.runtime.driver import driver as triton_driver
 
-HOPPER = GPUTarget("cuda", 90, 32)
+from codegen import SMS
 
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
 # Triton and its kernels keep caches by device. No real device has a number below zero, nor is one used again.
 DEVICES = itertools.count(-1, -1)
 
 
-class _Utils:
-    """Stands for the C extension that talks to CUDA. Counts what is `unloaded`."""
-
-    def __init__(self) -> None:
-        self.unloaded = 0
-
-    def load_binary(self, name: str, binary: bytes, shared: int, device: int) -> tuple[int, ...]:
-        return 1, 1, 32, 0, 1024  # module, function, registers, spills, most threads a CTA
-
-    def unload_module(self, module: int) -> None:  # called by Triton 3.8 and newer
-        self.unloaded += 1
-
-    def get_device_properties(self, device: int) -> dict[str, int]:
-        return {"max_shared_mem": 227 * 1024, "multiprocessor_count": 132, "warpSize": 32}
-
-
 class FakeDriver:
-    """What Triton asks of a driver, answered for one device that does not exist. Counts its `launches`."""
+    """What Triton asks of a driver, and of the C extension that talks to CUDA (`utils`), answered for one
+    device that does not exist. Counts its `launches`, and the modules that are `unloaded`."""
 
-    def __init__(self, target: GPUTarget) -> None:
-        self.launches: int = 0
-        self.utils = _Utils()
-        self._target = target
-        self._device = next(DEVICES)
+    def __init__(self, target: str) -> None:
+        self.launches = self.unloaded = 0
+        self.utils = self
+        self._target, self._device = TARGETS[target], next(DEVICES)
         self._launched: list[ASTSource] = []
         self.launcher_cls = self._launcher()
 
@@ -65,6 +55,15 @@ class FakeDriver:
 
     def get_current_stream(self, device: int) -> int:
         return 0
+
+    def load_binary(self, name: str, binary: bytes, shared: int, device: int) -> tuple[int, ...]:
+        return 1, 1, 32, 0, 1024  # module, function, registers, spills, most threads a CTA
+
+    def unload_module(self, module: int) -> None:  # called by Triton 3.8 and newer
+        self.unloaded += 1
+
+    def get_device_properties(self, device: int) -> dict[str, int]:
+        return {"max_shared_mem": 227 * 1024, "multiprocessor_count": SMS, "warpSize": 32}
 
     def _launcher(self) -> type:
         """A class in place of Triton's CudaLauncher, and of its signature, which callers may look at."""
@@ -85,18 +84,23 @@ class FakeDriver:
         vars(Launcher)["__call__"].__signature__ = inspect.signature(CudaLauncher.__call__)
         return Launcher
 
+    def compiled(self) -> list[Any]:
+        """The kernels that were compiled for this driver and are in the caches of their functions."""
+        caches = (source.fn.device_caches.get(self._device, ({},))[0] for source in self._launched)
+        return [kernel for cache in caches for kernel in cache.values()]
+
     def forget(self) -> None:
-        """Take the kernels compiled for this driver out of the caches of their functions. Some live on in
-        other places: of these nothing is to be unloaded, by whichever driver there will be then."""
+        """Take the compiled kernels out of the caches. Some live on in other places: of these nothing is to
+        be unloaded, by whichever driver there will be then."""
+        for kernel in self.compiled():
+            kernel.module = None
         for source in self._launched:
-            kernels, *_ = source.fn.device_caches.pop(self._device, ({},))
-            for kernel in kernels.values():
-                kernel.module = None
+            source.fn.device_caches.pop(self._device, None)
 
 
 @contextlib.contextmanager
-def fake_driver(target: GPUTarget = HOPPER) -> Iterator[FakeDriver]:
-    """Let Triton launch on a device that does not exist."""
+def fake_driver(target: str = "sm_90") -> Iterator[FakeDriver]:
+    """Let Triton launch on a device that does not exist, of one of TARGETS."""
     fake = FakeDriver(target)
     real = triton_driver._active  # .active would look for a device where none is set
     triton_driver.set_active(fake)

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from codegen import SMS, launches, sass
+import pandas as pd
+
+from bnfast import dispatch
+from codegen import SMS, budgets, launches, sass
+from codegen.budgets import IN_FLIGHT, LOAD, REGISTERS
 from codegen.cases import Case
 
 
@@ -38,7 +42,20 @@ def of_launch(launched: launches.Launched) -> Figures:
     return Figures(*counted, code.registers, code.shared, code.spills + code.stack, in_flight, average)
 
 
-def of_case(case: Case, training: bool = True) -> dict[str, list[Figures]]:
+def of_case(case: Case) -> dict[str, list[Figures]]:
     """Forward and backward. Each kernel is compiled once, however many cases launch it."""
-    found = launches.of_case(case, training)
+    found = launches.of_case(case)
     return {direction: [of_launch(each) for each in several] for direction, several in found.items()}
+
+
+def lines(case: Case, figures: dict[str, list[Figures]]) -> pd.DataFrame:
+    """The figures of a case as lines of budgets.csv, of the Triton that runs."""
+    found: list[dict[str, object]] = []
+    for direction, each in ((way, each) for way, several in figures.items() for each in several):
+        found.append({"case": str(case), "direction": direction, "kernel": each.kernel})
+        found[-1] |= {"launches": 1, "bytes": each.bytes}
+        if each.in_flight is not None and each.load is not None:
+            code = {REGISTERS: each.registers, IN_FLIGHT: round(each.in_flight / 1024, 1)}
+            code[LOAD] = round(each.load, 1)
+            found[-1] |= {f"{what} {dispatch.TRITON_VERSION}": figure for what, figure in code.items()}
+    return budgets.table(pd.DataFrame(found))

@@ -19,7 +19,7 @@ from bnfast import dispatch
 from bnfast.kernels import launch, steps
 from codegen import SMS
 from codegen.cases import Case
-from codegen.fake_driver import FakeDriver, fake_driver
+from codegen.fake_driver import fake_driver
 
 # The tensors whose bytes count. Parameters, running statistics and counters are few.
 DATA = {"x_ptr", "y_ptr", "z_ptr", "signs_ptr", "dy_ptr", "dx_ptr", "dz_ptr"}
@@ -69,23 +69,15 @@ class Launched:
         return 2 * values * wide * group * int(self.arguments["cells"])
 
 
-def _default_stream(index: int) -> int:
-    return 0
-
-
-def _not_capturing() -> bool:
-    return False
-
-
 @contextlib.contextmanager
-def as_on_a_gpu() -> Iterator[FakeDriver]:
-    """Within, CPU tensors take the kernels' path, and all that happens on the host for a launch happens."""
+def as_on_a_gpu(target: str = "sm_90") -> Iterator[Any]:
+    """Within, CPU tensors take the kernels' path, and all that happens on the host for a launch happens.
+    Gives the FakeDriver; in the interpreter there is none."""
     with (
         mock.patch.object(dispatch, "INTERPRET", True),  # what lets CPU tensors to the kernels
         mock.patch.object(dispatch, "_suitable", {}),
-        mock.patch.object(launch, "current_stream", _default_stream),
-        mock.patch.object(launch, "is_capturing", _not_capturing),
-        fake_driver() as driver,
+        mock.patch.object(launch, "is_capturing", bool),  # False
+        contextlib.nullcontext() if launch.INTERPRET else fake_driver(target) as driver,
     ):
         steps.forget_plans()
         try:
@@ -95,34 +87,31 @@ def as_on_a_gpu() -> Iterator[FakeDriver]:
 
 
 @contextlib.contextmanager
-def recording(compiled: bool = True) -> Iterator[list[Launched]]:
+def recording(compiled: bool = True, target: str = "sm_90") -> Iterator[list[Launched]]:
     """Within, what layers launch for CPU tensors is planned for SMS multiprocessors and added to the list;
     without code if that is not asked for, and in the interpreter."""
     found: list[Launched] = []
 
     def note(self: Any, stream: int, tensors: Sequence[Tensor | None], _: Any, *scalars: float) -> None:
         given = (*self._pick(tensors), *scalars, *self._tail)
-        code = (
-            None if launch.INTERPRET or not compiled else self._kernel[(self._grid,)](*given, **self._options)
+        kernel, code = self._kernel, None
+        if compiled and not launch.INTERPRET:
+            code = kernel[(self._grid,)](*given, **self._options)
+        found.append(
+            Launched(kernel.__name__, self._grid, dict(zip(kernel.arg_names, given, strict=True)), code)
         )
-        arguments = dict(zip(self._kernel.arg_names, given, strict=True))
-        found.append(Launched(self._kernel.__name__, self._grid, arguments, code))
 
     with (
         mock.patch.dict(os.environ, {"BNFAST_INTERPRETER_SMS": str(SMS)}),
         mock.patch.object(launch.Launch, "__call__", note),
         mock.patch.object(launch, "KEPT", -1),  # every workspace is as large as it has to be
-        contextlib.nullcontext() if launch.INTERPRET else as_on_a_gpu(),
+        as_on_a_gpu(target),
     ):
-        steps.forget_plans()
-        try:
-            yield found
-        finally:
-            steps.forget_plans()
+        yield found
 
 
 def layer_of(case: Case) -> nn.Module:
-    """bnfast's layer. case.norm may be "BatchRenorm" and "LayerNorm" (over the last dimension) too."""
+    """bnfast's layer, in the case's mode. LayerNorm is over the last dimension."""
     channels = case.shape[1]
     after: dict[str, Any] = {"dtype": case.parameter_dtype, "activation": case.activation}
     if case.norm == "GroupNorm":
@@ -131,14 +120,14 @@ def layer_of(case: Case) -> nn.Module:
         return bnfast.LayerNorm(case.shape[-1], **after)
     dims = max(1, len(case.shape) - 2)
     layer: nn.Module = getattr(bnfast, f"{case.norm}{dims}d")(channels, affine=True, **after)
-    return layer
+    return layer.train(case.training)
 
 
-def of_case(case: Case, training: bool = True, compiled: bool = True) -> dict[str, list[Launched]]:
+def of_case(case: Case, compiled: bool = True, target: str = "sm_90") -> dict[str, list[Launched]]:
     """The launches of one call, forward and backward, with the gradients of all that there is."""
-    layer = layer_of(case).train(training)
+    layer = layer_of(case)
     given = [case.empty().requires_grad_() for _ in range(1 + case.residual)]
-    with recording(compiled) as found:
+    with recording(compiled, target) as found:
         y = layer(*given)
         forward = len(found)
         torch.autograd.grad(y, [*given, *layer.parameters()], torch.empty_like(y))

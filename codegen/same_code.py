@@ -15,14 +15,13 @@ import difflib
 import json
 import re
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import triton
 from tqdm import tqdm
 
 from codegen import launches, sass
-from codegen.budget_cases import ENTRIES
+from codegen.budget_cases import CASES
 
 LINE = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(.*?)\s*;")
 PARAMETER = re.compile(r"c\[0x0\]\[(?:0x[0-9a-f]+|(U?R\d+)(?:\+0x[0-9a-f]+)?)\]")
@@ -32,28 +31,17 @@ FIRST_DIFFERENCES = 12  # lines shown of a kernel that differs
 
 def instructions(text: str) -> list[str]:
     """The instructions of a disassembly, without what may change though the code is the same."""
-    lines = (found[1] for found in map(LINE.search, text.splitlines()) if found)
-    return [LABEL.sub("LABEL", PARAMETER.sub("PARAMETER", line)) for line in lines]
+    return [LABEL.sub("LABEL", PARAMETER.sub("PARAMETER", line)) for line in LINE.findall(text)]
 
 
-def kernels() -> Iterator[tuple[str, list[str]]]:
-    """(which launch of which case, its instructions) of every budget's kernels, for the Triton that runs."""
-    for entry in tqdm(ENTRIES, f"compiling with Triton {triton.__version__}", unit="case"):
-        for direction, several in launches.of_case(entry.case, entry.training).items():
-            for number, launched in enumerate(several, 1):
-                key = f"{entry}, {direction} {number}"
-                yield key, instructions(sass.report(launched.code).text)
-
-
-def differences(before: dict[str, list[str]], after: dict[str, list[str]]) -> list[str]:
-    """A line for each kernel that is not the same in both, with the first lines that differ."""
-    found = [f"{key}: only {'before' if key in before else 'after'}" for key in before.keys() ^ after.keys()]
-    for key in before.keys() & after.keys():
-        if before[key] != after[key]:
-            lines = list(difflib.unified_diff(before[key], after[key], "before", "after", n=0, lineterm=""))
-            counts = f"{len(before[key])} instructions before, {len(after[key])} after"
-            found.append("\n    ".join([f"{key}: {counts}", *lines[2 : 2 + FIRST_DIFFERENCES]]))
-    return sorted(found)
+def kernels() -> dict[str, list[str]]:
+    """The instructions of every budget's kernels, by launch, for the Triton that runs."""
+    return {
+        f"{case}, {direction} {number}": instructions(sass.report(launched.code).text)
+        for case in tqdm(CASES, f"compiling with Triton {triton.__version__}", unit="case")
+        for direction, several in launches.of_case(case).items()
+        for number, launched in enumerate(several, 1)
+    }
 
 
 def main(arguments: list[str]) -> int:
@@ -62,16 +50,21 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("folder", type=Path, help="has one file for each Triton")
     options = parser.parse_args(arguments)
     path = options.folder / f"triton-{triton.__version__}.json"
-    now = dict(kernels())
+    now = kernels()
     if options.action == "save":
         options.folder.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(now), encoding="utf-8")
         print(f"{len(now)} kernels saved in {path}")
         return 0
-    found = differences(json.loads(path.read_text(encoding="utf-8")), now)
-    print("\n".join(found))
-    print(f"Triton {triton.__version__}: {len(now)} kernels, {len(found)} differ")
-    return int(bool(found))
+    before, differ = json.loads(path.read_text(encoding="utf-8")), 0
+    for key in sorted(before.keys() | now.keys()):
+        was, is_ = before.get(key, []), now.get(key, [])
+        if was != is_:
+            differ += 1
+            lines = list(difflib.unified_diff(was, is_, n=0, lineterm=""))[2 : 2 + FIRST_DIFFERENCES]
+            print(f"{key}: {len(was)} instructions before, {len(is_)} after", *lines, sep="\n    ")
+    print(f"Triton {triton.__version__}: {len(now)} kernels, {differ} differ")
+    return int(differ > 0)
 
 
 if __name__ == "__main__":

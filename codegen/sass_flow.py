@@ -15,18 +15,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import networkx as nx  # PyTorch brings it
 
 LINE = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(@!?U?P\w+\s+)?([A-Z][\w.]*)\s*(.*?)\s*;")
 LABEL = re.compile(r"^([.$\w]+):", re.MULTILINE)
 TARGET = re.compile(r"`\(([^)]+)\)")
-TOLERATED = re.compile(r"DEPBAR\.LE SB0, (0x\w+)")  # groups of copies that may still be pending
 REGISTER = re.compile(r"\bR(\d+)\b")
 WIDTHS = {".256": 32, ".128": 16, ".64": 8, ".U16": 2, ".S16": 2, ".U8": 1, ".S8": 1}
 
 
-@dataclass(frozen=True)
-class Instruction:
+class Instruction(NamedTuple):
     """One line of SASS."""
 
     opcode: str  # with its modifiers: LDG.E.128
@@ -44,20 +44,22 @@ class Instruction:
 
     @property
     def loads(self) -> bool:
-        """Whether this loads from global memory, into registers or (LDGSTS) shared memory."""
-        return self.name in ("LDG", "LDGSTS")
+        """Whether this loads from global memory into registers. No kernel copies into shared memory."""
+        return self.name == "LDG"
+
+    @property
+    def is_atomic(self) -> bool:
+        return self.name in ("ATOMG", "ATOM")
 
 
-@dataclass(frozen=True)
-class Block:
+class Block(NamedTuple):
     """Instructions that always run together."""
 
     instructions: tuple[Instruction, ...]
     successors: frozenset[int]  # indices of blocks
 
 
-@dataclass(frozen=True)
-class Phases:
+class Phases(NamedTuple):
     """The instructions of each phase, in the order of the text."""
 
     prologue: tuple[Instruction, ...]
@@ -65,8 +67,7 @@ class Phases:
     remainder: tuple[Instruction, ...]
     epilogue: tuple[Instruction, ...]
     finaliser: tuple[Instruction, ...]
-    epilogue_loops: int  # loops inside the epilogue
-    repeated: tuple[Instruction, ...]  # the part of the epilogue inside them, which runs more than once
+    repeated: tuple[Instruction, ...]  # the part of the epilogue inside loops, which runs more than once
 
 
 def parse(text: str) -> list[Block]:
@@ -82,7 +83,7 @@ def parse(text: str) -> list[Block]:
     # Blocks end where control may leave, and behind atomics, where the finaliser begins.
     starts = {0, *labels.values()}
     for i, instruction in enumerate(instructions):
-        if exits[i] != {i + 1} or _is_atomic(instruction):
+        if exits[i] != {i + 1} or instruction.is_atomic:
             starts |= {i + 1, *exits[i]}
     bounds = sorted(start for start in starts if start < len(instructions))
     number = {start: n for n, start in enumerate(bounds)}
@@ -90,78 +91,6 @@ def parse(text: str) -> list[Block]:
         Block(tuple(instructions[start:stop]), frozenset(number[i] for i in exits[stop - 1] if i in number))
         for start, stop in zip(bounds, [*bounds[1:], len(instructions)], strict=True)
     ]
-
-
-def phases(blocks: list[Block]) -> Phases:
-    """Which instructions belong to which phase."""
-    everything = _reachable(blocks, {0})
-    after_atomic = {
-        s for i in everything if _is_atomic(blocks[i].instructions[-1]) for s in blocks[i].successors
-    }
-    final = _reachable(blocks, after_atomic)
-    loops = _loops(blocks)
-    # A persistent kernel comes back to its data loop behind an atomic; otherwise loops there merge partials.
-    main = _main_loop(blocks, [loop for loop in loops if not loop & final] or loops)
-    final -= main
-    behind = _reachable(blocks, {s for i in main for s in blocks[i].successors}) - main - final
-    streaming = {ins.opcode for i in main for ins in blocks[i].instructions if ins.loads}
-    remainder = {
-        i
-        for i in behind
-        for j in _reachable(blocks, {i}, within=behind)
-        if streaming & {ins.opcode for ins in blocks[j].instructions}
-    }
-
-    def gather(chosen: set[int]) -> tuple[Instruction, ...]:
-        return tuple(ins for i in sorted(chosen) for ins in blocks[i].instructions)
-
-    epilogue = behind - remainder
-    inner = [loop for loop in loops if loop <= epilogue]
-    return Phases(
-        gather(everything - main - behind - final),
-        gather(main),
-        gather(remainder),
-        gather(epilogue),
-        gather(final),
-        epilogue_loops=len(inner),
-        repeated=gather(set().union(*inner)),
-    )
-
-
-def bytes_in_flight(instructions: Iterable[Instruction]) -> int:
-    """The most bytes a thread has requested from global memory and not yet waited for.
-
-    A thread issues in order and stops at the first use of a register that is still to be loaded: loads are in
-    flight together as long as none of them is used. Asynchronous copies, committed in groups, are in flight
-    until a DEPBAR that tolerates fewer groups.
-    """
-    filler: dict[int, int] = {}  # register -> the load that fills it
-    loads: dict[int, int] = {}  # load -> bytes
-    groups = [0]  # bytes of each group of copies; the last is still open
-    most = 0
-    for number, instruction in enumerate(instructions):
-        destinations, _, _ = instruction.operands.partition("[")
-        filled = [int(r) for r in REGISTER.findall(destinations)] if instruction.name == "LDG" else []
-        registers = {
-            first + i for first in filled for i in range(max(1, instruction.width // 4 // len(filled)))
-        }
-        for register in registers.union(map(int, REGISTER.findall(instruction.operands))):
-            loads.pop(filler.get(register, -1), None)
-        if registers:
-            loads[number] = instruction.width
-            filler |= dict.fromkeys(registers, number)
-        elif instruction.name == "LDGSTS":
-            groups[-1] += instruction.width
-        elif instruction.name == "LDGDEPBAR":
-            groups.append(0)
-        elif tolerated := TOLERATED.search(f"{instruction.opcode} {instruction.operands}"):
-            groups = groups[-1 - int(tolerated[1], 16) :]
-        most = max(most, sum(loads.values()) + sum(groups))
-    return most
-
-
-def _is_atomic(instruction: Instruction) -> bool:
-    return instruction.name in ("ATOMG", "ATOM")
 
 
 def _exits(instructions: list[Instruction], index: int, labels: dict[str, int]) -> set[int]:
@@ -186,38 +115,59 @@ def _exits(instructions: list[Instruction], index: int, labels: dict[str, int]) 
     return {following}
 
 
-def _reachable(blocks: list[Block], entries: set[int], within: set[int] | None = None) -> set[int]:
-    seen: set[int] = set()
-    waiting = set(entries)
-    while waiting:
-        block = waiting.pop()
-        seen.add(block)
-        waiting |= {s for s in blocks[block].successors - seen if within is None or s in within}
-    return seen
+def phases(blocks: list[Block]) -> Phases:
+    """Which instructions belong to which phase."""
+    graph = nx.DiGraph([(i, to) for i, block in enumerate(blocks) for to in block.successors])
+    graph.add_nodes_from(range(len(blocks)))
+
+    def reachable(*entries: int) -> set[int]:
+        return set(entries).union(*(nx.descendants(graph, entry) for entry in entries))
+
+    def gather(chosen: Iterable[int]) -> tuple[Instruction, ...]:
+        return tuple(ins for i in sorted(chosen) for ins in blocks[i].instructions)
+
+    def successors(chosen: Iterable[int]) -> set[int]:
+        return {to for i in chosen for to in blocks[i].successors}
+
+    everything = reachable(0)
+    final = reachable(*successors(i for i in everything if blocks[i].instructions[-1].is_atomic))
+    loops = _loops(graph)
+    # A persistent kernel comes back to its data loop behind an atomic; otherwise loops there merge partials.
+    main = _main_loop(blocks, [loop for loop in loops if not loop & final] or loops)
+    final -= main
+    behind = reachable(*successors(main)) - main - final
+    streaming = {ins.opcode for ins in gather(main) if ins.loads}
+    streams = {i for i in behind if streaming & {ins.opcode for ins in blocks[i].instructions}}
+    remainder = streams.union(*(nx.ancestors(graph.subgraph(behind), i) for i in streams))
+    epilogue = behind - remainder
+    return Phases(
+        gather(everything - main - behind - final),
+        gather(main),
+        gather(remainder),
+        gather(epilogue),
+        gather(final),
+        gather(set().union(*(loop for loop in loops if loop <= epilogue))),
+    )
 
 
-def _loops(blocks: list[Block]) -> list[frozenset[int]]:
+def _loops(graph: Any) -> list[frozenset[int]]:
     """The natural loops. ptxas emits reducible code, where an edge to a block being visited closes a loop."""
-    closing: list[tuple[int, int]] = []
-    path, visited = [(0, iter(blocks[0].successors))], {0}
-    while path:
-        block, successors = path[-1]
-        following = next(successors, None)
-        if following is None:
-            path.pop()
-        elif following in {b for b, _ in path}:
-            closing.append((block, following))
-        elif following not in visited:
-            visited.add(following)
-            path.append((following, iter(blocks[following].successors)))
+    visited: set[int] = set()
+    under_way: set[int] = set()
     bodies: dict[int, set[int]] = {}
+    closing: list[tuple[int, int]] = []
+    for block, following, kind in nx.dfs_labeled_edges(graph, 0):
+        if kind == "forward":
+            visited.add(following)
+            under_way.add(following)
+        elif kind == "reverse":
+            under_way.remove(following)
+        elif following in under_way:
+            closing.append((block, following))
     for last, head in closing:
         body = bodies.setdefault(head, {head})
-        waiting = {last} - body
-        while waiting:
-            block = waiting.pop()
-            body.add(block)
-            waiting |= {b for b in visited - body if block in blocks[b].successors}
+        if last != head:
+            body |= {last} | nx.ancestors(graph.subgraph(visited - {head}), last)
     return [frozenset(body) for body in bodies.values()]
 
 
@@ -228,3 +178,26 @@ def _main_loop(blocks: list[Block], loops: list[frozenset[int]]) -> set[int]:
     loading = [loop for loop in loops if widths[loop]]
     innermost = [loop for loop in loading if not any(other < loop for other in loading)]
     return set(max(innermost, key=lambda loop: (max(widths[loop]), sum(widths[loop])), default=()))
+
+
+def bytes_in_flight(instructions: Iterable[Instruction]) -> int:
+    """The most bytes a thread has requested from global memory and not yet waited for.
+
+    A thread issues in order and stops at the first use of a register that is still to be loaded: loads are in
+    flight together as long as none of them is used."""
+    filler: dict[int, int] = {}  # register -> the load that fills it
+    loads: dict[int, int] = {}  # load -> bytes
+    most = 0
+    for number, instruction in enumerate(instructions):
+        destinations, _, _ = instruction.operands.partition("[")
+        filled = [int(r) for r in REGISTER.findall(destinations)] if instruction.loads else []
+        registers = {
+            first + i for first in filled for i in range(max(1, instruction.width // 4 // len(filled)))
+        }
+        for register in registers.union(map(int, REGISTER.findall(instruction.operands))):
+            loads.pop(filler.get(register, -1), None)
+        if registers:
+            loads[number] = instruction.width
+            filler |= dict.fromkeys(registers, number)
+        most = max(most, sum(loads.values()))
+    return most

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,21 +14,32 @@ from tests.support.buffers import GUARD, bit_identical, guarded, nan_filled_allo
 from tests.support.cooperative import Deadlock, cooperative, shuffled
 from tests.support.trace import Hazard, trace
 
+ORDERS = pytest.mark.parametrize("order", [shuffled, cooperative])
 
-def copied(x: torch.Tensor, kernel=toys.copy, block: int = 64) -> torch.Tensor:
+
+def copied(x: torch.Tensor, fault: str = "", block: int = 64) -> torch.Tensor:
     y = torch.empty_like(x)
-    kernel[(-(-x.numel() // block),)](x, y, x.numel(), BLOCK=block)
+    toys.copy[(-(-x.numel() // block),)](x, y, x.numel(), BLOCK=block, FAULT=fault)
     return y
+
+
+def counter() -> torch.Tensor:
+    return torch.zeros(1, dtype=torch.int32)
 
 
 def column_sums(
     x: torch.Tensor, barrier: bool = True, sem: str = "acq_rel", programs: int = 4
 ) -> torch.Tensor:
-    partials, y = torch.empty(programs, x.shape[1]), torch.empty(x.shape[1])
-    counter = torch.zeros(1, dtype=torch.int32)
+    partials, y, arrived = torch.empty(programs, x.shape[1]), torch.empty(x.shape[1]), counter()
     rows = x.shape[0] // programs
-    toys.sum_last_done[(programs,)](x, partials, counter, y, rows, BLOCK=x.shape[1], BARRIER=barrier, SEM=sem)
-    assert counter.item() == 0
+    toys.sum_last_done[(programs,)](x, partials, arrived, y, rows, BLOCK=x.shape[1], BARRIER=barrier, SEM=sem)
+    assert arrived.item() == 0
+    return y
+
+
+def sum_behind_barrier(x: torch.Tensor, expected: int) -> torch.Tensor:
+    programs, y = len(x), torch.empty_like(x)
+    toys.sum_behind_barrier[(programs,)](x, torch.empty_like(x), counter(), y, expected, PROGRAMS=programs)
     return y
 
 
@@ -36,6 +48,7 @@ class TestTraffic:
         x = torch.randn(200, dtype=torch.float16)
         with trace(x=x) as t:
             y = copied(x)
+        copied(x)  # the hooks are gone
         assert torch.equal(x, y)
         assert (t.launches, t["x"].reads, t["x"].writes, t.of(y).reads, t.of(y).writes) == (1, 1, 0, 0, 1)
         assert t["x"].unique_read == t.of(y).unique_written == t["x"].size == 400
@@ -43,37 +56,39 @@ class TestTraffic:
         assert not t.out_of_bounds
         assert not t.hazards
         assert t["y"] is t.of(y[7:])
+        with pytest.raises(KeyError):
+            t.of(torch.empty(4))
+
+    @pytest.mark.parametrize(
+        ("x", "options", "read", "efficiency", "written"),
+        [
+            (torch.randn(128), {"FAULT": "half"}, 4 * 128, 1, 0.5),
+            (torch.randn(512), {"STRIDE": 4}, 4 * 128, 0.25, 1),
+            (torch.ones(1).expand(128), {"STRIDE": 0}, 4, 0.125, 1),  # counts in its logical size
+        ],
+        ids=["half is written", "stride", "expanded"],
+    )
+    def test_other_copies(self, x, options, read, efficiency, written):
+        y = torch.empty(128)
+        with trace(x=x) as t:
+            toys.copy[(2,)](x, y, 128, BLOCK=64, **options)
+        assert (t["x"].unique_read, t["x"].read_efficiency) == (read, efficiency)
+        assert t["x"].reads == (1 if x.stride() == (0,) else 128 / len(x))
+        assert (t.of(y).writes, t.of(y).unique_written, t.of(y).write_efficiency) == (
+            written,
+            written * 512,
+            1,
+        )
 
     def test_a_second_read_counts(self):
         x = torch.randn(96)
         y = torch.empty_like(x)
         with trace(x=x, y=y) as t:
-            toys.centre[(1,)](x, y, 96, BLOCK=32)
-            toys.centre[(1,)](x, y, 96, BLOCK=32)
+            for _ in range(2):
+                toys.centre[(1,)](x, y, 96, BLOCK=32)
         assert t.launches == 2
         assert (t["x"].reads, t["x"].unique_read) == (4, 96 * 4)
         assert (t["y"].writes, t["y"].unique_written) == (2, 96 * 4)
-
-    def test_a_partial_write_shows(self):
-        x = torch.randn(128)
-        with trace() as t:
-            y = copied(x, toys.copy_lower_half)
-        assert t.of(y).writes == 0.5
-        assert t.of(y).unique_written == t.of(y).size // 2
-
-    def test_stride_wastes_sectors(self):
-        x, y = torch.randn(512), torch.empty(128)
-        with trace(x=x) as t:
-            toys.copy_strided[(2,)](x, y, 128, STRIDE=4, BLOCK=64)
-        assert t["x"].read_efficiency == 0.25
-        assert t.of(y).write_efficiency == 1
-
-    def test_expanded_tensor_counts_in_its_logical_size(self):
-        x = torch.ones(1).expand(64)
-        with trace(x=x) as t:
-            toys.copy_strided[(1,)](x, torch.empty(64), 64, STRIDE=0, BLOCK=64)
-        assert t["x"].reads == 1
-        assert t["x"].unique_read == 4
 
     def test_views_are_told_apart_and_overlaps_refused(self):
         base = torch.zeros(128)
@@ -107,62 +122,49 @@ class TestTraffic:
             Copy.apply(x).backward(dy)
         assert t.of(x.grad).writes == t["dy"].reads == 1
 
-    def test_unknown_tensor_has_no_traffic(self):
-        with trace() as t, pytest.raises(KeyError):
-            t.of(torch.empty(4))
-
-    def test_hooks_are_removed(self):
-        with trace() as t:
-            copied(torch.randn(64))
-        copied(torch.randn(64))
-        assert t.launches == 1
-
 
 class TestOutOfBounds:
-    def test_overrun_is_reported_and_not_carried_out(self):
+    @pytest.mark.parametrize("traced", [True, False], ids=["traced", "guards alone"])
+    def test_an_overrun(self, traced):
+        """A trace reports it, and does not let it happen; without one, guards tell of it."""
         x, y = guarded(torch.randn(100)), guarded(torch.randn(100))
-        with trace(x=x.tensor, y=y.tensor) as t:
-            toys.copy_unmasked[(2,)](x.tensor, y.tensor, 100, BLOCK=64)
-        assert [(s.access, s.lanes, s.nearest) for s in t.out_of_bounds] == [
-            ("load", 28, "x +400"),
-            ("store", 28, "y +400"),
-        ]
-        assert (t.out_of_bounds[0].kernel, t.out_of_bounds[0].program) == ("copy_unmasked", (1, 0, 0))
-        assert y.intact()
+
+        def overrun() -> None:
+            toys.copy[(2,)](x.tensor, y.tensor, 100, BLOCK=64, FAULT="overrun")
+
+        if traced:
+            with trace(x=x.tensor, y=y.tensor) as t:
+                overrun()
+            found = [(s.access, s.lanes, s.nearest) for s in t.out_of_bounds]
+            assert found == [("load", 28, "x +400"), ("store", 28, "y +400")]
+            assert (t.out_of_bounds[0].kernel, t.out_of_bounds[0].program) == ("copy", (1, 0, 0))
+        else:
+            overrun()
         assert torch.equal(x.tensor, y.tensor)
-
-    def test_guards_catch_an_overrun_without_a_trace(self):
-        x, y = guarded(torch.randn(100)), guarded(torch.empty(100))
-        toys.copy_unmasked[(2,)](x.tensor, y.tensor, 100, BLOCK=64)
-        assert x.intact()
-        assert not y.intact()
-
-    def test_a_read_of_a_guard_is_nan(self):
-        for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
-            assert guarded(torch.zeros(4)).guard.view(dtype).isnan().all()
+        assert (x.intact(), y.intact()) == (True, traced)
 
 
 class TestHazards:
-    def test_a_merge_by_the_last_program_is_clean(self):
+    @pytest.mark.parametrize(
+        "fault", [{}, {"barrier": False}, {"sem": "relaxed"}, {"sem": "release"}, {"sem": "acquire"}]
+    )
+    def test_a_merge_by_the_last_program(self, fault):
+        """It is clean, and races without proper synchronisation."""
         with trace() as t:
-            column_sums(torch.randn(16, 32))
-        assert not t.hazards
+            column_sums(torch.randn(16, 32), **fault)
+        assert (Hazard("sum_last_done", 1, "partials", "load/store") in t.hazards) is bool(fault)
+        assert bool(t.hazards) is bool(fault)
         assert t["counter"].atomics == 4
         assert t["partials"].reads == t["partials"].writes == 1
 
     @pytest.mark.parametrize(
-        "fault", [{"barrier": False}, {"sem": "relaxed"}, {"sem": "release"}, {"sem": "acquire"}]
+        ("programs", "lanes", "race"), [(3, 1, "store/store"), (1, 2, "lanes")], ids=["programs", "lanes"]
     )
-    def test_a_merge_without_proper_synchronisation_races(self, fault):
-        with trace() as t:
-            column_sums(torch.randn(16, 32), **fault)
-        assert Hazard("sum_last_done", 1, "partials", "load/store") in t.hazards
-
-    def test_two_programs_storing_the_same_bytes(self):
+    def test_two_stores_to_the_same_bytes(self, programs, lanes, race):
         y = torch.empty(32, dtype=torch.int32)
         with trace(y=y) as t:
-            toys.store_everywhere[(3,)](y, BLOCK=32)
-        assert t.hazards == [Hazard("store_everywhere", 1, "y", "store/store")]
+            toys.store_colliding[(programs,)](y, BLOCK=32, LANES=lanes)
+        assert t.hazards == [Hazard("store_colliding", 1, "y", race)]
 
     def test_launches_are_ordered(self):
         x, y = torch.randn(128), torch.empty(128)
@@ -172,28 +174,21 @@ class TestHazards:
         assert not t.hazards
         assert t["y"].writes == 2
 
-    def test_two_lanes_storing_the_same_bytes(self):
-        y = torch.empty(16, dtype=torch.int32)
-        with trace(y=y) as t:
-            toys.store_colliding[(1,)](y, BLOCK=32)
-        assert t.hazards == [Hazard("store_colliding", 1, "y", "lanes")]
-
     @pytest.mark.parametrize("seed", range(4))
     def test_a_store_to_what_others_read_races_in_any_order(self, seed):
-        step = torch.zeros(1, dtype=torch.int32)
+        step = counter()
         with trace(step=step) as t, shuffled(seed):
             toys.advance_step[(4,)](step, torch.empty(4, dtype=torch.int32))
         assert {h.race for h in t.hazards} <= {"load/store", "store/load"}
         assert t.hazards
 
-    @pytest.mark.parametrize("seed", range(3))
-    def test_a_grid_barrier_is_clean(self, seed):
-        x, partials, y = torch.randn(4), torch.empty(4), torch.empty(4)
-        counter = torch.zeros(1, dtype=torch.int32)
+    @pytest.mark.parametrize("seed", range(5))
+    def test_a_grid_barrier_is_clean_and_terminates(self, seed):
         with trace() as t, cooperative(seed):
-            toys.sum_behind_barrier[(4,)](x, partials, counter, y, 4, PROGRAMS=4)
+            y = sum_behind_barrier(torch.arange(8.0), 8)
+        assert (y == 28).all()
         assert not t.hazards
-        assert t["partials"].reads == 4
+        assert t["partials"].reads == 8
 
 
 class TestBuffers:
@@ -201,64 +196,54 @@ class TestBuffers:
     def test_what_is_never_written_is_seen(self, dtype):
         x = torch.ones(128, dtype=getattr(torch, dtype))
         with nan_filled_allocations():
-            whole, half = copied(x), copied(x, toys.copy_lower_half)
+            whole, half = copied(x), copied(x, "half")
         assert bit_identical(whole, x)
         assert bit_identical(half[:64], x[:64])
         assert (half[64:] != half[64:]).all() if half.is_floating_point() else (half[64:] > 100).all()
 
     def test_every_allocator_is_poisoned_and_restored(self):
-        before = torch.empty
-        x = torch.zeros(3, requires_grad=True)
+        before, x = torch.empty, torch.zeros(3, requires_grad=True)
         with nan_filled_allocations():
-            fresh = (
-                torch.empty(3),
-                torch.empty_like(x),
-                torch.empty_strided((3,), (2,)),
-                x.new_empty(3),
-                x.new_empty_strided((3,), (2,)),
-            )
+            fresh = [torch.empty(3), torch.empty_like(x), torch.empty_strided((3,), (2,)), x.new_empty(3)]
+            fresh.append(x.new_empty_strided((3,), (2,)))
         assert all(tensor.isnan().all() for tensor in fresh)
         assert torch.empty is before
 
     @pytest.mark.parametrize("shape", [(), (5,), (2, 3, 4, 4), (0, 3)])
-    def test_guarded_copies_strides_and_values(self, shape):
+    def test_guards_see_one_byte_at_either_end(self, shape):
+        """The copy between them has the strides and values of what was copied, and they are NaN to whoever
+        reads them."""
         x = torch.randn(shape)
         x = x.to(memory_format=torch.channels_last) if x.dim() == 4 else x
-        held = guarded(x)
-        assert bit_identical(held.tensor, x)
-        assert held.tensor.stride() == x.stride()
-        assert held.intact()
-
-    @pytest.mark.parametrize("position", [0, GUARD - 1, -GUARD, -1])
-    def test_guards_see_one_byte_at_either_end(self, position):
-        held = guarded(torch.randn(5))
-        held.buffer[position] = 0
-        assert not held.intact()
+        for position in (None, 0, GUARD - 1, -GUARD, -1):
+            held = guarded(x)
+            assert bit_identical(held.tensor, x)
+            assert held.tensor.stride() == x.stride()
+            if position is not None:
+                held.buffer[position] = 0
+            assert held.intact() is (position is None)
+        for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+            assert held.guard.view(dtype).isnan().all()
 
     def test_bits(self):
-        nan, zero = torch.tensor([float("nan")]), torch.zeros(1)
-        assert bit_identical(nan, nan.clone())
-        assert bit_identical(zero, zero)
-        assert not bit_identical(zero, -zero)
-        assert not bit_identical(zero, zero.double())
-        assert not bit_identical(zero, torch.zeros(1, 1))
-        assert not bit_identical(zero, torch.full((1,), 1e-45))
-        x = torch.randn(2, 3)
-        assert bit_identical(x.t(), x.t().contiguous())
+        nan, zero, x = torch.tensor([float("nan")]), torch.zeros(1), torch.randn(2, 3)
+        for same in (nan.clone(), nan), (zero, zero), (x.t(), x.t().contiguous()):
+            assert bit_identical(*same)
+        for other in (-zero, zero.double(), torch.zeros(1, 1), torch.full((1,), 1e-45)):
+            assert not bit_identical(zero, other)
 
 
 class TestOrders:
-    def test_last_program_done_gives_the_same_bits_in_any_order(self):
+    @ORDERS
+    def test_last_program_done_gives_the_same_bits_in_any_order(self, order):
         x = torch.randn(64, 32)
         expected = column_sums(x, programs=16)
         assert torch.allclose(expected, x.sum(0), atol=1e-5)
         for seed in range(5):
-            with shuffled(seed):
-                assert bit_identical(column_sums(x, programs=16), expected)
-            with cooperative(seed):
+            with order(seed):
                 assert bit_identical(column_sums(x, programs=16), expected)
 
-    @pytest.mark.parametrize("order", [shuffled, cooperative])
+    @ORDERS
     def test_a_float_sum_by_atomics_does_not(self, order):
         x, sums = torch.randn(64), set()
         for seed in range(8):
@@ -269,31 +254,19 @@ class TestOrders:
         assert len(sums) > 1
 
     @pytest.mark.parametrize("grid", [(5,), (2, 3), lambda _: (2, 1, 3), (0,)])
-    @pytest.mark.parametrize("order", [shuffled, cooperative])
-    def test_every_program_runs_once(self, order, grid):
+    @ORDERS
+    def test_every_program_runs_once(self, order: Any, grid: Any):
         count = torch.zeros(1)
         with order(0):
-            toys.count_programs[grid](count)
+            toys.count_programs[grid](count, -1)
         expected = grid(None) if callable(grid) else grid
         assert count.item() == torch.tensor(expected).prod()
 
-    @pytest.mark.parametrize("seed", range(5))
-    def test_grid_barrier_terminates(self, seed):
-        x, y = torch.arange(8.0), torch.empty(8)
-        counter = torch.zeros(1, dtype=torch.int32)
-        with cooperative(seed):
-            toys.sum_behind_barrier[(8,)](x, torch.empty(8), counter, y, 8, PROGRAMS=8)
-        assert (y == 28).all()
-
     @pytest.mark.parametrize("programs", [1, 4])
     def test_deadlock_is_found(self, programs):
-        x = torch.ones(programs)
-        counter = torch.zeros(1, dtype=torch.int32)
         with cooperative(), pytest.raises(Deadlock):
-            toys.sum_behind_barrier[(programs,)](
-                x, torch.empty_like(x), counter, torch.empty_like(x), programs + 1, PROGRAMS=programs
-            )
+            sum_behind_barrier(torch.ones(programs), programs + 1)
 
     def test_the_error_of_one_program_ends_the_launch(self):
         with cooperative(), pytest.raises(Exception, match="a program fails"):
-            toys.fail[(4,)](torch.zeros(1), 2)
+            toys.count_programs[(4,)](torch.zeros(1), 2)

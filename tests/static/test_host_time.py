@@ -7,94 +7,75 @@ The bounds are in codegen/budgets.csv.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import argparse
+import functools
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 import bnfast
-from bnfast.kernels import steps
+from benchmarks import host, records, timing
 from codegen import budgets
-from codegen.fake_driver import FakeDriver, host_microseconds
+from codegen.fake_driver import host_microseconds
 from codegen.launches import as_on_a_gpu
-from tests.support import kernel_calls as kernels
 
 pytestmark = pytest.mark.static
 
 
-@pytest.fixture
-def driver() -> Iterator[FakeDriver]:
-    """CPU tensors take the kernels' path, and one thread does everything."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with as_on_a_gpu() as driver:
-        yield driver
-    torch.set_num_threads(threads)
+def arguments(function: str, gradient: bool) -> tuple[object, ...]:
+    def parameter(value: float, size: int) -> Tensor:
+        return torch.full((size,), value, requires_grad=gradient)
+
+    if function == "layer_norm":
+        return torch.randn(4, 64), (64,), parameter(1.0, 64), parameter(0.0, 64)
+    statistics = torch.zeros(4), torch.ones(4)
+    return torch.randn(2, 4, 2, 2), *statistics, parameter(1.0, 4), parameter(0.0, 4), True
 
 
-def within_budget(
-    name: str, given: tuple[object, ...], gradient: bool, driver: FakeDriver,
-    capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
-    """Asserts that our function of this name launches as many kernels as the budget says, and takes at most
-    so many times as long as torch's."""
-    launches, ratio = budgets.host(name)
-    our_function, their_function = (getattr(library, name) for library in (bnfast.functional, F))
-
-    def ours() -> object:
-        return our_function(*given)
-
-    def theirs() -> object:
-        return their_function(*given)
-
-    ours()
-    before = driver.launches
-    ours()
-    assert driver.launches - before == launches
-    # Interleaved, and the quickest of many rounds: what else the machine does only ever adds time.
-    # A machine with no quiet moment gets more of them.
+@pytest.mark.parametrize("gradient", [False, True], ids=["no gradient", "gradient"])
+@pytest.mark.parametrize("function", ["batch_norm", "layer_norm"])
+def test_a_forward_is_within_its_budget(
+    function: str, gradient: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Our function launches as many kernels as the budget says, and takes at most so many times as long as
+    torch's."""
+    launches, ratio = budgets.host(function)
+    given = arguments(function, gradient)
+    ours, theirs = (
+        functools.partial(getattr(library, function), *given) for library in (bnfast.functional, F)
+    )
     mine = other = float("inf")
-    for done in range(1200):
-        if done >= 60 and mine <= ratio * other:
-            break
-        mine = min(mine, host_microseconds(ours, 100, 1))
-        other = min(other, host_microseconds(theirs, 100, 1))
+    with timing.one_thread(), as_on_a_gpu() as driver:
+        ours()
+        before = driver.launches
+        ours()
+        assert driver.launches - before == launches
+        # Interleaved, and the quickest of many rounds: what else the machine does only ever adds time.
+        # A machine with no quiet moment gets more of them.
+        for done in range(1200):
+            if done >= 60 and mine <= ratio * other:
+                break
+            mine = min(mine, host_microseconds(ours, 100, 1))
+            other = min(other, host_microseconds(theirs, 100, 1))
     told = (
         f"host time of a forward {'with' if gradient else 'without'} gradient: {mine:.1f} us, "
-        f"F.{name} {other:.1f} us, ratio {mine / other:.2f}"
+        f"F.{function} {other:.1f} us, ratio {mine / other:.2f}"
     )
     with capsys.disabled():
         print(f"\n  {told}")
     assert mine <= ratio * other, f"{told}; {budgets.PATH.name} allows {ratio}"
 
 
-BOTH = pytest.mark.parametrize("gradient", [False, True], ids=["no gradient", "gradient"])
-
-
-@BOTH
-def test_batch_norm(gradient: bool, driver: FakeDriver, capsys: pytest.CaptureFixture[str]) -> None:
-    x = torch.randn(2, 4, 2, 2)
-    parameters = [torch.ones(4, requires_grad=gradient), torch.zeros(4, requires_grad=gradient)]
-    given = (x, torch.zeros(4), torch.ones(4), *parameters, True)
-    within_budget("batch_norm", given, gradient, driver, capsys)
-
-
-@BOTH
-def test_layer_norm(gradient: bool, driver: FakeDriver, capsys: pytest.CaptureFixture[str]) -> None:
-    x = torch.randn(4, 64)
-    parameters = [torch.ones(64, requires_grad=gradient), torch.zeros(64, requires_grad=gradient)]
-    within_budget("layer_norm", (x, (64,), *parameters), gradient, driver, capsys)
-
-
-@pytest.mark.usefixtures("driver")
-def test_launch_binds_once() -> None:
-    """From the second call on, a launch goes straight to the compiled kernel, on this version of Triton
-    too.
-    """
-    x = torch.randn(2, 4, 2, 2)
-    for _ in range(2):
-        kernels.batch_norm_train(x)
-    known = list(steps._steps.values())
-    assert len(known) == 1
-    assert all(step.first._bound and step.second._bound for step in known)
+def test_the_host_job_from_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four functions with and without gradient, ours and torch's."""
+    monkeypatch.setattr(host, "ROUNDS", 2)
+    monkeypatch.setattr(host, "CALLS", 2)
+    options = argparse.Namespace(device="cpu", out=tmp_path)
+    assert host.run(options, ["matplotlib"]) == 0
+    (file,) = tmp_path.glob("*/host.csv")
+    found = records.read(file)
+    assert found["variant"].tolist() == ["bnfast", "torch"] * 8
+    assert (found["host_us"] > 0).all()

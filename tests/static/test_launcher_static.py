@@ -1,7 +1,8 @@
-"""What a launch says to Triton, whom it tells of itself, what it keeps alive; with a driver of no device."""
+"""What a launch says to Triton, which hooks it calls, and what it keeps alive; with a driver of no device."""
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import warnings
 import weakref
@@ -14,7 +15,6 @@ import triton
 
 from benchmarks import machine
 from bnfast.kernels import steps
-from bnfast.kernels.launch import Launch
 from codegen.fake_driver import FakeDriver, fake_driver
 from codegen.launches import as_on_a_gpu
 from codegen.sass import compile_kernel
@@ -37,116 +37,88 @@ def forward(columns: int = 2) -> None:
     kernels.batch_norm_train(torch.ones(2, 4, 2, columns))
 
 
-def known() -> list[Launch]:
-    return [launch for step in steps._steps.values() for launch in (step.first, step.second)]
+def bound() -> list[Any]:
+    """What each launch that is known keeps of its compiled kernel: None before there is one to keep."""
+    return [launch._bound for step in steps._steps.values() for launch in (step.first, step.second)]
 
 
-def launch_them_all() -> None:
-    forward()
-    x = torch.ones(1024)
-    machine.copy(x, x)
-    machine.empty(x, 1)
-
-
-def compile_one() -> None:
-    compile_kernel(toys.copy, {"x": "*fp16", "y": "*fp16", "n": "i32"}, {"BLOCK": 64})
-
-
-def compiled_by(driver: FakeDriver) -> list[Any]:
-    caches = [source.fn.device_caches[driver.get_current_device()][0] for source in driver._launched]
-    return [kernel for cache in caches for kernel in cache.values()]
-
-
-@pytest.mark.parametrize("default", ["0", "1"])
+@pytest.mark.parametrize("default", [None, "0", "1"])
 def test_contraction_is_no_matter_of_a_default(
-    default: str, driver: FakeDriver, monkeypatch: pytest.MonkeyPatch
+    default: str | None, driver: FakeDriver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A default that versions and environments change must not decide how results are rounded."""
-    monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", default)
-    launch_them_all()
-    found = compiled_by(driver)
-    assert {kernel.name for kernel in found} == {
-        "statistics_kernel", "transform_kernel", "copy_kernel", "empty_kernel",
-    }  # fmt: skip
-    assert all(kernel.metadata.enable_fp_fusion for kernel in found)
-
-
-@pytest.mark.parametrize("work", [launch_them_all, compile_one])
-@pytest.mark.usefixtures("driver")
-def test_no_launch_is_warned_of_a_default(work: Callable[[], None], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Triton 3.9 warns whoever does not say whether products are to be contracted, once a process."""
+    """A default that versions and environments change must not decide how results are rounded. Triton 3.9
+    warns whoever relies on it, once a process."""
     monkeypatch.delenv("TRITON_DEFAULT_FP_FUSION", raising=False)
-    warn_once = getattr(triton._utils, "warn_once", None)
-    if warn_once is not None:
-        warn_once.cache_clear()
+    if default is not None:
+        monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", default)
+    if hasattr(triton._utils, "warn_once"):
+        triton._utils.warn_once.cache_clear()
+    x = torch.ones(1024)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        work()
+        forward()
+        machine.copy(x, x)
+        machine.empty(x, 1)
+        compile_kernel(toys.copy, x, x, 1024, BLOCK=64)
+    found = {kernel.name: kernel.metadata.enable_fp_fusion for kernel in driver.compiled()}
+    names = ("statistics_kernel", "transform_kernel", "copy_kernel", "empty_kernel")
+    assert found == dict.fromkeys(names, True)
 
 
-def chained(hook: Callable[..., None], monkeypatch: pytest.MonkeyPatch, name: str) -> Callable[[], None]:
-    chain = getattr(runtime, name)
-    chain.add(hook)
-    return lambda: chain.remove(hook)
-
-
-def assigned(hook: Callable[..., None], monkeypatch: pytest.MonkeyPatch, name: str) -> Callable[[], None]:
-    monkeypatch.setattr(runtime, name, hook)
-    return monkeypatch.undo
-
-
-def own_chain(hook: Callable[..., None], monkeypatch: pytest.MonkeyPatch, name: str) -> Callable[[], None]:
-    chain = type(getattr(runtime, name))()
-    monkeypatch.setattr(runtime, name, chain)
-    chain.add(hook)
-    return lambda: chain.remove(hook)
+@contextlib.contextmanager
+def hooked(name: str, hook: Callable[..., None], how: str = "chained") -> Iterator[None]:
+    """Triton calls the hook at each launch: it is added to Triton's own chain, or to another one in its
+    place, or takes that place itself."""
+    with pytest.MonkeyPatch.context() as patch:
+        if how == "assigned":
+            patch.setattr(runtime, name, hook)
+            yield
+            return
+        if how == "another chain":
+            patch.setattr(runtime, name, type(getattr(runtime, name))())
+        chain = getattr(runtime, name)
+        chain.add(hook)
+        try:
+            yield
+        finally:
+            chain.remove(hook)
 
 
 @pytest.mark.parametrize("name", ["launch_enter_hook", "launch_exit_hook"])
-@pytest.mark.parametrize("add", [chained, assigned, own_chain])
-def test_hooks_see_every_launch(
-    add: Callable[..., Callable[[], None]], name: str, driver: FakeDriver, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Those that bound launches make as well, however the hook was set, and no more once it is gone."""
+@pytest.mark.parametrize("how", ["chained", "another chain", "assigned"])
+def test_hooks_see_every_launch(how: str, name: str, driver: FakeDriver) -> None:
+    """Those that bound launches make as well, which are bound from the second call on; however the hook was
+    set, and no more once it is gone."""
     seen: list[str] = []
-
-    def hook(launch_metadata: Any) -> None:
-        seen.append(launch_metadata.get()["name"])
-
     for _ in range(2):
         forward()
-    bound = [launch._bound for launch in known()]
-    assert all(bound)
-    remove = add(hook, monkeypatch, name)
-    try:
+    before = bound()
+    assert len(before) == 2
+    assert all(before)
+    with hooked(name, lambda launch_metadata: seen.append(launch_metadata.get()["name"]), how):
         forward()
         forward()
         assert seen == ["statistics_kernel", "transform_kernel"] * 2
-    finally:
-        remove()
     forward()
     assert len(seen) == 4
     assert driver.launches == 10
-    assert [launch._bound for launch in known()] == bound
+    assert bound() == before
 
 
 @pytest.mark.usefixtures("driver")
-def test_code_compiled_for_hooks_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_code_compiled_for_hooks_is_not_kept() -> None:
     """A profiler may ask for code that is not what runs without it."""
-    remove = chained(lambda launch_metadata: None, monkeypatch, "launch_enter_hook")
-    try:
+    with hooked("launch_enter_hook", lambda launch_metadata: None):
         forward()
-        assert not any(launch._bound for launch in known())
-    finally:
-        remove()
+        assert bound() == [None, None]
     forward()
-    assert all(launch._bound for launch in known())
+    assert all(bound())
 
 
 def test_a_launch_keeps_its_code_loaded(driver: FakeDriver) -> None:
     """Triton unloads a kernel's module with the kernel, which its caches may be the only ones to hold."""
     forward(columns=3)
-    kernels = [weakref.ref(kernel) for kernel in compiled_by(driver)]
+    kernels = [weakref.ref(kernel) for kernel in driver.compiled()]
     driver.forget()
     gc.collect()
     assert len(kernels) == 2
@@ -164,5 +136,5 @@ def test_nothing_is_unloaded_by_another_driver(capfd: pytest.CaptureFixture[str]
     with fake_driver() as second:
         del launched
         gc.collect()
-        assert (first.utils.unloaded, second.utils.unloaded) == (0, 0)
+        assert (first.unloaded, second.unloaded) == (0, 0)
     assert "Exception ignored" not in capfd.readouterr().err

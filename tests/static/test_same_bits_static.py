@@ -7,6 +7,7 @@ its last bit. That is read off machine code, since the assembler contracts as we
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterator
 
@@ -14,31 +15,24 @@ import pytest
 import torch
 
 from codegen import launches, sass, sass_flow
-from codegen.budget_cases import BF16, ENTRIES, FP32, Entry
+from codegen.budget_cases import CASES, FP32, LAST, layers
 from codegen.cases import Case
 from tests.support import toys
 
 pytestmark = pytest.mark.static
 
-FP64 = torch.float64
 REGISTER = re.compile(r"R(\d+)")
-
-
-def entry(
-    norm: str, shape: tuple[int, ...], dtype: torch.dtype, last: bool, groups: int = 0, after: str = ""
-) -> Entry:
-    return Entry(Case(norm, shape, groups, dtype, last, after[-4:] or None, after.startswith("z")))
 
 
 # few elements a thread, so that it adds up none, or few, of its own before those of others
 SMALL = (
-    entry("BatchNorm", (2, 7, 5, 5), BF16, False),
-    entry("GroupNorm", (2, 30, 9, 9), FP32, False, 5),
-    entry("GroupNorm", (2, 30, 9, 9), BF16, True, 5),
-    entry("GroupNorm", (4, 12, 5, 5), FP64, False, 3, "relu"),
-    entry("InstanceNorm", (2, 8, 3, 3), FP32, False, 8),
-    entry("LayerNorm", (1, 16), FP32, False),
-    entry("BatchNorm", (2, 4, 2, 2), FP32, False),
+    *layers("BatchNorm", (2, 7, 5, 5)),
+    *layers("BatchNorm", (2, 4, 2, 2), dtypes=[FP32]),
+    *layers("GroupNorm", (2, 30, 9, 9), groups=5, dtypes=[FP32]),
+    *layers("GroupNorm", (2, 30, 9, 9), last=LAST, groups=5),
+    *layers("GroupNorm", (4, 12, 5, 5), after=["relu"], groups=3, dtypes=[torch.float64]),
+    *layers("InstanceNorm", (2, 8, 3, 3), dtypes=[FP32]),
+    *layers("LayerNorm", (1, 16), dtypes=[FP32]),
 )
 
 
@@ -70,18 +64,17 @@ def contracted(text: str) -> Iterator[str]:
                 handed -= written(ins)
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "fp64"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("rounded", [False, True], ids=["contracted", "rounded"])
-def test_what_is_looked_for(rounded: bool, dtype: str) -> None:
+def test_what_is_looked_for(rounded: bool, dtype: torch.dtype) -> None:
     """Kernels that add up products of lanes, as they come and rounded first."""
-    signature = dict.fromkeys(("x", "y", "sum"), f"*{dtype}")
-    report = sass.compile_kernel(toys.dot, signature, {"BLOCK": 32, "ROUNDED": rounded}, num_warps=1)
+    x = torch.empty(32, dtype=dtype)
+    report = sass.compile_kernel(toys.dot, x, x, x, BLOCK=32, ROUNDED=rounded, num_warps=1)
     assert "SHFL.BFLY" in report.text
     assert bool(list(contracted(report.text))) is not rounded
 
 
-@pytest.mark.parametrize("entry", [*SMALL, *ENTRIES], ids=str)
-def test_lanes_agree(entry: Entry) -> None:
-    for several in launches.of_case(entry.case, entry.training).values():
-        for each in several:
-            assert not list(contracted(sass.report(each.code).text)), each.kernel
+@pytest.mark.parametrize("case", [*SMALL, *CASES], ids=str)
+def test_lanes_agree(case: Case) -> None:
+    for each in itertools.chain(*launches.of_case(case).values()):
+        assert not list(contracted(sass.report(each.code).text)), each.kernel

@@ -131,21 +131,11 @@ def gradients_asked_for() -> Iterator[list[tuple[bool, bool, bool]]]:
 NORMS = {"batch": batch_norm_op.NORM, "group": group_norm_op.NORM, "layer": layer_norm_op.NORM}
 
 
-@contextlib.contextmanager
-def refusing(norm: str, name: str) -> Iterator[None]:
-    """The forward or the backward of a norm finds all sizes too large."""
-
-    def refuse(*_: Any, **__: Any) -> Any:
-        raise plan.TooLarge("as sizes beyond 32 bits would be")
-
-    brought = NORMS[norm]
-    kernels = brought.kernels
-    assert kernels is not None
-    object.__setattr__(brought, "kernels", kernels._replace(**{name: refuse}))
-    try:
-        yield
-    finally:
-        object.__setattr__(brought, "kernels", kernels)
+def refusing(norm: str, name: str) -> contextlib.AbstractContextManager[Any]:
+    """Within, the forward or the backward of a norm finds all sizes too large."""
+    brought, refuse = NORMS[norm], mock.Mock(side_effect=plan.TooLarge("as sizes beyond 32 bits would be"))
+    assert brought.kernels is not None
+    return mock.patch.dict(vars(brought), kernels=brought.kernels._replace(**{name: refuse}))
 
 
 def workspaces_asked_for(monkeypatch: pytest.MonkeyPatch) -> list[bool]:

@@ -10,17 +10,12 @@ from bnfast.kernels.moments import product
 
 
 @triton.jit
-def copy(x, y, n, BLOCK: tl.constexpr):
-    """y = x: right in every respect."""
+def copy(x, y, n, BLOCK: tl.constexpr, STRIDE: tl.constexpr = 1, FAULT: tl.constexpr = ""):
+    """y = x[::STRIDE], which fetches STRIDE times the sectors it needs. FAULT: "overrun", of both tensors
+    when n is no multiple of BLOCK; "half", where the upper half of y is never written."""
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    tl.store(y + i, tl.load(x + i, mask=i < n), mask=i < n)
-
-
-@triton.jit
-def copy_strided(x, y, n, STRIDE: tl.constexpr, BLOCK: tl.constexpr):
-    """y = x[::STRIDE]: fetches STRIDE times the sectors it needs."""
-    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    tl.store(y + i, tl.load(x + i * STRIDE, mask=i < n), mask=i < n)
+    mask = i >= 0 if FAULT == "overrun" else i < n
+    tl.store(y + i, tl.load(x + i * STRIDE, mask=mask), mask=i < n // 2 if FAULT == "half" else mask)
 
 
 @triton.jit
@@ -36,29 +31,17 @@ def centre(x, y, n, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def copy_unmasked(x, y, n, BLOCK: tl.constexpr):
-    """Overruns both tensors when n is no multiple of BLOCK."""
-    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    tl.store(y + i, tl.load(x + i))
+def centre_in_registers(x, y, BLOCK: tl.constexpr):
+    """Keeps a whole tile for its second step: spills when BLOCK is too large for the CTA."""
+    i = tl.arange(0, BLOCK)
+    tile = tl.load(x + i).to(tl.float32)
+    tl.store(y + i, tile - tl.sum(tile, 0) / BLOCK)
 
 
 @triton.jit
-def copy_lower_half(x, y, n, BLOCK: tl.constexpr):
-    """Never writes the upper half of y."""
-    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    tl.store(y + i, tl.load(x + i, mask=i < n), mask=i < n // 2)
-
-
-@triton.jit
-def store_everywhere(y, BLOCK: tl.constexpr):
-    """All programs store the same bytes."""
-    tl.store(y + tl.arange(0, BLOCK), tl.program_id(0))
-
-
-@triton.jit
-def store_colliding(y, BLOCK: tl.constexpr):
-    """Two lanes of one store meet on every element."""
-    tl.store(y + tl.arange(0, BLOCK) // 2, tl.arange(0, BLOCK))
+def store_colliding(y, BLOCK: tl.constexpr, LANES: tl.constexpr):
+    """So many lanes of one store meet on every element, and so do all programs."""
+    tl.store(y + tl.arange(0, BLOCK) // LANES, tl.arange(0, BLOCK) + tl.program_id(0))
 
 
 @triton.jit
@@ -112,57 +95,26 @@ def sum_behind_barrier(x, partials, counter, y, expected, PROGRAMS: tl.constexpr
 
 
 @triton.jit
-def sum_rows(x, y, rows, UNROLL: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr):
-    """One tile of x a row, UNROLL rows an iteration; STAGES > 1 sends them through asynchronous copies."""
-    i = tl.arange(0, UNROLL * BLOCK)
-    total = tl.zeros((BLOCK,), tl.float32)
-    for row in tl.range(0, rows, UNROLL, num_stages=STAGES):
-        tile = tl.load(x + tl.cast(row, tl.int64) * BLOCK + i)
-        total += tl.sum(tl.reshape(tile, (UNROLL, BLOCK)).to(tl.float32), 0)
-    tl.store(y + tl.arange(0, BLOCK), total)
-
-
-@triton.jit
-def centre_in_registers(x, y, BLOCK: tl.constexpr):
-    """Keeps a whole tile for its second step: spills when BLOCK is too large for the CTA."""
+def sum_rows(x, y, rows, BLOCK: tl.constexpr, UNROLL: tl.constexpr = 1, PARTS: tl.constexpr = 0):
+    """One tile of x a row, UNROLL rows an iteration. PARTS: each part of the sums is added up in turn."""
     i = tl.arange(0, BLOCK)
-    tile = tl.load(x + i).to(tl.float32)
-    tl.store(y + i, tile - tl.sum(tile, 0) / BLOCK)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for row in tl.range(0, rows, UNROLL, num_stages=1):
+        tile = tl.load(x + tl.cast(row, tl.int64) * BLOCK + tl.arange(0, UNROLL * BLOCK))
+        total += tl.sum(tl.reshape(tile, (UNROLL, BLOCK)).to(tl.float32), 0)
+    if PARTS == 0:
+        tl.store(y + i, total)
+    else:
+        for part in tl.range(0, PARTS):
+            tl.store(y + part, tl.sum(tl.where(i // (BLOCK // PARTS) == part, total, 0.0), 0))
 
 
 @triton.jit
-def count_programs(count):
-    """One for every program that runs."""
-    tl.atomic_add(count, 1.0)
-
-
-@triton.jit
-def fail(count, culprit):
-    """One program fails while the others are under way. Interpreted only: there static_assert is dynamic."""
+def count_programs(count, culprit):
+    """One for every program that runs, of which one fails while the others are under way. Interpreted only:
+    there static_assert is dynamic."""
     tl.atomic_add(count, 1.0)
     tl.static_assert(tl.program_id(0) != culprit, "a program fails")
-    tl.atomic_add(count, 1.0)
-
-
-@triton.jit
-def copy_or_zero(x, y, BLOCK: tl.constexpr):
-    """y = x, or 0 where there is no x."""
-    i = tl.arange(0, BLOCK)
-    if x is None:
-        tl.store(y + i, 0.0)
-    else:
-        tl.store(y + i, tl.load(x + i))
-
-
-@triton.jit
-def sum_parts(x, y, rows, BLOCK: tl.constexpr, PARTS: tl.constexpr):
-    """Sums over rows, then over each part of a row, one part after another."""
-    i = tl.arange(0, BLOCK)
-    total = tl.zeros((BLOCK,), tl.float32)
-    for row in tl.range(0, rows):
-        total += tl.load(x + tl.cast(row, tl.int64) * BLOCK + i).to(tl.float32)
-    for part in tl.range(0, PARTS):
-        tl.store(y + part, tl.sum(tl.where(i // (BLOCK // PARTS) == part, total, 0.0), 0))
 
 
 @triton.jit
