@@ -10,7 +10,7 @@ import torch
 
 from tests.support import toys
 from tests.support.buffers import GUARD, bit_identical, guarded, nan_filled_allocations
-from tests.support.cooperative import Deadlock, cooperative, shuffled
+from tests.support.orders import shuffled
 from tests.support.trace import Hazard, trace
 
 
@@ -186,15 +186,6 @@ class TestHazards:
         assert {h.race for h in t.hazards} <= {"load/store", "store/load"}
         assert t.hazards
 
-    @pytest.mark.parametrize("seed", range(3))
-    def test_a_grid_barrier_is_clean(self, seed):
-        x, partials, y = torch.randn(4), torch.empty(4), torch.empty(4)
-        counter = torch.zeros(1, dtype=torch.int32)
-        with trace() as t, cooperative(seed):
-            toys.sum_behind_barrier[(4,)](x, partials, counter, y, 4, PROGRAMS=4)
-        assert not t.hazards
-        assert t["partials"].reads == 4
-
 
 class TestBuffers:
     @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "int32", "uint8"])
@@ -255,45 +246,20 @@ class TestOrders:
         for seed in range(5):
             with shuffled(seed):
                 assert bit_identical(column_sums(x, programs=16), expected)
-            with cooperative(seed):
-                assert bit_identical(column_sums(x, programs=16), expected)
 
-    @pytest.mark.parametrize("order", [shuffled, cooperative])
-    def test_a_float_sum_by_atomics_does_not(self, order):
+    def test_a_float_sum_by_atomics_does_not(self):
         x, sums = torch.randn(64), set()
         for seed in range(8):
             y = torch.zeros(1)
-            with order(seed):
+            with shuffled(seed):
                 toys.sum_by_atomics[(64,)](x, y)
             sums.add(y.item())
         assert len(sums) > 1
 
     @pytest.mark.parametrize("grid", [(5,), (2, 3), lambda _: (2, 1, 3), (0,)])
-    @pytest.mark.parametrize("order", [shuffled, cooperative])
-    def test_every_program_runs_once(self, order, grid):
-        count = torch.zeros(1)
-        with order(0):
+    def test_every_program_runs_once(self, grid):
+        count = torch.zeros(6)
+        with shuffled(0):
             toys.count_programs[grid](count)
-        expected = grid(None) if callable(grid) else grid
-        assert count.item() == torch.tensor(expected).prod()
-
-    @pytest.mark.parametrize("seed", range(5))
-    def test_grid_barrier_terminates(self, seed):
-        x, y = torch.arange(8.0), torch.empty(8)
-        counter = torch.zeros(1, dtype=torch.int32)
-        with cooperative(seed):
-            toys.sum_behind_barrier[(8,)](x, torch.empty(8), counter, y, 8, PROGRAMS=8)
-        assert (y == 28).all()
-
-    @pytest.mark.parametrize("programs", [1, 4])
-    def test_deadlock_is_found(self, programs):
-        x = torch.ones(programs)
-        counter = torch.zeros(1, dtype=torch.int32)
-        with cooperative(), pytest.raises(Deadlock):
-            toys.sum_behind_barrier[(programs,)](
-                x, torch.empty_like(x), counter, torch.empty_like(x), programs + 1, PROGRAMS=programs
-            )
-
-    def test_the_error_of_one_program_ends_the_launch(self):
-        with cooperative(), pytest.raises(Exception, match="a program fails"):
-            toys.fail[(4,)](torch.zeros(1), 2)
+        programs = torch.tensor(grid(None) if callable(grid) else grid).prod()
+        assert count.tolist() == [1.0] * programs + [0.0] * (6 - programs)

@@ -16,9 +16,9 @@ from bnfast.checks.cases import given as tensors_of
 from bnfast.functional import layer_norm as layer_norm_function
 from tests.support import kernel_calls
 from tests.support.buffers import bit_identical, guarded, nan_filled_allocations
-from tests.support.cooperative import shuffled
 from tests.support.families import BF16, FP32, layouts
 from tests.support.layers import both_layouts
+from tests.support.orders import shuffled
 
 CPU = torch.device("cpu")
 # every addressing: planes, odd sizes, runs in pieces; cells and rows that are held, and that are not

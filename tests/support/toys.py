@@ -99,19 +99,6 @@ def sum_by_atomics(x, y):
 
 
 @triton.jit
-def sum_behind_barrier(x, partials, counter, y, expected, PROGRAMS: tl.constexpr):
-    """Every program waits until `expected` programs have arrived, then adds up all partials."""
-    pid = tl.program_id(0)
-    tl.store(partials + pid, tl.load(x + pid))
-    tl.debug_barrier()
-    tl.atomic_add(counter, 1)
-    while tl.atomic_add(counter, 0, sem="acquire") < expected:
-        pass
-    tl.debug_barrier()
-    tl.store(y + pid, tl.sum(tl.load(partials + tl.arange(0, PROGRAMS)), 0))
-
-
-@triton.jit
 def sum_rows(x, y, rows, UNROLL: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr):
     """One tile of x a row, UNROLL rows an iteration; STAGES > 1 sends them through asynchronous copies."""
     i = tl.arange(0, UNROLL * BLOCK)
@@ -132,16 +119,10 @@ def centre_in_registers(x, y, BLOCK: tl.constexpr):
 
 @triton.jit
 def count_programs(count):
-    """One for every program that runs."""
-    tl.atomic_add(count, 1.0)
-
-
-@triton.jit
-def fail(count, culprit):
-    """One program fails while the others are under way. Interpreted only: there static_assert is dynamic."""
-    tl.atomic_add(count, 1.0)
-    tl.static_assert(tl.program_id(0) != culprit, "a program fails")
-    tl.atomic_add(count, 1.0)
+    """Each program adds one to an element of its own."""
+    row = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
+    number = row * tl.num_programs(2) + tl.program_id(2)
+    tl.atomic_add(count + number, 1.0)
 
 
 @triton.jit
