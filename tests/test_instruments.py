@@ -139,7 +139,7 @@ class TestOutOfBounds:
 
     def test_a_read_of_a_guard_is_nan(self):
         for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
-            assert guarded(torch.zeros(4)).guard.view(dtype).isnan().all()
+            assert guarded(torch.zeros(4)).before.view(dtype).isnan().all()
 
 
 class TestHazards:
