@@ -51,8 +51,9 @@ every_way = pytest.mark.parametrize(
 
 
 def launches_of(known: Iterable[Any]) -> list[Launch]:
-    found = (part for step in known for part in vars(step).values() if isinstance(part, Launch))
-    return list({id(launch): launch for launch in found}.values())
+    values = [value for step in known for value in vars(step).values()]
+    parts = [part for value in values for part in (value if isinstance(value, tuple) else (value,))]
+    return list({id(part): part for part in parts if isinstance(part, Launch)}.values())
 
 
 @every_way

@@ -40,7 +40,8 @@ def test_against_fp64(case: Case, path: str) -> None:
         g = given(case, CPU)
         found = one_step.run(case, bnfast, g)
         for name, verdict in truth.judge(case, g, found).items():
-            assert verdict.rms <= (4 if case.dtype == BF16 else 8) * torch.finfo(found[name].dtype).eps, name
+            dtype = found[name].dtype
+            assert verdict.rms <= (4 if dtype == BF16 else 8) * torch.finfo(dtype).eps, name
 
 
 def algorithm_1(

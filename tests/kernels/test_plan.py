@@ -53,15 +53,8 @@ def test_large_shapes_fill_the_gpu(c: int, hw: int, channels_last: bool) -> None
         assert sweep.tail_bytes <= 0.3 * p.x_bytes / SMS
 
 
-FEW = [
-    (1, 1, 10**7),
-    (10**6, 1, 1),
-    (131072, 1, 1),
-    (64, 1, 4096),
-    (1, 8, 102400),
-    (1, 32, 64**3),
-    (1, 3, 10**6),
-]
+# one channel, one sample, or little more
+FEW = [(1, 1, 10**7), (10**6, 1, 1), (1, 32, 64**3), (1, 3, 10**6), (64, 1, 64**3), (64, 8, 102400)]
 
 
 @pytest.mark.parametrize("channels_last", [True, False], ids=["channels_last", "contiguous"])
