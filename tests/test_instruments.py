@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.support import toys
-from tests.support.buffers import GUARD, bit_identical, guarded, nan_filled_allocations
+from tests.support.buffers import GUARD, bit_identical, guarded, nan_filled_allocations, shifted
 from tests.support.orders import shuffled
 from tests.support.trace import Hazard, trace
 
@@ -215,10 +215,12 @@ class TestBuffers:
     def test_guarded_copies_strides_and_values(self, shape):
         x = torch.randn(shape)
         x = x.to(memory_format=torch.channels_last) if x.dim() == 4 else x
-        held = guarded(x)
-        assert bit_identical(held.tensor, x)
-        assert held.tensor.stride() == x.stride()
-        assert held.intact()
+        for tensor in (x, shifted(x, 1)):
+            held = guarded(tensor)
+            assert bit_identical(held.tensor, x)
+            assert held.tensor.stride() == x.stride()
+            assert held.tensor.data_ptr() % 16 == tensor.data_ptr() % 16
+            assert held.intact()
 
     @pytest.mark.parametrize("position", [0, GUARD - 1, -GUARD, -1])
     def test_guards_see_one_byte_at_either_end(self, position):

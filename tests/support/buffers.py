@@ -72,11 +72,8 @@ def guarded(tensor: torch.Tensor) -> Guarded:
     span = 1 + sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
     size = span * tensor.element_size() if tensor.numel() else 0
     start = GUARD + tensor.data_ptr() % 16
-    word = next(GUARD_WORDS)
-    before, after = (
-        torch.full((length // 2,), word, dtype=torch.int16, device=tensor.device).view(torch.uint8)
-        for length in (start, GUARD)
-    )
+    words = torch.full(((start + GUARD) // 2,), next(GUARD_WORDS), dtype=torch.int16, device=tensor.device)
+    before, after = words.view(torch.uint8).split((start, GUARD))
     buffer = torch.cat((before, torch.zeros(size, dtype=torch.uint8, device=tensor.device), after))
     inner = buffer[start : start + size].view(tensor.dtype).as_strided(tensor.shape, tensor.stride())
     inner.copy_(tensor.detach())
