@@ -48,16 +48,15 @@ FEWEST_SECONDS = 8.0  # for a part to begin at all
 # What compute-sanitizer runs, many times slower: whole channels_last rows, planes, and a row a channel.
 SANITIZED = (
     "-m", "gpu", "tests/gpu/test_parity.py",
-    "-k", "forms and bfloat16 and (9x24x50 or 6x24x14x14 or 200x24)",
+    "-k", "forms- and bfloat16 and (9x24x50 or 6x24x14x14 or 200x24)",
 )  # fmt: skip
-# The files of tests/gpu, what matters most first. Each group is a process of its own, since one compiles the
-# kernels of all its tests before the first of them runs.
+# The files with tests for a GPU, what matters most first. Each group is a process of its own, since one
+# compiles the kernels of all its tests before the first of them runs.
 TESTS: dict[str, tuple[str, ...]] = {
-    "correctness": ("parity",),
-    "correctness-fused": ("fused", "batchrenorm"),
-    "correctness-groups": ("groupnorm", "instancenorm", "layernorm"),
-    "correctness-runtime": ("measure", "step", "streams", "determinism", "hostpath"),
-    "correctness-shapes": ("random_shapes", "large"),
+    "correctness": ("gpu/test_parity", "kernels/test_results", "kernels/test_hostile"),
+    "correctness-fused": ("gpu/test_fused",),
+    "correctness-runtime": tuple(f"gpu/test_{name}" for name in ("measure", "step", "streams", "hostpath")),
+    "correctness-shapes": ("gpu/test_large",),
 }
 PYTEST = (sys.executable, "-m", "pytest")
 OUT_OF_TIME = "out of time; "
@@ -150,7 +149,7 @@ def correctness(session: Session, seconds: float) -> Iterator[Record]:
     for name, files in TESTS.items():
         xml = session.folder.absolute() / f"{name}.xml"
         options = ["-v", "--tb=short", "-m", "gpu", "--maxfail=50", f"--junitxml={xml}"]
-        commands[name] = [*PYTEST, *options, *(f"tests/gpu/test_{file}.py" for file in files)]
+        commands[name] = [*PYTEST, *options, *(f"tests/{file}.py" for file in files)]
     return processes(session, commands, seconds)
 
 

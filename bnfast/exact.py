@@ -27,6 +27,7 @@ FEW = 4.0
 ULPS = 2.0
 
 Value = tuple[Tensor, Tensor]  # a result in fp64, and the scale of each element
+Terms = tuple[Tensor, ...]
 Pairs = Callable[[], Iterable[tuple[Tensor, Tensor]]]  # all of (x, dy) in chunks, as often as asked for
 
 
@@ -35,52 +36,110 @@ def by_channel(v: Tensor, dims: int) -> Tensor:
     return v.view(1, -1, *[1] * (dims - 2))
 
 
-@dataclass(frozen=True)
-class Exact:
-    """A normalization of x and its gradients. Sums are of dy and dy * xhat (gx), norms the roots of the sums
-    of their squares; those of `cell` have dy times weight for dy, and are divided by count."""
+def _by_group(t: Tensor, groups: int) -> Tensor:
+    """[N, C, *] -> [N, groups, C / groups, *], unless groups is 0."""
+    return t.unflatten(1, (groups, t.shape[1] // groups)) if groups else t
 
-    mean: Tensor
-    variance: Tensor
-    rstd: Tensor
-    weight: Tensor
-    bias: Tensor
-    mean_h: Tensor
-    mean_hx: Tensor
-    size_h: Tensor
-    sum_g: Tensor
-    sum_gx: Tensor
-    norm_g: Tensor
-    norm_gx: Tensor
-    drift: Tensor  # what the mean's rounding does to sum_gx
-    count: float  # values a cell
-    batch: bool  # whether mean and variance are those of x, and not given
-    rounded: bool = True  # whether y is computed from a mean that was stored, and so rounded
-    offset: Tensor | float = 0.0  # subtracted from x first: all of the above are statistics of x - offset
+
+class Exact:
+    """The exact results of a normalization of x and its gradients.
+
+    pairs: every chunk holds a part of each cell; sums over chunks allow for tensors that do not fit into
+    memory in fp64. cell, channel: the dimensions over which the values of one cell, and of one parameter,
+    extend, with the channels split into `groups`, unless that is 0. fixed: mean and variance, where they are
+    not the batch's. rounded: whether y is computed from a mean that was stored, and so rounded. offset: is
+    subtracted from x first, and all that is kept here is of x - offset.
+
+    sum_g and sum_gx are a parameter's sums of dy and of dy * xhat, and norm_g and norm_gx the roots of the
+    sums of their squares; drift is what the mean's rounding does to sum_gx. mean_h, mean_hx and size_h are
+    the same of a cell, with weight * dy for dy, divided by `count`, the number of values of a cell."""
+
+    def __init__(
+        self,
+        pairs: Pairs,
+        cell: tuple[int, ...],
+        channel: tuple[int, ...],
+        weight: Tensor | None,
+        bias: Tensor | None,
+        eps: float,
+        fixed: tuple[Tensor, Tensor] | None = None,
+        rounded: bool = True,
+        offset: Tensor | float = 0.0,
+        groups: int = 0,
+    ) -> None:
+        self.batch, self.rounded, self.offset, self.groups = fixed is None, rounded, offset, groups
+        fully = next(iter(pairs()))[0].dtype == torch.float64
+
+        def total(terms: Callable[[Tensor, Tensor], Terms], dims: tuple[int, ...]) -> list[Tensor]:
+            sums: list[Tensor] = []
+            for x, dy in pairs():
+                found = [_sum(t, dims, fully) for t in terms(self.seen(x) - offset, self.seen(dy))]
+                sums = [a + b for a, b in zip(sums, found, strict=True)] if sums else found
+            return sums
+
+        elements = sum(x.numel() for x, _ in pairs())
+        if fixed is None:
+            (mean,) = total(lambda x, dy: (x,), cell)
+            mean = mean * (mean.numel() / elements)
+            (squares,) = total(lambda x, dy: ((x - mean).square(),), cell)
+            self.mean, self.variance = mean, squares * (mean.numel() / elements)
+        else:
+            self.mean, self.variance = (t.double() for t in fixed)
+        self.rstd = (self.variance + eps).rsqrt()
+        self.weight = self.mean.new_ones(()) if weight is None else weight.double()
+        self.bias = self.mean.new_zeros(()) if bias is None else bias.double()
+        self.count = elements / self.mean.numel()
+
+        def gradient_terms(x: Tensor, g: Tensor) -> Terms:
+            gx = g * (x - self.mean) * self.rstd
+            return g, gx, g.square(), gx.square()
+
+        # sums over each cell's part of each channel; the sums over cells and over channels are sums of these
+        both = tuple(d for d in cell if d in channel)
+        g, gx, squares_g, squares_gx = total(gradient_terms, both)
+        of_cell = (self.weight * g, self.weight * gx, self.weight.square() * squares_g)
+        self.mean_h, self.mean_hx, squares_h = (_sum(t, cell, fully) / self.count for t in of_cell)
+        self.size_h = squares_h.sqrt()
+        of_parameter = (g, gx, g.abs() * self.spread, squares_g, squares_gx)
+        sums = [_sum(t, channel, fully) for t in of_parameter]
+        self.sum_g, self.sum_gx, self.drift = sums[:3]
+        self.norm_g, self.norm_gx = (t.sqrt() for t in sums[3:])
 
     @property
     def spread(self) -> Tensor:
         """The effect on xhat of an error of one unit in each of x and the mean. A mean is stored in the
         accumulating type, so its rounding cannot be avoided."""
-        return _spread(self.mean + self.offset, self.variance, self.rstd, self.batch)
+        return (self.variance.sqrt() + (self.mean + self.offset).abs() * self.batch) * self.rstd
+
+    def seen(self, t: Tensor) -> Tensor:
+        """x, or a tensor of its shape, in fp64 and as the formulas see it."""
+        return _by_group(t.double(), self.groups)
+
+    def as_x(self, t: Tensor) -> Tensor:
+        """The inverse of `seen`."""
+        return t.flatten(1, 2) if self.groups else t
 
     def xhat(self, x: Tensor) -> Tensor:
-        return (x.double() - self.offset - self.mean) * self.rstd
+        """x: as seen."""
+        return (x - self.offset - self.mean) * self.rstd
 
     def y(self, x: Tensor) -> Value:
-        xhat = self.xhat(x)
+        xhat = self.xhat(self.seen(x))
         spread = self.spread if self.rounded else self.variance.sqrt() * self.rstd
         scale = self.weight.abs() * (xhat.abs() + spread) + self.bias.abs()
-        return self.weight * xhat + self.bias, scale
+        return self.as_x(self.weight * xhat + self.bias), self.as_x(scale)
 
     def dx(self, x: Tensor, dy: Tensor) -> Value:
-        h = self.weight * dy.double()
+        h = self.weight * self.seen(dy)
         if not self.batch:
-            return self.rstd * h, self.rstd * h.abs()
-        xhat = self.xhat(x)
+            return self.as_x(self.rstd * h), self.as_x(self.rstd * h.abs())
+        xhat = self.xhat(self.seen(x))
         value = self.rstd * (h - self.mean_h - xhat * self.mean_hx)
         moved = self.spread.clamp_min(1) + xhat.abs() * self.spread  # by the rounding of both means
-        return value, self.rstd * (h.abs() + self.size_h * moved)
+        return self.as_x(value), self.as_x(self.rstd * (h.abs() + self.size_h * moved))
+
+    def results(self, x: Tensor, dy: Tensor) -> dict[str, Value]:
+        return {"y": self.y(x), "dx": self.dx(x, dy), "dweight": self.dweight(), "dbias": self.dbias()}
 
     def dweight(self) -> Value:
         """The gradient of weight, [channels], as dbias is."""
@@ -123,66 +182,6 @@ def _sum(t: Tensor, dims: tuple[int, ...], fully: bool) -> Tensor:
     return (t + lost).view(shape)
 
 
-def _spread(mean: Tensor, variance: Tensor, rstd: Tensor, batch: bool) -> Tensor:
-    return (variance.sqrt() + mean.abs() * batch) * rstd
-
-
-def normalization(
-    pairs: Pairs,
-    cell: tuple[int, ...],
-    channel: tuple[int, ...],
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    fixed: tuple[Tensor, Tensor] | None = None,
-    rounded: bool = True,
-    offset: Tensor | float = 0.0,
-) -> Exact:
-    """The exact results of a normalization. cell, channel: the dimensions over which the values of one cell,
-    and of one parameter, extend. fixed: mean and variance, where they are not the batch's. Every chunk holds
-    a part of each cell: sums over chunks allow for tensors that do not fit into memory in fp64."""
-    both = tuple(d for d in cell if d in channel)
-    fully = next(iter(pairs()))[0].dtype == torch.float64
-
-    def total(terms: Callable[[Tensor, Tensor], tuple[Tensor, ...]], dims: tuple[int, ...]) -> list[Tensor]:
-        sums: list[Tensor] = []
-        for x, dy in pairs():
-            found = [_sum(t, dims, fully) for t in terms(x.double() - offset, dy.double())]
-            sums = [a + b for a, b in zip(sums, found, strict=True)] if sums else found
-        return sums
-
-    elements = sum(x.numel() for x, _ in pairs())
-    if fixed is None:
-        (mean,) = total(lambda x, dy: (x,), cell)
-        mean = mean * (mean.numel() / elements)
-        (squares,) = total(lambda x, dy: ((x - mean).square(),), cell)
-        variance = squares * (mean.numel() / elements)
-    else:
-        mean, variance = (t.double() for t in fixed)
-    rstd = (variance + eps).rsqrt()
-    weight = mean.new_ones(()) if weight is None else weight.double()
-    bias = mean.new_zeros(()) if bias is None else bias.double()
-
-    def gradient_terms(x: Tensor, g: Tensor) -> tuple[Tensor, ...]:
-        gx = g * (x - mean) * rstd
-        return g, gx, g.square(), gx.square()
-
-    # sums over each cell's part of each channel; the sums over cells and over channels are sums of these
-    g, gx, squares_g, squares_gx = total(gradient_terms, both)
-    count = elements / mean.numel()
-    mean_h, mean_hx, squares_h = (
-        _sum(t, cell, fully) / count for t in (weight * g, weight * gx, weight.square() * squares_g)
-    )
-    drift = g.abs() * _spread(mean + offset, variance, rstd, fixed is None)
-    by_parameter = (_sum(t, channel, fully) for t in (g, gx, squares_g, squares_gx, drift))
-    sum_g, sum_gx, sum_squares_g, sum_squares_gx, drift = by_parameter
-    return Exact(
-        mean, variance, rstd, weight, bias, mean_h, mean_hx, squares_h.sqrt(),
-        sum_g, sum_gx, sum_squares_g.sqrt(), sum_squares_gx.sqrt(), drift, count, fixed is None,
-        rounded, offset,
-    )  # fmt: skip
-
-
 def batch_norm(
     x: Tensor,
     dy: Tensor,
@@ -191,71 +190,36 @@ def batch_norm(
     eps: float,
     fixed: tuple[Tensor, Tensor] | None = None,
     pairs: Pairs | None = None,
+    groups: int = 0,
 ) -> Exact:
     """BatchNorm of x [N, C, *]; all vectors [C]. pairs: the same in chunks of [N, C, *], of any number of
-    dimensions."""
+    dimensions. groups: see group_norm."""
     pairs = pairs or (lambda: [(x, dy)])
     dims = next(iter(pairs()))[0].dim()
-    over = (0, *range(2, dims))
-    gamma, beta = (None if v is None else by_channel(v.double(), dims) for v in (weight, bias))
+    channel = (0, *range(3, dims + 1)) if groups else (0, *range(2, dims))
+    cell = tuple(range(2, dims + 1)) if groups else channel
+    gamma, beta = (None if v is None else _by_group(by_channel(v, dims), groups) for v in (weight, bias))
     if fixed is not None:
         fixed = (by_channel(fixed[0], dims), by_channel(fixed[1], dims))
-    return normalization(pairs, over, over, gamma, beta, eps, fixed)
-
-
-def by_group(t: Tensor, groups: int) -> Tensor:
-    """[N, C, *] -> [N, groups, C / groups, *]."""
-    return t.unflatten(1, (groups, t.shape[1] // groups))
-
-
-def group_normalization(
-    x: Tensor,
-    dy: Tensor,
-    groups: int,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    pairs: Pairs | None = None,
-) -> Exact:
-    """GroupNorm of x [N, C, *], and InstanceNorm, which is C groups; vectors [C]. What it returns goes with
-    tensors that `by_group` has split. pairs: the same in chunks, each of some positions of all channels."""
-    pairs = pairs or (lambda: [(x, dy)])
-    dims = next(iter(pairs()))[0].dim()
-    vectors = (None if v is None else by_channel(v.double(), dims) for v in (weight, bias))
-    gamma, beta = (None if v is None else by_group(v, groups) for v in vectors)
-    cell, channel = tuple(range(2, dims + 1)), (0, *range(3, dims + 1))
-    return normalization(
-        lambda: ((by_group(x, groups), by_group(dy, groups)) for x, dy in pairs()),
-        cell, channel, gamma, beta, eps,
-    )  # fmt: skip
+    return Exact(pairs, cell, channel, gamma, beta, eps, fixed, groups=groups)
 
 
 def group_norm(
-    x: Tensor, dy: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float
-) -> dict[str, Value]:
-    """y, dx, dweight and dbias of group_normalization, in the shapes of x and the vectors."""
-    e = group_normalization(x, dy, groups, weight, bias, eps)
-    x, dy = by_group(x, groups), by_group(dy, groups)
-    y, dx = (tuple(t.expand(x.shape).flatten(1, 2) for t in pair) for pair in (e.y(x), e.dx(x, dy)))
-    return {"y": (y[0], y[1]), "dx": (dx[0], dx[1]), "dweight": e.dweight(), "dbias": e.dbias()}
+    x: Tensor, dy: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float,
+    pairs: Pairs | None = None,
+) -> Exact:  # fmt: skip
+    """GroupNorm of x [N, C, *], and InstanceNorm, which is C groups; vectors [C]. pairs: the same in chunks,
+    each of some positions of all channels."""
+    return batch_norm(x, dy, weight, bias, eps, None, pairs, groups)
 
 
-def layer_norm(
-    x: Tensor, dy: Tensor, dims: int, weight: Tensor | None, bias: Tensor | None, eps: float
-) -> dict[str, Value]:
-    """LayerNorm of x over its last `dims` dimensions, which are weight's and bias': y, dx, dweight, dbias.
-    A row's mean never leaves the program that normalizes the row, so it is not rounded for y."""
-    rest = x.dim() - dims
-    shape = x.shape[rest:]
-    gamma, beta = (None if v is None else v.double().view(*[1] * rest, *shape) for v in (weight, bias))
-    first = x.double().flatten(rest)[..., :1].view(*x.shape[:rest], *[1] * dims)
-    rows = tuple(range(rest))
-    pairs = [(x, dy)]
-    e = normalization(lambda: pairs, tuple(range(rest, x.dim())), rows, gamma, beta, eps, None, False, first)
-    (y, y_scale), dx = e.y(x), e.dx(x, dy)
-    vectors = {"dweight": e.dweight(), "dbias": e.dbias()}
-    shaped = {name: (value.view(shape), scale.view(shape)) for name, (value, scale) in vectors.items()}
-    return {"y": (y, y_scale.expand(x.shape)), "dx": dx, **shaped}
+def layer_norm(x: Tensor, dy: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Exact:
+    """LayerNorm of x over its last dimension. A row's mean never leaves the program that normalizes the row,
+    so it is not rounded for y."""
+    last, first = x.dim() - 1, x[..., :1].double()
+    return Exact(
+        lambda: [(x, dy)], (last,), tuple(range(last)), weight, bias, eps, rounded=False, offset=first
+    )
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:

@@ -15,89 +15,56 @@ import triton.language as tl
 from triton.runtime import interpreter
 
 
-def to_bfloat16(value: np.ndarray) -> np.ndarray:
+def _to_bfloat16(value: np.ndarray) -> np.ndarray:
     """fp32 -> bf16 bits, to nearest even, NaN kept."""
     bits = np.ascontiguousarray(value, np.float32).view(np.uint32)
     nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
     return np.where(np.isnan(value), (bits >> 16) | 0x40, nearest).astype(np.uint16)
 
 
-def from_bfloat16(bits: np.ndarray) -> np.ndarray:
-    return (np.asarray(bits).astype(np.uint32) << 16).view(np.float32)
-
-
 @contextlib.contextmanager
-def bfloat16_to_nearest() -> Iterator[None]:
-    """Within, interpreted kernels convert to bf16 as a GPU does."""
-    original = interpreter._convert_float
+def prepared() -> Iterator[None]:
+    """Within, interpreted kernels round as a GPU does, and take about half the time."""
+    builder = interpreter.interpreter_builder
+    convert, splat = interpreter._convert_float, builder.create_splat
+    patch, patch_tensor = interpreter._patch_lang, interpreter._patch_lang_tensor
 
-    def convert(value, source, target, rounding_mode):  # type: ignore[no-untyped-def]
+    def convert_float(value, source, target, rounding_mode):  # type: ignore[no-untyped-def]
         if source == tl.float32 and target == tl.bfloat16:
-            return to_bfloat16(value)
+            return _to_bfloat16(value)
         if source == tl.bfloat16 and target == tl.float32:
-            return from_bfloat16(value)
-        return original(value, source, target, rounding_mode)
+            return (np.asarray(value).astype(np.uint32) << 16).view(np.float32)
+        return convert(value, source, target, rounding_mode)
 
-    with mock.patch.object(interpreter, "_convert_float", convert):
-        yield
-
-
-@contextlib.contextmanager
-def without_repetition() -> Iterator[None]:
-    """Within, interpreted kernels take about half the time.
-
-    A function that a kernel calls does not patch triton.language again, which the kernel's launch has
-    patched. And 32-bit arithmetic is not repeated in 64 bits to detect an overflow, which tensors small
-    enough for the interpreter cannot reach."""
-    original, builder = interpreter._patch_lang, interpreter.interpreter_builder
-
+    # A function that a kernel calls does not patch triton.language again, which the kernel's launch has
+    # patched.
     def patch_lang(function: Callable[..., Any]) -> Any:
         seen = [value for value in function.__globals__.values() if value is tl or value is tl.core]
         if seen and not any(tl.core.is_builtin(language.load) for language in seen):
             return interpreter._LangPatchScope()  # nothing replaced, so nothing to restore
-        return original(function)
+        return patch(function)
 
-    quick = dataclasses.replace(builder.options, sanitize_overflow=False)
-    with (
-        mock.patch.object(interpreter, "_patch_lang", patch_lang),
-        mock.patch.object(builder, "options", quick),
-    ):
-        yield
-
-
-@contextlib.contextmanager
-def with_every_numpy() -> Iterator[None]:
-    """Within, a scalar becomes a Python int whatever the dimensions of the array that holds it. Triton 3.6
-    leaves the conversion to numpy, which since 2.4 refuses arrays of one dimension or more."""
-    original = interpreter._patch_lang_tensor
-
+    # A scalar becomes a Python int whatever the dimensions of the array that holds it. Triton 3.6 leaves the
+    # conversion to numpy, which since 2.4 refuses arrays of one dimension or more.
     def patch_lang_tensor(tensor: Any, scope: Any) -> None:
-        original(tensor, scope)
+        patch_tensor(tensor, scope)
         scope.set_attr(tensor, "__index__", lambda scalar: scalar.handle.data.item())
 
-    with mock.patch.object(interpreter, "_patch_lang_tensor", patch_lang_tensor):
-        yield
-
-
-@contextlib.contextmanager
-def conditions_kept() -> Iterator[None]:
-    """Within, a comparison of scalars stays boolean where it is broadcast, so that it can be part of a mask.
-    Triton converts it to integers, which the loads and stores of 3.9 refuse."""
-    builder = interpreter.interpreter_builder
-    original = builder.create_splat
-
+    # A comparison of scalars stays boolean where it is broadcast, so that it can be part of a mask. Triton
+    # converts it to integers, which the loads and stores of 3.9 refuse.
     def create_splat(shape: Any, scalar: Any) -> Any:
-        made = original(shape, scalar)
+        made = splat(shape, scalar)
         if scalar.data.dtype == np.bool_:
             made.data = made.data.astype(np.bool_)
         return made
 
-    with mock.patch.object(builder, "create_splat", create_splat):
-        yield
-
-
-@contextlib.contextmanager
-def prepared() -> Iterator[None]:
-    """Within, all of the above hold."""
-    with bfloat16_to_nearest(), without_repetition(), with_every_numpy(), conditions_kept():
+    # 32-bit arithmetic is not repeated in 64 bits to detect an overflow, which tensors small enough for the
+    # interpreter cannot reach.
+    quick = dataclasses.replace(builder.options, sanitize_overflow=False)
+    with (
+        mock.patch.object(interpreter, "_convert_float", convert_float),
+        mock.patch.object(interpreter, "_patch_lang", patch_lang),
+        mock.patch.object(interpreter, "_patch_lang_tensor", patch_lang_tensor),
+        mock.patch.multiple(builder, create_splat=create_splat, options=quick),
+    ):
         yield

@@ -22,34 +22,29 @@ DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", 
 FAR = 1e4  # a mean, in standard deviations
 # for Triton's interpreter: small shapes, each irregular in a different way
 _SMALL = (
-    Case((8, 24, 7, 7)),
-    Case((8, 24, 7, 7), training=False),
-    batch_renorm((8, 24, 7, 7)),
-    group_norm((3, 30, 7, 7), groups=3),
-    instance_norm((4, 6, 9, 9)),
-    layer_norm((33, 100)),
-    Case((4, 3, 14, 14)),
-    Case((2, 5, 70, 70)),
-    batch_renorm((4, 3, 14, 14), training=False),
-    group_norm((2, 4, 70, 70), groups=2),
-    instance_norm((4, 6, 14, 14), tracked=True),
-    layer_norm((5, 1001)),
-    Case((33, 65, 1, 1)),
-    batch_renorm((33, 65, 1, 1)),
-    group_norm((5, 64, 1, 1), groups=16),
-    layer_norm((3, 9000)),
-)
+    Case((8, 24, 7, 7)), Case((8, 24, 7, 7), training=False), batch_renorm((8, 24, 7, 7)),
+    group_norm((3, 30, 7, 7), groups=3), instance_norm((4, 6, 9, 9)), layer_norm((33, 100)),
+    Case((4, 3, 14, 14)), Case((2, 5, 70, 70)), batch_renorm((4, 3, 14, 14), training=False),
+    group_norm((2, 4, 70, 70), groups=2), instance_norm((4, 6, 14, 14), tracked=True), layer_norm((5, 1001)),
+    Case((33, 65, 1, 1)), batch_renorm((33, 65, 1, 1)),
+    group_norm((5, 64, 1, 1), groups=16), layer_norm((3, 9000)),
+)  # fmt: skip
 # shapes of ResNet-50, of an image model, of a language model
 _LARGE = (
-    *map(
-        Case, ((32, 64, 112, 112), (32, 256, 56, 56), (32, 512, 28, 28), (32, 1024, 14, 14), (32, 2048, 7, 7))
-    ),
+    *(Case((32, c, s, s)) for c, s in ((64, 112), (256, 56), (512, 28), (1024, 14), (2048, 7))),
     batch_renorm((32, 256, 56, 56)),
     group_norm((2, 320, 64, 64), groups=32),
     group_norm((1, 128, 512, 512), groups=32),
     instance_norm((2, 32, 64, 64, 64)),
     layer_norm((8192, 4096)),
 )
+_LEGEND = f"""
+share  the worst element's error over what it may be: its rounding, and a few units of the type
+       that it is computed in
+mode   far: a training step on values whose mean is 1e4 times their deviation
+rms    root mean square error of the worst channel, and torch's own
+
+     {"layer":12} {"shape":13} layout dtype mode  {"result":12}share   rms torch"""
 
 
 def cases(device: torch.device) -> list[Case]:
@@ -65,35 +60,23 @@ def cases(device: torch.device) -> list[Case]:
     return grid + far[: len(far) if device.type == "cuda" else 8]
 
 
-def check(case: Case, device: torch.device) -> dict[str, exact.Verdict]:
-    tensors = given(case, device)
-    return judge(case, tensors, one_step.run(case, bnfast, tensors))
-
-
-def _described(case: Case) -> str:
+def _row(outcome: str, case: Case, name: str, verdict: exact.Verdict) -> str:
     size = "x".join(map(str, case.shape))
     layout = "" if len(case.shape) == 2 else "nhwc" if case.channels_last else "nchw"
     mode = ("far" if case.mean == FAR else "train") if case.training else "eval"
-    return f"{case.layer:12} {size:13} {layout:6} {DTYPES[case.dtype]:5} {mode:5}"
-
-
-def _row(outcome: str, case: Case, name: str, verdict: exact.Verdict) -> str:
     share = min(verdict.share, 9.99)  # the columns have no more room
-    return f"{outcome:4} {_described(case)} {name:12} {share:4.2f} {verdict.rms:.0e} {verdict.torch:.0e}"
+    return (
+        f"{outcome:4} {case.layer:12} {size:13} {layout:6} {DTYPES[case.dtype]:5} {mode:5} {name:12} "
+        f"{share:4.2f} {verdict.rms:.0e} {verdict.torch:.0e}"
+    )
 
 
 def run(seconds: float) -> int:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     where = torch.cuda.get_device_name() if device.type == "cuda" else "this CPU, in Triton's interpreter"
-    print(f"Checking the kernels on {where}, against fp64: of each case the result closest to its limit.\n")
-    print("share  the worst element's error over what it may be: its rounding, and a few units of the type")
-    print("       that it is computed in")
-    print("mode   far: a training step on values whose mean is 1e4 times their deviation")
-    print("rms    root mean square error of the worst channel, and torch's own\n")
-    inputs = f"{'layer':12} {'shape':13} layout dtype mode "
-    print(f"{'':5}{inputs} {'result':12}share   rms torch")
-    started, failed, todo = time.monotonic(), 0, cases(device)
-    done = 0
+    print(f"Checking the kernels on {where}, against fp64: of each case the result closest to its limit.")
+    print(_LEGEND)
+    started, failed, done, todo = time.monotonic(), 0, 0, cases(device)
     interpreter: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
     if INTERPRET:
         from .interpreted import prepared
@@ -103,7 +86,8 @@ def run(seconds: float) -> int:
         for case in todo:
             if time.monotonic() - started > seconds:
                 break
-            verdicts = check(case, device)
+            tensors = given(case, device)
+            verdicts = judge(case, tensors, one_step.run(case, bnfast, tensors))
             bad = [name for name, verdict in verdicts.items() if not verdict.ok]
             for name in bad or [max(verdicts, key=lambda name: verdicts[name].share)]:
                 print(_row("FAIL" if bad else "ok", case, name, verdicts[name]), flush=True)

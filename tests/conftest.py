@@ -31,6 +31,23 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     config.hook.pytest_deselected(items=left_out)
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") is None:
+        return
+    from tests.support import oracle
+
+    if (reason := oracle.unfit()) is not None:
+        pytest.skip(reason)
+
+
+@pytest.fixture
+def device(request: pytest.FixtureRequest) -> Any:
+    """The GPU in tests and cases that are marked gpu; else the CPU, on which kernels are interpreted."""
+    import torch
+
+    return torch.device("cpu" if request.node.get_closest_marker("gpu") is None else "cuda")
+
+
 @pytest.fixture(autouse=True)
 def _interpreter() -> Iterator[None]:
     if os.environ.get("TRITON_INTERPRET") != "1":
@@ -72,6 +89,16 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 
 @pytest.fixture
+def nothing_known() -> Iterator[dict]:
+    """The table of steps, emptied for the test."""
+    from bnfast.kernels import steps
+
+    steps.forget_plans()
+    yield steps._steps
+    steps.forget_plans()
+
+
+@pytest.fixture
 def several_programs(monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
     """The number of multiprocessors of the interpreter: enough that channels are split and blocks share rows,
     few enough to be quick."""
@@ -100,12 +127,9 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str | None, bool]]:
 
 
 @pytest.fixture
-def plain_torch_in_one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def plain_torch_in_one_thread(plain_torch: None) -> Iterator[None]:
     import torch
 
-    from bnfast import dispatch
-
-    monkeypatch.setattr(dispatch, "INTERPRET", False)
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

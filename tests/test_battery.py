@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import signal
 import subprocess
 import sys
@@ -90,8 +91,9 @@ def raised(look: session.Session, *ended: Record) -> tuple[int, str]:
 
 
 def test_every_gpu_test_is_in_the_battery() -> None:
-    files = {f"test_{name}.py" for names in battery.TESTS.values() for name in names}
-    assert files == {path.name for path in ROOT.glob("tests/gpu/test_*.py")}
+    files = {ROOT / f"tests/{name}.py" for names in battery.TESTS.values() for name in names}
+    marked = re.compile(r"mark\.gpu|on_gpu\(")
+    assert files == {path for path in ROOT.glob("tests/*/test_*.py") if marked.search(path.read_text())}
 
 
 def test_a_process_of_the_battery_is_recorded(tmp_path: Path) -> None:

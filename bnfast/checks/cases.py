@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 
 import torch
@@ -10,6 +10,8 @@ from torch import Tensor
 
 from bnfast import exact
 
+# what a case's name shows in another form, or not at all
+SHOWN_OTHERWISE = ("shape", "dtype", "channels_last", "training", "layer", "seed", "batches")
 FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
@@ -41,9 +43,9 @@ class Case:
         words = ["x".join(map(str, self.shape)), str(self.dtype).removeprefix("torch.")]
         words += ["nhwc"] * self.channels_last + ["train" if self.training else "eval"]
         words += [self.layer] * (self.layer != "BatchNorm")
-        for key, usual in (USUAL | {"tracked": not self.in_sample}).items():
-            value = getattr(self, key)
-            if value != usual:
+        usual = {field.name: field.default for field in fields(self)} | {"tracked": not self.in_sample}
+        for key, value in vars(self).items():
+            if key not in SHOWN_OTHERWISE and value != usual[key]:
                 words.append(f"{key}={value}".replace("torch.", ""))
         return "-".join(words)
 
@@ -70,15 +72,6 @@ class Case:
             return 0.0 if self.layer == "InstanceNorm" else 1 / (self.batches + 1)
         return self.momentum
 
-
-_DEFAULT = Case((1, 1))
-USUAL = {
-    key: getattr(_DEFAULT, key)
-    for key in (
-        "mean", "affine", "bias", "tracked", "parameters", "momentum", "eps", "storage", "gradient", "groups",
-        "schedule",
-    )
-}  # fmt: skip
 
 # torch's InstanceNorm has running statistics only on request, and its GroupNorm never.
 group_norm = partial(Case, layer="GroupNorm", tracked=False)

@@ -15,7 +15,20 @@ SUFFIXES = {2: "1d", 3: "1d", 4: "2d", 5: "3d"}
 def layer(case: Case, library: Any, tensors: Given) -> Any:
     """Makes bnfast's layer or torch.nn's, with these parameters, and with copies of the running
     statistics."""
-    module = _new(case, library, tensors.x.device)
+    channels, eps, affine, device = case.channels, case.eps, case.affine, tensors.x.device
+    module: Any
+    if case.layer == "GroupNorm":
+        module = library.GroupNorm(case.groups, channels, eps, affine, device=device)
+    elif case.layer == "LayerNorm":
+        module = library.LayerNorm(channels, eps, affine, device=device)
+    else:
+        options: dict[str, Any] = {"track_running_stats": case.tracked}
+        if case.layer == "BatchRenorm":
+            names = ("r_max", "d_max", "warmup_steps", "r_max_steps", "d_max_steps")
+            options = dict(zip(names, case.schedule, strict=True))
+        kind = getattr(library, case.layer + SUFFIXES[len(case.shape)])
+        module = kind(channels, eps, affine=affine, device=device, **options)
+        module.momentum = case.momentum  # None is no argument of BatchRenorm's constructor
     if tensors.weight is not None:
         module.weight = nn.Parameter(tensors.weight)
         module.bias = None if tensors.bias is None else nn.Parameter(tensors.bias)
@@ -25,22 +38,6 @@ def layer(case: Case, library: Any, tensors: Given) -> Any:
         module.running_var = placed(tensors.running_var.clone(), how)
         module.num_batches_tracked.fill_(case.batches)
     return module.train(case.training)
-
-
-def _new(case: Case, library: Any, device: torch.device) -> Any:
-    channels, eps, affine = case.channels, case.eps, case.affine
-    if case.layer == "GroupNorm":
-        return library.GroupNorm(case.groups, channels, eps, affine, device=device)
-    if case.layer == "LayerNorm":
-        return library.LayerNorm(channels, eps, affine, device=device)
-    kind = getattr(library, case.layer + SUFFIXES[len(case.shape)])
-    if case.layer != "BatchRenorm":
-        return kind(channels, eps, case.momentum, affine, case.tracked, device=device)
-    names = ("r_max", "d_max", "warmup_steps", "r_max_steps", "d_max_steps")
-    schedule = dict(zip(names, case.schedule, strict=True))
-    module: Any = kind(channels, eps, affine=affine, device=device, **schedule)
-    module.momentum = case.momentum  # the constructor does not take None
-    return module
 
 
 def step(module: Any, x: Tensor, dy: Tensor) -> dict[str, Tensor]:

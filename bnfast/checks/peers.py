@@ -3,6 +3,8 @@ has no such layer or refuses such parameters."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -16,42 +18,29 @@ BatchNorm1d, BatchNorm2d, BatchNorm3d = nn.BatchNorm1d, nn.BatchNorm2d, nn.Batch
 InstanceNorm1d, InstanceNorm2d, InstanceNorm3d = nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d
 
 
-def _alike(x: Tensor, *parameters: Tensor | None) -> bool:
-    return all(t is None or t.dtype == x.dtype for t in parameters)
-
-
-def group_norm(x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
-    """torch's own group_norm. It refuses parameters of another dtype than x on a GPU, and a bias without a
-    weight on a CPU. With these, this function computes in fp32 (fp64 for fp64) throughout, and rounds the
-    result."""
-    if _alike(x, weight, bias) and (weight is not None or bias is None):
-        return F.group_norm(x, groups, weight, bias, eps)
-    wide = exact.accumulator(x.dtype)
-    weight, bias = (None if t is None else t.to(wide) for t in (weight, bias))
-    if weight is None and bias is not None:
-        weight = torch.ones_like(bias)
-    return F.group_norm(x.to(wide), groups, weight, bias, eps).to(x.dtype)
-
-
-def layer_norm(
-    x: Tensor, shape: tuple[int, ...], weight: Tensor | None, bias: Tensor | None, eps: float
-) -> Tensor:
-    """torch's own layer_norm; where dtypes differ, in fp32 (fp64 for fp64), with a result of x's dtype."""
-    if _alike(x, weight, bias):
-        return F.layer_norm(x, shape, weight, bias, eps)
-    wide = exact.accumulator(x.dtype)
-    weight, bias = (None if t is None else t.to(wide) for t in (weight, bias))
-    return F.layer_norm(x.to(wide), shape, weight, bias, eps).to(x.dtype)
-
-
 class GroupNorm(nn.GroupNorm):
     def forward(self, input: Tensor) -> Tensor:
-        return group_norm(input, self.num_groups, self.weight, self.bias, self.eps)
+        weight = self.weight
+        if weight is None and self.bias is not None:  # which torch refuses on a CPU
+            weight = torch.ones_like(self.bias)
+        return _in_one_type(F.group_norm, input, self.num_groups, weight, self.bias, self.eps)
 
 
 class LayerNorm(nn.LayerNorm):
     def forward(self, input: Tensor) -> Tensor:
-        return layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps)
+        return _in_one_type(F.layer_norm, input, self.normalized_shape, self.weight, self.bias, self.eps)
+
+
+def _in_one_type(
+    norm: Any, x: Tensor, size: Any, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> Tensor:
+    """torch's own function. On a GPU it refuses parameters of another dtype than x. With these, this computes
+    in fp32 (fp64 for fp64) throughout, and rounds the result."""
+    if all(t is None or t.dtype == x.dtype for t in (weight, bias)):
+        return norm(x, size, weight, bias, eps)
+    wide = exact.accumulator(x.dtype)
+    weight, bias = (None if t is None else t.to(wide) for t in (weight, bias))
+    return norm(x.to(wide), size, weight, bias, eps).to(x.dtype)
 
 
 class _BatchRenorm(bnfast.BatchRenorm2d):

@@ -24,52 +24,35 @@ class Truth:
 
     normal: exact.Exact
     vectors: dict[str, exact.Value]
-    groups: int = 0  # of a sample, whose statistics `normal` has; 0: those of channels over all samples
     offset: Tensor | float = 0.0  # the size of terms of y that `normal` does not include
 
     def y(self, x: Tensor) -> exact.Value:
         """The expected y. x: all of it, or one chunk of the pairs that this was made from."""
-        value, scale = self.normal.y(self.seen(x))
-        return self.as_x(value), self.as_x(scale + self.offset)
+        value, scale = self.normal.y(x)
+        return value, scale + self.offset
 
     def dx(self, x: Tensor, dy: Tensor) -> exact.Value:
-        value, scale = self.normal.dx(self.seen(x), self.seen(dy))
-        return self.as_x(value), self.as_x(scale)
-
-    def seen(self, t: Tensor) -> Tensor:
-        """Reshapes x, or a tensor of its shape, to the shape that `normal` uses."""
-        return exact.by_group(t, self.groups) if self.groups else t
-
-    def as_x(self, t: Tensor) -> Tensor:
-        """The inverse of `seen`."""
-        return t.flatten(1, 2) if self.groups else t
+        return self.normal.dx(x, dy)
 
 
 def of(case: Case, tensors: Given, pairs: exact.Pairs | None = None) -> Truth:
-    """The expected results of every layer but LayerNorm. pairs: chunks of (x, dy), [N, C, *] each, where the
-    whole does not fit into memory in fp64."""
+    """The expected results. pairs: chunks of (x, dy), [N, C, *] each, where the whole does not fit into
+    memory in fp64 (not of LayerNorm)."""
     if case.layer == "BatchRenorm" and case.training:
         return _renormalized(case, tensors, pairs)
     x, dy, weight, bias = tensors.x, tensors.dy, tensors.weight, tensors.bias
-    groups = case.in_sample if case.batch else 0
-    if groups:
-        normal = exact.group_normalization(x, dy, groups, weight, bias, case.eps, pairs)
+    if case.layer == "LayerNorm":
+        normal = exact.layer_norm(x, dy, weight, bias, case.eps)
     else:
         fixed = None if case.batch else (tensors.running_mean, tensors.running_var)
-        normal = exact.batch_norm(x, dy, weight, bias, case.eps, fixed, pairs)
-    vectors = _gradients(tensors, normal.dweight(), normal.dbias())
-    if case.tracked:
-        vectors |= _running(case, tensors, normal)
-    return Truth(normal, vectors, groups)
+        groups = case.in_sample if case.batch else 0
+        normal = exact.batch_norm(x, dy, weight, bias, case.eps, fixed, pairs, groups)
+    running = _running(case, tensors, normal) if case.tracked else {}
+    return Truth(normal, _gradients(tensors, normal.dweight(), normal.dbias()) | running)
 
 
 def expectations(case: Case, tensors: Given) -> dict[str, exact.Value]:
     """The expected value of everything that a step returns or writes, except the batch counter."""
-    if case.layer == "LayerNorm":
-        x, dy, weight, bias = tensors.x, tensors.dy, tensors.weight, tensors.bias
-        found = exact.layer_norm(x, dy, 1, weight, bias, case.eps)
-        vectors = _gradients(tensors, found["dweight"], found["dbias"])
-        return {"y": found["y"], "dx": found["dx"], **vectors}
     true = of(case, tensors)
     return {"y": true.y(tensors.x), "dx": true.dx(tensors.x, tensors.dy), **true.vectors}
 
@@ -144,10 +127,8 @@ def _renormalized(case: Case, tensors: Given, pairs: exact.Pairs | None) -> Trut
     new_variance = (new_sigma.square() - case.eps).clamp_min(0)
     running = {
         "running_mean": normal.running(old_mean, old_sigma, case.factor)["running_mean"],
-        "running_var": (
-            new_variance,
-            2 * new_sigma.square(),
-        ),  # a square's relative error is twice its root's
+        # a square's relative error is twice its root's
+        "running_var": (new_variance, 2 * new_sigma.square()),
     }
     vectors = _gradients(tensors, dweight, normal.dbias()) | running
-    return Truth(normal, vectors, 0, exact.by_channel(terms, normal.mean.dim()))
+    return Truth(normal, vectors, exact.by_channel(terms, normal.mean.dim()))

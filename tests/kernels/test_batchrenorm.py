@@ -1,49 +1,47 @@
-"""Batch Renormalization against algorithm 1 of Ioffe 2017 in fp64; its identities, schedule and edges."""
+"""Batch Renormalization against fp64, and algorithm 1 of Ioffe 2017; its schedule and its edges."""
 
 from __future__ import annotations
 
 import copy
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 import bnfast
-from bnfast.functional import batch_renorm
-from tests.support.buffers import bit_identical, nan_filled_allocations
-from tests.support.layers import every_path
+from bnfast import functional
+from bnfast.checks import one_step, truth
+from bnfast.checks.cases import Case, batch_renorm, given
+from tests.support import oracle
+from tests.support.buffers import bit_identical
+from tests.support.families import BF16, FP32, FP64, in_dtypes, varied
+from tests.support.layers import data, every_path
 
-SHAPES = {
-    "planes": ((6, 13, 5, 5), torch.contiguous_format),
-    "rows": ((6, 24, 3, 4), torch.channels_last),
-    "odd rows": ((4, 13, 3, 3), torch.channels_last),
-    "a run in pieces": ((2, 3, 70, 66), torch.contiguous_format),
-}
-WIDE = {torch.float64: torch.float64}
+CPU = torch.device("cpu")
+ROWS = batch_renorm((6, 24, 3, 4), channels_last=True)
+# planes, rows, odd rows, a run in pieces
+SHAPES = [
+    batch_renorm((6, 13, 5, 5)),
+    ROWS,
+    batch_renorm((4, 13, 3, 3), channels_last=True),
+    batch_renorm((2, 3, 70, 66)),
+]
+LIMITS = [{"schedule": (r_max, d_max, 0, 0, 0)} for r_max, d_max in ((1.0, 0.0), (1.2, 0.1), (100.0, 100.0))]
+LIMITED = varied(SHAPES, *LIMITS)
+EVAL = varied(SHAPES, {"training": False})
 
 
-def given(
-    shape: tuple[int, ...], memory_format: torch.memory_format, dtype: torch.dtype
-) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(3)
-
-    def random(*size: int) -> Tensor:
-        return torch.randn(size, generator=generator, dtype=torch.float64)
-
-    c = shape[1]
-    wide = WIDE.get(dtype, torch.float32)
-    vectors = {
-        "weight": random(c),
-        "bias": random(c),
-        "running_mean": random(c) * 0.5,
-        "running_var": random(c).square() + 0.3,
-    }
-    return {
-        "x": (random(*shape) * 1.5 + 0.5).to(dtype).contiguous(memory_format=memory_format),
-        "dy": random(*shape).to(dtype).contiguous(memory_format=memory_format),
-        **{name: v.to(wide) for name, v in vectors.items()},
-    }
+@every_path
+@pytest.mark.parametrize("case", in_dtypes([*LIMITED, *EVAL], (FP32, FP64, BF16)), ids=str)
+def test_against_fp64(case: Case, path: str) -> None:
+    if path == "kernels":
+        oracle.check(case, CPU)
+    else:  # plain torch's elements are no better than torch's own are
+        g = given(case, CPU)
+        found = one_step.run(case, bnfast, g)
+        for name, verdict in truth.judge(case, g, found).items():
+            dtype = found[name].dtype
+            assert verdict.rms <= (4 if dtype == BF16 else 8) * torch.finfo(dtype).eps, name
 
 
 def algorithm_1(
@@ -65,89 +63,33 @@ def algorithm_1(
     return y, new_mean.detach(), (new_sigma.square() - eps).clamp_min(0).detach()
 
 
-def step(t: dict[str, Tensor], dtype: torch.dtype | None, function: Any, **options: Any) -> dict[str, Tensor]:
-    """One training step in a dtype (None: as given): everything it returns and writes."""
-    t = {name: v.clone() if dtype is None else v.to(dtype) for name, v in t.items()}
-    x, weight, bias = (t[name].requires_grad_() for name in ("x", "weight", "bias"))
-    y, mean, var = function(x, t["running_mean"], t["running_var"], weight, bias, **options)
-    dx, dweight, dbias = torch.autograd.grad(y, [x, weight, bias], t["dy"])
-    return {"y": y.detach(), "dx": dx, "dweight": dweight, "dbias": dbias, "mean": mean, "var": var}
-
-
-def ours(
-    x: Tensor, mean: Tensor, var: Tensor, *rest: Tensor, **options: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    return batch_renorm(x, mean, var, *rest, training=True, **options), mean, var
-
-
-def error(value: Tensor, exact: Tensor) -> float:
-    return ((value.double() - exact).norm() / exact.norm()).item()
-
-
 @every_path
-@pytest.mark.parametrize("limits", [(1.0, 0.0), (1.2, 0.1), (100.0, 100.0)], ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
-@pytest.mark.parametrize(("shape", "memory_format"), SHAPES.values(), ids=SHAPES.keys())
-def test_algorithm_1(
-    shape: tuple[int, ...], memory_format: torch.memory_format, dtype: torch.dtype,
-    limits: tuple[float, float], path: str, launches: list[Any],
-) -> None:  # fmt: skip
-    """Against the algorithm in fp64: at most twice its own error in the same dtype, plus a few ulp."""
-    t = given(shape, memory_format, dtype)
-    options = {"momentum": 0.1, "eps": 1e-3, "r_max": limits[0], "d_max": limits[1]}
-    before = {name: v.clone() for name, v in t.items()}
-    exact = step(t, torch.float64, algorithm_1, **options)
-    with nan_filled_allocations():
-        found = step(t, None, ours, **options)
-    assert len(launches) == (4 if path == "kernels" else 0), "two launches each way"
-    plain = step(t, WIDE.get(dtype, torch.float32), algorithm_1, **options)
-    for name, value in exact.items():
-        ulp = torch.finfo(dtype if name in ("y", "dx") else t["weight"].dtype).eps
-        limit = 2 * error(plain[name], value) + (32 if dtype == torch.float64 else 4) * ulp
-        assert error(found[name], value) <= limit, name
-    for name in ("x", "dy", "weight", "bias"):
-        assert bit_identical(t[name], before[name]), name
-    assert found["y"].stride() == t["x"].stride() == found["dx"].stride()
-
-
-@every_path
-def test_without_limits_it_is_batch_norm(path: str) -> None:
-    t = given(*SHAPES["rows"], torch.float64)
-
-    def plain(x: Tensor, mean: Tensor, var: Tensor, *rest: Tensor, **_: Any) -> tuple[Tensor, Tensor, Tensor]:
-        return nn.functional.batch_norm(x, None, None, *rest, True, 0.1, 1e-3), mean, var
-
-    options = {"momentum": 0.1, "eps": 1e-3, "r_max": 1.0, "d_max": 0.0}
-    renormed, expected = step(t, None, ours, **options), step(t, None, plain, **options)
-    for name in ("y", "dx", "dweight", "dbias"):
-        torch.testing.assert_close(renormed[name], expected[name], rtol=1e-12, atol=1e-12)
-
-
-@every_path
-def test_unclipped_training_equals_eval_before_the_update(path: str) -> None:
-    t = given(*SHAPES["planes"], torch.float64)
-    arguments = (t["weight"], t["bias"])
-    evaluated = batch_renorm(t["x"], t["running_mean"], t["running_var"], *arguments)
-    trained = batch_renorm(
-        t["x"], t["running_mean"], t["running_var"], *arguments, training=True, r_max=1e6, d_max=1e6
-    )
-    torch.testing.assert_close(trained, evaluated, rtol=1e-12, atol=1e-12)
+@pytest.mark.parametrize("case", in_dtypes(LIMITED, (FP64,)), ids=str)
+def test_algorithm_1(case: Case, path: str) -> None:
+    g = given(case, CPU)
+    leaves = [t.requires_grad_() for t in (g.x, g.weight, g.bias)]
+    mean, var = g.running_mean.clone(), g.running_var.clone()
+    options = (0.1, 1e-3, *case.schedule[:2])
+    y, *running = algorithm_1(leaves[0], mean, var, *leaves[1:], *options)
+    expected = [y, *torch.autograd.grad(y, leaves, g.dy), *running]
+    y = functional.batch_renorm(leaves[0], mean, var, *leaves[1:], True, *options)
+    found = [y, *torch.autograd.grad(y, leaves, g.dy), mean, var]
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
 
 
 @every_path
 def test_gradients_of_all_orders(path: str) -> None:
     # in the interpreter every difference is a launch
-    shape = (3, 2, 2, 3) if path == "torch" else (2, 2, 2, 1)
-    t = given(shape, torch.contiguous_format, torch.float64)
+    x = data(*((3, 2, 2, 3) if path == "torch" else (2, 2, 2, 1)), dtype=FP64)
+    leaves = [t.requires_grad_() for t in (x, data(2, seed=1, dtype=FP64), data(2, seed=2, dtype=FP64))]
 
-    def function(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        mean, var = t["running_mean"].clone(), t["running_var"].clone()
+    def limited(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         # r and d carry no gradient, which finite differences cannot know: at their limits they are constant
-        return batch_renorm(x, mean + 9, var * 1e-4, weight, bias, True, 0.1, 1e-3, 1.5, 0.5)
+        mean, var = torch.full((2,), 9.0, dtype=FP64), torch.full((2,), 1e-4, dtype=FP64)
+        return functional.batch_renorm(x, mean, var, weight, bias, True, 0.1, 1e-3, 1.5, 0.5)
 
-    leaves = [t[name].requires_grad_() for name in ("x", "weight", "bias")]
-    assert torch.autograd.gradcheck(function, leaves)
-    assert torch.autograd.gradgradcheck(function, leaves)
+    assert torch.autograd.gradcheck(limited, leaves)
+    assert torch.autograd.gradgradcheck(limited, leaves)
 
 
 @every_path
@@ -160,18 +102,11 @@ def test_schedule(path: str) -> None:
         plain = nn.functional.batch_norm(x, None, None, training=True)
         torch.testing.assert_close(module(x), plain * r + d, rtol=1e-4, atol=1e-4)
         assert module.num_batches_tracked == batch + 1
+    module.num_batches_tracked.fill_(10_000_000)
+    torch.testing.assert_close(module(x), plain * 3 + 5, rtol=1e-4, atol=1e-4)
     module.reset_schedule()
     torch.testing.assert_close(module(x), plain, rtol=1e-4, atol=1e-4)
     assert module.num_batches_tracked == 1
-
-
-@every_path
-def test_long_schedule_stays_within_its_limits(path: str) -> None:
-    module = bnfast.BatchRenorm1d(2, momentum=0.0, warmup_steps=2, r_max_steps=6, d_max_steps=4, affine=False)
-    module.num_batches_tracked.fill_(10_000_000)
-    x = torch.randn(8, 2, generator=torch.Generator().manual_seed(0)) * 10 + 100
-    plain = nn.functional.batch_norm(x, None, None, training=True)
-    torch.testing.assert_close(module(x), plain * 3 + 5, rtol=1e-4, atol=1e-4)
 
 
 @every_path
@@ -222,13 +157,12 @@ def test_limits_may_be_infinite(path: str) -> None:
     x = torch.randn(8, 3, 4, 4) * 3 + 10
     module = bnfast.BatchRenorm2d(3, r_max=inf, d_max=inf, warmup_steps=1, r_max_steps=3, d_max_steps=3)
     torch.testing.assert_close(module(x), nn.BatchNorm2d(3)(x))
-    mean, variance = (t.clone().view(1, -1, 1, 1) for t in (module.running_mean, module.running_var))
     for _ in range(2):
         before = copy.deepcopy(module).eval()(x)
         y = module(x)
     torch.testing.assert_close(y, before, rtol=1e-4, atol=1e-4)
-    assert mean.isfinite().all()
-    assert variance.isfinite().all()
+    assert module.running_mean.isfinite().all()
+    assert module.running_var.isfinite().all()
 
 
 @every_path

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -14,24 +13,11 @@ import bnfast
 from bnfast.functional import batch_norm
 from bnfast.kernels import launch, steps
 from tests.support import kernel_calls
-from tests.support.buffers import bit_identical
+from tests.support.buffers import assert_same_bits, bit_identical, shifted
 from tests.support.layers import data
 
 OPERATORS = torch.ops.bnfast
 SHAPE = (4, 8, 4, 4)
-
-
-def offset(t: Tensor, elements: int = 1) -> Tensor:
-    held = t.new_empty(t.numel() + elements)[elements:].as_strided(t.shape, t.stride(), elements)
-    return held.copy_(t)
-
-
-@pytest.fixture
-def nothing_known() -> Iterator[dict]:
-    """The table of steps, emptied for the test."""
-    steps.forget_plans()
-    yield steps._steps
-    steps.forget_plans()
 
 
 def run(x: Tensor, dy: Tensor, vectors: list[Tensor], training: bool) -> list[Tensor]:
@@ -48,7 +34,7 @@ def test_parameters_lie_anywhere_at_no_cost(training: bool, nothing_known: dict)
     x, dy = data(*SHAPE), data(*SHAPE, seed=1)
     results = []
     for elements in (0, 1, 2, 3):
-        vectors = [offset(data(8, seed=n).abs(), elements) for n in range(4)]
+        vectors = [shifted(data(8, seed=n).abs(), elements) for n in range(4)]
         assert {v.data_ptr() % 16 for v in vectors} == {4 * elements}
         results.append(run(x, dy, vectors, training))
         assert len(nothing_known) == 2  # a step each way, found again
@@ -65,23 +51,17 @@ def test_data_off_a_boundary_has_launches_of_its_own(unaligned: str, nothing_kno
         return [data(8, seed=n).abs() for n in range(4)]
 
     expected = run(x, dy, vectors(), True)
-    found = run(
-        offset(x) if unaligned == "x" else x, offset(dy) if unaligned == "dy" else dy, vectors(), True
-    )
+    moved = (shifted(x, 1), dy) if unaligned == "x" else (x, shifted(dy, 1))
+    found = run(*moved, vectors(), True)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=2e-5)
     aligned = [step.first._bind_once for step in nothing_known.values()]
     assert aligned == ([True, True, False, False] if unaligned == "x" else [True, True, False])
 
 
-@pytest.fixture
-def asked(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
-    """Whether each call asked for a workspace of its own."""
-    return kernel_calls.workspaces_asked_for(monkeypatch)
-
-
 @pytest.mark.parametrize("kind", ["operators", "compiled", "eager"])
-def test_operators_never_use_the_cached_workspace(kind: str, asked: list[bool]) -> None:
+def test_operators_never_use_the_cached_workspace(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a graph's warm-up allocates dies with the graph's pool; eager steps keep theirs."""
+    asked = kernel_calls.workspaces_asked_for(monkeypatch)
     x, dy = data(*SHAPE), data(*SHAPE, seed=1)
     if kind == "operators":
         mean, variance, batches = torch.zeros(8), torch.ones(8), torch.tensor(0)
@@ -129,28 +109,22 @@ def test_workspaces(monkeypatch: pytest.MonkeyPatch) -> None:
     assert get(1)[1] is not get(1)[1]
 
 
-THREADS, STEPS = 4, 3
-
-
-def train(seed: int, start: threading.Barrier | None = None) -> dict[str, Tensor]:
+def train(seed: int, start: threading.Barrier) -> dict[str, Tensor]:
     module = bnfast.BatchNorm2d(8, momentum=None)
     x, dy = data(*SHAPE, seed=seed).requires_grad_(), data(*SHAPE, seed=seed + 100)
-    if start is not None:
-        start.wait()
-    for _ in range(STEPS):
+    start.wait()
+    for _ in range(3):
         y = module(x)
         (dx,) = torch.autograd.grad(y, x, dy)
+    assert module.num_batches_tracked == 3
     return {"y": y.detach(), "dx": dx, **dict(module.named_buffers())}
 
 
 def test_host_threads_at_once() -> None:
     """At the first call too, in which all of them plan."""
-    expected = [train(seed) for seed in range(THREADS)]
+    expected = [train(seed, threading.Barrier(1)) for seed in range(4)]
     steps.forget_plans()
-    start = threading.Barrier(THREADS)
-    with ThreadPoolExecutor(THREADS) as pool:
-        found = list(pool.map(lambda seed: train(seed, start), range(THREADS)))
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(train, range(4), [threading.Barrier(4)] * 4))
     for ours, value in zip(found, expected, strict=True):
-        assert ours["num_batches_tracked"] == STEPS
-        for name, tensor in value.items():
-            assert bit_identical(ours[name], tensor), name
+        assert_same_bits(ours, value)

@@ -6,22 +6,18 @@ import pytest
 import torch
 
 from bnfast.kernels import batch_norm
-from bnfast.kernels.layouts import FORMATS
 from tests.support.buffers import bit_identical, nan_filled_allocations
+from tests.support.layers import both_layouts, data
 
 SHAPES = [(4, 16, 7, 7), (3, 5, 6, 6), (2, 3, 40, 41), (300, 24), (1, 1, 5000), (5, 3, 1, 1), (2, 8, 3, 4, 5)]
 
 
 @pytest.mark.usefixtures("several_programs")
 @pytest.mark.parametrize("mean", [0.0, 1e4])
-@pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels_last"])
+@both_layouts
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_moments(shape: tuple[int, ...], last: bool, mean: float) -> None:
-    x = torch.randn(shape, generator=torch.Generator().manual_seed(0)) + mean
-    if last:
-        if len(shape) not in FORMATS:
-            pytest.skip("one layout only")
-        x = x.contiguous(memory_format=FORMATS[len(shape)])
+    x = data(*shape, last=last) + mean
     before = x.clone()
     with nan_filled_allocations():
         found = batch_norm.moments(x).double()

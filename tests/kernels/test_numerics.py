@@ -3,7 +3,7 @@ dtypes, awkward sizes, memory, parameters, and means far from zero."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Iterable
 
 import pytest
 import torch
@@ -14,82 +14,64 @@ from bnfast.functional import layer_norm as layer_norm_function
 from bnfast.kernels import row_plan
 from bnfast.kernels.cell_plan import CellSweep, cell_sweep
 from tests.support import oracle
-from tests.support.buffers import bit_identical
-from tests.support.families import BF16, DTYPES, FP16, FP32, FP64, in_dtypes, lacking, layouts, strides
+from tests.support.buffers import assert_same_bits
+from tests.support.families import (
+    BF16,
+    DTYPES,
+    FP16,
+    FP32,
+    FP64,
+    in_dtypes,
+    lacking,
+    layouts,
+    parameters,
+    strides,
+    varied,
+)  # fmt: skip
 from tests.support.layers import data, derivatives
 
-CPU = torch.device("cpu")
 OTHERS = (FP16, BF16, FP64)
-SHAPES = {
-    "7x7 planes": (8, 24, 7, 7),
-    "14x14 planes": (3, 16, 14, 14),
-    "odd C": (5, 13, 3, 4),
-    "C 3": (4, 3, 9, 9),
-    "C 65, wider than a block": (6, 65, 5, 5),
-    "C 96, three quarters of a block": (7, 96, 2, 3),
-    "C 1": (4, 1, 6, 7),
-    "one position": (19, 40, 1, 1),
-    "two values a channel": (2, 9, 1, 1),
-    "N 1": (1, 10, 6, 6),
-    "a run in pieces": (2, 3, 70, 66),
-    "a run of odd length": (2, 3, 67, 71),
-    "a run just over a tile": (3, 2, 41, 50),
-    "many samples, tiny planes": (300, 4, 1, 3),
-}
-GROUPS = {
-    "one tile": ((2, 8, 8, 16), 2),
-    "two tiles, odd length": ((2, 6, 5, 7), 2),
-    "several tiles": ((2, 20, 14, 14), 2),
-    "a channel in pieces": ((1, 4, 44, 44), 2),
-    "tiny cells": ((5, 24, 3, 2), 8),
-    "one position": ((6, 40, 1, 1), 4),
-    "2-D": ((6, 30), 3),
-    "3-D, odd length": ((3, 12, 11), 3),
-    "5-D": ((2, 8, 3, 4, 5), 2),
-    "odd positions": ((2, 9, 7, 7), 3),
-    "10 channels a group": ((2, 40, 6, 6), 4),
-    "3 channels a group": ((3, 12, 4, 8), 4),
-    "1 channel a group": ((3, 7, 4, 8), 7),
-    "all channels in a group": ((3, 10, 5, 5), 1),
-    "groups over block borders": ((2, 130, 4, 4), 2),
-    "N 1": ((1, 32, 6, 6), 8),
-    "C 1": ((3, 1, 5, 6), 1),
-    "two values a group": ((2, 8, 1, 1), 4),
-}
-TOO_LARGE_TO_HOLD = {
-    "runs": ((1, 4, 160, 160), 2),
-    "runs of odd length": ((2, 6, 75, 149), 2),
-    "a wide row": ((1, 40, 48, 48), 1),
-}
+SHAPES = [
+    (8, 24, 7, 7), (3, 16, 14, 14), (5, 13, 3, 4), (4, 3, 9, 9),  # planes, odd C, C 3
+    (6, 65, 5, 5), (7, 96, 2, 3), (4, 1, 6, 7),  # C wider than a block, C three quarters of a block, C 1
+    (19, 40, 1, 1), (2, 9, 1, 1), (1, 10, 6, 6),  # one position, two values a channel, N 1
+    (2, 3, 70, 66), (2, 3, 67, 71), (3, 2, 41, 50),  # runs: in pieces, of odd length, just over a tile
+    (300, 4, 1, 3),  # many samples, tiny planes
+]  # fmt: skip
+# shape and groups
+GROUPS = [
+    ((2, 8, 8, 16), 2), ((2, 6, 5, 7), 2), ((2, 20, 14, 14), 2),  # one tile, two of odd length, several
+    ((1, 4, 44, 44), 2), ((5, 24, 3, 2), 8), ((6, 40, 1, 1), 4),  # a channel in pieces, tiny, one position
+    ((6, 30), 3), ((3, 12, 11), 3), ((2, 8, 3, 4, 5), 2),  # 2-D, 3-D of odd length, 5-D
+    ((2, 9, 7, 7), 3), ((2, 40, 6, 6), 4), ((3, 12, 4, 8), 4),  # odd positions, 10 and 3 channels a group
+    ((3, 7, 4, 8), 7), ((3, 10, 5, 5), 1),  # 1 channel a group, all channels in a group
+    ((2, 130, 4, 4), 2), ((1, 32, 6, 6), 8), ((3, 1, 5, 6), 1),  # groups over block borders, N 1, C 1
+    ((2, 8, 1, 1), 4),  # two values a group
+]  # fmt: skip
+# runs, runs of odd length, a wide row
+TOO_LARGE_TO_HOLD = [((1, 4, 160, 160), 2), ((2, 6, 75, 149), 2), ((1, 40, 48, 48), 1)]
 INSTANCES = [(2, 7, 5, 6), (2, 20, 9), (1, 3, 31, 33), (2, 4, 3, 4, 5)]
 # beyond the widths that are held: forward 56 or 64 KB (32 where loaded in singles), backward at most half
 LONG_ROWS = [((2, 20000), FP32), ((3, 8201), FP32), ((2, 9000), FP32), ((2, 12296), BF16), ((2, 4100), FP64)]
 
 
-def of_groups(table: dict[str, tuple[tuple[int, ...], int]]) -> list[Case]:
-    return [group_norm(shape, groups=groups) for shape, groups in table.values()]
+def of_groups(table: Iterable[tuple[tuple[int, ...], int]]) -> list[Case]:
+    return [group_norm(shape, groups=groups) for shape, groups in table]
 
 
 def both_modes(cases: list[Case]) -> list[Case]:
-    return [replace(case, training=training) for case in cases for training in (True, False)]
+    return varied(cases, {"training": True}, {"training": False})
 
 
 # one of each kind of addressing, for what does not depend on sizes
 FEW = [Case((8, 24, 7, 7)), Case((5, 13, 3, 4)), Case((2, 3, 70, 66))]
-FEW_GROUPS = {
-    "10 a group": ((2, 20, 7, 7), 2),
-    "borders": ((2, 130, 3, 4), 2),
-    "1 a group": ((3, 8, 6, 6), 8),
-}
-FAR_GROUPS = {
-    "odd planes": ((2, 20, 9, 9), 2),
-    "pieces": ((1, 4, 120, 120), 2),
-    "1 a group": ((2, 8, 6, 6), 8),
-    "held": ((2, 8, 16, 16), 2),
-}
+# 10 channels a group, groups over borders of blocks, 1 channel a group
+FEW_GROUPS = [((2, 20, 7, 7), 2), ((2, 130, 3, 4), 2), ((3, 8, 6, 6), 8)]
+# odd planes, runs in pieces, 1 channel a group, held
+FAR_GROUPS = [((2, 20, 9, 9), 2), ((1, 4, 120, 120), 2), ((2, 8, 6, 6), 8), ((2, 8, 16, 16), 2)]
 GROUP, ROWS = group_norm((3, 12, 6, 6), groups=3), layer_norm((6, 72))
 CASES = {
-    "batch": both_modes(layouts(*map(Case, SHAPES.values()))),
+    "batch": both_modes(layouts(*map(Case, SHAPES))),
     "batch in other dtypes": in_dtypes(both_modes(layouts(*FEW)), OTHERS),
     "group": layouts(*of_groups(GROUPS)),
     "group too large to hold": of_groups(TOO_LARGE_TO_HOLD),
@@ -104,26 +86,24 @@ CASES = {
         [layer_norm(s) for s in ((700, 3), (301, 64), (130, 100), (50, 768), (29, 1024))], (BF16, FP32)
     ),
     "memory": [case for one in (Case((3, 12, 6, 6)), GROUP) for case in strides(one) if case.dtype == FP32],
-    "memory of rows": [replace(ROWS, storage=how) for how in ("offset", "sliced")]
-    + [replace(ROWS, gradient=how) for how in ("offset", "sliced", "transposed", "expanded")],
-    "parameters": [
-        replace(case, dtype=dtype, parameters=parameters)
-        for case in (*layouts(group_norm((2, 12, 4, 4), groups=3)), ROWS)
-        for dtype in (BF16, FP32)
-        for parameters in DTYPES
-    ],
+    "memory of rows": varied(
+        [ROWS],
+        *({"storage": how} for how in ("offset", "sliced")),
+        *({"gradient": how} for how in ("offset", "sliced", "transposed", "expanded")),
+    ),
+    "parameters": varied(
+        in_dtypes([*layouts(group_norm((2, 12, 4, 4), groups=3)), ROWS], (BF16, FP32)),
+        *({"parameters": dtype} for dtype in DTYPES),
+    ),
     "lacking": [
         *lacking(GROUP),
-        *(replace(ROWS, affine=affine, bias=False) for affine in (True, False)),
-        *(layer_norm((2, 8201), affine=affine, bias=False) for affine in (True, False)),
+        *varied([ROWS, layer_norm((2, 8201))], {"bias": False}, {"affine": False, "bias": False}),
     ],
 }  # fmt: skip
 # in the interpreter of several multiprocessors
 SPREAD = {
     "group in other dtypes": in_dtypes(layouts(*of_groups(FEW_GROUPS)), OTHERS),
-    "group, large means": [
-        replace(case, mean=mean) for case in layouts(*of_groups(FAR_GROUPS)) for mean in (1e4, -1e6)
-    ],
+    "group, large means": varied(layouts(*of_groups(FAR_GROUPS)), {"mean": 1e4}, {"mean": -1e6}),
     "layer, large means": [
         layer_norm(shape, dtype, mean=mean)
         for shape, dtype, mean in (
@@ -134,20 +114,15 @@ SPREAD = {
 }  # fmt: skip
 
 
-def parameters(groups: dict[str, list[Case]]) -> pytest.MarkDecorator:
-    cases = [pytest.param(case, id=f"{name}-{case}") for name, these in groups.items() for case in these]
-    return pytest.mark.parametrize("case", cases)
-
-
-@parameters(CASES)
-def test_against_fp64(case: Case) -> None:
-    oracle.check(case, CPU)
+@pytest.mark.parametrize("case", parameters(CASES))
+def test_against_fp64(case: Case, device: torch.device) -> None:
+    oracle.check(case, device)
 
 
 @pytest.mark.usefixtures("several_programs")
-@parameters(SPREAD)
-def test_against_fp64_on_several_multiprocessors(case: Case) -> None:
-    oracle.check(case, CPU)
+@pytest.mark.parametrize("case", parameters(SPREAD))
+def test_against_fp64_on_several_multiprocessors(case: Case, device: torch.device) -> None:
+    oracle.check(case, device)
 
 
 def held(shape: tuple[int, ...], groups: int) -> CellSweep | None:
@@ -155,7 +130,7 @@ def held(shape: tuple[int, ...], groups: int) -> CellSweep | None:
 
 
 def test_groups_take_every_way() -> None:
-    plans = [held(*case) for case in GROUPS.values()]
+    plans = [held(*case) for case in GROUPS]
     assert all(plans)
     tiles = [p.tile for p in plans if p]
     assert any(t.tiles == 1 and t.groups == 1 for t in tiles)
@@ -163,7 +138,7 @@ def test_groups_take_every_way() -> None:
     assert any(t.pieces > 1 for t in tiles)
     assert any(t.groups > 1 for t in tiles)
     assert {t.vec for t in tiles} >= {1, 2, 4}
-    assert not any(held(*case) for case in TOO_LARGE_TO_HOLD.values())
+    assert not any(held(*case) for case in TOO_LARGE_TO_HOLD)
 
 
 @pytest.mark.parametrize(("shape", "dtype"), LONG_ROWS, ids=str)
@@ -187,5 +162,4 @@ def test_several_dimensions_are_a_row(dims: int) -> None:
 
     found = derivatives(function, x, vectors, dy)
     expected = derivatives(function, flat(x), [t.flatten() for t in vectors], flat(dy))
-    for name, value in expected.items():
-        assert bit_identical(found[name].reshape(value.shape), value), name
+    assert_same_bits({name: value.reshape(expected[name].shape) for name, value in found.items()}, expected)

@@ -1,151 +1,189 @@
 """What the kernels do to memory, counted in the interpreter: bytes, sectors, launches, races, stray
-accesses.
-"""
+accesses."""
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import replace
+from math import prod
 
 import pytest
 import torch
+from torch import Tensor
 
-from bnfast.kernels import plan
+import bnfast
+from bnfast.checks import one_step, truth
+from bnfast.checks.cases import Case, batch_renorm, given, group_norm, instance_norm, layer_norm
+from bnfast.kernels import group_plan, plan
 from bnfast.kernels.layouts import is_channels_last
-from bnfast.kernels.records import Problem
-from tests.support import kernel_calls as kernels
-from tests.support.trace import clean, trace
+from tests.support.buffers import bit_identical, shifted
+from tests.support.families import FP16, FP32, layouts
+from tests.support.trace import Trace, Traffic, clean, trace
 
-SHAPES = [(8, c, size, size) for c in (24, 64, 96) for size in (7, 14, 28)] + [
-    (5, 13, 3, 4),
-    (4, 3, 15, 15),
-    (2, 3, 70, 66),
-    (1, 1, 66, 80),
-    (33, 65, 1, 1),
-    (2, 2, 3, 5, 7),
-]
 pytestmark = pytest.mark.usefixtures("several_programs")
 SMS = 3  # the fixture's
-FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
+CPU = torch.device("cpu")
+
+SHAPES = [(8, c, size, size) for c in (24, 64, 96) for size in (7, 14, 28)] + [
+    (5, 13, 3, 4), (4, 3, 15, 15), (2, 3, 70, 66), (1, 1, 66, 80), (33, 65, 1, 1), (2, 2, 3, 5, 7),
+]  # fmt: skip
+BATCH = layouts(*(Case(shape, FP16) for shape in SHAPES), batch_renorm((4, 24, 7, 7), FP16))
+# whose cells a program holds, in the forward and in the backward
+HELD = {
+    (8, 24, 7, 7): 3, (2, 64, 14, 14): 8, (2, 20, 28, 28): 2, (5, 13, 3, 4): 13, (40, 16, 2, 2): 4,
+    (4, 3, 15, 15): 1, (33, 65, 1, 1): 5, (2, 2, 3, 5, 7): 1,
+}  # fmt: skip
+# groups of 10 channels among them, which are no whole sectors and must cost no more
+CHANNELS_LAST = {
+    (2, 320, 6, 6): 32, (3, 40, 8, 8): 4, (2, 130, 4, 4): 2, (2, 96, 5, 5): 96, (1, 64, 9, 9): 8,
+    (2, 9, 5, 5): 3, (2, 16, 3, 4, 5): 4,
+}  # fmt: skip
+ROWS = [layer_norm(shape, FP16) for shape in ((70, 1), (50, 7), (300, 64), (9, 100), (7, 768))]
+
+# A case; (launches, times that x is read) of its forward, and of its backward, which reads dy as often; and
+# the least useful share of the sectors that either moves.
+STEPS = [
+    *((case, (2, 2.0), (2, 2.0), 0.97 * (case.channels in (24, 64, 96))) for case in BATCH),
+    *((replace(case, training=False), (1, 1.0), (1, 1.0), 0.0) for case in BATCH),
+    *(
+        (group_norm(shape, FP16, groups=groups), (1, 1.0), (2, 1.0), 0.97 * (prod(shape[2:]) % 16 == 0))
+        for shape, groups in HELD.items()
+    ),
+    (group_norm((1, 2, 110, 110), FP16, groups=1), (1, 1.0), (3, 2.0), 0.0),  # held in the forward alone
+    (group_norm((1, 2, 180, 180), FP16, groups=1), (2, 2.0), (3, 2.0), 0.0),
+    (group_norm((1, 4, 160, 160), FP32, groups=2), (2, 2.0), (3, 2.0), 0.0),
+    (group_norm((1, 6, 75, 149), FP32, groups=2), (2, 2.0), (3, 2.0), 0.0),
+    *(
+        (group_norm(shape, FP16, True, groups=groups), (2, 2.0), (3, 2.0), 0.95 * (shape[1] % 8 == 0))
+        for shape, groups in CHANNELS_LAST.items()
+    ),
+    # torch copies these to contiguous and back
+    (instance_norm((2, 8, 6, 6), FP16, True), (2, 2.0), (3, 2.0), 0.0),
+    (instance_norm((2, 4, 3, 4, 5), FP16, True), (2, 2.0), (3, 2.0), 0.0),
+    *((case, (1, 1.0), (2, 1.0), 0.97 * (case.channels % 64 == 0)) for case in ROWS),
+    (layer_norm((2, 5000), FP32), (1, 1.0), (2, 1.0), 0.0),
+    (layer_norm((2, 8201), FP32), (1, 2.0), (3, 2.0), 0.0),
+    (layer_norm((2, 9000), FP32), (1, 1.0), (3, 2.0), 0.0),
+    (layer_norm((2, 12296), FP16), (1, 1.0), (3, 2.0), 0.0),
+]  # fmt: skip
 
 
-def tensors(shape: tuple[int, ...], layout: str, dtype: torch.dtype, count: int) -> list[torch.Tensor]:
-    memory_format = FORMATS[len(shape)] if layout == "channels_last" else torch.contiguous_format
-    return [torch.randn(shape).to(dtype).contiguous(memory_format=memory_format) for _ in range(count)]
+def assert_planned(case: Case, x: Tensor, forward: Trace, backward: Trace) -> None:
+    """The plan counts the same launches and bytes: all of data and of what programs hand over; and of a
+    GroupNorm's tables, which many programs read, each value once out and once in."""
+    n, c, *space = case.shape
+    if case.in_sample:
+        sizes = (n, c, prod(space), case.in_sample, x.element_size(), not x.is_contiguous())
+        planned = group_plan.group_norm(*sizes, sms=SMS)
+    else:
+        sizes = (n, c, prod(space), x.element_size(), is_channels_last(x))
+        planned = plan.batch_norm(*sizes, sms=SMS)
+    assert (forward.launches, backward.launches) == (planned.forward_launches, planned.backward_launches)
+    for t, planned_bytes in ((forward, planned.forward_bytes), (backward, planned.backward_bytes)):
+        names = {"table_ptr", "gradients_ptr"} & t.traffic.keys() if case.in_sample else ()
+        tables = [t[name] for name in names]
+        moved = t.moved("x", "y", "dy", "dx", "partials", "sums")
+        assert moved + sum(table.unique_read + table.unique_written for table in tables) == planned_bytes
 
 
-BOTH = pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-EVERY = pytest.mark.parametrize("shape", SHAPES, ids=str)
+def written_once(*results: Traffic) -> bool:
+    return all((r.writes, r.reads, r.unique_written) == (1.0, 0.0, r.size) for r in results)
 
 
-@BOTH
-@EVERY
-def test_training_step(shape: tuple[int, ...], layout: str) -> None:
-    training_step(shape, layout, None)
+@pytest.mark.parametrize(("case", "forward", "backward", "useful"), STEPS, ids=str)
+def test_step(case: Case, forward: tuple[int, float], backward: tuple[int, float], useful: float) -> None:
+    g = given(case, CPU)
+    module = one_step.layer(case, bnfast, g)
+    leaves = [g.x.detach().requires_grad_(), module.weight, module.bias]
+    with trace(x=g.x) as t:
+        y = module(leaves[0])
+    clean(t, forward[0])
+    assert (t["x"].reads, t["x"].writes) == (forward[1], 0.0)
+    assert written_once(t.of(y))
+    assert t["table_ptr"].unique_written == t["table_ptr"].size
+    with trace(x=g.x, dy=g.dy) as b:
+        dx, dweight, dbias = torch.autograd.grad(y, leaves, g.dy)
+    clean(b, backward[0])
+    assert [(flow.reads, flow.writes) for flow in (b["x"], b["dy"])] == [(backward[1], 0.0)] * 2
+    assert written_once(b.of(dx))
+    assert all(b.of(v).unique_written == b.of(v).size for v in (dweight, dbias))
+    assert y.stride() == dx.stride() == g.x.stride()
+    if useful:
+        reads = [flow.read_efficiency for flow in (t["x"], b["x"], b["dy"])]
+        assert min(*reads, t.of(y).write_efficiency, b.of(dx).write_efficiency) >= useful
+    if case.training and case.layer != "LayerNorm":
+        assert_planned(case, g.x, t, b)
 
 
-@BOTH
-def test_batch_renorm_is_no_dearer(layout: str) -> None:
-    training_step((4, 24, 7, 7), layout, kernels.RENORM)
+# A case; whether dx, dweight and dbias are wanted; launches, and how often x and dy are read.
+FEW = layouts(*(Case(shape, FP16) for shape in ((8, 24, 7, 7), (5, 13, 3, 4), (2, 3, 70, 66))))
+HELD_GROUP = group_norm((2, 12, 6, 6), FP16, groups=3)
+WANTED = [
+    *((case, "x", 2, 2.0, 2.0) for case in FEW),
+    *((case, "w", 1, 1.0, 1.0) for case in FEW),
+    *((replace(case, training=False), "x", 1, 0.0, 1.0) for case in FEW),
+    (HELD_GROUP, "x", 1, 1.0, 1.0),
+    (HELD_GROUP, "wb", 2, 1.0, 1.0),
+    *(
+        (group_norm(shape, FP16, True, groups=groups), *found)
+        for shape, groups in (((2, 40, 6, 6), 4), ((2, 8, 6, 6), 8), ((2, 4, 3, 4, 5), 4))
+        for found in (("x", 2, 2.0, 2.0), ("wb", 2, 1.0, 1.0))
+    ),
+    *(
+        (layer_norm(shape), wanted, 1 + twice * ("x" in wanted) + (wanted != "x"), *reads)
+        for shape, twice in (((300, 64), False), ((7, 768), False), ((2, 8201), True))
+        for wanted, reads in (
+            ("x", (1.0 + twice,) * 2), ("w", (1.0, 1.0)), ("b", (0.0, 1.0)), ("xb", (1.0 + twice,) * 2)
+        )
+    ),
+]  # fmt: skip
 
 
-def training_step(shape: tuple[int, ...], layout: str, renorm: Any) -> None:
-    """Forward: x twice, y once, two launches. Backward: dy and x twice, dx once, two launches. Whole
-    sectors throughout. The plan counts the same, and what programs hand over.
-    """
-    x, dy = tensors(shape, layout, torch.float16, 2)
-    channels = shape[1]
-    weight, bias, mean, variance = (torch.rand(channels) for _ in range(4))
-    batches = torch.tensor(0)
-    with trace(x=x, batches=batches) as t:
-        y, table, _ = kernels.batch_norm_train(x, weight, bias, mean, variance, batches, renorm=renorm)
-    sizes = (shape[0], channels, torch.Size(shape[2:]).numel(), x.element_size(), is_channels_last(x))
-    planned = plan.batch_norm(*sizes, sms=SMS)
-    clean(t, planned.forward_launches)
-    assert t.moved("x", "y", "partials") == planned.forward_bytes
-    assert (t["x"].reads, t["x"].writes, t.of(y).writes, t.of(y).reads) == (2.0, 0.0, 1.0, 0.0)
-    assert t.of(y).unique_written == t.of(y).size
-    assert batches.item() == 1
-    with trace(x=x, dy=dy) as b:
-        dx, dweight, dbias, _ = kernels.batch_norm_backward(x, dy, table)
-    clean(b, planned.backward_launches)
-    assert b.moved("x", "dy", "dx", "partials") == planned.backward_bytes
-    assert dx is not None
-    assert (b["x"].reads, b["dy"].reads, b.of(dx).writes) == (2.0, 2.0, 1.0)
-    assert b.of(dx).unique_written == b.of(dx).size
-    if shape[1] in (24, 64, 96):
-        flows = [
-            t["x"].read_efficiency,
-            t.of(y).write_efficiency,
-            b["x"].read_efficiency,
-            b["dy"].read_efficiency,
-        ]
-        assert min(flows) >= 0.97
+@pytest.mark.parametrize(("case", "wanted", "launches", "x_reads", "dy_reads"), WANTED, ids=str)
+def test_only_what_is_wanted(case: Case, wanted: str, launches: int, x_reads: float, dy_reads: float) -> None:
+    """test_results.py has the values."""
+    g = given(case, CPU)
+    module = one_step.layer(case, bnfast, g)
+    leaves = {"x": g.x.detach(), "w": module.weight, "b": module.bias}
+    for name, leaf in leaves.items():
+        leaf.requires_grad_(name in wanted)
+    y = module(leaves["x"])
+    with trace(x=g.x, dy=g.dy) as b:
+        gradients = torch.autograd.grad(y, [leaves[name] for name in wanted], g.dy)
+    clean(b, launches)
+    assert (b["x"].reads, b["dy"].reads) == (x_reads, dy_reads)
+    assert written_once(*(b.of(dx) for dx in gradients[: "x" in wanted]))
 
 
-@BOTH
-@EVERY
-def test_eval(shape: tuple[int, ...], layout: str) -> None:
-    """Forward: one launch, x once. Backward: one sweep; without parameter gradients dy once and dx once, x
-    not at all.
-    """
-    x, dy = tensors(shape, layout, torch.float16, 2)
-    mean, variance = torch.rand(shape[1]), torch.rand(shape[1])
-    with trace(x=x) as t:
-        y, table, _ = kernels.batch_norm_eval(x, mean, variance)
+@pytest.mark.parametrize(
+    "case",
+    [Case((8, 24, 7, 7), training=False), *(layer_norm(s) for s in ((300, 64), (7, 768), (2, 8201)))],
+    ids=str,
+)
+def test_no_table_where_no_backward_follows(case: Case) -> None:
+    g = given(case, CPU)
+    module = one_step.layer(case, bnfast, g)
+    y = module(g.x)
+    with trace(x=g.x) as t, torch.no_grad():
+        again = module(g.x)
     clean(t, 1)
-    assert (t["x"].reads, t.of(y).writes) == (1.0, 1.0)
-    assert t.of(table).unique_written == t.of(table).size
-    with trace(x=x, dy=dy) as b:
-        dx, *_ = kernels.batch_norm_backward(x, dy, table, training=False)
-    clean(b, 1)
-    assert dx is not None
-    assert (b["x"].reads, b["dy"].reads, b.of(dx).writes) == (1.0, 1.0, 1.0)
-    with trace(x=x, dy=dy) as s:
-        dx, *_ = kernels.batch_norm_backward(x, dy, table, (True, None, None), training=False)
-    clean(s, 1)
-    assert dx is not None
-    assert (s["x"].reads, s["dy"].reads, s.of(dx).writes) == (0.0, 1.0, 1.0)
+    assert "table_ptr" not in t.traffic
+    assert bit_identical(again, y)
 
 
-@BOTH
-def test_only_what_is_wanted(layout: str) -> None:
-    """Parameter gradients alone: one launch, dy and x once."""
-    x, dy = tensors((8, 24, 7, 7), layout, torch.float16, 2)
-    _, table, _ = kernels.batch_norm_train(x)
-    with trace(x=x, dy=dy) as t:
-        dx, dweight, dbias, _ = kernels.batch_norm_backward(x, dy, table, (False, torch.float32, None))
-    clean(t, 1)
-    assert dx is None
-    assert dbias is None
-    assert (t["x"].reads, t["dy"].reads) == (1.0, 1.0)
-    with trace(x=x, dy=dy) as t:
-        _, dweight, dbias, _ = kernels.batch_norm_backward(x, dy, table, (True, None, None))
-    clean(t, 2)
-    assert dweight is None
-    assert dbias is None
-
-
-@BOTH
 @pytest.mark.parametrize("cut", [1, 3, 8], ids="cut {}".format)
-def test_unaligned_storage(cut: int, layout: str) -> None:
-    """A tensor that starts anywhere in its storage: the same traffic, no vector reaching outside it."""
-    shape = (4, 16, 5, 5)
-    (whole,) = tensors(shape, layout, torch.float16, 1)
-    storage = torch.zeros(whole.numel() + cut, dtype=torch.float16)
-    x = torch.as_strided(storage, shape, whole.stride(), cut).copy_(whole)
-    with trace(x=x) as t:
-        y, *_ = kernels.batch_norm_train(x)
-    clean(t, 2)
-    assert (t["x"].reads, t.of(y).writes) == (2.0, 1.0)
-    expected, *_ = kernels.batch_norm_train(whole)
-    torch.testing.assert_close(y, expected, rtol=2e-3, atol=2e-3)
-
-
-@pytest.mark.parametrize("shape", [(64, 1, 1, 1), (1, 1, 64, 64), (1, 8, 40, 40)], ids=str)
-def test_a_channel_is_split_over_programs(shape: tuple[int, ...]) -> None:
-    """Also where there is one channel or one sample: C programs would idle the GPU."""
-    n, c, s = shape[0], shape[1], shape[2] * shape[3]
-    large = 64 if s > 1 else 2048
-    for last in (True, False):
-        sweep = plan.reduce_sweep(Problem(n * large, c, s * 64, 2, last), 1)
-        assert sweep.programs >= 0.75 * 132
+@pytest.mark.parametrize(
+    ("case", "launches", "reads"),
+    [*((case, 2, 2.0) for case in layouts(Case((4, 16, 5, 5), FP16))), (layer_norm((5, 96), FP16), 1, 1.0)],
+    ids=str,
+)
+def test_unaligned_storage(case: Case, launches: int, reads: float, cut: int) -> None:
+    """Tensors that start anywhere in their storage: the same traffic, no vector reaching outside."""
+    g = given(case, CPU)
+    g = replace(g, **{name: shifted(t, cut) for name, t in g.tensors().items()})
+    module = one_step.layer(case, bnfast, g)
+    with trace(x=g.x, weight=g.weight) as t:
+        y = module(g.x)
+    clean(t, launches)
+    assert (t["x"].reads, t.of(y).writes) == (reads, 1.0)
+    verdicts = truth.judge(case, g, one_step.run(case, bnfast, g))
+    assert all(verdict.ok for verdict in verdicts.values()), {n: str(v) for n, v in verdicts.items()}

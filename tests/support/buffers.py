@@ -54,27 +54,36 @@ def nan_filled_allocations() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Guarded:
-    """`tensor` lies in the middle of `buffer`, a byte tensor with copies of `guard` at both ends."""
+    """`tensor` lies in the middle of `buffer`, a byte tensor with `before` and `after` at its ends."""
 
     tensor: torch.Tensor
     buffer: torch.Tensor
-    guard: torch.Tensor
+    before: torch.Tensor
+    after: torch.Tensor
 
     def intact(self) -> bool:
         """Whether nobody wrote to the guards."""
-        return torch.equal(self.buffer[:GUARD], self.guard) and torch.equal(self.buffer[-GUARD:], self.guard)
+        ends = self.buffer[: len(self.before)], self.buffer[-len(self.after) :]
+        return torch.equal(ends[0], self.before) and torch.equal(ends[1], self.after)
 
 
 def guarded(tensor: torch.Tensor) -> Guarded:
-    """A copy of a tensor, same strides, with guard bytes around it."""
+    """A copy of a tensor, same strides, as far past a 16-byte boundary, with guard bytes around it."""
     span = 1 + sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
     size = span * tensor.element_size() if tensor.numel() else 0
-    guard = torch.full((GUARD // 2,), next(GUARD_WORDS), dtype=torch.int16, device=tensor.device)
-    guard = guard.view(torch.uint8)
-    buffer = torch.cat((guard, torch.zeros(size, dtype=torch.uint8, device=tensor.device), guard))
-    inner = buffer[GUARD : GUARD + size].view(tensor.dtype).as_strided(tensor.shape, tensor.stride())
+    start = GUARD + tensor.data_ptr() % 16
+    words = torch.full(((start + GUARD) // 2,), next(GUARD_WORDS), dtype=torch.int16, device=tensor.device)
+    before, after = words.view(torch.uint8).split((start, GUARD))
+    buffer = torch.cat((before, torch.zeros(size, dtype=torch.uint8, device=tensor.device), after))
+    inner = buffer[start : start + size].view(tensor.dtype).as_strided(tensor.shape, tensor.stride())
     inner.copy_(tensor.detach())
-    return Guarded(inner, buffer, guard)
+    return Guarded(inner, buffer, before, after)
+
+
+def shifted(t: torch.Tensor, elements: int) -> torch.Tensor:
+    """A copy of a tensor, same strides, so many elements past the start of its storage."""
+    storage = t.new_zeros(t.numel() + elements)
+    return storage.as_strided(t.shape, t.stride(), elements).copy_(t)
 
 
 def bit_identical(a: torch.Tensor, b: torch.Tensor) -> bool:
@@ -82,3 +91,11 @@ def bit_identical(a: torch.Tensor, b: torch.Tensor) -> bool:
     if a.shape != b.shape or a.dtype != b.dtype:
         return False
     return torch.equal(*(t.detach().reshape(-1).contiguous().view(torch.uint8) for t in (a, b)))
+
+
+def assert_same_bits(
+    found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], where: str = ""
+) -> None:
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert bit_identical(found[name], value), f"{name} {where}"

@@ -91,15 +91,13 @@ def summed_once(layer: str, g: Named, dy: Tensor) -> Named:
     """y and gradients of the layer alone in fp64, each sum rounded once: torch's own would be the error."""
     x, weight, bias = g["x"], g["weight"], g["bias"]
     if LAYERS[layer][0] == "batch_norm":
-        fixed = _statistics(x) if layer == "eval" else None
-        e = exact.batch_norm(x, dy, weight, bias, EPS, fixed)
-        values = {"y": e.y(x), "dx": e.dx(x, dy), "dweight": e.dweight(), "dbias": e.dbias()}
+        e = exact.batch_norm(x, dy, weight, bias, EPS, _statistics(x) if layer == "eval" else None)
     elif layer == "layer":
-        values = exact.layer_norm(x, dy, 1, weight, bias, EPS)
+        e = exact.layer_norm(x, dy, weight, bias, EPS)
     else:
         groups = x.shape[1] if layer == "instance" else LAYERS[layer][1](x)[0]
-        values = exact.group_norm(x, dy, groups, weight, bias, EPS)
-    return {name: value for name, (value, _) in values.items()}
+        e = exact.group_norm(x, dy, groups, weight, bias, EPS)
+    return {name: value for name, (value, _) in e.results(x, dy).items()}
 
 
 def truth(layer: str, activation: Any, g: Named) -> Named:

@@ -13,11 +13,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from bnfast.checks.cases import Case
 from bnfast.kernels import batch_norm as _batch_norm
 from bnfast.kernels import group_norm as _group_norm
 from bnfast.kernels import launch, plan
-from bnfast.kernels import layer_norm as _layer_norm
 from bnfast.kernels.epilogue import NO_EPILOGUE, Epilogue
 from bnfast.kernels.records import (
     NO_BUFFERS,
@@ -25,8 +23,6 @@ from bnfast.kernels.records import (
     Forward,
     Gradients,
     GroupNormOptions,
-    LayerNormOptions,
-    Renorm,
     Wanted,
     new,
 )
@@ -38,7 +34,6 @@ from bnfast.ops import op
 EPS = 1e-5
 Result = Tensor | None
 ALL = Wanted(True, torch.float32, torch.float32)
-RENORM = Renorm(3.0, 5.0)
 
 
 def batch_norm_train(
@@ -74,43 +69,6 @@ def group_norm_backward(
 ) -> Gradients:  # fmt: skip
     options = GroupNormOptions(groups, EPS)
     return _group_norm.backward(x, dy, table, weight, bias, options, wanted, epilogue)
-
-
-def layer_norm(x: Tensor, weight: Result, bias: Result, *, keep: bool = True) -> Forward:
-    """Of the last dimension."""
-    options = LayerNormOptions(x.shape[-1:], EPS)
-    return _layer_norm.forward(x, weight, bias, NO_BUFFERS, options, keep=keep)
-
-
-def layer_norm_backward(
-    x: Tensor, dy: Tensor, table: Tensor, weight: Result, wanted: Wanted = ALL
-) -> Gradients:
-    return _layer_norm.backward(x, dy, table, weight, None, LayerNormOptions(x.shape[-1:], EPS), wanted)
-
-
-def step(
-    case: Case, x: Tensor, dy: Tensor, weight: Result, bias: Result, wanted: Wanted = ALL
-) -> dict[str, Tensor]:
-    """All that a case's forward and backward give: y, table, the gradients that are wanted, and the running
-    statistics of a BatchNorm that tracks them."""
-    state: dict[str, Tensor] = {}
-    if case.layer == "BatchNorm":
-        if case.tracked:
-            state = {"mean": torch.zeros(case.channels), "variance": torch.ones(case.channels)}
-        y, table, _ = batch_norm_train(x, weight, bias, *state.values())
-        found = batch_norm_backward(x, dy, table, wanted)
-    elif case.layer == "LayerNorm":
-        y, table, _ = layer_norm(x, weight, bias)
-        found = layer_norm_backward(x, dy, table, weight, wanted)
-    else:
-        y, table, _ = group_norm(x, case.in_sample, weight, bias)
-        found = group_norm_backward(x, dy, table, case.in_sample, weight, wanted)
-    *gradients, dz = found
-    assert dz is None
-    for gradient, want in zip(gradients, wanted, strict=True):
-        assert (gradient is not None) == bool(want)
-    named = {"y": y, "table": table, **dict(zip(("dx", "dweight", "dbias"), gradients, strict=True)), **state}
-    return {name: t for name, t in named.items() if t is not None}
 
 
 @contextlib.contextmanager

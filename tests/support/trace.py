@@ -10,7 +10,7 @@ Tensors the traced call allocates are adopted, under the kernel's name for them,
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 from unittest import mock
@@ -31,58 +31,34 @@ SECTOR = 32  # bytes; the unit in which a GPU's L2 moves data
 class Flow:
     """Traffic in one direction, summed over operations."""
 
+    touched: np.ndarray = field(repr=False)  # whether each byte was, at least once
     requested: int = 0  # bytes, each lane counted
     distinct: int = 0  # bytes, each counted once an operation
     sectors: int = 0  # distinct sectors an operation
 
+    @property
+    def efficiency(self) -> float:
+        """Useful share, at most 1, of the sectors that were moved; NaN if there were none."""
+        return self.distinct / (SECTOR * self.sectors) if self.sectors else float("nan")
 
-@dataclass
+
 class Traffic:
-    """Everything that happened to the bytes [start, stop) of memory. Sizes in bytes."""
+    """Everything that happened to the bytes [start, stop) of memory. Sizes in bytes; size: of the tensor as
+    its user sees it, numel * itemsize."""
 
-    name: str
-    start: int
-    stop: int
-    size: int  # of the tensor as its user sees it: numel * itemsize
-    read: Flow = field(default_factory=Flow)
-    write: Flow = field(default_factory=Flow)
-    atomics: int = 0  # lanes
-    was_read: np.ndarray = field(init=False, repr=False)
-    was_written: np.ndarray = field(init=False, repr=False)
+    def __init__(self, name: str, start: int, stop: int, size: int) -> None:
+        self.name, self.start, self.stop, self.size = name, start, stop, size
+        self.read, self.write = (Flow(np.zeros(stop - start, bool)) for _ in range(2))
+        self.atomics = 0  # lanes
 
-    def __post_init__(self) -> None:
-        self.was_read = np.zeros(self.stop - self.start, bool)
-        self.was_written = np.zeros(self.stop - self.start, bool)
-
-    @property
-    def reads(self) -> float:
-        """Bytes read, in multiples of the tensor's size."""
-        return self.read.requested / self.size
-
-    @property
-    def writes(self) -> float:
-        """Bytes written, in multiples of the tensor's size."""
-        return self.write.requested / self.size
-
-    @property
-    def unique_read(self) -> int:
-        """Bytes read at least once."""
-        return int(self.was_read.sum())
-
-    @property
-    def unique_written(self) -> int:
-        """Bytes written at least once."""
-        return int(self.was_written.sum())
-
-    @property
-    def read_efficiency(self) -> float:
-        """Useful share, at most 1, of the sectors fetched; NaN if nothing was read."""
-        return self.read.distinct / (SECTOR * self.read.sectors) if self.read.sectors else float("nan")
-
-    @property
-    def write_efficiency(self) -> float:
-        """Useful share, at most 1, of the sectors stored to; NaN if nothing was written."""
-        return self.write.distinct / (SECTOR * self.write.sectors) if self.write.sectors else float("nan")
+    # bytes read or written, in multiples of the tensor's size
+    reads = property(lambda self: self.read.requested / self.size)
+    writes = property(lambda self: self.write.requested / self.size)
+    # bytes read or written at least once
+    unique_read = property(lambda self: int(self.read.touched.sum()))
+    unique_written = property(lambda self: int(self.write.touched.sum()))
+    read_efficiency = property(lambda self: self.read.efficiency)
+    write_efficiency = property(lambda self: self.write.efficiency)
 
 
 @dataclass(frozen=True)
@@ -187,10 +163,8 @@ class Trace:
     def _access(self, access: Access, pointers: TensorHandle, mask: Any) -> TensorHandle:
         """Record one operation; returns its mask without the lanes that are out of bounds."""
         itemsize = max(1, pointers.get_element_ty().primitive_bitwidth // 8)
-        mask = np.asarray(mask.data if isinstance(mask, TensorHandle) else mask).astype(
-            bool
-        )  # may come as integers
-        lanes = np.broadcast_to(mask, pointers.data.shape).copy()
+        mask = np.asarray(mask.data if isinstance(mask, TensorHandle) else mask)
+        lanes = np.broadcast_to(mask.astype(bool), pointers.data.shape).copy()  # may come as integers
         addresses = pointers.data[lanes].astype(np.int64)
         starts, stops = np.array([(r.start, r.stop) for r in self._ranges]).T
         owner = np.searchsorted(starts, addresses, side="right") - 1
@@ -211,14 +185,11 @@ class Trace:
         if access == "atomic":
             traffic.atomics += addresses.size
         else:
-            flow, touched = {
-                "load": (traffic.read, traffic.was_read),
-                "store": (traffic.write, traffic.was_written),
-            }[access]
+            flow = traffic.read if access == "load" else traffic.write
             flow.requested += addresses.size * itemsize
             flow.distinct += elements.size * itemsize
             flow.sectors += np.unique(elements // SECTOR).size
-            touched[offsets] = True
+            flow.touched[offsets] = True
         if access == "store" and elements.size < addresses.size:
             self._report(traffic, "lanes")
         size = traffic.stop - traffic.start
@@ -255,42 +226,40 @@ def trace(**tensors: torch.Tensor | None) -> Iterator[Trace]:
         if tensor is not None and tensor.numel():
             record.adopt(name, tensor)
 
-    builder, executor = interpreter.InterpreterBuilder, interpreter.GridExecutor
-    load, store = builder.create_masked_load, builder.create_masked_store
-    rmw, cas, barrier = builder.create_atomic_rmw, builder.create_atomic_cas, builder.create_barrier
-    call = executor.__call__
+    # what stands before each of the interpreter's methods: it takes its arguments, and returns those to go by
+    def masked_load(pointers, mask, *rest):
+        return pointers, record._access("load", pointers, mask), *rest
 
-    def traced_load(self, pointers, mask, *rest, **options):
-        return load(self, pointers, record._access("load", pointers, mask), *rest, **options)
+    def masked_store(pointers, value, mask, *rest):
+        return pointers, value, record._access("store", pointers, mask), *rest
 
-    def traced_store(self, pointers, value, mask, *rest, **options):
-        return store(self, pointers, value, record._access("store", pointers, mask), *rest, **options)
+    def atomic_rmw(operation, pointers, value, mask, semantic, scope):
+        return operation, pointers, value, record._atomic(pointers, mask, semantic), semantic, scope
 
-    def traced_rmw(self, operation, pointers, value, mask, semantic, scope):
-        mask = record._atomic(pointers, mask, semantic)
-        return rmw(self, operation, pointers, value, mask, semantic, scope)
-
-    def traced_cas(self, pointers, expected, value, semantic, scope):
+    def atomic_cas(pointers, expected, value, semantic, scope):
         record._atomic(pointers, True, semantic)
-        return cas(self, pointers, expected, value, semantic, scope)
+        return pointers, expected, value, semantic, scope
 
-    def traced_barrier(self):
+    def barrier():
         record._races.barrier(_program())
-        return barrier(self)
+        return ()
+
+    def preceded(original: Callable[..., Any], before: Callable[..., tuple[Any, ...]]) -> Callable[..., Any]:
+        return lambda self, *arguments, **options: original(self, *before(*arguments), **options)
+
+    builder, executor = interpreter.InterpreterBuilder, interpreter.GridExecutor
+    call = executor.__call__
 
     def traced_call(self, *arguments, **keywords):
         names = dict(zip(self.arg_names, arguments, strict=False)) | keywords
         record._enter_launch(self.fn.__name__, names)
         return call(self, *arguments, **keywords)
 
-    with (
-        mock.patch.object(builder, "create_masked_load", traced_load),
-        mock.patch.object(builder, "create_masked_store", traced_store),
-        mock.patch.object(builder, "create_atomic_rmw", traced_rmw),
-        mock.patch.object(builder, "create_atomic_cas", traced_cas),
-        mock.patch.object(builder, "create_barrier", traced_barrier),
-        mock.patch.object(executor, "__call__", traced_call),
-    ):
+    with contextlib.ExitStack() as stack:
+        for before in (masked_load, masked_store, atomic_rmw, atomic_cas, barrier):
+            name = f"create_{before.__name__}"
+            stack.enter_context(mock.patch.object(builder, name, preceded(getattr(builder, name), before)))
+        stack.enter_context(mock.patch.object(executor, "__call__", traced_call))
         yield record
 
 

@@ -1,0 +1,177 @@
+"""Numbers on which a careless sum of squares loses everything, and cells of one value, which with eps=0 leave
+no variance to divide by."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+import bnfast
+from bnfast import exact
+from bnfast.checks import one_step, truth
+from bnfast.checks.cases import Case, given, group_norm, instance_norm, layer_norm
+from tests.support.buffers import nan_filled_allocations
+from tests.support.families import FP32, layouts, on_gpu
+from tests.support.layers import every_path
+from tests.support.versions import EPS_0_IN_EVAL
+
+
+def zeros_first(x: Tensor) -> None:
+    (x[:, : x.shape[1] // 3] if x.dim() == 2 else x[:, :, :2]).zero_()
+
+
+def one_spike(x: Tensor) -> None:
+    x[(slice(None), x.shape[1] // 2, *[3] * (x.dim() - 2))] = 3e5
+
+
+HOSTILE = {
+    "zeros first": zeros_first,
+    "one spike": one_spike,
+    "a step": lambda x: x[:, x.shape[1] // 2 :].add_(1e5),
+    "tiny": lambda x: x.sub_(1e4).mul_(1e-15),
+    "huge": lambda x: x.sub_(1e4).mul_(1e15),
+    "one value": lambda x: x.fill_(3.7),
+}
+FAR = [
+    *layouts(group_norm((2, 8, 8, 8), groups=2, mean=1e4), group_norm((1, 2, 96, 96), groups=1, mean=1e4)),
+    *(layer_norm((2, width), mean=1e4) for width in (100, 1000, 8201)),
+]
+
+
+@pytest.mark.parametrize("case", FAR, ids=str)
+@pytest.mark.parametrize("numbers", HOSTILE)
+def test_hostile_numbers(numbers: str, case: Case, device: torch.device) -> None:
+    """What defeats a pivot taken from one place of a group or of a row, or sums of squares."""
+    g = given(case, device)
+    HOSTILE[numbers](g.x)
+    with nan_filled_allocations():
+        found = one_step.run(case, bnfast, g)
+    if case.layer == "LayerNorm" and numbers != "one value":
+        bad = {name: str(v) for name, v in truth.judge(case, g, found).items() if not v.ok}
+        assert not bad, bad
+    else:
+        for name, value in truth.expectations(case, g).items():
+            assert exact.excess(found[name], value, FP32) <= 1, name
+
+
+# where a kernel might take its pivot from, or lose small squares beside a large one
+TRAPS = {
+    "none": lambda g: None,
+    "first element 0": lambda g: g.x[:, :, 0, 0].zero_(),
+    "first sample 0": lambda g: g.x[0].zero_(),
+    "spike first": lambda g: g.x[:, :, 0, 0].fill_(3e4),
+    "spike last": lambda g: g.x[-1, :, -1, -1].fill_(3e4),
+    "running mean NaN": lambda g: g.running_mean.fill_(float("nan")),
+}
+FAR_BATCHES = layouts(
+    *(
+        Case(s, mean=1e4, momentum=1.0)
+        for s in ((8, 24, 7, 7), (12, 16, 14, 14), (4, 3, 70, 66), (5, 7, 9, 9))
+    )
+)
+FAR_ON_GPU = [
+    *layouts(
+        Case((32, 96, 14, 14), mean=1e4, momentum=1.0),
+        group_norm((8, 96, 14, 14), mean=1e4, groups=8),
+        instance_norm((8, 20, 15, 15), mean=1e4),
+    ),
+    group_norm((2, 6, 160, 150), mean=1e4, groups=2),
+]
+
+
+@pytest.mark.parametrize("case", [*FAR_BATCHES, *on_gpu(FAR_ON_GPU)], ids=str)
+@pytest.mark.parametrize("trap", TRAPS)
+def test_as_good_as_two_passes_at_a_large_mean(trap: str, case: Case, device: torch.device) -> None:
+    """At mean 1e4 and std 1, fp32, the error is within twice that of fp64 with its mean rounded to fp32, plus
+    2 ulp: none is lost to cancellation. Plus 8 in the interpreter, which adds one after another where a GPU
+    adds in a tree, so that beside a spike's square small ones are lost."""
+    g = given(case, device)
+    TRAPS[trap](g)
+    normal = truth.of(case, g).normal
+    x, dy = normal.seen(g.x), normal.seen(g.dy)
+    cell, channel = ((2, 3, 4), (0, 3, 4)) if case.in_sample else ((0, 2, 3), (0, 2, 3))
+    deviations, h = x - normal.mean.float().double(), dy * normal.weight
+    xhat = deviations * normal.rstd
+    means = h.mean(cell, keepdim=True), (h * xhat).mean(cell, keepdim=True)
+    two_passes = {
+        "y": normal.as_x(xhat * normal.weight + normal.bias),
+        "dx": normal.as_x(normal.rstd * (h - means[0] - xhat * means[1])),
+        "dweight": (dy * xhat).sum(channel).flatten(),
+    }
+    if case.tracked:
+        two_passes["running_var"] = deviations.square().sum(cell).flatten() / (normal.count - 1)
+    found, expected = one_step.run(case, bnfast, g), truth.expectations(case, g)
+
+    def error(value: Tensor, name: str) -> float:
+        exactly, _ = expected[name]
+        return ((value.double() - exactly).norm() / exactly.norm()).item()
+
+    ulps = 2 if device.type == "cuda" else 8
+    for name, other in two_passes.items():
+        assert error(found[name], name) <= 2 * error(other.float(), name) + ulps * torch.finfo(FP32).eps, name
+
+
+# held by a program and swept; in tiles and runs
+CELLS = {"held": (2, 4, 3, 5), "swept": (2, 4, 3, 5), "long": (1, 2, 1, 20993)}
+
+
+def constant(name: str, value: float) -> Tensor:
+    x = torch.randn(CELLS[name], generator=torch.Generator().manual_seed(0))
+    x[0, :] = value  # the other sample, if any, is an ordinary one
+    return x.contiguous(memory_format=torch.channels_last) if name == "swept" else x
+
+
+def step(layer: torch.nn.Module, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """The output, and the gradients of x, weight and bias, after giving the layer other parameters."""
+    with torch.no_grad():
+        layer.weight.copy_(torch.arange(1.0, 1 + len(layer.weight)))
+        layer.bias.copy_(torch.arange(5.0, 5 + len(layer.bias)))
+    x = x.clone(memory_format=torch.preserve_format).requires_grad_()
+    y = layer(x)
+    dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(1))
+    return y.detach(), list(torch.autograd.grad(y, [x, layer.weight, layer.bias], dy))
+
+
+@every_path
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("long", 2.5), *((name, v) for name in ("held", "swept") for v in (0.0, 0.1, -1e4 / 3))],
+)
+def test_instance_norm_of_constant_cells(name: str, value: float, path: str) -> None:
+    """The bias, as of torch's layer: the values are their mean. Their gradient is 0, and weight has none from
+    them."""
+    x = constant(name, value)
+    ours = bnfast.InstanceNorm2d(x.shape[1], eps=0.0, affine=True)
+    theirs = torch.nn.InstanceNorm2d(x.shape[1], eps=0.0, affine=True)
+    y, (dx, *others) = step(ours, x)
+    assert torch.equal(y[0], ours.bias.detach()[:, None, None].expand_as(y[0]))
+    assert not dx[0].any()
+    expected, (expected_dx, *rest) = step(theirs, x)
+    assert not expected_dx[0].any()
+    torch.testing.assert_close([y, dx, *others], [expected, expected_dx, *rest], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("name", CELLS)
+def test_group_norm_of_constant_cells(name: str, groups: int) -> None:
+    """The kernels do as for InstanceNorm. (torch's GroupNorm gives NaN, or noise in channels_last.)"""
+    x = constant(name, 2.5)
+    layer = bnfast.GroupNorm(groups, x.shape[1], eps=0.0)
+    y, (dx, dweight, dbias) = step(layer, x)
+    assert torch.equal(y[0], layer.bias.detach()[:, None, None].expand_as(y[0]))
+    assert not dx[0].any()
+    assert all(t.isfinite().all() for t in (y, dx, dweight, dbias))
+
+
+@every_path
+@pytest.mark.parametrize("name", ["held", "swept"])
+def test_a_running_variance_of_0(name: str, path: str) -> None:
+    """In eval nothing finite comes of it (torch gives NaN on CPU, NaN or an infinity on CUDA)."""
+    if path == "torch" and not EPS_0_IN_EVAL:
+        pytest.skip("this PyTorch refuses eps=0 in eval")
+    layer = bnfast.BatchNorm2d(4, eps=0.0).eval()
+    layer.running_var[1] = 0.0
+    y = layer(constant(name, 2.5))
+    assert not y[:, 1].isfinite().any()
+    assert y[:, [0, 2, 3]].isfinite().all()
