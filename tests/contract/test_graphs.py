@@ -14,20 +14,9 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from bnfast import dispatch
-from tests.support.layers import (
-    BY_NAME,
-    CLOSE,
-    KINDS,
-    Layer,
-    Options,
-    assert_same,
-    both_layouts,
-    both_modes,
-    data,
-    every_layer,
-    every_path,
-    step,
-)
+from bnfast.checks.cases import FORMATS
+from tests.support import layers
+from tests.support.layers import BY_NAME, CLOSE, KINDS, Layer, Options, assert_same, data, every_path, step
 
 
 @pytest.fixture(autouse=True)
@@ -63,7 +52,7 @@ COMPILED = [(layer, SCHEDULE if "Renorm" in layer.name else layer.tracks or {}) 
 
 
 @every_path
-@both_modes
+@layers.both_modes
 @pytest.mark.parametrize(("layer", "options"), [*COMPILED, CUMULATIVE], ids=str)
 def test_compiled_whole(layer: Layer, options: Options, training: bool, path: str) -> None:
     """For several batch sizes: the second recompiles, for all further ones."""
@@ -82,11 +71,8 @@ def test_compiled_whole(layer: Layer, options: Options, training: bool, path: st
     assert bool(ours) == any("backward" in name for name in ours) == (path == "kernels")
 
 
-INDUCED = [COMPILED[0], CUMULATIVE, (BY_NAME["LayerNorm"], {})]
-
-
 @every_path
-@pytest.mark.parametrize(("layer", "options"), INDUCED, ids=str)
+@pytest.mark.parametrize(("layer", "options"), [COMPILED[0], CUMULATIVE, (BY_NAME["LayerNorm"], {})], ids=str)
 def test_inductor(layer: Layer, options: Options, path: str) -> None:
     eager = layer.make(**options)
     module = copy.deepcopy(eager)
@@ -96,15 +82,11 @@ def test_inductor(layer: Layer, options: Options, path: str) -> None:
         assert_same(step(module, x, run), step(eager, x), rtol=1e-5, atol=2e-5)
 
 
-def captured_modes(layer: Layer) -> tuple[bool, ...]:
-    """Batch Renormalization is evaluated only where it is exported or traced."""
-    return (False,) if layer.name.startswith("BatchRenorm") else (True, False)
-
-
 CAPTURED = [
     pytest.param(layer, training, id=f"{layer}-{'train' if training else 'eval'}")
     for layer in KINDS
-    for training in captured_modes(layer)
+    # Batch Renormalization is evaluated only where it is exported or traced.
+    for training in ((False,) if "Renorm" in layer.name else (True, False))
 ]
 
 
@@ -144,7 +126,7 @@ def test_traced_by_jit_as_plain_aten(layer: Layer, training: bool, path: str) ->
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("alone", [True, False], ids=["alone", "in a model"])
-@both_modes
+@layers.both_modes
 @pytest.mark.parametrize("layer", [layer for layer in KINDS if "Renorm" not in layer.name], ids=str)
 def test_scripted_as_torchs_layer(layer: Layer, training: bool, alone: bool) -> None:
     module = layer.make(**(layer.tracks or {})).train(training)
@@ -153,8 +135,8 @@ def test_scripted_as_torchs_layer(layer: Layer, training: bool, alone: bool) -> 
     assert_same(step(scripted, layer.input()), step(expected, layer.input()))
 
 
-@both_modes
-@every_layer
+@layers.both_modes
+@layers.every_layer
 def test_a_leaf_to_fx(layer: Layer, training: bool) -> None:
     """Feature extractors cut a traced model at its layers, so a layer must stay one node."""
     module = nn.Sequential(layer.make(**(layer.tracks or {}))).train(training)
@@ -164,7 +146,7 @@ def test_a_leaf_to_fx(layer: Layer, training: bool) -> None:
     assert_same(step(graph, layer.input()), step(module, layer.input()))
 
 
-@every_layer
+@layers.every_layer
 def test_fx_does_not_look_into_a_subclass(layer: Layer) -> None:
     class Scaled(layer.ours):  # type: ignore[name-defined, misc]
         def forward(self, input: Tensor) -> Tensor:
@@ -174,17 +156,15 @@ def test_fx_does_not_look_into_a_subclass(layer: Layer) -> None:
         torch.fx.symbolic_trace(nn.Sequential(Scaled(*layer.arguments)))
 
 
-@both_modes
-@both_layouts
-@every_layer
+@layers.both_modes
+@layers.both_layouts
+@layers.every_layer
 def test_fake_tensors(layer: Layer, last: bool, training: bool) -> None:
     """Shapes, types and strides of a step that never ran."""
     real = step(layer.make(**(layer.tracks or {})).train(training), layer.input(last=last))
     with torch._subclasses.FakeTensorMode():
         module = layer.ours(*layer.arguments, **(layer.tracks or {})).train(training)
-        x = torch.empty(layer.shape).contiguous(
-            memory_format=torch.channels_last if last else torch.contiguous_format
-        )
+        x = torch.empty(layer.shape, memory_format=FORMATS[4] if last else torch.contiguous_format)
         x.requires_grad_()
         y = module(x)
         y.backward(torch.empty_like(y))
