@@ -1,9 +1,11 @@
-"""Constructors called with arguments that they have not: the message names the layer and a way out."""
+"""Constructors called with arguments that they do not have: the message names the layer and a way out. And
+what Batch Renormalization's constructor refuses."""
 
 from __future__ import annotations
 
 import inspect
 import re
+from collections.abc import Callable
 from itertools import product
 from typing import Any
 
@@ -44,22 +46,36 @@ def test_the_layer_is_named_and_an_argument_suggested(name: str, keyword: str, m
     assert raised.value.__suppress_context__
 
 
-OTHERS = {
+def renorm(**options: Any) -> Callable[[], object]:
+    return lambda: bnfast.BatchRenorm2d(3, **options)
+
+
+NAN = float("nan")
+OTHERS: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
     "where none is near all are listed": (
         lambda: bnfast.GroupNorm(2, 8, momentum=0.1),
+        TypeError,
         "'momentum': it takes num_groups, num_channels, eps, .*activation$",
     ),
     "a subclass hears whose arguments they are": (
         lambda: Users(act="relu"),
+        TypeError,
         "^" + re.escape(UNEXPECTED.format(layer="BatchNorm2d", keyword="act", meant="activation")),
     ),
-    "other errors pass through": (lambda: bnfast.BatchNorm2d(8, dtype="nonsense"), r"^empty\(\)"),
+    "other errors pass": (lambda: bnfast.BatchNorm2d(8, dtype="nonsense"), TypeError, r"^empty\(\)"),
+    "no momentum": (renorm(momentum=None), ValueError, "momentum"),
+    "no statistics": (renorm(track_running_stats=False), ValueError, "track_running_stats"),
+    "r_max < 1": (renorm(r_max=0.5), ValueError, "r_max"),
+    "d_max < 0": (renorm(d_max=-1.0), ValueError, "d_max"),
+    "steps out of order": (renorm(warmup_steps=10, r_max_steps=5), ValueError, "0 <= warmup_steps"),
+    "warmup of nan": (renorm(warmup_steps=NAN), ValueError, "0 <= warmup_steps"),
+    "steps of nan": (renorm(r_max_steps=NAN), ValueError, "0 <= warmup_steps"),
 }
 
 
-@pytest.mark.parametrize(("call", "words"), OTHERS.values(), ids=OTHERS.keys())
-def test_other_messages(call: Any, words: str) -> None:
-    with pytest.raises(TypeError, match=words):
+@pytest.mark.parametrize(("call", "error", "words"), OTHERS.values(), ids=OTHERS.keys())
+def test_other_messages(call: Callable[[], object], error: type[Exception], words: str) -> None:
+    with pytest.raises(error, match=words):
         call()
 
 

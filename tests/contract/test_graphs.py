@@ -5,12 +5,12 @@ from __future__ import annotations
 
 import copy
 import warnings
-from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._dynamo.testing import AotEagerAndRecordGraphs
 from torch.testing import assert_close
 
 from bnfast import dispatch
@@ -26,24 +26,11 @@ def _fresh(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dispatch, "_suitable", {}, raising=False)
 
 
-class Graphs:
-    """aot_eager that keeps what it is given: the graphs of autograd's forward and backward."""
-
-    def __init__(self) -> None:
-        self.operators: list[str] = []
-        self.count = 0
-
-    def __call__(self, graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
-        from torch._dynamo.backends.common import aot_autograd
-
-        def keep(inner: torch.fx.GraphModule, _: list[Tensor]) -> Any:
-            for node in inner.graph.nodes:
-                wrapped = "auto_functionalized" in str(node.target)  # how an operator that mutates is held
-                self.operators.append(str(node.args[0] if wrapped else node.target))
-            return inner
-
-        self.count += 1
-        return aot_autograd(fw_compiler=keep)(graph, inputs)
+def operators(graphs: AotEagerAndRecordGraphs) -> list[str]:
+    """Of autograd's forward and backward."""
+    nodes = [n for graph in (*graphs.fw_graphs, *graphs.bw_graphs) for n in graph.graph.nodes]
+    # how an operator that mutates is held
+    return [str(n.args[0] if "auto_functionalized" in str(n.target) else n.target) for n in nodes]
 
 
 SCHEDULE: Options = {"warmup_steps": 0, "r_max_steps": 4, "d_max_steps": 4}
@@ -58,16 +45,16 @@ def test_compiled_whole(layer: Layer, options: Options, training: bool, path: st
     """For several batch sizes: the second recompiles, for all further ones."""
     eager = layer.make(**options).train(training)
     module = copy.deepcopy(eager)
-    graphs = Graphs()
+    graphs = AotEagerAndRecordGraphs()
     run = torch.compile(module, fullgraph=True, backend=graphs)
     for n in (3, 5, 2, 7):
         x = data(n, *layer.shape[1:], seed=n, last=layer.keeps_format)
         found, expected = step(module, x, run), step(eager, x)
         assert_same(found, expected)
         assert found["y"].stride() == expected["y"].stride()
-    assert graphs.count == 2
+    assert len(graphs.graphs) == 2
     # batch_renorm_once, which notes that a batch has been counted, is no kernel
-    ours = [name for name in graphs.operators if "bnfast" in name and "once" not in name]
+    ours = [name for name in operators(graphs) if "bnfast" in name and "once" not in name]
     assert bool(ours) == any("backward" in name for name in ours) == (path == "kernels")
 
 

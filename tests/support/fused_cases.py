@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bnfast import exact
-from tests.support.layers import NORMS, followed, groups, norms, statistics
+from tests.support.layers import NORMS, derivatives, followed, groups, norms, statistics
 
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 Named = dict[str, Tensor]
@@ -60,10 +60,7 @@ def theirs(layer: str, activation: Any) -> Callable[..., Tensor]:
 
 def run(function: Callable[..., Tensor], g: Named) -> Named:
     """y and all gradients."""
-    leaves = {n: t.detach().clone().requires_grad_() for n, t in g.items() if n != "dy"}
-    y = function(**leaves)
-    gradients = torch.autograd.grad(y, list(leaves.values()), g["dy"])
-    return {"y": y.detach(), **{f"d{n}": t for n, t in zip(leaves, gradients, strict=True)}}
+    return derivatives(function, g["x"], [g[name] for name in ("weight", "bias", "z") if name in g], g["dy"])
 
 
 def summed_once(layer: str, g: Named, dy: Tensor) -> Named:
