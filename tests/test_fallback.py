@@ -30,7 +30,7 @@ X = data(3, 4, 8, 8)
 
 @pytest.fixture
 def limit(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Sizes that kernels and tests can hold stand for those that nobody's memory does."""
+    """Lowers the limit of the kernels' arithmetic, so that small sizes stand for those that fill a GPU."""
 
     def forget() -> None:  # plans are kept, by their sizes
         plan.reduce_sweep.cache_clear()
@@ -146,8 +146,8 @@ TRITONS = {
 
 @pytest.mark.parametrize(("source", "words"), TRITONS.values(), ids=TRITONS.keys())
 def test_without_a_triton_to_use(source: str, words: str, tmp_path: Path) -> None:
-    """Older torch builds bring older ones, and builds without CUDA none. That the interpreter is asked for
-    makes no kernels."""
+    """Older torch builds bring older ones, and builds without CUDA bring none. The interpreter needs Triton
+    too, so asking for it makes no kernels."""
     package = tmp_path / "triton"
     package.mkdir()
     (package / "__init__.py").write_text(source + "\n")

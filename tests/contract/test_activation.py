@@ -48,7 +48,7 @@ SPELLINGS += [((meant.name, meant.parameter), meant) for meant in map(Activation
 
 
 class OwnReLU(nn.ReLU):
-    """As a user may have it: who knows what its forward is."""
+    """A subclass of a user, whose forward may be anything."""
 
 
 def hooked() -> nn.Module:

@@ -28,7 +28,7 @@ X, M, V = data(3, 4, 2, 3), data(4, seed=1), data(4, seed=2).square() + 0.5
 ONE = torch.tensor(1.0)
 TENSORS = {"weight": data(4, seed=3), "bias": data(4, seed=4)}
 BATCH = {"input": X, "running_mean": M, "running_var": V, **TENSORS}
-# the arguments of which each call below replaces some
+# Each case below replaces some of these arguments.
 CALLS: dict[str, Given] = {
     "batch_norm": {**BATCH, "training": True},
     "batch_norm, eval": {**BATCH, "training": False},
@@ -42,7 +42,7 @@ KINDS = [data(4).to(kind) for kind in (torch.int64, torch.bool, torch.complex64)
 FLOAT8 = torch.ones(2, 4, 3, 3).to(torch.float8_e4m3fn)
 VECTORS = [[1.0] * 4, 1.0, ONE, data(4, 1), data(3), data(7), data(4).to("meta"), data(8)[::2], *KINDS]
 STATISTICS = [*VECTORS, None, M.clone().requires_grad_()]
-# what each function is given in the place of one argument that it has
+# What each function is given in the place of one of its arguments.
 ARGUMENTS: dict[str, list[Any]] = {
     "input": [
         [[1.0]], None, 1.0, ONE, data(4), data(1, 4), data(3, 4), data(2, 4, 0), data(0, 4, 3), data(2, 0, 3),
@@ -63,7 +63,12 @@ NO_STATISTICS = {"running_mean": None, "running_var": None}
 # (function, what is replaced)
 TOGETHER: list[tuple[str, Given]] = [
     *((name, BARE) for name in CALLS),
-    *((name, NO_STATISTICS) for name in CALLS if "batch" in name or "instance" in name),
+    *(
+        (name, {**NO_STATISTICS, **bare})
+        for name in CALLS
+        if "running_mean" in CALLS[name]
+        for bare in ({}, BARE)
+    ),
     ("batch_norm", {"momentum": torch.tensor(0.3), "eps": torch.tensor(1e-3)}),
     *((name, {"running_mean": FLOAT8[0, :, 0, 0]}) for name in CALLS if "batch" in name),
     ("group_norm", {"input": data(1, 4), "num_groups": 4}),  # one value a group
@@ -143,6 +148,7 @@ def test_functions(name: str, given: Given, path: str, launches: list[Any]) -> N
         # dx is a difference of larger numbers, so the tolerance is above that of assert_close.
         one = name == "layer_norm" and given["input"].shape[-1] == 1
         assert_close(ours, theirs, rtol=1e-5, atol=1e-3 if one else 3e-5, equal_nan=True)
+        assert bit_identical(held["input"], given["input"]), "the input was written to"
 
 
 # Old checkpoints and helpful utilities leave other things than an int64 scalar there.
@@ -151,7 +157,7 @@ COUNTERS = [
     *(torch.tensor(3).to(kind) for kind in (torch.int32, torch.uint8, torch.float32, torch.float64)),
     torch.tensor(True), torch.tensor([3, 5])[1], None,
 ]  # fmt: skip
-# what BatchNorm2d(4) is made with or given in the place of one argument, parameter or buffer
+# What BatchNorm2d(4) is made with, is given, or holds in the place of one of its tensors.
 OF_BATCH_NORM: dict[str, list[Any]] = {
     "input": [
         X, data(2, 4, 3), data(2, 4, 3, 3, 3), data(2, 5, 3, 3), data(2, 3, 3, 3), data(1, 4, 1, 1),

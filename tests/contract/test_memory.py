@@ -89,7 +89,7 @@ GRADIENTS: dict[str, Callable[[Tensor], Tensor]] = {
 @layers.every_norm
 def test_gradients_of_any_strides(norm: str, finish: Any, after: str | None, last: bool) -> None:
     """As their producers leave them. Judged by torch in fp64, with a dense gradient: torch's own treatment of
-    strides is not what is asked here."""
+    strides is not under test here."""
     ours, theirs = norms(norm)
     x = data(*SHAPE, last=last).requires_grad_()
     rest = given(norm, x, after)
@@ -143,7 +143,7 @@ def other_format(t: Tensor) -> Tensor:
 def test_saved_tensors_come_back_in_other_memory(
     norm: str, unpack: Arrange, after: str | None, last: bool, path: str
 ) -> None:
-    """Offloading and compressing hooks owe nobody the strides of what they were given."""
+    """Hooks that offload or compress need not keep the strides of what they were given."""
     if path == "torch" and (norm == "layer" or (norm == "group" and TORCH == (2, 11))):
         pytest.skip("torch's own function takes them for dense")
     x = data(2, 8, 4, 8, last=last)

@@ -1,6 +1,7 @@
-"""Each layer once: how to make it and what it must equal, what it takes, and what its function is called.
+"""The table of layers: how each is made, which layer it must equal, and what it takes. And the table of
+functions, with and without what follows them.
 
-What a test asks of every layer it is given by `every_layer`, `drop_ins` or `every_norm`."""
+Tests take their layers and functions from `every_layer`, `drop_ins`, `tracking` and `every_norm`."""
 
 from __future__ import annotations
 
