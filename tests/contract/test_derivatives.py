@@ -35,6 +35,8 @@ ROWS = [("layer", (4, 3), False, given, None) for given in ("wb", "w", "b", "")]
 def test_gradcheck(case: Any, path: str, launches: list[Any]) -> None:
     """First and second derivatives against finite differences; batched gradients against one by one."""
     norm, shape, last, given, activation = case
+    if path == "torch" and (norm, given) == ("layer", "b"):
+        pytest.skip("torch's own second derivatives of layer_norm are wrong for a bias without a weight")
     x = data(*shape, dtype=FP64, last=last).requires_grad_()
     size = (shape[-1],) if norm == "layer" else (shape[1],)
     leaves = {
