@@ -1,9 +1,12 @@
-"""Constructors called with arguments that they have not: the message names the layer and a way out."""
+"""Constructors called with arguments that they do not have: the message names the layer and a way out. And
+what Batch Renormalization's constructor refuses."""
 
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable
+from itertools import product
 from typing import Any
 
 import pytest
@@ -12,9 +15,7 @@ import torch
 import bnfast
 from bnfast import modules
 
-ARGUMENTS: dict[str, tuple[Any, ...]] = {
-    name: (2, 8) if name == "GroupNorm" else (8,) for name in modules.__all__
-}
+ARGUMENTS = {name: (2, 8) if name == "GroupNorm" else (8,) for name in modules.__all__}
 all_layers = pytest.mark.parametrize("name", modules.__all__)
 
 
@@ -25,60 +26,66 @@ class Users(bnfast.BatchNorm2d):
         super().__init__(8, **kwargs)
 
 
-@all_layers
-@pytest.mark.parametrize("keyword", ["act", "activations", "act_layer", "Activation"])
-def test_the_layer_is_named_and_the_argument_suggested(name: str, keyword: str) -> None:
+UNEXPECTED = "{layer}() got an unexpected keyword argument '{keyword}': did you mean '{meant}'?"
+MEANT = [
+    *product(ARGUMENTS, ["act", "activations", "act_layer", "Activation"], ["activation"]),
+    ("BatchNorm1d", "epsilon", "eps"),
+    ("BatchNorm1d", "track_stats", "track_running_stats"),
+    ("GroupNorm", "groups", "num_groups"),
+    ("LayerNorm", "normalised_shape", "normalized_shape"),
+    ("LayerNorm", "elementwise", "elementwise_affine"),
+    ("BatchRenorm2d", "warmup", "warmup_steps"),
+]
+
+
+@pytest.mark.parametrize(("name", "keyword", "meant"), MEANT)
+def test_the_layer_is_named_and_an_argument_suggested(name: str, keyword: str, meant: str) -> None:
     with pytest.raises(TypeError) as raised:
         getattr(bnfast, name)(*ARGUMENTS[name], **{keyword: "relu"})
-    assert str(raised.value) == (
-        f"{name}() got an unexpected keyword argument '{keyword}': did you mean 'activation'?"
-    )
+    assert str(raised.value) == UNEXPECTED.format(layer=name, keyword=keyword, meant=meant)
     assert raised.value.__suppress_context__
 
 
-@pytest.mark.parametrize(
-    ("layer", "keywords", "suggested"),
-    [
-        (bnfast.BatchNorm1d, {"epsilon": 1e-3}, "eps"),
-        (bnfast.BatchNorm1d, {"track_stats": True}, "track_running_stats"),
-        (bnfast.GroupNorm, {"groups": 1}, "num_groups"),
-        (bnfast.LayerNorm, {"normalised_shape": 8}, "normalized_shape"),
-        (bnfast.LayerNorm, {"elementwise": True}, "elementwise_affine"),
-        (bnfast.BatchRenorm2d, {"warmup": 5}, "warmup_steps"),
-    ],
-)
-def test_other_arguments_are_suggested(layer: Any, keywords: dict[str, Any], suggested: str) -> None:
-    with pytest.raises(TypeError, match=f"^{layer.__name__}.*: did you mean '{suggested}'\\?$"):
-        layer(**keywords)
+def renorm(**options: Any) -> Callable[[], object]:
+    return lambda: bnfast.BatchRenorm2d(3, **options)
 
 
-def test_where_none_is_near_all_are_listed() -> None:
-    with pytest.raises(TypeError, match="'momentum': it takes num_groups, num_channels, eps, .*activation$"):
-        bnfast.GroupNorm(2, 8, momentum=0.1)  # type: ignore[call-arg]
+NAN = float("nan")
+OTHERS: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
+    "where none is near all are listed": (
+        lambda: bnfast.GroupNorm(2, 8, momentum=0.1),
+        TypeError,
+        "'momentum': it takes num_groups, num_channels, eps, .*activation$",
+    ),
+    "a subclass hears whose arguments they are": (
+        lambda: Users(act="relu"),
+        TypeError,
+        "^" + re.escape(UNEXPECTED.format(layer="BatchNorm2d", keyword="act", meant="activation")),
+    ),
+    "other errors pass": (lambda: bnfast.BatchNorm2d(8, dtype="nonsense"), TypeError, r"^empty\(\)"),
+    "no momentum": (renorm(momentum=None), ValueError, "momentum"),
+    "no statistics": (renorm(track_running_stats=False), ValueError, "track_running_stats"),
+    "r_max < 1": (renorm(r_max=0.5), ValueError, "r_max"),
+    "d_max < 0": (renorm(d_max=-1.0), ValueError, "d_max"),
+    "steps out of order": (renorm(warmup_steps=10, r_max_steps=5), ValueError, "0 <= warmup_steps"),
+    "warmup of nan": (renorm(warmup_steps=NAN), ValueError, "0 <= warmup_steps"),
+    "steps of nan": (renorm(r_max_steps=NAN), ValueError, "0 <= warmup_steps"),
+}
+
+
+@pytest.mark.parametrize(("call", "error", "words"), OTHERS.values(), ids=OTHERS.keys())
+def test_other_messages(call: Callable[[], object], error: type[Exception], words: str) -> None:
+    with pytest.raises(error, match=words):
+        call()
 
 
 @all_layers
-@pytest.mark.parametrize(
-    ("call", "words"),
-    [
-        (lambda layer: layer(), r"missing a required argument: '(num_|normalized_)\w+'"),
-        (lambda layer: layer(*range(20)), "too many positional arguments"),
-    ],
-    ids=["too few", "too many"],
-)
-def test_no_private_class_is_named(call: Callable[[Any], Any], words: str, name: str) -> None:
-    with pytest.raises(TypeError, match=rf"^{name}\(\) {words}"):
-        call(getattr(bnfast, name))
-
-
-def test_a_subclass_hears_whose_arguments_they_are() -> None:
-    with pytest.raises(TypeError, match=r"^BatchNorm2d\(\) .*'act': did you mean 'activation'"):
-        Users(act="relu")
-
-
-def test_other_errors_pass_through() -> None:
-    with pytest.raises(TypeError, match="^empty\\(\\)"):
-        bnfast.BatchNorm2d(8, dtype="nonsense")  # type: ignore[arg-type]
+def test_no_private_class_is_named(name: str) -> None:
+    layer = getattr(bnfast, name)
+    with pytest.raises(TypeError, match=rf"^{name}\(\) missing a required argument: '(num_|normalized_)\w+'"):
+        layer()
+    with pytest.raises(TypeError, match=rf"^{name}\(\) too many positional arguments"):
+        layer(*range(20))
 
 
 @all_layers

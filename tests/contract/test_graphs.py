@@ -5,29 +5,18 @@ from __future__ import annotations
 
 import copy
 import warnings
-from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._dynamo.testing import AotEagerAndRecordGraphs
 from torch.testing import assert_close
 
 from bnfast import dispatch
-from tests.support.layers import (
-    BY_NAME,
-    CLOSE,
-    KINDS,
-    Layer,
-    Options,
-    assert_same,
-    both_layouts,
-    both_modes,
-    data,
-    every_layer,
-    every_path,
-    step,
-)
+from bnfast.checks.cases import FORMATS
+from tests.support import layers
+from tests.support.layers import BY_NAME, CLOSE, KINDS, Layer, Options, assert_same, data, every_path, step
 
 
 @pytest.fixture(autouse=True)
@@ -37,24 +26,11 @@ def _fresh(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dispatch, "_suitable", {}, raising=False)
 
 
-class Graphs:
-    """aot_eager that keeps what it is given: the graphs of autograd's forward and backward."""
-
-    def __init__(self) -> None:
-        self.operators: list[str] = []
-        self.count = 0
-
-    def __call__(self, graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
-        from torch._dynamo.backends.common import aot_autograd
-
-        def keep(inner: torch.fx.GraphModule, _: list[Tensor]) -> Any:
-            for node in inner.graph.nodes:
-                wrapped = "auto_functionalized" in str(node.target)  # how an operator that mutates is held
-                self.operators.append(str(node.args[0] if wrapped else node.target))
-            return inner
-
-        self.count += 1
-        return aot_autograd(fw_compiler=keep)(graph, inputs)
+def operators(graphs: AotEagerAndRecordGraphs) -> list[str]:
+    """Of autograd's forward and backward."""
+    nodes = [n for graph in (*graphs.fw_graphs, *graphs.bw_graphs) for n in graph.graph.nodes]
+    # how an operator that mutates is held
+    return [str(n.args[0] if "auto_functionalized" in str(n.target) else n.target) for n in nodes]
 
 
 SCHEDULE: Options = {"warmup_steps": 0, "r_max_steps": 4, "d_max_steps": 4}
@@ -63,30 +39,27 @@ COMPILED = [(layer, SCHEDULE if "Renorm" in layer.name else layer.tracks or {}) 
 
 
 @every_path
-@both_modes
+@layers.both_modes
 @pytest.mark.parametrize(("layer", "options"), [*COMPILED, CUMULATIVE], ids=str)
 def test_compiled_whole(layer: Layer, options: Options, training: bool, path: str) -> None:
     """For several batch sizes: the second recompiles, for all further ones."""
     eager = layer.make(**options).train(training)
     module = copy.deepcopy(eager)
-    graphs = Graphs()
+    graphs = AotEagerAndRecordGraphs()
     run = torch.compile(module, fullgraph=True, backend=graphs)
     for n in (3, 5, 2, 7):
         x = data(n, *layer.shape[1:], seed=n, last=layer.keeps_format)
         found, expected = step(module, x, run), step(eager, x)
         assert_same(found, expected)
         assert found["y"].stride() == expected["y"].stride()
-    assert graphs.count == 2
+    assert len(graphs.graphs) == 2
     # batch_renorm_once, which notes that a batch has been counted, is no kernel
-    ours = [name for name in graphs.operators if "bnfast" in name and "once" not in name]
+    ours = [name for name in operators(graphs) if "bnfast" in name and "once" not in name]
     assert bool(ours) == any("backward" in name for name in ours) == (path == "kernels")
 
 
-INDUCED = [COMPILED[0], CUMULATIVE, (BY_NAME["LayerNorm"], {})]
-
-
 @every_path
-@pytest.mark.parametrize(("layer", "options"), INDUCED, ids=str)
+@pytest.mark.parametrize(("layer", "options"), [COMPILED[0], CUMULATIVE, (BY_NAME["LayerNorm"], {})], ids=str)
 def test_inductor(layer: Layer, options: Options, path: str) -> None:
     eager = layer.make(**options)
     module = copy.deepcopy(eager)
@@ -96,15 +69,11 @@ def test_inductor(layer: Layer, options: Options, path: str) -> None:
         assert_same(step(module, x, run), step(eager, x), rtol=1e-5, atol=2e-5)
 
 
-def captured_modes(layer: Layer) -> tuple[bool, ...]:
-    """Batch Renormalization is evaluated only where it is exported or traced."""
-    return (False,) if layer.name.startswith("BatchRenorm") else (True, False)
-
-
 CAPTURED = [
     pytest.param(layer, training, id=f"{layer}-{'train' if training else 'eval'}")
     for layer in KINDS
-    for training in captured_modes(layer)
+    # Batch Renormalization is evaluated only where it is exported or traced.
+    for training in ((False,) if "Renorm" in layer.name else (True, False))
 ]
 
 
@@ -144,7 +113,7 @@ def test_traced_by_jit_as_plain_aten(layer: Layer, training: bool, path: str) ->
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("alone", [True, False], ids=["alone", "in a model"])
-@both_modes
+@layers.both_modes
 @pytest.mark.parametrize("layer", [layer for layer in KINDS if "Renorm" not in layer.name], ids=str)
 def test_scripted_as_torchs_layer(layer: Layer, training: bool, alone: bool) -> None:
     module = layer.make(**(layer.tracks or {})).train(training)
@@ -153,8 +122,8 @@ def test_scripted_as_torchs_layer(layer: Layer, training: bool, alone: bool) -> 
     assert_same(step(scripted, layer.input()), step(expected, layer.input()))
 
 
-@both_modes
-@every_layer
+@layers.both_modes
+@layers.every_layer
 def test_a_leaf_to_fx(layer: Layer, training: bool) -> None:
     """Feature extractors cut a traced model at its layers, so a layer must stay one node."""
     module = nn.Sequential(layer.make(**(layer.tracks or {}))).train(training)
@@ -164,7 +133,7 @@ def test_a_leaf_to_fx(layer: Layer, training: bool) -> None:
     assert_same(step(graph, layer.input()), step(module, layer.input()))
 
 
-@every_layer
+@layers.every_layer
 def test_fx_does_not_look_into_a_subclass(layer: Layer) -> None:
     class Scaled(layer.ours):  # type: ignore[name-defined, misc]
         def forward(self, input: Tensor) -> Tensor:
@@ -174,17 +143,15 @@ def test_fx_does_not_look_into_a_subclass(layer: Layer) -> None:
         torch.fx.symbolic_trace(nn.Sequential(Scaled(*layer.arguments)))
 
 
-@both_modes
-@both_layouts
-@every_layer
+@layers.both_modes
+@layers.both_layouts
+@layers.every_layer
 def test_fake_tensors(layer: Layer, last: bool, training: bool) -> None:
     """Shapes, types and strides of a step that never ran."""
     real = step(layer.make(**(layer.tracks or {})).train(training), layer.input(last=last))
     with torch._subclasses.FakeTensorMode():
         module = layer.ours(*layer.arguments, **(layer.tracks or {})).train(training)
-        x = torch.empty(layer.shape).contiguous(
-            memory_format=torch.channels_last if last else torch.contiguous_format
-        )
+        x = torch.empty(layer.shape, memory_format=FORMATS[4] if last else torch.contiguous_format)
         x.requires_grad_()
         y = module(x)
         y.backward(torch.empty_like(y))

@@ -1,5 +1,5 @@
-"""Inputs and gradients may lie in memory in any way, saved tensors may come back in another, and what is not
-wanted is not computed. Of the functions, beside torch's."""
+"""Inputs, residuals and gradients may lie in memory in any way, saved tensors may come back in another, and
+what is not wanted is neither computed nor kept. Of the functions, alone and followed, beside torch's."""
 
 from __future__ import annotations
 
@@ -10,29 +10,26 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 from torch.testing import assert_close
 
 from bnfast import functional
-from tests.support import kernel_calls
+from tests.support import kernel_calls, layers
 from tests.support.buffers import bit_identical
-from tests.support.layers import (
-    CLOSE,
-    NORMS,
-    assert_same,
-    both_layouts,
-    both_modes,
-    data,
-    derivatives,
-    every_norm,
-    every_path,
-    norms,
-    parameters,
-)
+from tests.support.layers import CLOSE, NORMS, assert_same, data, derivatives, norms
 from tests.support.versions import TORCH
 
 SHAPE = (3, 4, 2, 3)
 Arrange = Callable[[Tensor], Tensor]
 LAST = torch.channels_last
+followed = pytest.mark.parametrize("after", [None, "relu", "silu"], ids=["alone", "relu", "silu"])
+
+
+def given(norm: str, x: Tensor, after: str | None = None) -> list[Tensor]:
+    """A weight, a bias and, where an activation follows, a residual, all of which want gradients."""
+    residuals = [data(*x.shape, seed=7, dtype=x.dtype).requires_grad_()] if after else []
+    return [*layers.parameters(norm, x), *residuals]
+
 
 INPUTS: dict[str, tuple[tuple[int, ...], Arrange]] = {
     "transposed": ((4, 3, 2, 5), lambda x: x.transpose(0, 1)),
@@ -51,19 +48,22 @@ INPUTS: dict[str, tuple[tuple[int, ...], Arrange]] = {
 }
 
 
+@pytest.mark.parametrize("of", ["x", "x, followed", "residual"])
 @pytest.mark.parametrize(("shape", "arrange"), INPUTS.values(), ids=INPUTS.keys())
-@every_norm
-def test_inputs_of_any_strides(norm: str, shape: tuple[int, ...], arrange: Arrange) -> None:
+@layers.every_norm
+def test_inputs_of_any_strides(norm: str, shape: tuple[int, ...], arrange: Arrange, of: str) -> None:
     if norm == "instance" and len(shape) == 2:
         pytest.skip("InstanceNorm of one value is an error")
     leaf, results = data(*shape), []
     for function in norms(norm):
-        x = leaf.clone().requires_grad_()
-        given = parameters(norm, arrange(x))
-        y = function(arrange(x), *given)
-        gradients = torch.autograd.grad(y, [x, *given], data(*y.shape, seed=5))
-        results.append([y.detach(), *gradients])
-        assert bit_identical(x, leaf)
+        memory = leaf.clone()
+        arranged = arrange(memory).requires_grad_()
+        x = data(*arranged.shape, seed=1).requires_grad_() if of == "residual" else arranged
+        w, b, *z = given(norm, x, None if of == "x" else "relu")
+        z = [arranged] if of == "residual" else z
+        y = function(x, w, b, *z, activation="relu" if z else None)
+        results.append([y.detach(), *torch.autograd.grad(y, [x, w, b, *z], data(*y.shape, seed=5))])
+        assert bit_identical(memory, leaf)
     assert_close(*results, **CLOSE)
     if not norm.startswith("instance"):
         assert results[0][0].stride() == results[1][0].stride()
@@ -83,24 +83,25 @@ GRADIENTS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-@both_layouts
+@layers.both_layouts
+@pytest.mark.parametrize("after", [None, "relu"])
 @pytest.mark.parametrize("finish", GRADIENTS.values(), ids=GRADIENTS.keys())
-@every_norm
-def test_gradients_of_any_strides(norm: str, finish: Any, last: bool) -> None:
+@layers.every_norm
+def test_gradients_of_any_strides(norm: str, finish: Any, after: str | None, last: bool) -> None:
     """As their producers leave them. Judged by torch in fp64, with a dense gradient: torch's own treatment of
-    strides is not what is asked here."""
+    strides is not under test here."""
     ours, theirs = norms(norm)
     x = data(*SHAPE, last=last).requires_grad_()
-    given = parameters(norm, x)
-    y = ours(x, *given)
+    rest = given(norm, x, after)
+    y = ours(x, *rest, activation=after)
     seen: list[tuple[int, ...]] = []
     y.register_hook(lambda dy: seen.append(dy.stride()))
     finish(y).backward()
-    wide = [t.detach().double() for t in (x, *given)]
-    leaf = theirs(*wide).detach().requires_grad_()
+    wide = [t.detach().double() for t in (x, *rest)]
+    leaf = theirs(*wide, activation=after).detach().requires_grad_()
     finish(leaf).backward()
-    expected = derivatives(theirs, wide[0].contiguous(), wide[1:], leaf.grad.contiguous())
-    found = {"y": y.detach(), "dx": x.grad, "dweight": given[0].grad, "dbias": given[1].grad}
+    expected = derivatives(theirs, wide[0].contiguous(), wide[1:], leaf.grad.contiguous(), activation=after)
+    found = dict(zip(expected, (y.detach(), x.grad, *(t.grad for t in rest)), strict=True))
     assert_same(found, {name: t.float() for name, t in expected.items()}, check_stride=False)
     assert len(seen) == 1
     if norm != "layer":
@@ -128,129 +129,141 @@ def expanded(t: Tensor) -> Tensor:
     return first.expand(t.shape)
 
 
-FOLLOWED = {"alone": None, "relu": "relu", "silu": "silu"}
+def other_format(t: Tensor) -> Tensor:
+    """As hooks that restore everything to one memory format do."""
+    format_of_others = LAST if t.is_contiguous() else torch.contiguous_format
+    return t.contiguous(memory_format=format_of_others) if t.dim() == 4 else t
 
 
-@every_path
-@both_layouts
-@pytest.mark.parametrize("after", FOLLOWED.values(), ids=FOLLOWED.keys())
-@pytest.mark.parametrize("unpack", [strided, misaligned, reversed_strides])
-@every_norm
+@layers.every_path
+@layers.both_layouts
+@followed
+@pytest.mark.parametrize("unpack", [strided, misaligned, reversed_strides, other_format])
+@layers.every_norm
 def test_saved_tensors_come_back_in_other_memory(
     norm: str, unpack: Arrange, after: str | None, last: bool, path: str
 ) -> None:
-    """Offloading and compressing hooks owe nobody the strides of what they were given."""
+    """Hooks that offload or compress need not keep the strides of what they were given."""
     if path == "torch" and (norm == "layer" or (norm == "group" and TORCH == (2, 11))):
         pytest.skip("torch's own function takes them for dense")
-    x, z = data(2, 4, 4, 8, last=last), data(2, 4, 4, 8, seed=7)
-    options: Any = {} if after is None else {"activation": after, "residual": z}
-    ours, _ = norms(norm)
-    expected = derivatives(ours, x, parameters(norm, x), **options)
-    unpacked = []
+    x = data(2, 8, 4, 8, last=last)
+    rest, (ours, _), unpacked = given(norm, x, after), norms(norm), []
+    expected = derivatives(ours, x, rest, activation=after)
 
     def back(t: Tensor) -> Tensor:
         unpacked.append(t)
         return unpack(t) if t.numel() else t
 
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: t, back):
-        found = derivatives(ours, x, parameters(norm, x), **options)
+    with saved_tensors_hooks(torch.clone, back):
+        found = derivatives(ours, x, rest, activation=after)
     assert len(unpacked) >= 3
-    assert_same(found, expected)
+    signs = path == "kernels" and after == "relu" and norm != "layer"
+    assert any(t.dtype == torch.uint8 for t in unpacked) == signs
+    assert_same(found, expected, check_stride=False)
 
 
-@every_path
-@both_layouts
-@both_modes
+@layers.every_path
+@layers.both_layouts
+@layers.both_modes
 def test_saved_tensors_come_back_expanded(last: bool, training: bool, path: str) -> None:
     x = data(3, 1, 1, 1).expand(SHAPE).contiguous(memory_format=LAST if last else torch.contiguous_format)
-    given = [torch.full((4,), value) for value in (0.7, 0.3)]
+    vectors = [torch.full((4,), value) for value in (0.7, 0.3)]
 
     def function(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         return functional.batch_norm(x, torch.ones(4), torch.ones(4) * 2, weight, bias, training)
 
-    expected = derivatives(function, x, given)
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: expanded(t) if t.numel() else t):
-        assert_same(derivatives(function, x, given), expected)
+    expected = derivatives(function, x, vectors)
+    with saved_tensors_hooks(lambda t: t, lambda t: expanded(t) if t.numel() else t):
+        assert_same(derivatives(function, x, vectors), expected)
 
 
-SUBSETS = [(a, b, c) for a in (True, False) for b in (True, False) for c in (True, False) if a or b or c]
+WANTED = [(None, wanted) for wanted in ("x", "w", "b", "xw", "xb", "wb", "xwb")]
+WANTED += [("relu", wanted) for wanted in ("x", "w", "z", "bz", "xz")]
 HOSTS = {"instance": "group", "instance, eval": "batch"}
 
 
-@pytest.mark.parametrize(
-    "wanted", SUBSETS, ids=lambda s: "+".join(n for n, w in zip("xwb", s, strict=True) if w)
-)
-@every_norm
-def test_only_the_gradients_needed(norm: str, wanted: tuple[bool, bool, bool]) -> None:
+@pytest.mark.parametrize(("after", "wanted"), WANTED)
+@layers.every_norm
+def test_only_the_gradients_needed(norm: str, after: str | None, wanted: str) -> None:
     """A frozen parameter costs nothing: its gradient is not computed, and the others are what they were."""
     results = []
     with kernel_calls.gradients_asked_for() as asked:
         for function in norms(norm):
             x = data(*SHAPE)
-            leaves = [x, *parameters(norm, x)]
-            for leaf, need in zip(leaves, wanted, strict=True):
-                leaf.requires_grad_(need)
-            function(*leaves).backward(data(*SHAPE, seed=5))
-            results.append([leaf.grad for leaf in leaves])
-    assert_close(*results, **CLOSE)
-    assert asked == [wanted]
+            leaves = dict(zip("xwbz", (x, *given(norm, x, after)), strict=False))
+            for name, leaf in leaves.items():
+                leaf.requires_grad_(name in wanted)
+            function(*leaves.values(), activation=after).backward(data(*SHAPE, seed=5))
+            results.append({name: leaf.grad for name, leaf in leaves.items()})
+    assert_same(*results)
+    assert asked == [tuple(name in wanted for name in "xwb")]
 
 
-@every_path
-@every_norm
-def test_without_parameters_and_gradients(norm: str, path: str) -> None:
-    """A Triton library wrote its statistics over the input's first elements when there were no buffers."""
-    ours, theirs = norms(norm)
-    x, before = data(*SHAPE), data(*SHAPE)
-    y = ours(x)
-    assert bit_identical(x, before)
-    assert_close(y, theirs(x), **CLOSE)
-
-
-@every_norm
+@layers.every_norm
 def test_a_parameter_alone(norm: str) -> None:
     """What the other one's absence stands for is 1 and 0."""
-    ours, _ = norms(norm)
-    x = data(*SHAPE)
-    weight, bias = parameters(norm, x)
+    ours, x = norms(norm)[0], data(*SHAPE)
+    weight, bias = layers.parameters(norm, x)
     one, zero = torch.ones_like(weight), torch.zeros_like(bias)
-    for given, alone, both in (
+    for vector, alone, both in (
         (weight, lambda x, w: ours(x, w, None), lambda x, w: ours(x, w, zero)),
         (bias, lambda x, b: ours(x, None, b), lambda x, b: ours(x, one, b)),
     ):
-        assert_same(derivatives(alone, x, [given]), derivatives(both, x, [given]))
+        assert_same(derivatives(alone, x, [vector]), derivatives(both, x, [vector]))
 
 
-@every_norm
+@layers.every_norm
 def test_one_graph_twice(norm: str) -> None:
     """The second pass finds everything as the first did, down to the bits."""
     x, dy = data(*SHAPE).requires_grad_(), data(*SHAPE, seed=5)
-    given = parameters(norm, x)
-    y = norms(norm)[0](x, *given)
-    first, second = (torch.autograd.grad(y, [x, *given], dy, retain_graph=True) for _ in range(2))
+    leaves = [x, *given(norm, x)]
+    y = norms(norm)[0](*leaves)
+    first, second = (torch.autograd.grad(y, leaves, dy, retain_graph=True) for _ in range(2))
     assert all(bit_identical(a, b) for a, b in zip(first, second, strict=True))
     torch.autograd.grad(y, x, dy)
     with pytest.raises(RuntimeError, match="second time"):
         torch.autograd.grad(y, x, dy)
 
 
-@every_path
-@every_norm
+@layers.every_path
+@layers.every_norm
 def test_the_output_may_be_overwritten(norm: str, path: str) -> None:
     """ReLU in place, the usual thing after a normalization: the backward keeps x, not y."""
     x = data(*SHAPE)
     found, expected = (
-        derivatives(lambda *given, f=f: F.relu(f(*given), inplace=True), x, parameters(norm, x))
+        derivatives(lambda *leaves, f=f: F.relu(f(*leaves), inplace=True), x, given(norm, x))
         for f in norms(norm)
     )
     assert_same(found, expected)
 
 
+@followed
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 @pytest.mark.parametrize("norm", [name for name in NORMS if "," not in name])
-def test_too_large_goes_to_torch(norm: str, direction: str) -> None:
+def test_too_large_goes_to_torch(norm: str, direction: str, after: str | None) -> None:
     ours, theirs = norms(norm)
     x = data(*SHAPE)
+    rest = given(norm, x, after)
     with kernel_calls.refusing(HOSTS.get(norm, norm), direction):
-        found = derivatives(ours, x, parameters(norm, x))
-    assert_same(found, derivatives(theirs, x, parameters(norm, x)))
+        found = derivatives(ours, x, rest, activation=after)
+    assert_same(found, derivatives(theirs, x, rest, activation=after))
+
+
+@layers.both_layouts
+@pytest.mark.parametrize("norm", ["batch", "batch, eval", "group", "instance"])
+def test_a_bit_for_each_element_is_kept(norm: str, last: bool) -> None:
+    """Of relu with a residual: x, the statistics, the parameters, and T / 16 of signs; never z or y."""
+    x = data(8, 16, 8, 8, dtype=torch.bfloat16, last=last).requires_grad_()
+    *leaves, z = x, *given(norm, x, "relu")
+    for after, residual, signs in (("relu", [z], x.nbytes // 16), ("silu", [z], None), ("relu", [], 0)):
+        kept: dict[int, int] = {}  # the bytes of each storage
+
+        def pack(t: Tensor, kept: dict[int, int] = kept) -> Tensor:
+            kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+            return t
+
+        with saved_tensors_hooks(pack, lambda t: t):
+            norms(norm)[0](*leaves, *residual, activation=after)
+        # silu's slope needs z again
+        assert (z.untyped_storage().data_ptr() in kept) == (signs is None)
+        assert signs is None or sum(kept.values()) <= x.nbytes + signs + 4096

@@ -1,4 +1,4 @@
-"""Every layer is a module as its twin is: class, checkpoints, copies, devices, calls with another state."""
+"""Every layer is a module as its twin is: checkpoints, copies, devices, calls with another state."""
 
 from __future__ import annotations
 
@@ -12,20 +12,7 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-from tests.support.layers import LAYERS, Layer, assert_same, every_layer, every_path, step, tracking
-
-
-def pickled(module: nn.Module) -> nn.Module:
-    copied: nn.Module = pickle.loads(pickle.dumps(module))
-    return copied
-
-
-@pytest.mark.parametrize("layer", [layer for layer in LAYERS if layer.drop_in], ids=str)
-def test_is_a_torch_layer(layer: Layer) -> None:
-    """Weight-decay filters, freezers and update_bn look for the classes."""
-    ours, theirs = layer.pair()
-    assert isinstance(ours, type(theirs))
-    assert type(ours).__name__ == type(theirs).__name__
+from tests.support.layers import Layer, assert_same, every_layer, every_path, step, tracking
 
 
 @every_path
@@ -45,7 +32,9 @@ def test_checkpoints_load_both_ways(layer: Layer, from_ours: bool, path: str) ->
 
 
 @every_path
-@pytest.mark.parametrize("clone", [copy.deepcopy, pickled], ids=["deepcopy", "pickle"])
+@pytest.mark.parametrize(
+    "clone", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"]
+)
 @every_layer
 def test_copies_are_independent(layer: Layer, clone: Callable[[nn.Module], nn.Module], path: str) -> None:
     ours = layer.make(**(layer.tracks or {}), eps=1e-3)

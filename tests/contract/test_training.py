@@ -3,53 +3,76 @@ Outputs, gradients, state, and how they lie in memory."""
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 from torch.testing import assert_close
-from torch.testing._internal.common_methods_invocations import op_db
 from torch.testing._internal.common_modules import module_db
-from torch.utils._pytree import tree_map_only
 
-from bnfast import functional
-from tests.support.alike import same_error
-from tests.support.buffers import bit_identical
+from bnfast import exact, functional
+from tests.support import layers
 from tests.support.layers import (
     BY_NAME,
     CLOSE,
+    DTYPES,
+    KINDS,
     LAYERS,
-    Function,
     Layer,
     Options,
     assert_same,
-    both_modes,
     data,
-    drop_ins,
-    every_layer,
-    every_path,
     step,
 )
 
+TRACKING: Options = {"affine": True, "track_running_stats": True}
+
+
+def cases() -> Iterator[tuple[Layer, Options]]:
+    """Every layer with its options; torch's own samples of its layers; one sample alone; and what is empty:
+    the last batch of a filtered data set, planes, and rows."""
+    yield from ((layer, options) for layer in LAYERS for options in layer.options)
+    for info in module_db:
+        name = info.module_cls.__name__
+        if name in BY_NAME and hasattr(nn, name):
+            given: Any = {"device": "cpu", "dtype": torch.float32, "requires_grad": True}
+            for sample in info.module_inputs_func(info, training=True, **given):
+                made, (x,) = sample.constructor_input, sample.forward_input.args
+                yield replace(BY_NAME[name], arguments=made.args, shape=tuple(x.shape)), made.kwargs
+    for layer in LAYERS:
+        if layer.name.startswith("InstanceNorm"):
+            yield from ((replace(layer, shape=layer.shape[1:]), options) for options in ({}, TRACKING))
+    yield from ((replace(layer, shape=(0, *layer.shape[1:])), {}) for layer in KINDS)
+    for options in ({}, {"affine": False}, {"momentum": None}):
+        yield replace(BY_NAME["BatchNorm2d"], shape=(2, 4, 0, 3)), options
+    for shape in ((0, 4), (3, 0), (2, 0, 4)):
+        yield replace(BY_NAME["LayerNorm"], arguments=(shape[-1],), shape=shape), {}
+
+
 CASES = [
-    pytest.param(layer, options, last, id=f"{layer}-{options}-{'channels_last' if last else 'contiguous'}")
-    for layer in LAYERS
-    for options in layer.options
-    for last in ((False, True) if layer.keeps_format and len(layer.shape) > 3 else (False,))
+    pytest.param(layer, options, last, id=f"{layer}{layer.arguments}-{layer.shape}-{options}-{last}")
+    for layer, options in cases()
+    for last in (
+        (False, True) if layer in LAYERS and layer.keeps_format and len(layer.shape) > 3 else (False,)
+    )
 ]
 
 
-@every_path
+@layers.every_path
 @pytest.mark.parametrize(("layer", "options", "last"), CASES)
 def test_trains_and_evaluates_like_its_twin(
     layer: Layer, options: Options, last: bool, path: str, launches: list[Any]
 ) -> None:
-    """Two steps of training and one of evaluation."""
+    """Two steps of training and one of evaluation. An empty batch is counted, and changes no statistics."""
     ours, theirs = layer.pair(**options)
-    if layer.drop_in:
+    if layer.drop_in:  # weight-decay filters, freezers and update_bn look for the classes
+        assert isinstance(ours, type(theirs))
+        assert type(ours).__name__ == type(theirs).__name__
         assert repr(ours) == repr(theirs)
     assert list(ours.state_dict()) == list(theirs.state_dict())
     for seed in range(3):
@@ -57,112 +80,83 @@ def test_trains_and_evaluates_like_its_twin(
             ours.eval(), theirs.eval()
         x = layer.input(seed, options.get("dtype", torch.float32), last)
         found = step(ours, x)
-        assert_same(found, step(theirs, x))
+        # torch's samples are larger, and dx is a difference of larger numbers
+        close = (
+            {} if layer in LAYERS else {"rtol": 1e-5, "atol": 3e-5} if x.numel() else {"rtol": 0, "atol": 0}
+        )
+        assert_same(found, step(theirs, x), **close)
         if layer.keeps_format:
             assert found["y"].stride() == found["dx"].stride() == x.stride()
-    assert bool(launches) == (path == "kernels")
+    assert bool(launches) == (path == "kernels" and x.numel() > 0)
     assert all(buffer.grad is None for buffer in ours.buffers())
 
 
-def of_modules() -> list[Any]:
-    """torch's own samples of its layers, an empty batch among them."""
-    found = []
-    for info in module_db:
-        name = info.module_cls.__name__
-        for training in (True, False) if name in BY_NAME and hasattr(nn, name) else ():
-            options: Any = {"device": "cpu", "dtype": torch.float32, "requires_grad": True}
-            for sample in info.module_inputs_func(info, training=training, **options):
-                mode = "train" if training else "eval"
-                of_it = pytest.param(name, sample, training, id=f"{name}-{sample.desc or 'default'}-{mode}")
-                found.append(of_it)
-    return found
-
-
-@every_path
-@pytest.mark.parametrize(("name", "sample", "training"), of_modules())
-def test_torchs_samples_of_layers(
-    name: str, sample: Any, training: bool, path: str, launches: list[Any]
-) -> None:
-    built = sample.constructor_input
-    layer = replace(BY_NAME[name], arguments=built.args)
-    ours, theirs = (module.train(training) for module in layer.pair(**built.kwargs))
-    (x,) = sample.forward_input.args
-    assert repr(ours) == repr(theirs)
-    # dx is a difference of larger numbers, hence an absolute tolerance some units above assert_close's
-    assert_same(step(ours, x), step(theirs, x), rtol=1e-5, atol=3e-5)
-    assert bool(launches) == (path == "kernels" and x.numel() > 0)
-
-
-def of_functions() -> list[Any]:
-    """torch's own samples of its functions: a momentum of 0 or below, empty inputs, parameters left out."""
-    found = []
-    for op in op_db:
-        name = op.name.removeprefix("nn.functional.")
-        if name in ("batch_norm", "group_norm", "instance_norm", "layer_norm") and not op.variant_test_name:
-            samples = op.sample_inputs("cpu", torch.float32, requires_grad=True)
-            found += [pytest.param(name, sample, id=f"{name}-{n}") for n, sample in enumerate(samples)]
-    return found
-
-
-@every_path
-@pytest.mark.parametrize(("name", "sample"), of_functions())
-def test_torchs_samples_of_functions(name: str, sample: Any, path: str) -> None:
-    def results(function: Function) -> list[Tensor | None]:
-        leaves: list[Tensor] = []
-
-        def leaf(t: Tensor) -> Tensor:
-            leaves.append(t.detach().clone().requires_grad_(t.requires_grad))
-            return leaves[-1]
-
-        x, args, kwargs = tree_map_only(Tensor, leaf, (sample.input, sample.args, sample.kwargs))
-        y = function(x, *args, **kwargs)
-        y.backward(data(*y.shape, seed=1))
-        return [y.detach(), *(t.detach() for t in leaves), *(t.grad for t in leaves)]
-
-    # rows of one value have no gradient, but torch's is a rounding error times 1 / sqrt(eps)
-    one = name == "layer_norm" and sample.input.shape[-1] == 1
-    ours, theirs = (results(getattr(library, name)) for library in (functional, F))
-    assert_close(ours, theirs, rtol=1e-5, atol=1e-3 if one else 3e-5)
-
-
-@every_path
+@layers.every_path
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("autocast", [True, False])
-@every_layer
+@pytest.mark.parametrize("layer", [layer for layer in KINDS if layer.name != "FrozenBatchNorm2d"], ids=str)
 def test_half_input_keeps_its_dtype(layer: Layer, dtype: torch.dtype, autocast: bool, path: str) -> None:
     """Beside fp32 parameters and statistics, which stay so and have gradients of their own dtype."""
-    if layer.name == "FrozenBatchNorm2d":
-        pytest.skip("the output has the wider dtype: see test_frozen.py")
     ours, theirs = layer.pair(**(layer.tracks or {}))
     x = layer.input().to(dtype)
     with torch.autocast("cpu", dtype, enabled=autocast):
         found = step(ours, x)
     expected = step(theirs, x.float())
-    assert found["y"].dtype == found["dx"].dtype == dtype
-    assert {name: t.dtype for name, t in found.items() if name not in ("y", "dx")} == {
-        name: t.dtype for name, t in expected.items() if name not in ("y", "dx")
-    }
+    for name, t in found.items():
+        assert t.dtype == (dtype if name in ("y", "dx") else expected[name].dtype), name
     assert_same(found, expected, rtol=2e-2, atol=5e-2, check_dtype=False)
     for name in set(found) & {"running_mean", "running_var"}:
         coarse = {} if path == "kernels" or layer.name.startswith("Batch") else {"rtol": 1e-2, "atol": 1e-2}
         assert_close(found[name], expected[name], **(coarse or CLOSE))
 
 
-@drop_ins
+@layers.drop_ins
 def test_half_layers_take_float_input(layer: Layer, launches: list[Any]) -> None:
     """The kernels compute in fp32 whatever the parameters and statistics are; .half() makes these fp16."""
     ours, theirs = layer.pair(**(layer.tracks or {}))
     found, expected = step(ours.half(), layer.input()), step(theirs, layer.input())
     assert launches
-    assert found["y"].dtype == torch.float32
-    assert all(t.dtype == torch.float16 for n, t in found.items() if n.startswith(("dw", "db", "running")))
+    for name, t in found.items():
+        half = name.startswith(("weight", "bias", "running", "dweight", "dbias"))
+        assert not t.is_floating_point() or t.dtype == (torch.float16 if half else torch.float32), name
     assert_same(found, expected, rtol=2e-3, atol=2e-3, check_dtype=False)
 
 
-@every_path
-@both_modes
+VECTORS = ("weight", "bias", "running_mean", "running_var")
+ALIKE = [(of_x, [of_vectors] * 4) for of_x, of_vectors in itertools.product(DTYPES, DTYPES)]
+EACH_ITS_OWN = [(torch.float32, dtypes) for dtypes in itertools.permutations(DTYPES)]
+
+
+@layers.both_modes
+@pytest.mark.parametrize(("of_x", "of_vectors"), [*ALIKE, *EACH_ITS_OWN], ids=str)
+def test_dtypes_of_x_and_vectors(
+    of_x: torch.dtype, of_vectors: Any, training: bool, launches: list[Any]
+) -> None:
+    """The kernels take each with each, fp64 beside bf16 too: results in their own types, with errors of the
+    type that x is computed in. (Plain torch raises for most.)"""
+    x, dy = (data(3, 4, 2, 3, seed=seed, dtype=of_x) for seed in (0, 5))
+    kinds = {"y": of_x, "dx": of_x, **dict(zip(VECTORS, of_vectors, strict=True))}
+    given = {name: data(4, seed=n, dtype=kinds[name]).abs() for n, name in enumerate(VECTORS, 1)}
+    weight, bias, mean, variance = given.values()
+    true = exact.batch_norm(x, dy, weight, bias, 1e-5, None if training else (mean, variance))
+    expected = {"y": true.y(x), "dx": true.dx(x, dy), "dweight": true.dweight(), "dbias": true.dbias()}
+    if training:
+        expected |= true.running(mean, variance, 0.1)
+    found = layers.derivatives(
+        lambda x, weight, bias: functional.batch_norm(x, mean, variance, weight, bias, training),
+        x, [weight, bias], dy,
+    )  # fmt: skip
+    found |= {"running_mean": mean, "running_var": variance}
+    assert len(launches) == (4 if training else 2)
+    for name, value in expected.items():
+        assert found[name].dtype == kinds[name if name in kinds else name[1:]], name
+        assert exact.excess(found[name], value, exact.accumulator(of_x)) <= 1, name
+
+
+@layers.every_path
+@layers.both_modes
 @pytest.mark.parametrize("guard", [torch.no_grad, torch.inference_mode], ids=["no_grad", "inference_mode"])
-@every_layer
+@layers.every_layer
 def test_grad_mode_off(layer: Layer, guard: Any, training: bool, path: str) -> None:
     x, results = layer.input(), []
     for module in layer.pair(**(layer.tracks or {})):
@@ -173,72 +167,23 @@ def test_grad_mode_off(layer: Layer, guard: Any, training: bool, path: str) -> N
     assert_close(*results, **CLOSE)
 
 
-@every_path
-@both_modes
-@every_layer
-def test_an_empty_batch(layer: Layer, training: bool, path: str, launches: list[Any]) -> None:
-    """The last of a filtered data set: statistics stay, the batch is counted, gradients are zeros."""
-    x = torch.empty(0, *layer.shape[1:])
-    ours, theirs = (module.train(training) for module in layer.pair())
-    found, expected = step(ours, x), step(theirs, x)
-    assert_same(found, expected, rtol=0, atol=0, equal_nan=True)
-    assert not launches
-    assert all(bool(t.isfinite().all()) for t in found.values())
+@layers.every_path
+@pytest.mark.parametrize("momentum", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("old", [1.0, torch.inf, torch.nan])
+@pytest.mark.parametrize("batch", [1.0, torch.inf, torch.nan])
+def test_running_statistics_that_are_not_finite(batch: float, old: float, momentum: float, path: str) -> None:
+    """momentum 0 shows a NaN batch, and momentum 1 does not forget infinite statistics: 0 * inf is NaN, in
+    torch's formula and so in ours."""
+    results = []
+    for library in (functional, F):
+        x, mean, variance = data(3, 4, 2, 3), torch.full((4,), old), torch.full((4,), old)
+        x[0, 1, 0, 0] *= batch
+        y = library.batch_norm(x, mean, variance, training=True, momentum=momentum)
+        results.append((mean, variance, y[:, [0, 2, 3]]))
+    assert_close(*results, **CLOSE, equal_nan=True)
 
 
-@every_path
-@pytest.mark.parametrize("options", [{}, {"affine": False}, {"momentum": None}], ids=str)
-@both_modes
-def test_a_batch_norm_of_empty_planes(
-    options: Options, training: bool, path: str, launches: list[Any]
-) -> None:
-    ours, theirs = (m.train(training) for m in BY_NAME["BatchNorm2d"].pair(**options))
-    for shape in ((0, 4, 3, 3), (2, 4, 0, 3)):
-        assert_same(step(ours, torch.empty(shape)), step(theirs, torch.empty(shape)), rtol=0, atol=0)
-    assert not launches
-
-
-@every_path
-@pytest.mark.parametrize("shape", [(0, 4), (3, 0), (2, 0, 4)], ids=str)
-def test_a_layer_norm_of_empty_rows(shape: tuple[int, ...], path: str) -> None:
-    ours, theirs = replace(BY_NAME["LayerNorm"], arguments=(shape[-1],)).pair()
-    found, expected = step(ours, torch.ones(shape)), step(theirs, torch.ones(shape))
-    assert all(bit_identical(found[name], expected[name]) for name in expected)
-
-
-@every_path
-@pytest.mark.parametrize("shape", [(2, 4, 0), (2, 0, 3)], ids=["no positions", "no channels"])
-def test_a_group_norm_of_samples_without_values(shape: tuple[int, ...], path: str) -> None:
-    """Since torch 2.14 an error, before an empty result."""
-    try:
-        expected = F.group_norm(data(*shape), 2)
-    except RuntimeError:
-        same_error(lambda: functional.group_norm(data(*shape), 2), lambda: F.group_norm(data(*shape), 2))
-    else:
-        assert_close(functional.group_norm(data(*shape), 2), expected)
-
-
-@every_path
-@pytest.mark.parametrize("dims", ["1d", "2d", "3d"])
-def test_an_instance_norm_of_one_sample_and_of_other_channels(dims: str, path: str) -> None:
-    layer = BY_NAME[f"InstanceNorm{dims}"]
-    x = data(*layer.shape[1:])
-    for options in ({}, {"affine": True, "track_running_stats": True}):
-        ours, theirs = layer.pair(**options)
-        assert_same(step(ours, x), step(theirs, x))
-    ours, theirs = (kind(5) for kind in (layer.ours, layer.theirs))
-    with pytest.warns(UserWarning, match="does not match num_features"):
-        y = ours(x)
-    with pytest.warns(UserWarning, match="does not match num_features"):
-        assert_close(y, theirs(x), **CLOSE)
-    for kind in (layer.ours, layer.theirs):
-        with pytest.raises(ValueError, match="match num_features"):
-            kind(5, affine=True)(x)
-        with pytest.raises(ValueError, match="expected"):
-            kind(4)(data(4))
-
-
-@every_path
+@layers.every_path
 @pytest.mark.parametrize("kind", [torch.float32, torch.float16, torch.float64], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_instance_norms_running_statistics(dtype: torch.dtype, kind: torch.dtype, path: str) -> None:

@@ -10,28 +10,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bnfast import exact, functional
-from bnfast.kernels.epilogue import Activation
+from bnfast import exact
+from tests.support.layers import NORMS, derivatives, followed, groups, norms, statistics
 
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 Named = dict[str, Tensor]
 EPS = 1e-5
 
 
-def _statistics(x: Tensor) -> tuple[Tensor, Tensor]:
-    kind, c = exact.accumulator(x.dtype), x.shape[1]
-    mean = torch.linspace(-0.5, 0.5, c, dtype=kind, device=x.device)
-    return mean, torch.linspace(0.5, 1.5, c, dtype=kind, device=x.device)
-
-
-# name: (function, its arguments between x and the parameters, and after them, from x)
-LAYERS: dict[str, tuple[str, Callable[[Tensor], tuple[Any, ...]], tuple[Any, ...]]] = {
-    "train": ("batch_norm", lambda x: (None, None), (True,)),
-    "eval": ("batch_norm", _statistics, (False,)),
-    "group": ("group_norm", lambda x: (max(1, x.shape[1] // 8),), ()),
-    "instance": ("instance_norm", lambda x: (None, None), ()),
-    "layer": ("layer_norm", lambda x: (x.shape[-1:],), ()),
-}
+# the norms of tests.support.layers that go on
+LAYERS = {"train": "batch", "eval": "batch, eval", "group": "group", "instance": "instance", "layer": "layer"}
 
 
 def given(
@@ -55,48 +43,35 @@ def given(
 
 
 def ours(layer: str, activation: Any) -> Callable[..., Tensor]:
-    name, before, after = LAYERS[layer]
-
-    def call(x: Tensor, weight: Tensor, bias: Tensor, z: Tensor | None = None) -> Tensor:
-        function = getattr(functional, name)
-        return function(x, *before(x), weight, bias, *after, activation=activation, residual=z)
-
-    return call
+    """A function of x, weight, bias and z."""
+    return lambda x, weight, bias, z=None: norms(LAYERS[layer])[0](x, weight, bias, z, activation=activation)
 
 
 def theirs(layer: str, activation: Any) -> Callable[..., Tensor]:
     """The same by torch, one after another, each result in x's type."""
-    name, before, after = LAYERS[layer]
 
     def call(x: Tensor, weight: Tensor, bias: Tensor, z: Tensor | None = None) -> Tensor:
-        wide = exact.accumulator(x.dtype)
         # in fp32, as torch on a CPU takes no mixed types everywhere; the result is rounded as its own is
-        y = getattr(F, name)(x.to(wide), *before(x), weight, bias, *after).to(x.dtype)
-        y = y if z is None else y + z
-        act = Activation.of(activation)
-        return y if act is None else act.apply(y)
+        y = NORMS[LAYERS[layer]](F, x.to(exact.accumulator(x.dtype)), weight, bias).to(x.dtype)
+        return followed(y, z, activation)
 
     return call
 
 
 def run(function: Callable[..., Tensor], g: Named) -> Named:
     """y and all gradients."""
-    leaves = {n: t.detach().clone().requires_grad_() for n, t in g.items() if n != "dy"}
-    y = function(**leaves)
-    gradients = torch.autograd.grad(y, list(leaves.values()), g["dy"])
-    return {"y": y.detach(), **{f"d{n}": t for n, t in zip(leaves, gradients, strict=True)}}
+    return derivatives(function, g["x"], [g[name] for name in ("weight", "bias", "z") if name in g], g["dy"])
 
 
 def summed_once(layer: str, g: Named, dy: Tensor) -> Named:
     """y and gradients of the layer alone in fp64, each sum rounded once: torch's own would be the error."""
     x, weight, bias = g["x"], g["weight"], g["bias"]
-    if LAYERS[layer][0] == "batch_norm":
-        e = exact.batch_norm(x, dy, weight, bias, EPS, _statistics(x) if layer == "eval" else None)
+    if layer in ("train", "eval"):
+        e = exact.batch_norm(x, dy, weight, bias, EPS, statistics(x) if layer == "eval" else None)
     elif layer == "layer":
         e = exact.layer_norm(x, dy, weight, bias, EPS)
     else:
-        groups = x.shape[1] if layer == "instance" else LAYERS[layer][1](x)[0]
-        e = exact.group_norm(x, dy, groups, weight, bias, EPS)
+        e = exact.group_norm(x, dy, x.shape[1] if layer == "instance" else groups(x), weight, bias, EPS)
     return {name: value for name, (value, _) in e.results(x, dy).items()}
 
 
@@ -104,9 +79,8 @@ def truth(layer: str, activation: Any, g: Named) -> Named:
     """y and all gradients in fp64."""
     if g["x"].dtype != torch.float64:
         return run(theirs(layer, activation), {n: t.double() for n, t in g.items()})
-    before = (summed_once(layer, g, g["dy"])["y"] + g.get("z", 0.0)).requires_grad_()
-    act = Activation.of(activation)
-    y = before if act is None else act.apply(before)
+    before = summed_once(layer, g, g["dy"])["y"].requires_grad_()
+    y = followed(before, g.get("z"), activation)
     (slope,) = torch.autograd.grad(y, before, g["dy"])
     added = {"dz": slope} if "z" in g else {}
     return {**summed_once(layer, g, slope), **added, "y": y.detach()}
@@ -125,5 +99,5 @@ def check(layer: str, activation: Any, g: Named, found: Named) -> None:
         for measure in (lambda t: t.abs().max().item(), lambda t: t.square().mean().sqrt().item()):
             assert measure(error) <= 2 * measure(other) + 4 * unit * measure(size), name
     for name in ("y", "dx") + (("dz",) if "z" in g else ()):
-        if LAYERS[layer][0] in ("batch_norm", "group_norm"):
+        if layer not in ("instance", "layer"):
             assert found[name].stride() == g["x"].stride(), name

@@ -1,6 +1,7 @@
-"""Each layer once: how to make it and what it must equal, what it takes, and what its function is called.
+"""The table of layers: how each is made, which layer it must equal, and what it takes. And the table of
+functions, with and without what follows them.
 
-What a test asks of every layer it is given by `every_layer`, `drop_ins` or `every_norm`."""
+Tests take their layers and functions from `every_layer`, `drop_ins`, `tracking` and `every_norm`."""
 
 from __future__ import annotations
 
@@ -16,7 +17,8 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 import bnfast
-from bnfast import functional
+from bnfast import exact, functional
+from bnfast.activation import Activation
 from bnfast.checks import peers
 from bnfast.checks.cases import FORMATS
 from tests.support.buffers import bit_identical
@@ -149,12 +151,12 @@ def assert_same(ours: Named, theirs: Named, **options: Any) -> None:
 
 def statistics(x: Tensor) -> tuple[Tensor, Tensor]:
     """A running mean and a running variance, new each time."""
-    kind, channels = torch.float64 if x.dtype == torch.float64 else torch.float32, x.shape[1]
-    return torch.linspace(-1, 1, channels, dtype=kind), torch.linspace(0.5, 2, channels, dtype=kind)
+    kind: Any = {"dtype": exact.accumulator(x.dtype), "device": x.device}
+    return torch.linspace(-1, 1, x.shape[1], **kind), torch.linspace(0.5, 2, x.shape[1], **kind)
 
 
-def _groups(channels: int) -> int:
-    return 2 if channels % 2 == 0 else 1
+def groups(x: Tensor) -> int:
+    return max(1 if x.shape[1] % 2 else 2, x.shape[1] // 8)
 
 
 # name: call of bnfast.functional's or torch.nn.functional's function
@@ -164,7 +166,7 @@ NORMS: dict[str, Callable[..., Tensor]] = {
         x, *statistics(x), w, b, True, **after
     ),
     "batch, eval": lambda f, x, w=None, b=None, **after: f.batch_norm(x, *statistics(x), w, b, **after),
-    "group": lambda f, x, w=None, b=None, **after: f.group_norm(x, _groups(x.shape[1]), w, b, **after),
+    "group": lambda f, x, w=None, b=None, **after: f.group_norm(x, groups(x), w, b, **after),
     "instance": lambda f, x, w=None, b=None, **after: f.instance_norm(x, None, None, w, b, **after),
     "instance, eval": lambda f, x, w=None, b=None, **after: f.instance_norm(
         x, *statistics(x), w, b, False, **after
@@ -174,13 +176,27 @@ NORMS: dict[str, Callable[..., Tensor]] = {
 every_norm = pytest.mark.parametrize("norm", NORMS)
 
 
+def followed(y: Tensor, residual: Tensor | None, activation: Any) -> Tensor:
+    """act(y + residual), by torch."""
+    y, act = y if residual is None else y + residual, Activation.of(activation)
+    return y if act is None else act.apply(y)
+
+
 def norms(name: str) -> tuple[Function, Function]:
-    """Ours and torch's: functions of x, weight and bias."""
-    call = NORMS[name]
-    return (
-        lambda x, *given, **options: call(functional, x, *given, **options),
-        lambda x, *given: call(F, x, *given),
-    )
+    """Ours and torch's: functions of x, weight, bias and residual, and of an activation."""
+
+    def ours(
+        x: Tensor, w: Tensor | None = None, b: Tensor | None = None, z: Tensor | None = None, **options: Any
+    ) -> Tensor:
+        return NORMS[name](functional, x, w, b, residual=z, **options)
+
+    def theirs(
+        x: Tensor, w: Tensor | None = None, b: Tensor | None = None, z: Tensor | None = None,
+        activation: Any = None,
+    ) -> Tensor:  # fmt: skip
+        return followed(NORMS[name](F, x, w, b), z, activation)
+
+    return ours, theirs
 
 
 def parameters(name: str, x: Tensor) -> list[Tensor]:
@@ -196,4 +212,4 @@ def derivatives(
     leaves = [t.detach().clone(memory_format=torch.preserve_format).requires_grad_() for t in (x, *given)]
     y = function(*leaves, **options)
     gradients = torch.autograd.grad(y, leaves, data(*y.shape, seed=9, dtype=y.dtype) if dy is None else dy)
-    return {"y": y.detach(), **dict(zip(("dx", "dweight", "dbias"), gradients, strict=False))}
+    return {"y": y.detach(), **dict(zip(("dx", "dweight", "dbias", "dz"), gradients, strict=False))}
