@@ -109,7 +109,7 @@ def test_layers(
         z = None if residual == "no residual" else of(kind, layer.input(1))
         found.append(step(module.train(training), x, z))
     assert_same(*found)
-    if training or not layer.name.startswith("Instance"):  # does not take the way of an ordinary tensor yet
+    if training or not layer.name.startswith("Instance"):  # which does not unwrap subclasses in eval
         assert bool(launches) == (path == "kernels")
 
 
@@ -149,7 +149,8 @@ class Watching(TorchDispatchMode):
 def test_some_tensors_are_subclasses(
     wrap: Callable[[Tensor], Tensor], held: str, watched: bool, training: bool, path: str, launches: list[Any]
 ) -> None:
-    """Quantized and sharded parameters are, beside an ordinary input. What dispatches runs plain torch."""
+    """Quantized and sharded parameters are, beside an ordinary input. An input that dispatches runs plain
+    torch."""
     found = []
     for module in BY_NAME["BatchNorm2d"].pair():
         for members in (module._parameters, module._buffers):

@@ -55,7 +55,7 @@ def worker(rank: int, folder: str) -> None:
 
 
 def test_trains_as_torch(tmp_path: Path) -> None:
-    """Of all ranks' gradients, and in the second step from rank 0's buffers."""
+    """Gradients are those of all ranks, and the second step starts from rank 0's buffers."""
     torch.multiprocessing.spawn(worker, args=(str(tmp_path),), nprocs=RANKS)
     for rank in range(RANKS):
         results = torch.load(tmp_path / f"{rank}.pt")

@@ -35,7 +35,7 @@ TRUE = [
 @pytest.mark.parametrize("chunks", [1, 3])
 @pytest.mark.parametrize("case", TRUE, ids=str)
 def test_the_truth_is_autograds(case: Case, chunks: int) -> None:
-    """Of the whole, or of chunks: of the batch, or of positions where each sample has its own cells."""
+    """It is computed from the whole, or from chunks: of the batch, or of the positions of all samples."""
     tensors = given(case, CPU)
     x, dy = tensors.x, tensors.dy
     if chunks == 1 or case.layer == "LayerNorm":

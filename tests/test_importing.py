@@ -129,7 +129,7 @@ def test_while_another_thread_imports_it(library: Path) -> None:
 
 
 def test_from_within_it(library: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """As where it imports code that imports bnfast."""
+    """As happens where it imports code that imports bnfast."""
     library.write_text("import odd_library\nodd_library.call()\nTABLE = {}\n")
     importlib.import_module("odd_library").call = lambda: when_imported(NAME, enter)  # type: ignore[attr-defined]
     importlib.import_module(NAME)
