@@ -45,7 +45,7 @@ def last(x: Tensor) -> Tensor:
 
 
 FP16, BF16, FP32, FP64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
-SIGNS, NO_SIGNS = (2, 8, 3, 4), (2, 5, 3, 3)  # shapes for which relu keeps a mask, and the residual
+SIGNS, NO_SIGNS = (2, 8, 4, 4), (2, 5, 3, 3)  # shapes for which relu keeps a mask, and the residual
 VARIANTS: dict[str, Any] = {
     "all": {},
     "inference": {"wanted": ""},

@@ -122,7 +122,7 @@ def pairs(path: str) -> Iterator[tuple[Tensor, Tensor]]:
 def normalized(
     f: Any, name: str, x: Tensor, w: Tensor | None = None, b: Tensor | None = None, z: Tensor | None = None
 ) -> Tensor:
-    """By bnfast.functional or torch.nn.functional. With a residual, silu follows."""
+    """The result of bnfast.functional or torch.nn.functional. With a residual, silu follows."""
     if z is None or f is F:
         y = NORMS[name](f, x, w, b, eps=EPS)
         return y if z is None else F.silu(y + z)
@@ -141,7 +141,7 @@ def derivatives(function: Callable[..., Tensor], dy: Tensor, *given: Tensor) -> 
 
 
 def expected_strides(name: str, x: Tensor) -> tuple[int, ...]:
-    """torch's strides; from InstanceNorm too, channels_last for what is that and nothing else."""
+    """torch's strides. InstanceNorm, however, returns channels_last where x is that and nothing else."""
     if name.startswith("instance") and x.dim() in FORMATS and not x.is_contiguous():
         last = torch.empty(x.shape, memory_format=format_of(x)).stride()
         if x.is_contiguous(memory_format=format_of(x)) and F.group_norm(x, 1).stride() == last:
@@ -164,7 +164,7 @@ def test_values_gradients_and_strides(name: str, after: str, path: str, launches
         ours, theirs = (functools.partial(normalized, f, name) for f in (functional, F))
         try:
             expected = derivatives(theirs, *map(canonical, (dy, *leaves)))
-        except ValueError:  # one value a cell
+        except ValueError:  # a cell has one value
             continue
         before = [t.clone() for t in leaves]
         found = derivatives(ours, dy, *leaves)
