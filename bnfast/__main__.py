@@ -12,7 +12,7 @@ import torch
 
 from . import __version__, dispatch
 
-# which all take the same paths
+# All of them take the same paths.
 LAYERS = (
     "BatchNorm1d/2d/3d, BatchRenorm1d/2d/3d, FrozenBatchNorm2d, GroupNorm, InstanceNorm1d/2d/3d, LayerNorm"
 )
@@ -20,20 +20,19 @@ LAYERS = (
 
 def info() -> int:
     """Versions, devices, and which path each layer takes on them, with the reason."""
-    print(f"bnfast {__version__}, Python {platform.python_version()}, torch {torch.__version__}, {_triton()}")
+    triton = f"Triton {dispatch.TRITON_VERSION}" if dispatch.TRITON_VERSION else "no Triton"
+    print(f"bnfast {__version__}, Python {platform.python_version()}, torch {torch.__version__}, {triton}")
     print(f"Layers: {LAYERS}")
     devices = [torch.device("cuda", i) for i in range(torch.cuda.device_count())] + [torch.device("cpu")]
     for device in devices:
-        print(f"\n{_describe(device)}")
+        described, kernels = f"{platform.machine()}, {os.cpu_count()} cores", "Triton kernels (interpreter)"
+        if device.type == "cuda":
+            p, kernels = torch.cuda.get_device_properties(device), "Triton kernels"
+            described = f"{p.name}, {p.multi_processor_count} SMs, {p.total_memory / 2**30:.0f} GiB"
+        print(f"\n{device}: {described}")
         for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
-            x = torch.empty(2, 8, 2, 2, dtype=dtype, device=device)
-            why = dispatch.reason_for_torch(x)
-            path = (
-                f"plain torch: {why}"
-                if why
-                else f"Triton kernels{' (interpreter)' if device.type == 'cpu' else ''}"
-            )
-            print(f"  {str(dtype).removeprefix('torch.'):9} {path}")
+            why = dispatch.reason_for_torch(torch.empty(2, 8, 2, 2, dtype=dtype, device=device))
+            print(f"  {str(dtype).removeprefix('torch.'):9} {f'plain torch: {why}' if why else kernels}")
     print(
         "\nSubclasses of torch.Tensor without a __torch_dispatch__ of their own (MONAI's MetaTensor,\n"
         "fastai's TensorBase, torchvision's tv_tensors) take the path of an ordinary tensor, and come\n"
@@ -46,30 +45,15 @@ def info() -> int:
     return 0
 
 
-def _triton() -> str:
-    return f"Triton {dispatch.TRITON_VERSION}" if dispatch.TRITON_VERSION else "no Triton"
-
-
-def _describe(device: torch.device) -> str:
-    if device.type == "cpu":
-        return f"cpu: {platform.machine()}, {os.cpu_count()} cores"
-    p = torch.cuda.get_device_properties(device)
-    return f"{device}: {p.name}, {p.multi_processor_count} SMs, {p.total_memory / 2**30:.0f} GiB"
-
-
 def check(seconds: float) -> int:
-    """Compare the kernels with fp64 on this machine: on its GPU, or in Triton's interpreter where there is
-    none.
-    """
+    """Compare the kernels with fp64 on this machine: on its GPU, else in Triton's interpreter."""
     if not dispatch.TRITON:
         print(f"No kernels to check: {dispatch.reason_for_torch(torch.empty(1))}")
         return 1
     if not torch.cuda.is_available() and not dispatch.INTERPRET:
         # Triton reads the variable when it decorates a kernel: a process of its own has it from the start.
-        environment = {**os.environ, "TRITON_INTERPRET": "1"}
-        return subprocess.call(
-            [sys.executable, "-m", "bnfast", "check", "--seconds", str(seconds)], env=environment
-        )
+        command = [sys.executable, "-m", "bnfast", "check", "--seconds", str(seconds)]
+        return subprocess.call(command, env={**os.environ, "TRITON_INTERPRET": "1"})
     from . import selfcheck
 
     return selfcheck.run(seconds)
@@ -80,9 +64,7 @@ def main() -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("info", help=info.__doc__)
     checker = commands.add_parser("check", help=check.__doc__)
-    checker.add_argument(
-        "--seconds", type=float, default=120.0, help="stop starting new cases after this long"
-    )
+    checker.add_argument("--seconds", type=float, default=120.0, help="start no new cases after this long")
     arguments = parser.parse_args()
     return info() if arguments.command == "info" else check(arguments.seconds)
 

@@ -11,24 +11,18 @@ import torch
 from torch.autograd import forward_ad
 
 PLAIN = (torch.Tensor, torch.nn.Parameter)
-_TRACED = (
-    "FakeTensor",
-    "FunctionalTensor",
-)  # what graph capture passes; other subclasses are not known here
+_TRACED = ("FakeTensor", "FunctionalTensor")  # what graph capture passes
 KERNEL_DTYPES = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
 INTERPRET = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
 OLDEST_TRITON = (3, 6)
 
 
-def _triton_version() -> str | None:
-    try:
-        import triton
-    except ImportError:
-        return None
-    return str(triton.__version__)
+try:
+    import triton
 
-
-TRITON_VERSION = _triton_version()
+    TRITON_VERSION: str | None = str(triton.__version__)
+except ImportError:
+    TRITON_VERSION = None
 # Older torch builds bring older Tritons, which lack what kernels/ needs: then layers run plain torch.
 TRITON = TRITON_VERSION is not None and tuple(map(int, TRITON_VERSION.split(".")[:2])) >= OLDEST_TRITON
 
@@ -52,16 +46,15 @@ def refuse_dtensor(*tensors: torch.Tensor | None) -> None:
 
 
 def known(x: torch.Tensor) -> bool:
-    """Whether x is an ordinary tensor, whose memory holds its values, or a traced one that stands for
-    such."""
+    """Whether x is an ordinary tensor, whose memory holds its values, or a traced one in its place."""
     if type(x) in PLAIN:
         return not (x.is_nested or (not torch.compiler.is_compiling() and x.is_neg()))
     return type(x).__name__ in _TRACED
 
 
 def carries(kind: type) -> bool:
-    """Whether this is a subclass of Tensor that is an ordinary tensor with other data beside it. It may
-    override torch's functions, by __torch_function__, but not operators, by __torch_dispatch__."""
+    """Whether this subclass of Tensor is an ordinary tensor with other data beside it. It may override
+    torch's functions, by __torch_function__, but not operators, by __torch_dispatch__."""
     return (
         kind not in PLAIN
         and issubclass(kind, torch.Tensor)
@@ -94,19 +87,17 @@ def unsuitable_gpu(index: int) -> str | None:
 
 
 def transforming() -> bool:
-    """Whether a functorch transform (vmap, grad, jvp ...) or a forward-mode AD level is active.
-
-    Kernels are opaque to both, and a mutating operator fails in them; torch's own batch_norm does not.
-    """
+    """Whether a functorch transform (vmap, grad, jvp ...) or a forward-mode AD level is active. Kernels are
+    opaque to both, and a mutating operator fails in them; torch's own batch_norm does not."""
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def batched(dy: torch.Tensor) -> bool:
     """Whether a gradient is a batch of gradients: torch.autograd.grad(is_grads_batched=True) uses a vmap of
     its own."""
-    if torch.compiler.is_compiling():
-        return False
-    return transforming() or torch._C._functorch.is_legacy_batchedtensor(dy)
+    return not torch.compiler.is_compiling() and (
+        transforming() or torch._C._functorch.is_legacy_batchedtensor(dy)
+    )
 
 
 def reason_for_torch(x: torch.Tensor) -> str | None:
@@ -120,13 +111,11 @@ def reason_for_torch(x: torch.Tensor) -> str | None:
         return f"no kernels for {x.dtype}"
     if x.is_cuda:
         return unsuitable_gpu(x.get_device())
-    if x.device.type == "cpu":
-        return (
-            None
-            if INTERPRET
-            else "CPU tensors run plain torch (the kernels themselves with TRITON_INTERPRET=1)"
-        )
-    return f"no kernels for the device type {x.device.type!r}"
+    if x.device.type != "cpu":
+        return f"no kernels for the device type {x.device.type!r}"
+    return (
+        None if INTERPRET else "CPU tensors run plain torch (the kernels themselves with TRITON_INTERPRET=1)"
+    )
 
 
 TORCH, OPERATORS, KERNELS = range(3)  # what path() returns

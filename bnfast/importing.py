@@ -9,7 +9,7 @@ import threading
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
-from importlib.abc import Loader, MetaPathFinder
+from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from typing import Any
 
@@ -21,7 +21,7 @@ class _Awaited:
     name: str
     then: Callable[[Any], None]
     done: bool = False
-    told: bool = False  # that it could not be done
+    told: bool = False  # whether a warning has said that it could not be done
 
     def do(self, module: Any) -> None:
         """Calls the function. Another release of a library may lack what the function looks for, which must
@@ -36,11 +36,10 @@ class _Awaited:
                     "%s, in the installed version, does not get to know bnfast's layers (%s: %s): use "
                     "bnfast.revert(model) before you give it a model", self.name, type(why).__name__, why,
                 )  # fmt: skip
-            self.told = True
         else:
             if self.told:
                 _LOG.info("%s gets to know bnfast's layers after all", self.name)
-            self.told = False
+        self.told = not self.done
 
 
 _awaited: dict[str, _Awaited] = {}
@@ -52,30 +51,29 @@ def when_imported(name: str, then: Callable[[Any], None]) -> None:
     _awaited[name] = _Awaited(name, then)
     if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Finder())
-    if _is_begun(sys.modules.get(name)):
+    begun = sys.modules.get(name)
+    if not _is_lazy(begun) and _is_begun(begun):
         with suppress(Exception):  # the code that imports it gets the exception as well
             importlib.import_module(name)  # waits for another thread
-    _catch_up(name)
+    catch_up(name)
 
 
-def catch_up() -> None:
-    """Handles modules whose import has ended since, or that were imported without the finder."""
-    for name in list(_awaited):
-        _catch_up(name)
+def catch_up(*names: str) -> None:
+    """Handles modules whose import has ended since, or that were imported without the finder: these, or all
+    that are awaited."""
+    for name in names or list(_awaited):
+        awaited, module = _awaited[name], sys.modules.get(name)
+        if not (module is None or awaited.done or _is_lazy(module) or _is_begun(module)):
+            awaited.do(module)
 
 
-def _catch_up(name: str) -> None:
-    awaited, module = _awaited[name], sys.modules.get(name)
-    if module is None or awaited.done or _is_begun(module):
-        return
-    if type(module).__name__ != "_LazyModule":  # importlib's; reading an attribute would load it
-        awaited.do(module)
+def _is_lazy(module: Any) -> bool:
+    """Whether a module is importlib's, which is loaded where one of its attributes is read."""
+    return type(module).__name__ == "_LazyModule"
 
 
 def _is_begun(module: Any) -> bool:
     """Whether the import of a module has begun and has not ended."""
-    if type(module).__name__ == "_LazyModule":
-        return False
     return getattr(getattr(module, "__spec__", None), "_initializing", False) is True
 
 
@@ -90,10 +88,9 @@ class _Finder(MetaPathFinder):
             return None
         self._within.asks = True
         try:
-            find: Any = importlib._bootstrap._find_spec  # type: ignore[attr-defined]
-            spec: ModuleSpec | None = find(fullname, path, target)
-            if hasattr(spec.loader if spec else None, "exec_module"):
-                spec.loader = _Loader(spec.loader)  # type: ignore[union-attr]
+            spec: Any = importlib._bootstrap._find_spec(fullname, path, target)  # type: ignore[attr-defined]
+            if hasattr(getattr(spec, "loader", None), "exec_module"):
+                spec.loader = _Loader(spec.loader)
         except Exception:  # the import continues without this finder, and raises it as well
             return None
         finally:
@@ -101,7 +98,7 @@ class _Finder(MetaPathFinder):
         return spec
 
 
-class _Loader(Loader):
+class _Loader:
     """Loads a module with another loader, which becomes the module's own."""
 
     def __init__(self, own: Any) -> None:
@@ -111,9 +108,6 @@ class _Loader(Loader):
         if name == "own":  # while it is copied
             raise AttributeError(name)
         return getattr(self.own, name)
-
-    def create_module(self, spec: ModuleSpec) -> Any:
-        return self.own.create_module(spec)
 
     def exec_module(self, module: Any) -> None:
         name = module.__spec__.name

@@ -45,7 +45,7 @@ LIBRARIES_TIER = [
 OLDEST_TIER = ["tests/contract"] + [
     f"tests/{name}.py"
     for name in ("test_autograd", "test_batchnorm_layer", "test_fx_and_script")
-    + ("test_operators", "test_plain_layouts", "test_strides", "kernels/test_numerics", "fuse/test_blocks")
+    + ("test_operators", "test_strides", "kernels/test_numerics", "fuse/test_blocks")
     + ("convert/test_convert", "convert/test_converters", "convert/test_folding")
 ]
 NO_TESTS = 5  # pytest's exit code for "nothing collected"

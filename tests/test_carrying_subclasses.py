@@ -1,9 +1,11 @@
-"""Subclasses that are an ordinary tensor and what it carries: they run the kernels, and come back as what
-torch.nn's layer makes of them. The stand-ins say of functions what MONAI's, torchvision's and torch's own
-subclasses say."""
+"""Subclasses of Tensor. Those that are an ordinary tensor and what it carries run the kernels, and come back
+as what torch.nn's layer makes of them; the stand-ins treat functions as MONAI's, torchvision's and torch's
+own subclasses do. Those that dispatch run plain torch."""
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -12,16 +14,20 @@ from torch import Tensor, nn
 from torch._C import DisableTorchFunctionSubclass
 from torch.testing import assert_close
 from torch.testing._internal.two_tensor import TwoTensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
-import bnfast
+from bnfast import functional
+from tests.support.layers import BY_NAME, Layer, both_modes, data, drop_ins, every_norm, every_path, norms
+
+CLOSE = {"rtol": 1e-4, "atol": 1e-5}
 
 
 class Default(Tensor):
-    """Whose say is torch.Tensor's: all that comes of it is one."""
+    """It keeps torch.Tensor's __torch_function__: all results are of this class."""
 
 
 class Meta(Tensor):
-    """Results carry on its metadata, as MONAI's MetaTensor's do, and fastai's TensorBase's."""
+    """Results carry on its metadata, as those of MONAI's MetaTensor and fastai's TensorBase do."""
 
     meta: dict[str, Any]
 
@@ -36,7 +42,7 @@ class Meta(Tensor):
 
 
 class Unwrapped(Tensor):
-    """Results are ordinary, as torchvision's tv_tensors' are."""
+    """Results are ordinary, as those of torchvision's tv_tensors are."""
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -48,9 +54,12 @@ class Unwrapped(Tensor):
 
 
 class Silent(Tensor):
-    """Has no say."""
+    """It overrides no function."""
 
     __torch_function__ = torch._C._disabled_torch_function_impl
+
+
+KINDS = (Default, Meta, Unwrapped, Silent)
 
 
 def of(kind: type[Tensor], t: Tensor) -> Any:
@@ -60,110 +69,129 @@ def of(kind: type[Tensor], t: Tensor) -> Any:
     return t
 
 
-LAYERS: dict[str, Any] = {
-    "batch": lambda library: library.BatchNorm2d(4),
-    "batch, eval": lambda library: library.BatchNorm2d(4).eval(),
-    "group": lambda library: library.GroupNorm(2, 4),
-    "instance": lambda library: library.InstanceNorm2d(4, affine=True, track_running_stats=True),
-    "layer": lambda library: library.LayerNorm(3),
-}
-every_layer = pytest.mark.parametrize("name", LAYERS)
-KINDS = (Default, Meta, Unwrapped, Silent)
+def doubled(t: Tensor) -> Tensor:
+    return TwoTensor(t, t.clone())
 
 
-def data(seed: int) -> Tensor:
-    return torch.randn(2, 4, 2, 3, generator=torch.Generator().manual_seed(seed))
+def plain(t: Any) -> Tensor:
+    return t.a if isinstance(t, TwoTensor) else Tensor.as_subclass(t, Tensor)
 
 
-def step(layer: nn.Module, kinds: tuple[type[Tensor], type[Tensor] | None], ours: bool) -> dict[str, Any]:
-    """kinds: of the input, and of the residual, if there is one."""
-    x = of(kinds[0], data(0))
+def step(layer: nn.Module, x: Tensor, z: Tensor | None = None) -> dict[str, Any]:
+    """A forward, with a residual if there is one, and a backward."""
     x.requires_grad_()
-    z = None if kinds[1] is None else of(kinds[1], data(1))
+    ours = type(layer).__module__.startswith("bnfast")
     y = layer(x, residual=z) if ours else layer(x) if z is None else layer(x) + z
-    (y * data(2)).sum().backward()
+    (y * data(*x.shape, seed=2)).sum().backward()
     found = {"y": y.detach(), "dx": x.grad, **{f"d{k}": p.grad for k, p in layer.named_parameters()}}
     return found | dict(layer.named_buffers())
 
 
-def same(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
+def assert_same(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
     for name, value in theirs.items():
         assert type(ours[name]) is type(value), name
         assert getattr(ours[name], "meta", None) == getattr(value, "meta", None), name
-        assert_close(ours[name].as_subclass(Tensor), value.as_subclass(Tensor), rtol=1e-4, atol=1e-5)
+        assert_close(plain(ours[name].detach()), plain(value.detach()), **CLOSE)
 
 
-@every_layer
+@every_path
+@both_modes
+@drop_ins
 @pytest.mark.parametrize("residual", ["no residual", "residual too", "residual alone"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_layers(kind: type[Tensor], residual: str, name: str, launches: list[Any]) -> None:
-    kinds = (Tensor if residual == "residual alone" else kind, None if residual == "no residual" else kind)
-    found = step(LAYERS[name](bnfast), kinds, True)
-    assert len(launches) >= 2
-    same(found, step(LAYERS[name](nn), kinds, False))
+def test_layers(
+    kind: type[Tensor], residual: str, layer: Layer, training: bool, path: str, launches: list[Any]
+) -> None:
+    """In plain torch, nothing is between the subclass and torch's function."""
+    found = []
+    for module in layer.pair(**(layer.tracks or {})):
+        x = layer.input() if residual == "residual alone" else of(kind, layer.input())
+        z = None if residual == "no residual" else of(kind, layer.input(1))
+        found.append(step(module.train(training), x, z))
+    assert_same(*found)
+    if training or not layer.name.startswith("Instance"):  # which does not unwrap subclasses in eval
+        assert bool(launches) == (path == "kernels")
 
 
+@every_norm
 @pytest.mark.parametrize("kind", KINDS[:2])
-def test_functions_and_parameters(kind: type[Tensor], launches: list[Any]) -> None:
+def test_functions_and_parameters(kind: type[Tensor], norm: str, launches: list[Any]) -> None:
     """nn.Parameter keeps the type of a subclass."""
-    weight = nn.Parameter(of(kind, torch.rand(4)))
-    for x in (data(0), of(kind, data(0))):
+    weight = nn.Parameter(of(kind, data(4, seed=1)))
+    for x in (data(2, 4, 3, 4), of(kind, data(2, 4, 3, 4))):
         launches.clear()
-        for f, g in zip(functions(bnfast.functional, weight), functions(nn.functional, weight), strict=True):
-            same({"y": f(x)}, {"y": g(x)})
-        assert len(launches) >= 4
+        assert_same(*({"y": function(x, weight)} for function in norms(norm)))
+        assert launches or norm == "instance, eval"
 
 
-def functions(library: Any, w: Tensor) -> list[Any]:
-    return [
-        lambda x: library.batch_norm(x, None, None, w, None, True).detach(),
-        lambda x: library.group_norm(x, 2, w).detach(),
-        lambda x: library.instance_norm(x, weight=w).detach(),
-        lambda x: library.layer_norm(x.transpose(1, 3), (4,), w).detach(),
-    ]
-
-
-def test_those_that_dispatch_run_plain_torch(launches: list[Any]) -> None:
-    layer = bnfast.BatchNorm2d(4)
-    y = layer(TwoTensor(data(0), data(1)))
-    assert type(y) is TwoTensor
-    assert not launches
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_plain_torch_sees_torchs_function(kind: type[Tensor], plain_torch: None) -> None:
-    """Where there are no kernels for the input, nothing is between the subclass and torch's function."""
-    same(step(bnfast.BatchNorm2d(4), (kind, None), True), step(nn.BatchNorm2d(4), (kind, None), False))
-
-
-@every_layer
+@both_modes
+@drop_ins
 @pytest.mark.parametrize("kind", [Default, Unwrapped])
-def test_compiled(kind: type[Tensor], name: str) -> None:
+def test_compiled(kind: type[Tensor], layer: Layer, training: bool) -> None:
     torch._dynamo.reset()
     found = []
-    for library in (bnfast, nn):
-        layer = LAYERS[name](library)
-        compiled = torch.compile(layer, backend="eager", fullgraph=True)
-        found.append({"y": compiled(of(kind, data(0))).detach(), **dict(layer.named_buffers())})
-    same(*found)
+    for module in layer.pair(**(layer.tracks or {})):
+        compiled = torch.compile(module.train(training), backend="eager", fullgraph=True)
+        found.append({"y": compiled(of(kind, layer.input())).detach(), **dict(module.named_buffers())})
+    assert_same(*found)
+
+
+class Watching(TorchDispatchMode):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **(kwargs or {}))
+
+
+@every_path
+@both_modes
+@pytest.mark.parametrize("watched", [False, True], ids=["", "under a mode"])
+@pytest.mark.parametrize("held", ["input", "weight", "running", "weight bias running"])
+@pytest.mark.parametrize("wrap", [lambda t: of(Default, t), doubled], ids=["default", "doubled"])
+def test_some_tensors_are_subclasses(
+    wrap: Callable[[Tensor], Tensor], held: str, watched: bool, training: bool, path: str, launches: list[Any]
+) -> None:
+    """Quantized and sharded parameters are, beside an ordinary input. An input that dispatches runs plain
+    torch."""
+    found = []
+    for module in BY_NAME["BatchNorm2d"].pair():
+        for members in (module._parameters, module._buffers):
+            for name, value in members.items():
+                if name.partition("_")[0] in held.split():
+                    members[name] = wrap(value.detach()).requires_grad_(value.requires_grad)
+        x = data(3, 4, 5, 6)
+        with Watching() if watched else contextlib.nullcontext():
+            found.append(step(module.train(training), wrap(x) if held == "input" else x))
+    assert_same(*found)
+    assert not (launches and wrap is doubled and held == "input")
+
+
+@every_norm
+def test_functions_overridden_by_a_parameter(norm: str) -> None:
+    """__torch_function__ of any argument sees the call of our function, as it would see that of torch's."""
+
+    class Listening(Tensor):
+        @classmethod
+        def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            return func
+
+    weight = data(4, seed=1).as_subclass(Listening)
+    assert norms(norm)[0](data(2, 4, 3, 4), weight) is getattr(functional, f"{norm.partition(',')[0]}_norm")
 
 
 def test_monai(launches: list[Any]) -> None:
     monai = pytest.importorskip("monai.data")
-    x = monai.MetaTensor(data(0), meta={"filename_or_obj": "scan.nii"})
-    found = [LAYERS["instance"](library)(x) for library in (bnfast, nn)]
+    x = monai.MetaTensor(data(3, 4, 5, 6), meta={"filename_or_obj": "scan.nii"})
+    layer = BY_NAME["InstanceNorm2d"]
+    found = [module(x) for module in layer.pair(**(layer.tracks or {}))]
     assert launches
     assert type(found[0]) is monai.MetaTensor
     assert found[0].meta["filename_or_obj"] == "scan.nii"
-    assert_close(found[0].as_tensor(), found[1].as_tensor(), rtol=1e-4, atol=1e-5)
+    assert_close(*(t.as_tensor() for t in found), **CLOSE)
 
 
 def test_torchvision(launches: list[Any]) -> None:
     tv_tensors = pytest.importorskip("torchvision.tv_tensors")
-    x = tv_tensors.Image(data(0))
+    x = tv_tensors.Image(data(3, 4, 5, 6))
     for context in ("TVTensor", "Tensor"):
         with tv_tensors.set_return_type(context):
-            ours, theirs = (LAYERS["batch"](library)(x) for library in (bnfast, nn))
-        assert type(ours) is type(theirs)
-        assert_close(ours.as_subclass(Tensor), theirs.as_subclass(Tensor), rtol=1e-4, atol=1e-5)
+            assert_same(*({"y": module(x)} for module in BY_NAME["BatchNorm2d"].pair()))
     assert launches

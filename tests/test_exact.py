@@ -1,5 +1,5 @@
-"""The judge of the numerics: its truth is autograd's in fp64, and it sees what an error over the whole tensor
-would hide."""
+"""The judge of the numerics: its truth is autograd's in fp64, and it sees errors that an average over the
+whole tensor would hide."""
 
 from __future__ import annotations
 
@@ -9,80 +9,50 @@ from dataclasses import replace
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.testing import assert_close
 
 from bnfast import exact
-from bnfast.checks import truth
+from bnfast.checks import one_step, peers, truth
 from bnfast.checks.cases import Case, batch_renorm, given, group_norm, instance_norm, layer_norm
+from tests.support.layers import data
 
-FP32, BF16 = torch.float32, torch.bfloat16
+FP32, FP64, BF16 = torch.float32, torch.float64, torch.bfloat16
 CPU = torch.device("cpu")
-EPS = 1e-3
 
 
-def data(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) + 0.5
+TRUE = [
+    Case((6, 4, 3, 2), FP64),
+    Case((6, 4, 3, 2), FP64, training=False),
+    batch_renorm((6, 4, 3, 2), FP64),
+    *(group_norm((3, 4, 5), FP64, groups=groups) for groups in (1, 2, 4)),
+    instance_norm((3, 4, 5), FP64, tracked=True),
+    instance_norm((3, 4, 5), FP64, tracked=True, training=False),
+    layer_norm((5, 6), FP64),
+]
 
 
-def assert_derivatives(true: exact.Exact, x: Tensor, dy: Tensor, function: Callable[..., Tensor]) -> None:
-    """function(x, weight, bias) of true's own x, with parameters of [channels]."""
-    leaves = [x, *(data(x.shape[1], seed=seed) for seed in (2, 3))]
-    leaves = [t.clone().requires_grad_() for t in leaves]
-    y = function(*leaves)
-    dx, dweight, dbias = torch.autograd.grad(y, leaves, dy)
-    for (value, scale), expected in (
-        (true.dweight(), dweight),
-        (true.dbias(), dbias),
-        (true.y(x), y.detach()),
-        (true.dx(x, dy), dx),
-    ):
-        assert_close(value, expected)
+@pytest.mark.parametrize("chunks", [1, 3])
+@pytest.mark.parametrize("case", TRUE, ids=str)
+def test_the_truth_is_autograds(case: Case, chunks: int) -> None:
+    """It is computed from the whole, or from chunks: of the batch, or of the positions of all samples."""
+    tensors = given(case, CPU)
+    x, dy = tensors.x, tensors.dy
+    if chunks == 1 or case.layer == "LayerNorm":
+        found = truth.expectations(case, tensors)
+    else:
+        dim = 2 if case.in_sample and case.batch else 0
+        true = truth.of(case, tensors, lambda: zip(x.chunk(chunks, dim), dy.chunk(chunks, dim), strict=True))
+        found = {"y": true.y(x), "dx": true.dx(x, dy), **true.vectors}
+    expected = one_step.run(case, peers, tensors)
+    assert found.keys() == expected.keys() - {"num_batches_tracked"}
+    for name, (value, scale) in found.items():
+        assert_close(value, expected[name], msg=lambda m, name=name: f"{name}: {m}")
         assert (scale > 0).all()
 
 
-@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-@pytest.mark.parametrize("chunks", [1, 3])
-def test_batch_norm_is_autograds(chunks: int, training: bool) -> None:
-    x, dy, weight, bias = data(6, 4, 3, 2), data(6, 4, 3, 2, seed=1), data(4, seed=2), data(4, seed=3)
-    mean, variance = data(4, seed=4), data(4, seed=5).square() + 0.5
-    fixed = None if training else (mean, variance)
-
-    def pairs() -> list[tuple[Tensor, Tensor]]:
-        return list(zip(x.chunk(chunks), dy.chunk(chunks), strict=True))
-
-    true = exact.batch_norm(x, dy, weight, bias, EPS, fixed, pairs)
-    running = mean.clone(), variance.clone()
-    assert_derivatives(
-        true, x, dy, lambda x, w, b: F.batch_norm(x, *running, w, b, training=training, momentum=0.3, eps=EPS)
-    )
-    if training:
-        found = true.running(mean, variance, 0.3)
-        assert_close(found["running_mean"][0], running[0])
-        assert_close(found["running_var"][0], running[1])
-
-
-@pytest.mark.parametrize("chunks", [1, 3])
-@pytest.mark.parametrize("groups", [1, 2, 4])
-def test_cells_may_be_groups_of_a_sample(groups: int, chunks: int) -> None:
-    """GroupNorm, and InstanceNorm with as many groups as channels: mean and variance of each sample's group,
-    parameters of each channel."""
-    x, dy, weight, bias = data(3, 4, 5), data(3, 4, 5, seed=1), data(4, seed=2), data(4, seed=3)
-
-    def pairs() -> list[tuple[Tensor, Tensor]]:
-        return list(zip(x.chunk(chunks, 2), dy.chunk(chunks, 2), strict=True))
-
-    true = exact.group_norm(x, dy, groups, weight, bias, EPS, pairs)
-    assert_derivatives(true, x, dy, lambda x, w, b: F.group_norm(x, groups, w, b, EPS))
-
-
-def largest(t: Tensor) -> tuple[int, ...]:
-    return tuple(int(i) for i in torch.unravel_index(t.abs().argmax(), t.shape))
-
-
 def zeroed_element(t: Tensor) -> Tensor:
-    """Not the largest one, which anything sees, but one of usual size."""
+    """Not the largest one, which any check would notice, but one of usual size."""
     flat = t.clone().view(-1)
     flat[(flat.abs() - flat.abs().median()).abs().argmin()] = 0
     return flat.view_as(t)
@@ -123,7 +93,7 @@ DAMAGES: dict[str, tuple[Case, str, Callable[[Tensor], Tensor]]] = {
 
 @pytest.mark.parametrize(("case", "name", "damage"), DAMAGES.values(), ids=DAMAGES.keys())
 def test_damage_is_seen(case: Case, name: str, damage: Callable[[Tensor], Tensor]) -> None:
-    """In the true results, rounded once, of which nothing else is amiss."""
+    """In the true results, rounded once, which pass as they are."""
     tensors = given(case, CPU)
     expected = truth.expectations(case, tensors)
     wide = exact.accumulator(case.dtype)
@@ -135,7 +105,7 @@ def test_damage_is_seen(case: Case, name: str, damage: Callable[[Tensor], Tensor
     assert [k for k, verdict in verdicts.items() if not verdict.ok] == [name]
 
 
-def test_a_bias_that_no_element_betrays() -> None:
+def test_a_bias_that_no_element_shows() -> None:
     """Errors of half the allowed size pass one by one; all of one sign and in every element they do not."""
     expected = (torch.ones(1000, 1, dtype=torch.float64), torch.ones(1000, 1, dtype=torch.float64))
     value = torch.full((1000, 1), 1 + 4 * torch.finfo(FP32).eps)
@@ -147,7 +117,6 @@ def test_a_bias_that_no_element_betrays() -> None:
 @pytest.mark.parametrize("n", [1, 2, 7, 1000])
 def test_fp64_is_judged_by_sums_that_are_rounded_once(n: int) -> None:
     """torch's sums in fp64 are no better than a kernel's."""
-    x = data(n, 3, 5) * 10 ** data(n, 3, 5, seed=1)
-    true = exact.batch_norm(x, x, None, None, EPS)
-    sums, _ = true.dbias()
+    x = data(n, 3, 5, dtype=FP64) * 10 ** data(n, 3, 5, dtype=FP64, seed=1)
+    sums, _ = exact.batch_norm(x, x, None, None, 1e-3).dbias()
     assert sums.tolist() == [math.fsum(x[:, c].flatten().tolist()) for c in range(3)]

@@ -1,7 +1,10 @@
-"""Residual and activation in graphs: operators, whole graphs, fx; their traffic; which sizes have signs."""
+"""Residual and activation in whole graphs, in torch.fx and in export; the bytes that they move; which sizes
+have signs."""
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -17,14 +20,14 @@ from bnfast.kernels.epilogue import Activation, Epilogue
 from bnfast.kernels.records import Problem
 from tests.support import kernel_calls as kernels
 from tests.support.fused_cases import given
-from tests.support.layers import every_path
-from tests.support.trace import clean, trace
+from tests.support.layers import assert_same, data, every_path, step
+from tests.support.trace import Trace, clean, trace
 
-OPERATORS = torch.ops.bnfast
+X = data(2, 8, 3, 4)
 
 
 class Block(nn.Module):
-    """A residual block's two ends."""
+    """Every family of layers with an activation, two of them with a residual."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -42,16 +45,8 @@ def test_whole_graph(backend: str, path: str) -> None:
     torch._dynamo.reset()
     block, other = Block(), Block()
     compiled = torch.compile(block, backend=backend, fullgraph=True)
-    x = torch.randn(2, 8, 3, 4)
-    results = []
-    for module in (compiled, other):
-        leaf = x.clone().requires_grad_()
-        y = module(leaf)
-        y.square().sum().backward()
-        results.append((y.detach(), leaf.grad))
-    for found, expected in zip(*results, strict=True):
-        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(block.state_dict(), other.state_dict(), rtol=1e-5, atol=1e-6)
+    found, expected = (step(module, X, run) for module, run in ((block, compiled), (other, None)))
+    assert_same(found, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_fx_records_the_residual() -> None:
@@ -59,79 +54,64 @@ def test_fx_records_the_residual() -> None:
     graph = torch.fx.symbolic_trace(block)
     called = [len(node.args) + len(node.kwargs) for node in graph.graph.nodes if node.op == "call_module"]
     assert called == [1, 2, 2]
-    x = torch.randn(2, 8, 3, 4)
-    torch.testing.assert_close(graph(x), Block()(x))
+    torch.testing.assert_close(graph(X), Block()(X))
 
 
 def test_export_is_plain_aten() -> None:
-    exported = torch.export.export(Block().eval(), (torch.randn(2, 8, 3, 4),))
+    exported = torch.export.export(Block().eval(), (X,))
     assert not any("bnfast" in str(node.target) for node in exported.graph.nodes)
 
 
-def traffic(t: Any, launches: int, **expected: tuple[float, float]) -> None:
-    """Reads and writes of each tensor by name, in units of itself."""
-    clean(t, launches)
-    assert {name: (t[name].reads, t[name].writes) for name in expected} == expected
+# Forward and backward on the kernels, and how often each pass of them reads x
+NORMS: dict[str, tuple[Callable[..., Any], Callable[..., Any], float]] = {
+    "batch": (
+        lambda x, w, b, e: kernels.batch_norm_train(x, w, b, epilogue=e),
+        lambda x, dy, table, w, b, e: kernels.batch_norm_backward(x, dy, table, epilogue=e),
+        2.0,
+    ),
+    "group that is held": (
+        lambda x, w, b, e: kernels.group_norm(x, 2, w, b, e),
+        lambda x, dy, table, w, b, e: kernels.group_norm_backward(x, dy, table, 2, w, bias=b, epilogue=e),
+        1.0,
+    ),
+}
+TRAFFIC = [
+    ("batch", *case)
+    for case in itertools.product(
+        [("relu", False), ("relu", True), ("silu", True)],
+        ["contiguous", "channels_last"],
+        [(8, 24, 7, 7), (4, 16, 14, 14), (2, 8, 66, 64)],
+    )
+] + [("group that is held", ("relu", True), "contiguous", (4, 16, 8, 8))]
+
+
+def flows(t: Trace, *tensors: Tensor | None) -> list[tuple[float, float]]:
+    """Reads and writes of each tensor, in units of itself."""
+    return [(t.of(tensor).reads, t.of(tensor).writes) for tensor in tensors if tensor is not None]
 
 
 @pytest.mark.usefixtures("several_programs")
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-@pytest.mark.parametrize("shape", [(8, 24, 7, 7), (4, 16, 14, 14), (2, 8, 66, 64)], ids=str)
-def test_bytes_of_batch_norm(shape: tuple[int, ...], layout: str) -> None:
-    """With relu 3T and 5T; with a residual besides 4T + T/16 and 6T + T/16, of signs; of silu z again."""
-    g = given(shape, torch.bfloat16, "train", layout)
-    x, dy, z = g["x"], g["dy"], g["z"]
-    with trace(x=x) as t:
-        y, table, none = kernels.batch_norm_train(
-            x, g["weight"], g["bias"], epilogue=Epilogue(Activation("relu"))
-        )
-    assert none is None
-    traffic(t, 2, x=(2.0, 0.0))
-    assert t.of(y).writes == 1.0
-    with trace(x=x, dy=dy) as t:
-        dx, *_, none = kernels.batch_norm_backward(x, dy, table, epilogue=Epilogue(Activation("relu")))
-    assert none is None
-    traffic(t, 2, x=(2.0, 0.0), dy=(2.0, 0.0))
-    assert t.of(dx).writes == 1.0
-    for epilogue, again in (
-        (Epilogue(Activation("relu"), z, True), 0.0),
-        (Epilogue(Activation("silu"), z), 1.0),
-    ):
-        with trace(x=x, z=z) as t:
-            y, table, signs = kernels.batch_norm_train(x, g["weight"], g["bias"], epilogue=epilogue)
-        traffic(t, 2, x=(2.0, 0.0), z=(1.0, 0.0))
-        assert (signs is None) == bool(again)
-        if signs is not None:
-            assert signs.nbytes * 16 == x.nbytes
-            assert t.of(signs).writes == 1.0
-        kept = z if signs is None else signs
-        with trace(x=x, dy=dy, kept=kept) as t:
-            dx, _, _, dz = kernels.batch_norm_backward(
-                x, dy, table, epilogue=Epilogue(epilogue.activation, kept)
-            )
-        traffic(t, 2, x=(2.0, 0.0), dy=(1.0, 0.0), kept=(1.0, 0.0))
-        assert (t.of(dz).reads, t.of(dz).writes, t.of(dx).writes) == (1.0, 1.0, 1.0)
-
-
-@pytest.mark.usefixtures("several_programs")
-def test_bytes_of_group_norm_that_holds_its_groups() -> None:
-    """x once; signs are read once, for relu leaves nothing to find anew."""
-    g = given((4, 16, 8, 8), torch.bfloat16, "group")
-    x, dy, z = g["x"], g["dy"], g["z"]
+@pytest.mark.parametrize(("norm", "after", "layout", "shape"), TRAFFIC, ids=str)
+def test_bytes(norm: str, after: tuple[str, bool], layout: str, shape: tuple[int, ...]) -> None:
+    """BatchNorm with relu moves 3T and 5T; with a residual 4T + T/16 and 6T + T/16, for signs. silu reads the
+    residual again in place of signs. A group that is held is read once."""
+    (activation, residual), (forward, backward, passes) = after, NORMS[norm]
+    g = given(shape, torch.bfloat16, "train", layout, residual)
+    x, dy, z, vectors = g["x"], g["dy"], g.get("z"), (g["weight"], g["bias"])
+    keeps = residual and activation == "relu"
     with trace(x=x, z=z) as t:
-        y, table, signs = kernels.group_norm(
-            x, 2, g["weight"], g["bias"], Epilogue(Activation("relu"), z, True)
-        )
-    traffic(t, 1, x=(1.0, 0.0), z=(1.0, 0.0))
-    assert signs is not None
-    assert (t.of(y).writes, t.of(signs).writes) == (1.0, 1.0)
-    epilogue = Epilogue(Activation("relu"), signs)
-    with trace(x=x, dy=dy, signs=signs) as t:
-        dx, _, _, dz = kernels.group_norm_backward(
-            x, dy, table, 2, g["weight"], bias=g["bias"], epilogue=epilogue
-        )
-    traffic(t, 2, x=(1.0, 0.0), dy=(1.0, 0.0), signs=(1.0, 0.0))
-    assert (t.of(dx).writes, t.of(dz).writes) == (1.0, 1.0)
+        y, table, signs = forward(x, *vectors, Epilogue(Activation(activation), z, keeps))
+    clean(t, int(passes))
+    assert (signs is not None) == keeps
+    assert signs is None or signs.nbytes * 16 == x.nbytes
+    assert flows(t, x, y) == [(passes, 0.0), (0.0, 1.0)]
+    assert flows(t, z, signs) == [(1.0, 0.0)] * residual + [(0.0, 1.0)] * keeps
+    kept = z if signs is None else signs
+    with trace(x=x, dy=dy, kept=kept) as t:
+        dx, _, _, dz = backward(x, dy, table, *vectors, Epilogue(Activation(activation), kept))
+    clean(t, 2)
+    assert flows(t, x, dy, dx) == [(passes, 0.0), (1.0 if residual else passes, 0.0), (0.0, 1.0)]
+    assert flows(t, kept, dz) == ([(1.0, 0.0), (passes - 1, 1.0)] if residual else [])
 
 
 @settings(max_examples=300, deadline=None)

@@ -1,4 +1,4 @@
-"""Libraries that are imported in odd ways: beside other finders, in another thread, in part, anew."""
+"""Libraries that are imported in odd ways: beside other finders, in another thread, in part, again."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ import logging
 import subprocess
 import sys
 import threading
-import types
 from collections.abc import Iterator
 from importlib.machinery import ModuleSpec, PathFinder
+from importlib.util import LazyLoader, find_spec, module_from_spec
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -57,48 +58,40 @@ def test_none_in_its_place_means_that_it_is_missing(caplog: pytest.LogCaptureFix
     assert entered()
 
 
-class Old:
-    """As before Python 3.4; later ones pass it over, or ask it by another name."""
-
-    def find_module(self, fullname: str, path: Any = None) -> None:
-        return None
-
-
-class Delegating:
+def delegate(fullname: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
     """Asks the other finders, whichever these are, as bnfast's does."""
-
-    def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
-        others = (f for f in sys.meta_path if f is not self and hasattr(f, "find_spec"))
-        return next(filter(None, (finder.find_spec(fullname, path, target) for finder in others)), None)
+    others = (f.find_spec for f in sys.meta_path if getattr(f, "find_spec", delegate) != delegate)
+    return next(filter(None, (find(fullname, path, target) for find in others)), None)
 
 
-class Bypassing:
-    def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
-        return PathFinder.find_spec(fullname, path, target)
+FINDERS = {
+    "of Python before 3.4": SimpleNamespace(find_module=lambda fullname, path=None: None),
+    "delegating": SimpleNamespace(find_spec=delegate),
+    "bypassing": SimpleNamespace(find_spec=PathFinder.find_spec),
+}
 
 
 @pytest.mark.filterwarnings("ignore::ImportWarning")
 @pytest.mark.parametrize("first", [True, False])
-@pytest.mark.parametrize("kind", [Old, Delegating, Bypassing])
-def test_beside_other_finders(kind: Any, first: bool) -> None:
+@pytest.mark.parametrize("finder", FINDERS.values(), ids=FINDERS.keys())
+def test_beside_other_finders(finder: Any, first: bool) -> None:
     if not first:
-        sys.meta_path.insert(0, kind())
+        sys.meta_path.insert(0, finder)
     when_imported(NAME, enter)
     if first:
-        sys.meta_path.insert(0, kind())
+        sys.meta_path.insert(0, finder)
     importlib.import_module(NAME)
-    catch_up()  # which is needed where bnfast's was not asked
+    catch_up()  # needed where bnfast's finder was not asked
     assert entered()
 
 
-def test_a_finder_that_forbids_it_is_heard() -> None:
-    class Forbidding:
-        def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> None:
-            if fullname == NAME:
-                raise ImportError("forbidden here")
+def test_a_finder_that_forbids_it_is_obeyed() -> None:
+    def forbid(fullname: str, path: Any = None, target: Any = None) -> None:
+        if fullname == NAME:
+            raise ImportError("forbidden here")
 
     when_imported(NAME, enter)
-    sys.meta_path.insert(1, Forbidding())  # type: ignore[arg-type]
+    sys.meta_path.insert(1, SimpleNamespace(find_spec=forbid))  # type: ignore[arg-type]
     with pytest.raises(ImportError, match="forbidden here"):
         importlib.import_module(NAME)
     del sys.meta_path[1]
@@ -106,17 +99,15 @@ def test_a_finder_that_forbids_it_is_heard() -> None:
 
 
 def test_a_loader_of_the_old_kind() -> None:
-    class Loading:
-        def load_module(self, fullname: str) -> Any:
-            module = sys.modules[fullname] = types.ModuleType(fullname)
-            module.TABLE = {}  # type: ignore[attr-defined]
-            return module
+    def load(fullname: str) -> ModuleType:
+        module = sys.modules[fullname] = ModuleType(fullname)
+        module.TABLE = {}  # type: ignore[attr-defined]
+        return module
 
-        def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
-            return ModuleSpec(fullname, Loading()) if fullname == NAME else None  # type: ignore[arg-type]
-
+    loader: Any = SimpleNamespace(load_module=load)
     when_imported(NAME, enter)
-    sys.meta_path.insert(1, Loading())
+    spec = lambda name, *_: ModuleSpec(name, loader) if name == NAME else None  # noqa: E731
+    sys.meta_path.insert(1, SimpleNamespace(find_spec=spec))  # type: ignore[arg-type]
     with pytest.warns(ImportWarning):
         importlib.import_module(NAME)
     bnfast.BatchNorm2d(2)
@@ -124,9 +115,8 @@ def test_a_loader_of_the_old_kind() -> None:
 
 
 def test_while_another_thread_imports_it(library: Path) -> None:
-    """Which is waited for."""
-    library.write_text("import threading\nstarted.set()\ngo.wait(60)\nTABLE = {}\n".replace("import ", "from "
-        "odd_library import started, go\nimport "))  # fmt: skip
+    """The other thread is waited for."""
+    library.write_text("from odd_library import started, go\nstarted.set()\ngo.wait(60)\nTABLE = {}\n")
     package: Any = importlib.import_module("odd_library")
     package.started, package.go = threading.Event(), threading.Event()
     thread = threading.Thread(target=importlib.import_module, args=(NAME,))
@@ -139,7 +129,7 @@ def test_while_another_thread_imports_it(library: Path) -> None:
 
 
 def test_from_within_it(library: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """As where it imports what imports bnfast."""
+    """As happens where it imports code that imports bnfast."""
     library.write_text("import odd_library\nodd_library.call()\nTABLE = {}\n")
     importlib.import_module("odd_library").call = lambda: when_imported(NAME, enter)  # type: ignore[attr-defined]
     importlib.import_module(NAME)
@@ -148,22 +138,21 @@ def test_from_within_it(library: Path, caplog: pytest.LogCaptureFixture) -> None
     assert not caplog.records
 
 
-@pytest.mark.parametrize(
-    "then",
-    [
-        lambda: bnfast.BatchNorm2d(2),
-        lambda: bnfast.FrozenBatchNorm2d(2),
-        lambda: bnfast.convert(bnfast.modules.plain.BatchNorm2d(2)),
-        lambda: type("Mine", (bnfast.LayerNorm,), {}),
-    ],
-    ids=["construction", "of constants", "convert", "subclass"],
-)
+LATER = {
+    "construction": lambda: bnfast.BatchNorm2d(2),
+    "construction of constants": lambda: bnfast.FrozenBatchNorm2d(2),
+    "convert": lambda: bnfast.convert(bnfast.modules.plain.BatchNorm2d(2)),
+    "subclass": lambda: type("Mine", (bnfast.LayerNorm,), {}),
+}
+
+
+@pytest.mark.parametrize("then", LATER.values(), ids=LATER.keys())
 def test_filled_after_it_was_there(then: Any, caplog: pytest.LogCaptureFixture) -> None:
-    module: Any = types.ModuleType(NAME)
+    module: Any = ModuleType(NAME)
     sys.modules[NAME] = module
     when_imported(NAME, enter)
     catch_up()
-    (record,) = caplog.records  # one for the two
+    (record,) = caplog.records  # one for both attempts
     assert "does not get to know" in record.getMessage()
     module.TABLE = {}
     with caplog.at_level(logging.INFO, "bnfast"):
@@ -175,44 +164,30 @@ def test_filled_after_it_was_there(then: Any, caplog: pytest.LogCaptureFixture) 
     assert not module.TABLE  # it is done once
 
 
-def test_reloaded() -> None:
-    module = importlib.import_module(NAME)
-    when_imported(NAME, enter)
-    assert entered()
-    importlib.reload(module)
-    assert entered()
-
-
 @pytest.mark.parametrize("before", [True, False])
 def test_loaded_lazily(before: bool) -> None:
-    def lazy() -> Any:
-        spec = importlib.util.find_spec(NAME)
-        assert spec is not None
-        assert spec.loader is not None
-        spec.loader = importlib.util.LazyLoader(spec.loader)
-        module = sys.modules[NAME] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        return module
-
     importlib.import_module("odd_library")
     if not before:
         when_imported(NAME, enter)
-    module = lazy()
+    spec: Any = find_spec(NAME)
+    spec.loader = LazyLoader(spec.loader)
+    module = sys.modules[NAME] = module_from_spec(spec)
+    spec.loader.exec_module(module)
     if before:
         when_imported(NAME, enter)
     catch_up()
     assert "TABLE" not in object.__getattribute__(module, "__dict__")
-    assert module.__name__ == NAME
+    assert module.__name__ == NAME  # this loads it
     catch_up()
     assert module.TABLE == {"ours": True}
 
 
 def test_its_spec_is_copied() -> None:
     when_imported(NAME, enter)
-    spec: Any = copy.deepcopy(importlib.util.find_spec(NAME))
+    spec: Any = copy.deepcopy(find_spec(NAME))
     assert spec.loader.get_filename(NAME).endswith("registry.py")
     assert not hasattr(spec.loader, "unheard_of")
-    module = importlib.util.module_from_spec(spec)
+    module = module_from_spec(spec)
     spec.loader.exec_module(module)
     assert module.TABLE == {"ours": True}
 

@@ -1,9 +1,10 @@
-"""No module imports another that imports it back, be it within a function: files are read in one order."""
+"""No module imports another that imports it back, not within a function either."""
 
 from __future__ import annotations
 
 import ast
 from graphlib import CycleError, TopologicalSorter
+from importlib.util import resolve_name
 from pathlib import Path
 
 import pytest
@@ -13,34 +14,32 @@ FOLDERS = {"kernels": "bnfast.kernels", "bnfast": "bnfast", "benchmarks": "bench
 
 
 def modules() -> dict[str, Path]:
-    """The modules of the project by name. bnfast/kernels is a link, which is not followed."""
+    """The modules of the project by name. bnfast/kernels is a link to kernels, and not followed."""
     found = {}
     for folder, package in FOLDERS.items():
         for path in sorted((ROOT / folder).rglob("*.py")):
             inside = path.relative_to(ROOT / folder)
             if not (folder == "bnfast" and inside.parts[0] == "kernels"):
-                parts = [package, *inside.with_suffix("").parts]
-                found[".".join(parts).removesuffix(".__init__")] = path
+                name = ".".join([package, *inside.with_suffix("").parts])
+                found[name.removesuffix(".__init__")] = path
     return found
 
 
 def imported(name: str, path: Path, known: dict[str, Path]) -> set[str]:
-    """The modules of the project that one imports, its own packages apart."""
-    package = name.split(".") if path.name == "__init__.py" else name.split(".")[:-1]
-    asked = []
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            asked += [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            above = package[: len(package) - node.level + 1] if node.level else []
-            start = ".".join([*above, *filter(None, [node.module])])
-            asked += [f"{start}.{alias.name}" for alias in node.names]
+    """The modules of the project that one imports, except for the packages that it is in."""
+    package = name if path.name == "__init__.py" else name.rpartition(".")[0]
     found = set()
-    for target in asked:
-        while target and target not in known:
-            target = target.rpartition(".")[0]
-        if target and not f"{name}.".startswith(f"{target}."):
-            found.add(target)
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if not isinstance(node, ast.Import | ast.ImportFrom):
+            continue
+        start = ""
+        if isinstance(node, ast.ImportFrom):
+            start = resolve_name("." * node.level + (node.module or ""), package) + "."
+        for target in (start + alias.name for alias in node.names):
+            while target and target not in known:
+                target = target.rpartition(".")[0]
+            if target and not f"{name}.".startswith(f"{target}."):
+                found.add(target)
     return found
 
 

@@ -1,157 +1,135 @@
-"""The operators that graphs hold: torch.library's checks of their schemas (who is mutated, who aliases), of
+"""The operators that graphs hold: torch.library's checks of their schemas (what is mutated, what aliases), of
 fake tensors, and of dynamic shapes through AOTAutograd; graphs recorded by make_fx and around transforms."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.library import opcheck
 from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 
 import bnfast
-from bnfast.checks import cases
-from tests.support import fused_cases
-from tests.support.layers import both_layouts, both_modes, data
+from bnfast import functional
+from tests.support.layers import BY_NAME, NORMS, data, step
 
-OPERATORS = torch.ops.bnfast
-SHAPE = (3, 4, 3, 2)
+X = data(3, 4, 3, 2)
 
 
-def arguments(layout: Any, dtype: torch.dtype, given: str, shape: tuple[int, ...] = SHAPE) -> list[Any]:
-    """x, weight, bias, running_mean, running_var, of which `given` says what is there."""
-    x = data(*shape, dtype=dtype)
-    x = x.contiguous(memory_format=layout) if isinstance(layout, torch.memory_format) else layout(x)
-    channels = x.shape[1]
-    tensors = {n: data(channels, seed=s).square() + 0.1 for s, n in enumerate("wbmv", 1)}
-    return [x, *(tensors[n] if n in given else None for n in "wbmv")]
+class Recorder(TorchDispatchMode):
+    """Keeps each call of our operators, with copies of its arguments, as some are written to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[Any] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "bnfast":
+            self.calls.append((func, tree_map_only(Tensor, lambda t: t.detach().clone(), args)))
+            assert not kwargs
+        return func(*args, **(kwargs or {}))
+
+    def check(self) -> None:
+        for operator, arguments in self.calls:
+            opcheck(operator, arguments)
 
 
-CASES = {
-    "all": (torch.contiguous_format, torch.float32, "wbmv"),
-    "channels_last, bf16": (torch.channels_last, torch.bfloat16, "wbmv"),
-    "fp64, no bias": (torch.contiguous_format, torch.float64, "wmv"),
-    "fp16, no affine": (torch.channels_last, torch.float16, "mv"),
-    "no statistics": (torch.contiguous_format, torch.float32, "wb"),
-    "x alone, transposed": (lambda x: x.transpose(0, 3), torch.float32, ""),
-    "2-D": (lambda x: x.flatten(2).mean(2), torch.float32, "wbmv"),
+def last(x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+FP16, BF16, FP32, FP64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
+SIGNS, NO_SIGNS = (2, 8, 4, 4), (2, 5, 3, 3)  # shapes for which relu keeps a mask, and the residual
+VARIANTS: dict[str, Any] = {
+    "all": {},
+    "inference": {"wanted": ""},
+    "x alone": {"wanted": "x"},
+    "weight alone": {"wanted": "w"},
+    "parameters of other dtypes": {"wanted": "wb", "dtypes": (BF16, FP64)},
+    "fp64, no bias": {"dtype": FP64, "dtypes": (FP64, None), "wanted": "xw"},
+    "fp16, bare": {"dtype": FP16, "layout": last, "dtypes": (None, None), "wanted": "x"},
+    "bf16": {"dtype": BF16, "layout": last},
+    "transposed": {"layout": lambda x: x.transpose(0, 3)},
+    "2-D": {"layout": lambda x: x.flatten(2).mean(2)},
+    "relu, signs": {"activation": "relu", "shape": SIGNS},
+    "relu, signs, channels_last": {"activation": "relu", "shape": SIGNS, "layout": last},
+    "relu": {"activation": "relu", "shape": NO_SIGNS},
+    "relu, channels_last": {"activation": "relu", "shape": NO_SIGNS, "layout": last},
+    "silu": {"activation": "silu", "shape": SIGNS},
+    "silu, channels_last": {"activation": "silu", "shape": NO_SIGNS, "layout": last},
 }
 
 
-@pytest.mark.parametrize("cumulative", [False, True], ids=["momentum", "cumulative"])
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
-def test_opcheck_train(case: Any, cumulative: bool) -> None:
-    batches = torch.tensor(3) if cumulative else None
-    torch.library.opcheck(OPERATORS.batch_norm_train, (*arguments(*case), batches, cumulative, 0.1, 1e-5))
+def run(
+    norm: str,
+    shape: tuple[int, ...] = (3, 4, 3, 2),
+    layout: Callable[[Tensor], Tensor] = Tensor.contiguous,
+    dtype: torch.dtype = FP32,
+    dtypes: tuple[torch.dtype | None, ...] = (FP32, FP32),
+    wanted: str = "xwb",
+    activation: str | None = None,
+) -> None:
+    """A function, with a residual where an activation follows, and its backward. dtypes: of weight and bias.
+    wanted: whose gradients."""
+    x = layout(data(*shape, dtype=dtype))
+    size = x.shape[-1] if norm == "layer" else x.shape[1]
+    given = [x, *(None if kind is None else data(size, seed=5, dtype=kind) for kind in dtypes)]
+    leaves = [
+        t.requires_grad_() for name, t in zip("xwb", given, strict=True) if t is not None and name in wanted
+    ]
+    after = (
+        {}
+        if activation is None
+        else {"activation": activation, "residual": x.detach().cos().requires_grad_()}
+    )
+    y = NORMS[norm](functional, *given, **after)
+    if wanted:  # dy is contiguous, whatever y is
+        torch.autograd.grad(y, leaves, data(*y.shape, seed=5, dtype=dtype))
 
 
-@pytest.mark.parametrize("keep", [False, True], ids=["inference", "for backward"])
-@pytest.mark.parametrize(
-    "case", [c for c in CASES.values() if "m" in c[2]], ids=[k for k, c in CASES.items() if "m" in c[2]]
-)
-def test_opcheck_eval(case: Any, keep: bool) -> None:
-    torch.library.opcheck(OPERATORS.batch_norm_eval, (*arguments(*case), 1e-5, keep))
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("norm", [norm for norm in NORMS if "instance" not in norm])  # GroupNorm's operators
+def test_of_functions(norm: str, variant: str) -> None:
+    with Recorder() as recorder:
+        run(norm, **VARIANTS[variant])
+    assert len(recorder.calls) == (1 if variant == "inference" else 2)
+    recorder.check()
 
 
-WANTED = {
-    "all": (True, torch.float32, torch.float32),
-    "dx": (True, None, None),
-    "parameters": (False, torch.bfloat16, torch.float64),
-    "weight": (False, torch.float32, None),
-}
-
-
-@both_modes
-@pytest.mark.parametrize("wanted", WANTED.values(), ids=WANTED.keys())
-@pytest.mark.parametrize("name", ["all", "channels_last, bf16", "x alone, transposed", "2-D"])
-def test_opcheck_backward(name: str, wanted: tuple[Any, ...], training: bool) -> None:
-    x, weight, bias, *_ = arguments(*CASES[name])
-    y, table, _ = OPERATORS.batch_norm_train(x, weight, bias, None, None, None, False, 0.1, 1e-5)
-    dy = data(*y.shape, seed=5).to(y.dtype)  # contiguous, whatever y is
-    torch.library.opcheck(OPERATORS.batch_norm_backward, (x, dy, table, training, *wanted))
+@pytest.mark.parametrize("momentum", [0.1, None])
+@pytest.mark.parametrize("name", ["BatchNorm2d", "BatchRenorm2d"])
+def test_of_layers_that_count_batches(name: str, momentum: float | None) -> None:
+    module = BY_NAME[name].make()
+    module.momentum = momentum
+    with Recorder() as recorder:
+        step(module, X)
+    assert len(recorder.calls) == 2
+    recorder.check()
 
 
 def test_make_fx() -> None:
     """A graph recorded from a training step has the operators and updates the buffers it is given."""
-    module, x = bnfast.BatchNorm2d(4), data(*SHAPE)
+    module = bnfast.BatchNorm2d(4)
 
     def loss(state: dict[str, Tensor], x: Tensor) -> tuple[Tensor, ...]:
         state = {k: v.detach().requires_grad_() if k in ("weight", "bias") else v for k, v in state.items()}
         y = torch.func.functional_call(module, state, (x,))
         return y, *torch.autograd.grad(y.square().sum(), (state["weight"], state["bias"]))
 
-    given, expected = ({k: v.clone() for k, v in module.state_dict().items()} for _ in range(2))
-    graph = make_fx(loss, tracing_mode="symbolic")({k: v.clone() for k, v in given.items()}, x)
+    traced, given, expected = ({k: v.clone() for k, v in module.state_dict().items()} for _ in range(3))
+    graph = make_fx(loss, tracing_mode="symbolic")(traced, X)
     assert "bnfast.batch_norm_train" in graph.code
     assert "bnfast.batch_norm_backward" in graph.code
-    x = data(5, *SHAPE[1:], seed=1)
+    x = data(5, 4, 3, 2, seed=1)
     assert_close(graph(given, x), loss(expected, x))
     assert given["num_batches_tracked"] == 1
     assert_close(given, expected)
-
-
-@pytest.mark.parametrize("momentum", [0.1, None])
-def test_opcheck_batch_renorm(momentum: float | None) -> None:
-    x, mean, var = torch.randn(4, 3, 2, 2), torch.zeros(3), torch.ones(3)
-    arguments = (
-        x, torch.ones(3), None, mean, var, torch.tensor(5), momentum is None, 0.1, 1e-5,
-        [3.0, 5.0, 0.0, 9.0, 9.0], True,
-    )  # fmt: skip
-    torch.library.opcheck(torch.ops.bnfast.batch_renorm_train.default, arguments)
-
-
-@both_layouts
-@pytest.mark.parametrize("affine", [True, False], ids=["affine", "bare"])
-def test_opcheck_group_norm(affine: bool, last: bool) -> None:
-    case = cases.group_norm((2, 6, 3, 4), torch.float32, last, groups=3, affine=affine)
-    g = cases.given(case, torch.device("cpu"))
-    torch.library.opcheck(OPERATORS.group_norm_forward, (g.x, 3, g.weight, g.bias, 1e-5))
-    _, table, _ = OPERATORS.group_norm_forward(g.x, 3, g.weight, g.bias, 1e-5)
-    for wanted in ((True, torch.float32, torch.float32), (True, None, None), (False, None, torch.bfloat16)):
-        torch.library.opcheck(OPERATORS.group_norm_backward, (g.x, g.dy, table, g.weight, 3, *wanted))
-
-
-LAYER_NORMS = {
-    "fp32": ((4, 6), torch.float32, True, 1),
-    "bf16, two dimensions": ((3, 2, 6), torch.bfloat16, True, 2),
-    "fp64, x alone": ((4, 6), torch.float64, False, 1),
-    "no batch": ((4, 6), torch.float32, True, 2),
-}
-LAYER_WANTED = ((True, torch.float32, torch.float32), (True, None, None), (False, torch.float64, None))
-
-
-@pytest.mark.parametrize(("shape", "dtype", "affine", "dims"), LAYER_NORMS.values(), ids=LAYER_NORMS.keys())
-def test_opcheck_layer_norm(shape: tuple[int, ...], dtype: torch.dtype, affine: bool, dims: int) -> None:
-    for x in (data(*shape).to(dtype), data(*reversed(shape)).to(dtype).permute(*reversed(range(len(shape))))):
-        weight, bias = (data(*shape[-dims:], seed=n) if affine else None for n in (1, 2))
-        for keep in (True, False):
-            torch.library.opcheck(OPERATORS.layer_norm, (x, weight, bias, dims, 1e-5, keep))
-        y, table, _ = OPERATORS.layer_norm(x, weight, bias, dims, 1e-5, True)
-        for wanted in LAYER_WANTED:
-            given = (x, y.clone(), weight, table, dims, *wanted)
-            torch.library.opcheck(OPERATORS.layer_norm_backward, given)
-
-
-@pytest.mark.parametrize("shape", [(2, 8, 3, 4), (2, 5, 3, 3)], ids=["signs", "z"])
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-def test_opcheck_with_activations_and_residuals(shape: tuple[int, ...], layout: str) -> None:
-    g = fused_cases.given(shape, torch.float32, "train", layout)
-    x, dy, z, weight, bias = (g[name] for name in ("x", "dy", "z", "weight", "bias"))
-    wanted = (True, torch.float32, torch.float32)
-    for name, after in (("relu", ("relu", 0.0, z, True)), ("silu", ("silu", 0.0, z, False))):
-        trained = (x, weight, bias, None, None, None, False, 0.1, 1e-5, *after)
-        torch.library.opcheck(OPERATORS.batch_norm_train, trained)
-        _, table, signs = OPERATORS.batch_norm_train(*trained)
-        kept = signs if signs.numel() else z
-        torch.library.opcheck(OPERATORS.batch_norm_backward, (x, dy, table, True, *wanted, name, 0.0, kept))
-        grouped = (x, 1, weight, bias, 1e-5, *after)
-        torch.library.opcheck(OPERATORS.group_norm_forward, grouped)
-        _, table, signs = OPERATORS.group_norm_forward(*grouped)
-        kept = signs if signs.numel() else z
-        given_ = (x, dy, table, weight, 1, *wanted, bias, name, 0.0, kept)
-        torch.library.opcheck(OPERATORS.group_norm_backward, given_)
 
 
 def test_compiled_transform() -> None:

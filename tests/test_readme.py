@@ -20,11 +20,10 @@ PAGES = {
     for path in (*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md")))
 }
 README = PAGES["README.md"]
-EXAMPLE = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 EXAMPLES = [
-    pytest.param(example, id=f"{page} {number}")
+    (page, example)
     for page, text in PAGES.items()
-    for number, example in enumerate(EXAMPLE.findall(text), 1)
+    for example in re.findall(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
 ]
 COMMANDS = sorted(
     {command for text in PAGES.values() for command in re.findall(r"python3? -m ([\w.]+(?: \w+)?)", text)}
@@ -39,7 +38,7 @@ LINES_OF_README, COLUMNS = 170, 110
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """As a reader would, in a Python of its own: this one may have Triton's interpreter on."""
+    """Runs Python as a reader would, in a process of its own: this one may have Triton's interpreter on."""
     variables = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     if importlib.util.find_spec("torchvision") is None:
         variables["PYTHONPATH"] = str(ROOT / "tests" / "support" / "stand_ins")
@@ -53,13 +52,8 @@ def anchors(text: str) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-def test_examples_are_found() -> None:
-    assert len(EXAMPLES) == sum(text.count("```python") for text in PAGES.values())
-    assert any("bnfast.BatchNorm2d" in example for example in EXAMPLE.findall(README))
-
-
-@pytest.mark.parametrize("example", EXAMPLES)
-def test_example_runs(example: str) -> None:
+@pytest.mark.parametrize(("page", "example"), EXAMPLES, ids=[page for page, _ in EXAMPLES])
+def test_example_runs(page: str, example: str) -> None:
     done = run("-W", "error::DeprecationWarning", "-c", example)
     assert done.returncode == 0, done.stderr
 
@@ -71,10 +65,6 @@ def test_command_exists(command: str) -> None:
     assert done.stdout.startswith("usage:")
 
 
-def test_the_two_commands_are_named() -> None:
-    assert {"python3 -m benchmarks ", "python3 -m tests "} <= set(re.findall(r"python3 -m \w+ ", README))
-
-
 @pytest.mark.parametrize(("page", "target"), LINKS, ids=[f"{page} to {target}" for page, target in LINKS])
 def test_link_leads_somewhere(page: str, target: str) -> None:
     name, _, anchor = target.partition("#")
@@ -84,17 +74,18 @@ def test_link_leads_somewhere(page: str, target: str) -> None:
         assert anchor in anchors(path.read_text(encoding="utf-8"))
 
 
-def test_readme_links_to_every_page() -> None:
+def test_readme() -> None:
+    assert "bnfast.BatchNorm2d" in "".join(example for page, example in EXAMPLES if page == "README.md")
+    assert {"python3 -m benchmarks ", "python3 -m tests "} <= set(re.findall(r"python3 -m \w+ ", README))
     assert set(PAGES) - {"README.md"} <= {target for page, target in LINKS if page == "README.md"}
-
-
-def test_readme_says_what_is_measured() -> None:
-    """docs/benchmarks.md is made from committed results; README's sentence is written by hand."""
+    # docs/benchmarks.md is made from committed results; this sentence is written by hand
     assert ("not measured yet" in README) == ("Not measured yet" in PAGES["docs/benchmarks.md"])
-
-
-def test_pages_are_short() -> None:
     assert len(README.splitlines()) <= LINES_OF_README
-    for page, text in PAGES.items():
-        long = [number for number, line in enumerate(text.splitlines(), 1) if len(line) > COLUMNS]
-        assert not long, f"{page}: lines {long} have more than {COLUMNS} characters"
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_form_of_a_page(page: str) -> None:
+    """Every example is found, and no line is long."""
+    assert [name for name, _ in EXAMPLES].count(page) == PAGES[page].count("```python")
+    long = [number for number, line in enumerate(PAGES[page].splitlines(), 1) if len(line) > COLUMNS]
+    assert not long, f"lines {long} have more than {COLUMNS} characters"

@@ -48,11 +48,8 @@ class _Kernels(Replaceable, OptionalBias, nn.modules.batchnorm._BatchNorm):
         if momentum is None and batches is None:
             momentum = 0.0
         training = self.training or (self.running_mean is None and self.running_var is None)
-        options, buffers = (
-            new(BatchNormOptions, (training, momentum, self.eps, None)),
-            (mean, variance, batches),
-        )
-        call = (input, self.weight, self.bias, residual, activation, options, buffers)
+        options = new(BatchNormOptions, (training, momentum, self.eps, None))
+        call = (input, self.weight, self.bias, residual, activation, options, (mean, variance, batches))
         return batch_norm(new(Call, call))
 
 
@@ -78,14 +75,11 @@ class BatchNorm1d(_Kernels, nn.BatchNorm1d):
         track_running_stats (bool): Whether the layer keeps running statistics. Without them it uses the
             statistics of the batch in eval too. Default: True.
         device: The device of parameters and buffers. Default: torch's default device.
-        dtype (torch.dtype): The dtype of parameters and buffers, which may differ from the input's. Default:
-            torch's default dtype.
-        bias (bool): Whether an affine layer has a bias. With False it has a weight only. Keyword only.
-            Default: True.
+        dtype (torch.dtype): Their dtype, which may differ from the input's. Default: torch's default dtype.
+        bias (bool): Whether an affine layer has a bias beside its weight. Keyword only. Default: True.
         activation: The activation that the layer applies in the same kernels, after the residual: None, a
-            name such as ``"relu"``, a name with a number such as ``("leaky_relu", 0.2)``, or torch's own
-            module, class or function, such as ``nn.SiLU()``, ``nn.SiLU`` or ``F.silu``. See
-            :class:`bnfast.Activation`. Keyword only. Default: None.
+            name such as ``"relu"``, with a number such as ``("leaky_relu", 0.2)``, or torch's module, class
+            or function. See :class:`bnfast.Activation`. Keyword only. Default: None.
 
     Shape:
         - input: (N, C) or (N, C, L), of fp16, bf16, fp32 or fp64, in any strides.
@@ -96,8 +90,7 @@ class BatchNorm1d(_Kernels, nn.BatchNorm1d):
         A call ``layer(input, residual=None)`` returns activation(norm(input) + residual).
 
     Raises:
-        TypeError: The constructor got an argument that it does not take; the message names the one that may
-            have been meant. Or the residual is not a tensor.
+        TypeError: The constructor got an unknown argument, or the residual is not a tensor.
         ValueError: The activation is unknown, the input has another number of dimensions, a channel has a
             single value in training, eps is not positive in training, or the residual's shape, dtype or
             device differs from the input's.
@@ -140,14 +133,11 @@ class BatchNorm2d(_Kernels, nn.BatchNorm2d):
         track_running_stats (bool): Whether the layer keeps running statistics. Without them it uses the
             statistics of the batch in eval too. Default: True.
         device: The device of parameters and buffers. Default: torch's default device.
-        dtype (torch.dtype): The dtype of parameters and buffers, which may differ from the input's. Default:
-            torch's default dtype.
-        bias (bool): Whether an affine layer has a bias. With False it has a weight only. Keyword only.
-            Default: True.
+        dtype (torch.dtype): Their dtype, which may differ from the input's. Default: torch's default dtype.
+        bias (bool): Whether an affine layer has a bias beside its weight. Keyword only. Default: True.
         activation: The activation that the layer applies in the same kernels, after the residual: None, a
-            name such as ``"relu"``, a name with a number such as ``("leaky_relu", 0.2)``, or torch's own
-            module, class or function, such as ``nn.SiLU()``, ``nn.SiLU`` or ``F.silu``. See
-            :class:`bnfast.Activation`. Keyword only. Default: None.
+            name such as ``"relu"``, with a number such as ``("leaky_relu", 0.2)``, or torch's module, class
+            or function. See :class:`bnfast.Activation`. Keyword only. Default: None.
 
     Shape:
         - input: (N, C, H, W), of fp16, bf16, fp32 or fp64, in any strides.
@@ -159,8 +149,7 @@ class BatchNorm2d(_Kernels, nn.BatchNorm2d):
         A call ``layer(input, residual=None)`` returns activation(norm(input) + residual).
 
     Raises:
-        TypeError: The constructor got an argument that it does not take; the message names the one that may
-            have been meant. Or the residual is not a tensor.
+        TypeError: The constructor got an unknown argument, or the residual is not a tensor.
         ValueError: The activation is unknown, the input has another number of dimensions, a channel has a
             single value in training, eps is not positive in training, or the residual's shape, dtype or
             device differs from the input's.
@@ -203,14 +192,11 @@ class BatchNorm3d(_Kernels, nn.BatchNorm3d):
         track_running_stats (bool): Whether the layer keeps running statistics. Without them it uses the
             statistics of the batch in eval too. Default: True.
         device: The device of parameters and buffers. Default: torch's default device.
-        dtype (torch.dtype): The dtype of parameters and buffers, which may differ from the input's. Default:
-            torch's default dtype.
-        bias (bool): Whether an affine layer has a bias. With False it has a weight only. Keyword only.
-            Default: True.
+        dtype (torch.dtype): Their dtype, which may differ from the input's. Default: torch's default dtype.
+        bias (bool): Whether an affine layer has a bias beside its weight. Keyword only. Default: True.
         activation: The activation that the layer applies in the same kernels, after the residual: None, a
-            name such as ``"relu"``, a name with a number such as ``("leaky_relu", 0.2)``, or torch's own
-            module, class or function, such as ``nn.SiLU()``, ``nn.SiLU`` or ``F.silu``. See
-            :class:`bnfast.Activation`. Keyword only. Default: None.
+            name such as ``"relu"``, with a number such as ``("leaky_relu", 0.2)``, or torch's module, class
+            or function. See :class:`bnfast.Activation`. Keyword only. Default: None.
 
     Shape:
         - input: (N, C, D, H, W), of fp16, bf16, fp32 or fp64, in any strides.
@@ -222,8 +208,7 @@ class BatchNorm3d(_Kernels, nn.BatchNorm3d):
         A call ``layer(input, residual=None)`` returns activation(norm(input) + residual).
 
     Raises:
-        TypeError: The constructor got an argument that it does not take; the message names the one that may
-            have been meant. Or the residual is not a tensor.
+        TypeError: The constructor got an unknown argument, or the residual is not a tensor.
         ValueError: The activation is unknown, the input has another number of dimensions, a channel has a
             single value in training, eps is not positive in training, or the residual's shape, dtype or
             device differs from the input's.

@@ -10,11 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels.epilogue import Activation, ActivationLike
-from ..kernels.records import BatchNormOptions, Renorm
+from ..kernels.records import BatchNormOptions, Renorm, new
 from ..ops.batch_norm import batch_renorm
 from ..ops.op import Call
 from .drop_in import OptionalBias, says_what_it_takes
 from .replaceable import TO_SYNC, Replaceable
+
+_LIMITS = ("r_max", "d_max", "warmup_steps", "r_max_steps", "d_max_steps")
 
 
 class _BatchRenorm(Replaceable, OptionalBias, nn.modules.batchnorm._BatchNorm):
@@ -63,8 +65,7 @@ class _BatchRenorm(Replaceable, OptionalBias, nn.modules.batchnorm._BatchNorm):
 
     def reset_schedule(self) -> None:
         """Restarts the schedule of the limits: sets num_batches_tracked to 0, and nothing else."""
-        assert self.num_batches_tracked is not None
-        self.num_batches_tracked.zero_()
+        self.num_batches_tracked.zero_()  # type: ignore[union-attr]
 
     def normalize(self, input: Tensor, activation: Activation | None, residual: Tensor | None) -> Tensor:
         self._check_input_dim(input)
@@ -80,24 +81,15 @@ class _BatchRenorm(Replaceable, OptionalBias, nn.modules.batchnorm._BatchNorm):
                 f"{type(self).__name__} cannot train with track_running_stats=False, which Lightning's "
                 "BaseFinetuning.freeze sets: call eval() on the layer, which keeps its running statistics"
             )
-        renorm = Renorm(
-            float(self.r_max),
-            float(self.d_max),
-            float(self.warmup_steps),
-            float(self.r_max_steps),
-            float(self.d_max_steps),
-            self.skip_nonfinite,
-        )
+        limits = [float(getattr(self, name)) for name in _LIMITS]
+        renorm = new(Renorm, (*limits, self.skip_nonfinite))
         options = BatchNormOptions(self.training, self.momentum, self.eps, renorm)
         buffers = (mean, variance, self.num_batches_tracked if self.training else None)
         return batch_renorm(Call(input, self.weight, self.bias, residual, activation, options, buffers))
 
     def extra_repr(self) -> str:
-        return (
-            f"{super().extra_repr()}, r_max={self.r_max}, d_max={self.d_max}, "
-            f"warmup_steps={self.warmup_steps}, r_max_steps={self.r_max_steps}, "
-            f"d_max_steps={self.d_max_steps}{'' if self.skip_nonfinite else ', skip_nonfinite=False'}"
-        )
+        shown = [super().extra_repr(), *(f"{name}={getattr(self, name)}" for name in _LIMITS)]
+        return ", ".join([*shown, *([] if self.skip_nonfinite else ["skip_nonfinite=False"])])
 
     def _lost_in(self, by: str, caller: FrameType) -> str | None:
         if by not in TO_SYNC:  # a frozen layer computes what this one computes in eval
@@ -131,10 +123,8 @@ class BatchRenorm1d(_BatchRenorm):
         momentum (float): The weight of a batch in the running statistics. Default: 0.01, as in the paper.
         affine (bool): Whether the layer has a weight and a bias for each channel. Default: True.
         device: The device of parameters and buffers. Default: torch's default device.
-        dtype (torch.dtype): The dtype of parameters and buffers, which may differ from the input's. Default:
-            torch's default dtype.
-        bias (bool): Whether an affine layer has a bias. With False it has a weight only. Keyword only.
-            Default: True.
+        dtype (torch.dtype): Their dtype, which may differ from the input's. Default: torch's default dtype.
+        bias (bool): Whether an affine layer has a bias beside its weight. Keyword only. Default: True.
         r_max (float): The limit of r from batch `r_max_steps` on: r is clipped to [1 / r_max, r_max].
             Default: 3.0.
         d_max (float): The limit of d from batch `d_max_steps` on: d is clipped to [-d_max, d_max]. Default:
@@ -146,9 +136,8 @@ class BatchRenorm1d(_BatchRenorm):
             statistics alone. Default: True.
         track_running_stats (bool): Must be True, since the layer corrects towards these statistics.
         activation: The activation that the layer applies in the same kernels, after the residual: None, a
-            name such as ``"relu"``, a name with a number such as ``("leaky_relu", 0.2)``, or torch's own
-            module, class or function, such as ``nn.SiLU()``, ``nn.SiLU`` or ``F.silu``. See
-            :class:`bnfast.Activation`. Keyword only. Default: None.
+            name such as ``"relu"``, with a number such as ``("leaky_relu", 0.2)``, or torch's module, class
+            or function. See :class:`bnfast.Activation`. Keyword only. Default: None.
 
     Shape:
         - input: (N, C) or (N, C, L), of fp16, bf16, fp32 or fp64, in any strides.
@@ -159,11 +148,9 @@ class BatchRenorm1d(_BatchRenorm):
         A call ``layer(input, residual=None)`` returns activation(norm(input) + residual).
 
     Raises:
-        TypeError: The constructor got an argument that it does not take; the message names the one that may
-            have been meant. Or the residual is not a tensor.
+        TypeError: The constructor got an unknown argument, or the residual is not a tensor.
         ValueError: momentum is None or track_running_stats False in the constructor, the limits or their
-            schedule are out of order, the activation is unknown, or a call is as BatchNorm's calls must not
-            be.
+            schedule are out of order, the activation is unknown, or BatchNorm would refuse the call too.
         RuntimeError: The running statistics are missing, or are not tracked in training; the forward runs
             again to recompute activations in a backward (checkpointing); sizes or devices do not match.
 
@@ -197,8 +184,7 @@ class BatchRenorm2d(_BatchRenorm):
     0 to `d_max` at `d_max_steps`. All of it is read on the device: nothing waits for the GPU.
 
     The state has BatchNorm's five keys, so checkpoints load strictly both ways, and eval is the same. The
-    schedule goes by num_batches_tracked: call `reset_schedule()` where the counter of a trained BatchNorm has
-    come along.
+    schedule goes by num_batches_tracked: call `reset_schedule()` after loading a trained BatchNorm's counter.
 
     `skip_nonfinite` is for batches with infinity or NaN, as in a step that the loss scaling of mixed
     precision throws away. Without it the running statistics, and with them r and d, would be NaN for ever.
@@ -218,10 +204,8 @@ class BatchRenorm2d(_BatchRenorm):
         momentum (float): The weight of a batch in the running statistics. Default: 0.01, as in the paper.
         affine (bool): Whether the layer has a weight and a bias for each channel. Default: True.
         device: The device of parameters and buffers. Default: torch's default device.
-        dtype (torch.dtype): The dtype of parameters and buffers, which may differ from the input's. Default:
-            torch's default dtype.
-        bias (bool): Whether an affine layer has a bias. With False it has a weight only. Keyword only.
-            Default: True.
+        dtype (torch.dtype): Their dtype, which may differ from the input's. Default: torch's default dtype.
+        bias (bool): Whether an affine layer has a bias beside its weight. Keyword only. Default: True.
         r_max (float): The limit of r from batch `r_max_steps` on: r is clipped to [1 / r_max, r_max].
             Default: 3.0.
         d_max (float): The limit of d from batch `d_max_steps` on: d is clipped to [-d_max, d_max]. Default:
@@ -233,9 +217,8 @@ class BatchRenorm2d(_BatchRenorm):
             statistics alone. Default: True.
         track_running_stats (bool): Must be True, since the layer corrects towards these statistics.
         activation: The activation that the layer applies in the same kernels, after the residual: None, a
-            name such as ``"relu"``, a name with a number such as ``("leaky_relu", 0.2)``, or torch's own
-            module, class or function, such as ``nn.SiLU()``, ``nn.SiLU`` or ``F.silu``. See
-            :class:`bnfast.Activation`. Keyword only. Default: None.
+            name such as ``"relu"``, with a number such as ``("leaky_relu", 0.2)``, or torch's module, class
+            or function. See :class:`bnfast.Activation`. Keyword only. Default: None.
 
     Shape:
         - input: (N, C, H, W), of fp16, bf16, fp32 or fp64, in any strides.
@@ -247,11 +230,9 @@ class BatchRenorm2d(_BatchRenorm):
         A call ``layer(input, residual=None)`` returns activation(norm(input) + residual).
 
     Raises:
-        TypeError: The constructor got an argument that it does not take; the message names the one that may
-            have been meant. Or the residual is not a tensor.
+        TypeError: The constructor got an unknown argument, or the residual is not a tensor.
         ValueError: momentum is None or track_running_stats False in the constructor, the limits or their
-            schedule are out of order, the activation is unknown, or a call is as BatchNorm's calls must not
-            be.
+            schedule are out of order, the activation is unknown, or BatchNorm would refuse the call too.
         RuntimeError: The running statistics are missing, or are not tracked in training; the forward runs
             again to recompute activations in a backward (checkpointing); sizes or devices do not match.
 
@@ -290,10 +271,8 @@ class BatchRenorm3d(_BatchRenorm):
         momentum (float): The weight of a batch in the running statistics. Default: 0.01, as in the paper.
         affine (bool): Whether the layer has a weight and a bias for each channel. Default: True.
         device: The device of parameters and buffers. Default: torch's default device.
-        dtype (torch.dtype): The dtype of parameters and buffers, which may differ from the input's. Default:
-            torch's default dtype.
-        bias (bool): Whether an affine layer has a bias. With False it has a weight only. Keyword only.
-            Default: True.
+        dtype (torch.dtype): Their dtype, which may differ from the input's. Default: torch's default dtype.
+        bias (bool): Whether an affine layer has a bias beside its weight. Keyword only. Default: True.
         r_max (float): The limit of r from batch `r_max_steps` on: r is clipped to [1 / r_max, r_max].
             Default: 3.0.
         d_max (float): The limit of d from batch `d_max_steps` on: d is clipped to [-d_max, d_max]. Default:
@@ -305,9 +284,8 @@ class BatchRenorm3d(_BatchRenorm):
             statistics alone. Default: True.
         track_running_stats (bool): Must be True, since the layer corrects towards these statistics.
         activation: The activation that the layer applies in the same kernels, after the residual: None, a
-            name such as ``"relu"``, a name with a number such as ``("leaky_relu", 0.2)``, or torch's own
-            module, class or function, such as ``nn.SiLU()``, ``nn.SiLU`` or ``F.silu``. See
-            :class:`bnfast.Activation`. Keyword only. Default: None.
+            name such as ``"relu"``, with a number such as ``("leaky_relu", 0.2)``, or torch's module, class
+            or function. See :class:`bnfast.Activation`. Keyword only. Default: None.
 
     Shape:
         - input: (N, C, D, H, W), of fp16, bf16, fp32 or fp64, in any strides.
@@ -319,11 +297,9 @@ class BatchRenorm3d(_BatchRenorm):
         A call ``layer(input, residual=None)`` returns activation(norm(input) + residual).
 
     Raises:
-        TypeError: The constructor got an argument that it does not take; the message names the one that may
-            have been meant. Or the residual is not a tensor.
+        TypeError: The constructor got an unknown argument, or the residual is not a tensor.
         ValueError: momentum is None or track_running_stats False in the constructor, the limits or their
-            schedule are out of order, the activation is unknown, or a call is as BatchNorm's calls must not
-            be.
+            schedule are out of order, the activation is unknown, or BatchNorm would refuse the call too.
         RuntimeError: The running statistics are missing, or are not tracked in training; the forward runs
             again to recompute activations in a backward (checkpointing); sizes or devices do not match.
 

@@ -36,8 +36,8 @@ class DropIn(nn.Module):
         """Computes activation(norm(input) + residual).
 
         Args:
-            input (Tensor): What is normalized. The class says of which shape.
-            residual (Tensor, optional): What is added before the activation, of input's shape, dtype and
+            input (Tensor): The tensor to normalize, of a shape that the class explains.
+            residual (Tensor, optional): A tensor to add before the activation, of input's shape, dtype and
                 device.
 
         Returns:
@@ -98,24 +98,18 @@ def says_what_it_takes(init: Callable[_P, None]) -> Callable[_P, None]:
     def explained(*args: _P.args, **kwargs: _P.kwargs) -> None:
         catch_up()
         try:
-            init(*args, **kwargs)
-        except TypeError:
-            try:
-                takes.bind(*args, **kwargs)
-            except TypeError as wrong:
-                layer = next(c.__name__ for c in type(args[0]).__mro__ if is_ours(c))
-                unknown = next((name for name in kwargs if name not in names), None)
-                help = "" if unknown is None else f": {_meant(unknown, names)}"
-                raise TypeError(f"{layer}() {wrong}{help}") from None
-            raise
+            takes.bind(*args, **kwargs)
+        except TypeError as wrong:
+            layer = next(c.__name__ for c in type(args[0]).__mro__ if is_ours(c))
+            help, unknown = "", next((name.lower() for name in kwargs if name not in names), None)
+            if unknown is not None:
+                begin = unknown.partition("_")[0]
+                near = get_close_matches(unknown, names, 1) or [n for n in names if n.startswith(begin)]
+                help = f": did you mean {near[0]!r}?" if near else f": it takes {', '.join(names)}"
+            raise TypeError(f"{layer}() {wrong}{help}") from None
+        init(*args, **kwargs)
 
     return explained
-
-
-def _meant(unknown: str, names: list[str]) -> str:
-    begin = unknown.lower().partition("_")[0]
-    near = get_close_matches(unknown.lower(), names, 1) or [name for name in names if name.startswith(begin)]
-    return f"did you mean {near[0]!r}?" if near else f"it takes {', '.join(names)}"
 
 
 class OptionalBias:

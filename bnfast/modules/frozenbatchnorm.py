@@ -93,9 +93,8 @@ class FrozenBatchNorm2d(DropIn, TorchFrozenBatchNorm2d):
             as in torchvision: fp32 for fp16 input and fp32 buffers, as under autocast. With True it is the
             input's, as in detectron2, and fewer bytes move. Keyword only. Default: False.
         activation: The activation that the layer applies in the same kernels, after the residual: None, a
-            name such as ``"relu"``, a name with a number such as ``("leaky_relu", 0.2)``, or torch's own
-            module, class or function, such as ``nn.SiLU()``, ``nn.SiLU`` or ``F.silu``. See
-            :class:`bnfast.Activation`. Keyword only. Default: None.
+            name such as ``"relu"``, with a number such as ``("leaky_relu", 0.2)``, or torch's module, class
+            or function. See :class:`bnfast.Activation`. Keyword only. Default: None.
 
     Shape:
         - input: (N, C, H, W), in any strides.
@@ -108,8 +107,7 @@ class FrozenBatchNorm2d(DropIn, TorchFrozenBatchNorm2d):
         A call ``layer(input, residual=None)`` returns activation(norm(input) + residual).
 
     Raises:
-        TypeError: The constructor got an argument that it does not take; the message names the one that may
-            have been meant. Or the residual is not a tensor.
+        TypeError: The constructor got an unknown argument, or the residual is not a tensor.
         ValueError: The activation is unknown, the input is not 4-D, or the residual is not as described
             above.
 

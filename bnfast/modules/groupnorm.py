@@ -31,14 +31,11 @@ class GroupNorm(DropIn, OptionalBias, nn.GroupNorm):
         eps (float): The number that is added to the variance under the root. Default: 1e-5.
         affine (bool): Whether the layer has a weight and a bias for each channel. Default: True.
         device: The device of weight and bias. Default: torch's default device.
-        dtype (torch.dtype): The dtype of weight and bias, which may differ from the input's. Default: torch's
-            default dtype.
-        bias (bool): Whether an affine layer has a bias. With False it has a weight only. Keyword only.
-            Default: True.
+        dtype (torch.dtype): Their dtype, which may differ from the input's. Default: torch's default dtype.
+        bias (bool): Whether an affine layer has a bias beside its weight. Keyword only. Default: True.
         activation: The activation that the layer applies in the same kernels, after the residual: None, a
-            name such as ``"relu"``, a name with a number such as ``("leaky_relu", 0.2)``, or torch's own
-            module, class or function, such as ``nn.SiLU()``, ``nn.SiLU`` or ``F.silu``. See
-            :class:`bnfast.Activation`. Keyword only. Default: None.
+            name such as ``"relu"``, with a number such as ``("leaky_relu", 0.2)``, or torch's module, class
+            or function. See :class:`bnfast.Activation`. Keyword only. Default: None.
 
     Shape:
         - input: (N, C, *), of fp16, bf16, fp32 or fp64, in any strides.
@@ -50,8 +47,7 @@ class GroupNorm(DropIn, OptionalBias, nn.GroupNorm):
         A call ``layer(input, residual=None)`` returns activation(norm(input) + residual).
 
     Raises:
-        TypeError: The constructor got an argument that it does not take; the message names the one that may
-            have been meant. Or the residual is not a tensor.
+        TypeError: The constructor got an unknown argument, or the residual is not a tensor.
         ValueError: num_groups does not divide num_channels, the activation is unknown, the whole batch has a
             single value for each group, or the residual's shape, dtype or device differs from the input's.
         RuntimeError: Sizes or devices do not match, as in torch.nn.

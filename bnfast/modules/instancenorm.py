@@ -39,7 +39,7 @@ class _Kernels(DropIn, OptionalBias, nn.modules.instancenorm._InstanceNorm):
         self._check_input_dim(input)
         unbatched = self._get_no_batch_dim()
         dim = input.dim() - unbatched
-        if input.size(dim) != self.num_features:  # as torch
+        if input.size(dim) != self.num_features:  # torch's checks and messages
             differs = f"input's size at dim={dim}"
             if self.affine:
                 raise ValueError(
@@ -55,18 +55,12 @@ class _Kernels(DropIn, OptionalBias, nn.modules.instancenorm._InstanceNorm):
             check_residual(input, residual)
         if input.dim() == unbatched:
             input, residual = input.unsqueeze(0), None if residual is None else residual.unsqueeze(0)
+        training = self.training or not self.track_running_stats
+        momentum = 0.0 if self.momentum is None else self.momentum  # as in torch, None updates nothing
         y = instance_norm(
-            input,
-            self.running_mean,
-            self.running_var,
-            self.weight,
-            self.bias,
-            self.training or not self.track_running_stats,
-            0.0 if self.momentum is None else self.momentum,  # as torch: None updates nothing
-            self.eps,
-            activation=activation,
-            residual=residual,
-        )
+            input, self.running_mean, self.running_var, self.weight, self.bias, training, momentum, self.eps,
+            activation=activation, residual=residual,
+        )  # fmt: skip
         return y if dim else y.squeeze(0)
 
 
@@ -92,14 +86,11 @@ class InstanceNorm1d(_Kernels, nn.InstanceNorm1d):
         track_running_stats (bool): Whether the layer keeps running statistics, and uses them in eval.
             Default: False.
         device: The device of parameters and buffers. Default: torch's default device.
-        dtype (torch.dtype): The dtype of parameters and buffers, which may differ from the input's. Default:
-            torch's default dtype.
-        bias (bool): Whether an affine layer has a bias. With False it has a weight only. Keyword only.
-            Default: True.
+        dtype (torch.dtype): Their dtype, which may differ from the input's. Default: torch's default dtype.
+        bias (bool): Whether an affine layer has a bias beside its weight. Keyword only. Default: True.
         activation: The activation that the layer applies in the same kernels, after the residual: None, a
-            name such as ``"relu"``, a name with a number such as ``("leaky_relu", 0.2)``, or torch's own
-            module, class or function, such as ``nn.SiLU()``, ``nn.SiLU`` or ``F.silu``. See
-            :class:`bnfast.Activation`. Keyword only. Default: None.
+            name such as ``"relu"``, with a number such as ``("leaky_relu", 0.2)``, or torch's module, class
+            or function. See :class:`bnfast.Activation`. Keyword only. Default: None.
 
     Shape:
         - input: (N, C, L) or (C, L), of fp16, bf16, fp32 or fp64, in any strides.
@@ -110,8 +101,7 @@ class InstanceNorm1d(_Kernels, nn.InstanceNorm1d):
         A call ``layer(input, residual=None)`` returns activation(norm(input) + residual).
 
     Raises:
-        TypeError: The constructor got an argument that it does not take; the message names the one that may
-            have been meant. Or the residual is not a tensor.
+        TypeError: The constructor got an unknown argument, or the residual is not a tensor.
         ValueError: The activation is unknown, the input has another number of dimensions or, if affine, of
             channels, a channel of a sample has a single value, or the residual's shape, dtype or device
             differs from the input's.
@@ -154,14 +144,11 @@ class InstanceNorm2d(_Kernels, nn.InstanceNorm2d):
         track_running_stats (bool): Whether the layer keeps running statistics, and uses them in eval.
             Default: False.
         device: The device of parameters and buffers. Default: torch's default device.
-        dtype (torch.dtype): The dtype of parameters and buffers, which may differ from the input's. Default:
-            torch's default dtype.
-        bias (bool): Whether an affine layer has a bias. With False it has a weight only. Keyword only.
-            Default: True.
+        dtype (torch.dtype): Their dtype, which may differ from the input's. Default: torch's default dtype.
+        bias (bool): Whether an affine layer has a bias beside its weight. Keyword only. Default: True.
         activation: The activation that the layer applies in the same kernels, after the residual: None, a
-            name such as ``"relu"``, a name with a number such as ``("leaky_relu", 0.2)``, or torch's own
-            module, class or function, such as ``nn.SiLU()``, ``nn.SiLU`` or ``F.silu``. See
-            :class:`bnfast.Activation`. Keyword only. Default: None.
+            name such as ``"relu"``, with a number such as ``("leaky_relu", 0.2)``, or torch's module, class
+            or function. See :class:`bnfast.Activation`. Keyword only. Default: None.
 
     Shape:
         - input: (N, C, H, W) or (C, H, W), of fp16, bf16, fp32 or fp64, in any strides.
@@ -173,8 +160,7 @@ class InstanceNorm2d(_Kernels, nn.InstanceNorm2d):
         A call ``layer(input, residual=None)`` returns activation(norm(input) + residual).
 
     Raises:
-        TypeError: The constructor got an argument that it does not take; the message names the one that may
-            have been meant. Or the residual is not a tensor.
+        TypeError: The constructor got an unknown argument, or the residual is not a tensor.
         ValueError: The activation is unknown, the input has another number of dimensions or, if affine, of
             channels, a channel of a sample has a single value, or the residual's shape, dtype or device
             differs from the input's.
@@ -217,14 +203,11 @@ class InstanceNorm3d(_Kernels, nn.InstanceNorm3d):
         track_running_stats (bool): Whether the layer keeps running statistics, and uses them in eval.
             Default: False.
         device: The device of parameters and buffers. Default: torch's default device.
-        dtype (torch.dtype): The dtype of parameters and buffers, which may differ from the input's. Default:
-            torch's default dtype.
-        bias (bool): Whether an affine layer has a bias. With False it has a weight only. Keyword only.
-            Default: True.
+        dtype (torch.dtype): Their dtype, which may differ from the input's. Default: torch's default dtype.
+        bias (bool): Whether an affine layer has a bias beside its weight. Keyword only. Default: True.
         activation: The activation that the layer applies in the same kernels, after the residual: None, a
-            name such as ``"relu"``, a name with a number such as ``("leaky_relu", 0.2)``, or torch's own
-            module, class or function, such as ``nn.SiLU()``, ``nn.SiLU`` or ``F.silu``. See
-            :class:`bnfast.Activation`. Keyword only. Default: None.
+            name such as ``"relu"``, with a number such as ``("leaky_relu", 0.2)``, or torch's module, class
+            or function. See :class:`bnfast.Activation`. Keyword only. Default: None.
 
     Shape:
         - input: (N, C, D, H, W) or (C, D, H, W), of fp16, bf16, fp32 or fp64, in any strides.
@@ -236,8 +219,7 @@ class InstanceNorm3d(_Kernels, nn.InstanceNorm3d):
         A call ``layer(input, residual=None)`` returns activation(norm(input) + residual).
 
     Raises:
-        TypeError: The constructor got an argument that it does not take; the message names the one that may
-            have been meant. Or the residual is not a tensor.
+        TypeError: The constructor got an unknown argument, or the residual is not a tensor.
         ValueError: The activation is unknown, the input has another number of dimensions or, if affine, of
             channels, a channel of a sample has a single value, or the residual's shape, dtype or device
             differs from the input's.

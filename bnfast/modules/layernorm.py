@@ -30,14 +30,12 @@ class LayerNorm(DropIn, nn.LayerNorm):
         eps (float): The number that is added to the variance under the root. Default: 1e-5.
         elementwise_affine (bool): Whether the layer has a weight and a bias of shape normalized_shape.
             Default: True.
-        bias (bool): Whether an affine layer has a bias. With False it has a weight only. Default: True.
+        bias (bool): Whether an affine layer has a bias beside its weight. Default: True.
         device: The device of weight and bias. Default: torch's default device.
-        dtype (torch.dtype): The dtype of weight and bias, which may differ from the input's. Default: torch's
-            default dtype.
+        dtype (torch.dtype): Their dtype, which may differ from the input's. Default: torch's default dtype.
         activation: The activation that the layer applies in the same kernels, after the residual: None, a
-            name such as ``"relu"``, a name with a number such as ``("leaky_relu", 0.2)``, or torch's own
-            module, class or function, such as ``nn.SiLU()``, ``nn.SiLU`` or ``F.silu``. See
-            :class:`bnfast.Activation`. Keyword only. Default: None.
+            name such as ``"relu"``, with a number such as ``("leaky_relu", 0.2)``, or torch's module, class
+            or function. See :class:`bnfast.Activation`. Keyword only. Default: None.
 
     Shape:
         - input: (*, *normalized_shape), of fp16, bf16, fp32 or fp64, in any strides.
@@ -48,8 +46,7 @@ class LayerNorm(DropIn, nn.LayerNorm):
         A call ``layer(input, residual=None)`` returns activation(norm(input) + residual).
 
     Raises:
-        TypeError: The constructor got an argument that it does not take; the message names the one that may
-            have been meant. Or the residual is not a tensor.
+        TypeError: The constructor got an unknown argument, or the residual is not a tensor.
         ValueError: The activation is unknown, or the residual's shape, dtype or device differs from the
             input's.
         RuntimeError: The input's last dimensions are not normalized_shape, or sizes or devices do not match,
