@@ -1,4 +1,4 @@
-"""What bnfast.convert leaves alone, and what it says of it."""
+"""Modules that bnfast.convert leaves alone, and the reasons that it logs."""
 
 from __future__ import annotations
 
@@ -13,12 +13,10 @@ import torch.nn.utils.prune
 from torch import Tensor, nn
 
 import bnfast
-from tests.support.foreign import BatchNormAct2d, GroupNormAct, LayerNorm2d, put_in_place
+from tests.support.convertible import attributes
+from tests.support.foreign import BatchNormAct2d
 
-
-@pytest.fixture(autouse=True)
-def _others_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    put_in_place(monkeypatch)
+pytestmark = pytest.mark.usefixtures("stand_ins")
 
 
 class Same(nn.BatchNorm2d):
@@ -30,57 +28,31 @@ class Doubling(nn.LayerNorm):
         return 2 * super().forward(input)
 
 
+class OfTheSameName(nn.BatchNorm2d):
+    """As a library's class that was defined a second time, or somewhere else."""
+
+    __module__, __qualname__ = "timm.layers.norm_act", "BatchNormAct2d"
+
+
 class SomeNorm(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.scale = nn.Parameter(torch.ones(4))
 
 
-def attributes(module: nn.Module) -> dict[str, Any]:
-    """Copies of all it holds, by the objects' identity where these are mutable."""
-    return {
-        name: dict(value) if isinstance(value, dict) else id(value) for name, value in vars(module).items()
-    }
-
-
-def with_attribute(name: str, value: Any) -> nn.Module:
-    layer = nn.BatchNorm2d(4)
-    setattr(layer, name, value)
+def having(layer: nn.Module, **attributes: Any) -> nn.Module:
+    for name, value in attributes.items():
+        setattr(layer, name, value)
     return layer
 
 
-def scripted() -> nn.Module:
-    return torch.jit.trace(nn.BatchNorm2d(4).eval(), torch.zeros(1, 4, 1, 1))  # type: ignore[no-any-return]
-
-
-def pruned() -> nn.Module:
-    return torch.nn.utils.prune.l1_unstructured(nn.BatchNorm2d(4), "weight", 1)  # type: ignore[no-any-return]
-
-
-def with_part(name: str, part: nn.Module) -> nn.Module:
-    layer = BatchNormAct2d(4, nn.ReLU())
-    setattr(layer, name, part)
-    return layer
-
-
-def of_the_same_name() -> nn.Module:
-    """As a library's class that was defined a second time, or somewhere else."""
-
-    class BatchNormAct2d(nn.BatchNorm2d):
-        __module__, __qualname__ = "timm.layers.norm_act", "BatchNormAct2d"
-
-    return BatchNormAct2d(4)
+def timms(**attributes: Any) -> nn.Module:
+    return having(BatchNormAct2d(4, nn.ReLU()), **attributes)
 
 
 def with_hooked_part() -> nn.Module:
-    layer = BatchNormAct2d(4, nn.ReLU())
+    layer: Any = timms()
     layer.act.register_forward_hook(lambda module, args, y: y + 1)
-    return layer
-
-
-def with_fast_norm() -> nn.Module:
-    layer = GroupNormAct(4, nn.ReLU())
-    layer._fast_norm = True
     return layer
 
 
@@ -88,47 +60,48 @@ def with_fast_norm() -> nn.Module:
 LEFT: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "subclass": (lambda: Same(4), r"Same \(a subclass of torch.nn.BatchNorm2d\)"),
     "subclass with a forward": (lambda: Doubling(4), "a subclass of torch.nn.LayerNorm"),
-    "same name": (of_the_same_name, "a subclass of torch.nn.BatchNorm2d"),
+    "same name": (lambda: OfTheSameName(4), "a subclass of torch.nn.BatchNorm2d"),
     "lazy": (lambda: nn.LazyBatchNorm2d(), "lazy: convert the model after its first batch"),
     "parametrized": (lambda: nn.utils.parametrizations.weight_norm(nn.GroupNorm(2, 4)), "parametrized"),
     "spectral_norm": (lambda: nn.utils.spectral_norm(nn.BatchNorm2d(4)), "its parameters are computed"),
-    "pruned": (pruned, "its parameters are computed"),
-    "scripted": (scripted, "compiled by torch.jit"),
+    "pruned": (
+        lambda: nn.utils.prune.l1_unstructured(nn.BatchNorm2d(4), "weight", 1), "its parameters are computed"
+    ),
+    "scripted": (
+        lambda: torch.jit.trace(nn.BatchNorm2d(4).eval(), torch.zeros(1, 4, 1, 1)), "compiled by torch.jit"
+    ),
     "SyncBatchNorm": (lambda: nn.SyncBatchNorm(4), "bnfast has no such layer"),
-    "timm's of the channels": (lambda: LayerNorm2d(4), "a subclass of torch.nn.LayerNorm"),
     "RMSNorm": (lambda: nn.RMSNorm(4), "bnfast has no such layer"),
     "somebody's": (lambda: SomeNorm(), "bnfast has no such layer"),
-    "activation": (lambda: with_attribute("activation", "relu"), "attributes of its own: activation"),
-    "activation module": (lambda: with_attribute("activation", nn.ReLU()), "of its own: activation"),
-    "forward": (lambda: with_attribute("forward", lambda x: x), "attributes of its own: forward"),
-    "unknown activation": (lambda: BatchNormAct2d(4, nn.PReLU()), "its activation, PReLU, is not among"),
-    "dropout": (lambda: with_part("drop", nn.Dropout()), "its dropout, Dropout"),
+    "activation": (lambda: having(nn.BatchNorm2d(4), activation="relu"), "attributes of its own: activation"),
+    "activation module": (lambda: having(nn.BatchNorm2d(4), activation=nn.ReLU()), "of its own: activation"),
+    "forward": (lambda: having(nn.BatchNorm2d(4), forward=abs), "attributes of its own: forward"),
+    "unknown activation": (lambda: timms(act=nn.PReLU()), "its activation, PReLU, is not among"),
+    "dropout": (lambda: timms(drop=nn.Dropout()), "its dropout, Dropout"),
     "hook on the activation": (with_hooked_part, "hooks on its activation"),
-    "fast norm": (with_fast_norm, "timm's fast norm"),
+    "fast norm": (lambda: timms(_fast_norm=True), "timm's fast norm"),
 }  # fmt: skip
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning", "ignore::DeprecationWarning")
 @pytest.mark.parametrize("name", LEFT)
 def test_left_alone_and_listed(name: str, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "bnfast")
     make, words = LEFT[name]
     layer = make()
     model = nn.ModuleDict({"stem": nn.BatchNorm2d(4), "other": layer, "again": layer})
     kind, before = type(layer), attributes(layer)
-    with caplog.at_level(logging.INFO, "bnfast"):
-        bnfast.convert(model)
+    bnfast.convert(model)
     assert type(model["stem"]) is bnfast.BatchNorm2d
     assert type(layer) is kind
     assert attributes(layer) == before
-    total, left = (record.getMessage() for record in caplog.records)
+    total, left = caplog.messages
     assert total.startswith("convert: 1 layers; 1 torch.nn.modules.batchnorm.BatchNorm2d -> bnfast.modules.")
     assert total.endswith("; 1 left alone")
     assert left.startswith("convert: left alone: 1 ")
     assert left.endswith(": other")
-    caplog.clear()
-    with caplog.at_level(logging.INFO, "bnfast"):
-        bnfast.convert(layer)
-    assert re.search(words, caplog.records[1].getMessage())
+    bnfast.convert(layer)
+    assert re.search(f"{words}.*: the model$", caplog.messages[3])
 
 
 def test_lazy_layers_convert_once_they_are_made() -> None:
@@ -144,4 +117,15 @@ def test_containers_called_norm_are_no_layers(caplog: pytest.LogCaptureFixture) 
     model = nn.utils.parametrizations.spectral_norm(nn.Linear(3, 3))
     with caplog.at_level(logging.INFO, "bnfast"):
         bnfast.convert(ConvNormAct(model, nn.BatchNorm1d(3), bnfast.BatchNorm1d(3)))
-    assert [r.getMessage()[-14:] for r in caplog.records] == ["; 0 left alone"]
+    assert [message[-14:] for message in caplog.messages] == ["; 0 left alone"]
+
+
+def test_subclasses_of_ours_are_left_by_both(caplog: pytest.LogCaptureFixture) -> None:
+    class Mine(bnfast.BatchNorm2d):
+        pass
+
+    layer = Mine(4)
+    with caplog.at_level(logging.INFO, "bnfast"):
+        bnfast.revert(bnfast.convert(layer))
+    assert type(layer) is Mine
+    assert "Mine (a subclass of bnfast's): the model" in caplog.messages[-1]
