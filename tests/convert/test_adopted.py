@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.testing import assert_close
 
 import bnfast
 from bnfast.adopted import as_module
 from bnfast.fusing.activations import of_module
 from tests.support.convertible import around, data, network
-from tests.support.foreign import BatchNormAct2d
+from tests.support.foreign import BatchNormAct2d, TimmsBlock
 from tests.support.training import assert_same_training, record
 
 pytestmark = pytest.mark.usefixtures("stand_ins", "plain_torch")
@@ -42,18 +42,6 @@ CHANGES: dict[str, Callable[[Any], object]] = {
 }
 
 
-class Residual(nn.Module):
-    """timm's form, whose second layer has no activation of its own."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.bn1, self.bn2 = BatchNormAct2d(4, nn.ReLU()), BatchNormAct2d(4, nn.Identity())
-        self.act = nn.SiLU()
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.act(self.bn2(self.bn1(x)) + x)
-
-
 BLOCK = "the second layer of a fused block"
 APPLYING = ("BatchNormAct2d", "BatchNormAct2d, Identity", "FrozenBatchNormAct2d", "LayerNormAct")
 
@@ -62,7 +50,7 @@ APPLYING = ("BatchNormAct2d", "BatchNormAct2d, Identity", "FrozenBatchNormAct2d"
 @pytest.mark.parametrize("name", [*APPLYING, BLOCK])
 def test_what_is_changed_later_is_heeded(name: str, change: str) -> None:
     """timm's modules are called wherever what the kernels apply would not be the same."""
-    theirs, x = (around(Residual()), data()) if name == BLOCK else (network(name), data(name))
+    theirs, x = (around(TimmsBlock()), data()) if name == BLOCK else (network(name), data(name))
     ours = bnfast.fuse(copy.deepcopy(theirs))
     if name == BLOCK:
         assert [site.norm for site in bnfast.fusion_report(ours).fused if site.block is not None] == ["1.bn2"]

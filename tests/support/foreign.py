@@ -105,6 +105,18 @@ class GELUTanh(nn.Module):
         return F.gelu(x, approximate="tanh")
 
 
+class TimmsBlock(nn.Module):
+    """timm's form of a residual block: activations within the layers, but for the one after the add."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bn1, self.bn2 = BatchNormAct2d(4, nn.ReLU()), BatchNormAct2d(4, nn.Identity())
+        self.act = nn.SiLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(self.bn2(self.bn1(x)) + x)
+
+
 _ACTING = (BatchNormAct2d, FrozenBatchNormAct2d, GroupNormAct, LayerNormAct)
 
 
