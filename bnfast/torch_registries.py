@@ -68,13 +68,12 @@ def match_ours(optimization: Any) -> None:
 
 
 def _tell_what_is_left(graph: Any, modules: dict[str, Any]) -> None:
-    called: dict[Any, Any] = {
-        node: modules.get(node.target) for node in graph.nodes if node.op == "call_module"
-    }
+    called: dict[Any, Any] = {n: modules.get(n.target) for n in graph.nodes if n.op == "call_module"}
     left: dict[str, Any] = {
         node.target: layer
         for node, layer in called.items()
-        if has_twin(layer) and layer.activation is not None and type(called.get(node.args[0])) in _FOLDED_INTO
+        if has_twin(layer) and layer.activation is not None
+        if len(node.args) == 1 and type(called.get(node.args[0])) in _FOLDED_INTO
     }
     timms = any(isinstance(layer, Applying) for layer in left.values())
     _LOG.warning(

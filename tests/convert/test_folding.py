@@ -22,7 +22,6 @@ pytestmark = [
     pytest.mark.usefixtures("stand_ins", "plain_torch_in_one_thread"),
     pytest.mark.filterwarnings(*(f"ignore::{c}Warning" for c in ("Deprecation", "User", "Future"))),
 ]
-both_modes = pytest.mark.parametrize("training", [False, True], ids=["eval", "qat"])
 
 
 def data(dims: int = 2) -> Tensor:
@@ -50,12 +49,13 @@ def timms(act: nn.Module) -> Any:
 class Adding(nn.Module):
     """A layer that takes a residual."""
 
-    def __init__(self) -> None:
+    def __init__(self, activation: str | None = None) -> None:
         super().__init__()
-        self.net = network(norm=bnfast.BatchNorm2d(4))
+        self.conv, self.norm = active(activation)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.net[1](self.net[0](x), x[:, :1].expand(-1, 4, -1, -1).contiguous())
+        shortcut = x[:, :1].expand(-1, 4, -1, -1).contiguous()
+        return self.norm(self.conv(x), residual=shortcut)
 
 
 def kinds(model: nn.Module) -> list[str]:
@@ -125,10 +125,11 @@ def test_optimizer_leaves_what_does_more(caplog: pytest.LogCaptureFixture) -> No
     adding = Adding().eval()
     assert_close(optimized(adding)(data()), adding(data()))
     assert not caplog.records
-    assert_close(optimized(active("silu"))(data()), active("silu")(data()))
+    activating = nn.Sequential(active("silu"), nn.Conv2d(4, 3, 1), Adding("silu")).eval()
+    assert_close(optimized(activating)(data()), activating(data()))
     assert caplog.records[0].levelno == logging.WARNING
     (message,) = caplog.messages
-    assert "does not fold 1 layer (1) into the one before it, which" in message
+    assert "does not fold 1 layer (0.1) into the one before it, which" in message
     assert "bnfast.fuse" in message
     assert "bnfast.revert" not in message
     theirs = network(norm=Doubling(4))
@@ -153,33 +154,26 @@ def test_optimizer_leaves_timms_activation(caplog: pytest.LogCaptureFixture) -> 
 
 
 def test_fuse_conv_bn_eval() -> None:
-    fold = nn.utils.fusion.fuse_conv_bn_eval
-    for model in (network(norm=bnfast.BatchNorm2d(4)), renorm()):
-        assert_close(fold(*model)(data()), model(data()))
+    linear = nn.Sequential(nn.Linear(3, 4), bnfast.BatchNorm1d(4)).eval()
+    for model, x in ((active(None), data()), (renorm(), data()), (linear, torch.randn(2, 3))):
+        name = f"fuse_{'linear' if model is linear else 'conv'}_bn_eval"
+        fold = getattr(nn.utils.fusion, name)
+        assert_close(fold(*model)(x), model(x))
         for activation in ("relu", ("leaky_relu", 0.1)):
             model[1].activation = bnfast.Activation.of(activation)
-            with pytest.raises(
-                RuntimeError, match="fuse_conv_bn_eval would lose an activation: .*elu itself"
-            ):
-                nn.utils.fuse_conv_bn_eval(*model)
+            with pytest.raises(RuntimeError, match=f"{name} would lose an activation: .*elu itself"):
+                fold(*model)
     with pytest.raises(RuntimeError, match=r"applies relu itself\. bnfast.revert\(model\) gives back"):
-        fold(*bnfast.fuse(timms(nn.ReLU())))
-
-
-def test_fuse_linear_bn_eval() -> None:
-    linear, norm, x = nn.Linear(3, 4).eval(), bnfast.BatchNorm1d(4).eval(), torch.randn(2, 3)
-    assert_close(nn.utils.fusion.fuse_linear_bn_eval(linear, norm)(x), norm(linear(x)))
-    norm.activation = bnfast.Activation("relu")
-    with pytest.raises(RuntimeError, match="fuse_linear_bn_eval would lose an activation"):
-        nn.utils.fusion.fuse_linear_bn_eval(linear, norm)
+        nn.utils.fuse_conv_bn_eval(*bnfast.fuse(timms(nn.ReLU())))
 
 
 def test_functions_on_tensors_are_as_they_were() -> None:
-    """They check no layer where other code calls them."""
-    conv, norm = network()
-    tensors = (conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias)
+    """They check no layer where other code calls them, whatever its variables are called."""
+    conv, bn = network()
+    expected = nn.utils.fuse_conv_bn_eval(conv, bn)
+    tensors = (conv.weight, conv.bias, bn.running_mean, bn.running_var, bn.eps, bn.weight, bn.bias)
+    bn = bnfast.BatchNorm2d(4, activation="relu")
     weight, bias = nn.utils.fusion.fuse_conv_bn_weights(*tensors)
-    expected = nn.utils.fuse_conv_bn_eval(conv, norm)
     assert_close((weight, bias), (expected.weight, expected.bias))
 
 
@@ -212,7 +206,7 @@ def quantized(model: nn.Module, training: bool = False) -> tuple[Any, Any]:
     return prepared, fx.convert_fx(copy.deepcopy(prepared).eval())
 
 
-@both_modes
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "qat"])
 @pytest.mark.parametrize("change", [bnfast.convert, bnfast.fuse])
 def test_graph_mode(change: Callable[[nn.Module], nn.Module], training: bool) -> None:
     theirs = layers()
@@ -241,15 +235,16 @@ class Twice(nn.Module):
         return self.act(self.norm(self.act(self.norm(self.conv(x)))))
 
 
+@pytest.mark.parametrize("make", [active, timms])
 @pytest.mark.parametrize("kind", [nn.ReLU, nn.Hardswish, nn.SiLU])
-def test_graph_mode_sets_a_layers_activation_behind_it(kind: type[nn.Module]) -> None:
-    given = active(kind)
+def test_graph_mode_sets_a_layers_activation_behind_it(kind: type[nn.Module], make: Any) -> None:
+    given = bnfast.convert(make(kind()))
     (prepared, found), (theirs_prepared, expected) = quantized(given), quantized(network(kind()))
     assert [node.op for node in found.graph.nodes] == [node.op for node in expected.graph.nodes]
     assert not any("Norm" in kind for kind in kinds(found))
     assert_close(prepared(data()), theirs_prepared(data()))
     assert given[1].activation == bnfast.Activation.of(kind)
-    twice, expected = (Twice(*m).eval() for m in ((*active(kind), nn.Identity()), network(kind())))
+    twice, expected = (Twice(*m).eval() for m in ((*given, nn.Identity()), network(kind())))
     assert_close(quantized(twice)[0](data()), quantized(expected)[0](data()))
 
 

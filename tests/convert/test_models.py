@@ -5,8 +5,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import pytest
@@ -53,25 +52,6 @@ def test_small_networks(name: str, launches: list[Any], stand_ins: None) -> None
     assert launches
     assert [type(m) for m in bnfast.revert(ours).modules()] == [type(m) for m in theirs.modules()]
     assert_same_training(record(ours, data()), expected, bound=0.0)
-
-
-@pytest.fixture
-def alone(tmp_path: Path) -> Iterator[None]:
-    """A process group of this process."""
-    torch.distributed.init_process_group("gloo", f"file://{tmp_path}/meeting", rank=0, world_size=1)
-    yield
-    torch.distributed.destroy_process_group()
-
-
-@pytest.mark.parametrize("order", [1, -1], ids=["converted first", "wrapped first"])
-def test_data_parallel(order: int, alone: None, stand_ins: None, plain_torch: None) -> None:
-    """Layers are the same objects, so a model may be converted before it is wrapped or after."""
-    ddp: Callable[[nn.Module], Any] = nn.parallel.DistributedDataParallel
-    ours = around(TimmsBlock())
-    for change in (bnfast.convert, ddp)[::order]:
-        ours = change(ours)
-    assert sum(isinstance(m, OURS) for m in ours.modules()) == 2
-    assert_same_training(record(ours, data()), record(ddp(around(TimmsBlock())), data()))
 
 
 class Case(NamedTuple):

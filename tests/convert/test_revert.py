@@ -102,7 +102,9 @@ def test_renorm_becomes_batchnorm_and_says_so(
 @pytest.mark.parametrize("name", bnfast.modules.__all__)
 def test_without_an_activation_it_becomes_torchs(name: str) -> None:
     layer = bnfast.revert(getattr(bnfast, name)(*((2, 4) if name == "GroupNorm" else (4,))))
-    assert type(layer) is getattr(nn, name.replace("Renorm", "Norm"), TorchFrozenBatchNorm2d)
+    like = name.replace("Renorm", "Norm")
+    assert type(layer) is getattr(nn, like, TorchFrozenBatchNorm2d)
+    assert type(bnfast.convert(layer)) is getattr(bnfast, like)
 
 
 def test_what_was_fused_is_undone_first() -> None:
