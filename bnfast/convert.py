@@ -25,17 +25,16 @@ from .fusing.blocks import unfuse
 from .fusing.layers import NORMS, hooked
 from .importing import catch_up
 from .modules import plain
+from .modules.batchrenorm import _BatchRenorm
 from .modules.drop_in import DropIn
 from .modules.frozenbatchnorm import TorchFrozenBatchNorm2d
+from .twins import torchs_class
 
 _LOG = logging.getLogger("bnfast")
 
-_TORCH: dict[type[nn.Module], type[DropIn]] = {
-    getattr(nn, name): getattr(modules, name) for name in modules.__all__ if hasattr(nn, name)
-} | {TorchFrozenBatchNorm2d: modules.FrozenBatchNorm2d}
-_THEIRS = {ours: kind for kind, ours in _TORCH.items()} | {
-    getattr(modules, f"BatchRenorm{n}d"): getattr(nn, f"BatchNorm{n}d") for n in (1, 2, 3)
-}
+_OURS: tuple[type[DropIn], ...] = tuple(getattr(modules, name) for name in modules.__all__)
+_THEIRS = {ours: torchs_class(ours) or TorchFrozenBatchNorm2d for ours in _OURS}
+_TORCH = {theirs: ours for ours, theirs in _THEIRS.items() if not issubclass(ours, _BatchRenorm)}
 _PLAIN = {getattr(plain, ours.__name__): ours for ours in _TORCH.values()}
 # Known by name, for bnfast depends on none of these libraries. bnfast's names lack timm's "Act" and "1".
 _ELSEWHERE = {
@@ -124,7 +123,7 @@ def revert(model: nn.Module) -> nn.Module:
     for name, module in list(model.named_modules()):
         kind = type(module)
         if is_adopted(kind) or kind in _THEIRS:
-            if kind.__name__.startswith("BatchRenorm"):
+            if issubclass(kind, _BatchRenorm):
                 unlike.append(name or "the model")
             log.change(module, _restored(module))
         elif isinstance(module, DropIn) and kind not in _PLAIN:

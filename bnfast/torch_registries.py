@@ -10,6 +10,7 @@ import functools
 import logging
 import sys
 from collections.abc import Callable, Iterable
+from types import SimpleNamespace
 from typing import Any
 from weakref import WeakSet
 
@@ -28,9 +29,8 @@ def refuse_activations(fusion: Any) -> None:
     """Makes fuse_conv_bn_eval and fuse_linear_bn_eval raise for a layer with an activation. Both read a
     layer's tensors and call one of these functions of their own module, so replacing them there works for all
     code that has imported the two."""
-    for name in ("fuse_conv_bn", "fuse_linear_bn"):
-        function = getattr(fusion, f"{name}_weights")
-        setattr(fusion, f"{name}_weights", _checked(function, f"{name}_eval"))
+    fusion.fuse_conv_bn_weights = _checked(fusion.fuse_conv_bn_weights, "fuse_conv_bn_eval")
+    fusion.fuse_linear_bn_weights = _checked(fusion.fuse_linear_bn_weights, "fuse_linear_bn_eval")
 
 
 def _checked(function: Callable[..., Any], caller: str) -> Callable[..., Any]:
@@ -115,19 +115,14 @@ def quantized_modules(mappings: Any) -> Enter:
 
     def enter(kind: type[DropIn]) -> None:
         if is_ours(kind) and torchs_class(kind) in table:
-            table.setdefault(kind, _Quantized(table[torchs_class(kind)]))
+            make = functools.partial(_quantized, table[torchs_class(kind)])
+            table.setdefault(kind, SimpleNamespace(from_float=make))
 
     return enter
 
 
-class _Quantized:
-    """Makes a quantized module from one of bnfast's layers."""
-
-    def __init__(self, kind: Any) -> None:
-        self.kind = kind
-
-    def from_float(self, layer: nn.Module, use_precomputed_fake_quant: bool = False) -> Any:
-        return self.kind.from_float(_bare(layer, "torch.ao.quantization.convert"), use_precomputed_fake_quant)
+def _quantized(kind: Any, layer: nn.Module, use_precomputed_fake_quant: bool = False) -> Any:
+    return kind.from_float(_bare(layer, "torch.ao.quantization.convert"), use_precomputed_fake_quant)
 
 
 def graphs(quantize_fx: Any) -> None:
