@@ -3,6 +3,7 @@ class, so that the library's own tools still find them. bnfast.convert gives lay
 
 from __future__ import annotations
 
+from functools import cache
 from types import FrameType
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from .fusing.activations import of_module
 from .fusing.layers import hooked, hooked_everywhere
-from .kernels.epilogue import Activation
+from .kernels.epilogue import MODULES, PARAMETERS, Activation
 from .modules.drop_in import DropIn
 from .modules.replaceable import Replaceable
 
@@ -83,13 +84,9 @@ class _ApplyingBatchNorm(Applying, Replaceable):
     """BatchNormAct2d."""
 
 
-_made: dict[tuple[type, type], type[Adopted]] = {}
-
-
+@cache
 def both(ours: type[DropIn], theirs: type[nn.Module]) -> type[Adopted]:
     """The class of a library's layer on bnfast's kernels; always the same for the same two classes."""
-    if (ours, theirs) in _made:
-        return _made[ours, theirs]
     mixin: type[Adopted] = Adopted
     if theirs.__name__.endswith(("Act", "Act2d")):
         mixin = _ApplyingBatchNorm if issubclass(ours, Replaceable) else Applying
@@ -102,8 +99,7 @@ def both(ours: type[DropIn], theirs: type[nn.Module]) -> type[Adopted]:
     }
     if theirs.__module__.startswith("detectron2."):
         members["keep_dtype"] = True  # its output has the input's dtype
-    _made[ours, theirs] = type(ours.__name__, (mixin, ours, theirs), members)
-    return _made[ours, theirs]
+    return type(ours.__name__, (mixin, ours, theirs), members)
 
 
 def is_adopted(kind: type) -> bool:
@@ -124,15 +120,15 @@ def as_module(activation: Activation | None) -> nn.Module:
     if activation is None:
         return nn.Identity()
     name, parameter = activation
-    if name in ("leaky_relu", "elu"):
+    if name in PARAMETERS:
         return nn.LeakyReLU(parameter) if name == "leaky_relu" else nn.ELU(parameter)
     if name == "gelu_tanh":
         return nn.GELU(approximate="tanh")
-    kinds = (nn.ReLU, nn.ReLU6, nn.SiLU, nn.GELU, nn.Hardswish, nn.Hardsigmoid, nn.Mish, nn.Sigmoid, nn.Tanh)
-    return next(kind() for kind in kinds if kind.__name__.lower() == name)
+    made: nn.Module = next(kind() for kind in MODULES if kind.__name__.lower() == name)
+    return made
 
 
-def _blank(ours: type[DropIn], theirs: type[nn.Module]) -> nn.Module:
+def _blank(ours: Any, theirs: Any) -> nn.Module:
     """Makes the object that pickle and copy fill with a layer's state."""
     blank: nn.Module = object.__new__(both(ours, theirs))
     return blank

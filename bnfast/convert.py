@@ -25,31 +25,26 @@ from .fusing.blocks import unfuse
 from .fusing.layers import NORMS, hooked
 from .importing import catch_up
 from .modules import plain
+from .modules.batchrenorm import _BatchRenorm
 from .modules.drop_in import DropIn
 from .modules.frozenbatchnorm import TorchFrozenBatchNorm2d
+from .twins import torchs_class
 
 _LOG = logging.getLogger("bnfast")
 
-_TORCH: dict[type[nn.Module], type[DropIn]] = {
-    getattr(nn, name): getattr(modules, name) for name in modules.__all__ if hasattr(nn, name)
-} | {TorchFrozenBatchNorm2d: modules.FrozenBatchNorm2d}
-_THEIRS = {ours: kind for kind, ours in _TORCH.items()} | {
-    getattr(modules, f"BatchRenorm{n}d"): getattr(nn, f"BatchNorm{n}d") for n in (1, 2, 3)
-}
+_OURS: tuple[type[DropIn], ...] = tuple(getattr(modules, name) for name in modules.__all__)
+_THEIRS = {ours: torchs_class(ours) or TorchFrozenBatchNorm2d for ours in _OURS}
+_TORCH = {theirs: ours for ours, theirs in _THEIRS.items() if not issubclass(ours, _BatchRenorm)}
 _PLAIN = {getattr(plain, ours.__name__): ours for ours in _TORCH.values()}
-# Known by name, for bnfast depends on none of these libraries.
-_ELSEWHERE: dict[str, type[DropIn]] = {
-    "torchvision.ops.misc.FrozenBatchNorm2d": modules.FrozenBatchNorm2d,
-    "detectron2.layers.batch_norm.FrozenBatchNorm2d": modules.FrozenBatchNorm2d,
-    "timm.layers.norm_act.BatchNormAct2d": modules.BatchNorm2d,
-    "timm.layers.norm_act.FrozenBatchNormAct2d": modules.FrozenBatchNorm2d,
-    "timm.layers.norm_act.GroupNormAct": modules.GroupNorm,
-    "timm.layers.norm_act.GroupNorm1Act": modules.GroupNorm,
-    "timm.layers.norm_act.LayerNormAct": modules.LayerNorm,
-    "timm.layers.norm.GroupNorm": modules.GroupNorm,
-    "timm.layers.norm.GroupNorm1": modules.GroupNorm,
-    "timm.layers.norm.LayerNorm": modules.LayerNorm,
-}
+# Known by name, for bnfast depends on none of these libraries. bnfast's names lack timm's "Act" and "1".
+_ELSEWHERE = {
+    "torchvision.ops.misc": ("FrozenBatchNorm2d",),
+    "detectron2.layers.batch_norm": ("FrozenBatchNorm2d",),
+    "timm.layers.norm_act": (
+        "BatchNormAct2d", "FrozenBatchNormAct2d", "GroupNormAct", "GroupNorm1Act", "LayerNormAct",
+    ),
+    "timm.layers.norm": ("GroupNorm", "GroupNorm1", "LayerNorm"),
+}  # fmt: skip
 
 
 def convert(model: nn.Module) -> nn.Module:
@@ -89,17 +84,11 @@ def convert(model: nn.Module) -> nn.Module:
     catch_up()
     for name, module in list(model.named_modules()):
         target = _counterpart(type(module))
-        if target is None:
-            if _is_norm(module) and not isinstance(module, DropIn):
-                log.left(name, module, _why_unknown(module))
-            continue
-        obstacle = _obstacle(module, target)
-        if obstacle:
-            log.left(name, module, obstacle)
-            continue
-        before = type(module)
-        module.__class__ = target
-        log.changed(before, module)
+        reason = _why_unknown(module) if target is None else _obstacle(module, target)
+        if reason is not None:
+            log.left(name, module, reason)
+        elif target is not None:
+            log.change(module, target)
     log.write()
     return model
 
@@ -129,60 +118,62 @@ def revert(model: nn.Module) -> nn.Module:
         True
     """
     log = _Log("revert", model)
+    unlike: list[str] = []  # names of layers that now compute something else
     unfuse(model)
     for name, module in list(model.named_modules()):
-        before, after = type(module), _restored(module)
-        if after is None:
-            if isinstance(module, DropIn) and before not in _PLAIN:
-                log.left(name, module, "a subclass of bnfast's")
-            continue
-        if before.__name__.startswith("BatchRenorm"):
-            log.unlike.append(name or "the model")
-        module.__class__ = after
-        log.changed(before, module)
+        kind = type(module)
+        if is_adopted(kind) or kind in _THEIRS:
+            if issubclass(kind, _BatchRenorm):
+                unlike.append(name or "the model")
+            log.change(module, _restored(module))
+        elif isinstance(module, DropIn) and kind not in _PLAIN:
+            log.left(name, module, "a subclass of bnfast's")
     log.write()
+    if unlike:
+        _LOG.warning(
+            "revert: Batch Renormalization became BatchNorm, which is equal in eval only: %s",
+            ", ".join(unlike),
+        )
     return model
 
 
-def _restored(module: Any) -> type[nn.Module] | None:
-    """The class that one of bnfast's layers is reverted to, or None for a subclass of them."""
+def _restored(module: Any) -> type[nn.Module]:
+    """The class that one of bnfast's layers is reverted to."""
     kind = type(module)
-    adopted = is_adopted(kind)
-    if not adopted and kind not in _THEIRS:
-        return None
     # timm's layers have no such entry: their `activation` is read from modules that their own class calls.
     activation = module.__dict__.pop("activation", None)
     if activation is None:
-        return kind.theirs if adopted else _THEIRS[kind]
+        theirs: type[nn.Module] = kind.theirs if is_adopted(kind) else _THEIRS[kind]
+        return theirs
     module.activation = activation
-    if adopted and getattr(kind, "keep_dtype", False):
+    if getattr(kind, "keep_dtype", False):
         module.keep_dtype = True
-    name = "BatchNorm" + kind.__name__[-2:] if kind.__name__.startswith("BatchRenorm") else kind.__name__
-    applying: type[nn.Module] = getattr(plain, name)
+    applying: type[nn.Module] = getattr(plain, kind.__name__.replace("Renorm", "Norm"))
     return applying
 
 
 def _counterpart(kind: type) -> type[DropIn] | None:
     """bnfast's class for exactly this one."""
+    name = kind.__qualname__
     found = _TORCH.get(kind) or _PLAIN.get(kind)
-    if found is None and getattr(sys.modules.get(kind.__module__), kind.__qualname__, None) is kind:
-        ours = _ELSEWHERE.get(_called(kind))
-        found = both(ours, kind) if ours else None
+    theirs = getattr(sys.modules.get(kind.__module__), name, None)
+    if theirs is kind and name in _ELSEWHERE.get(kind.__module__, ()):
+        found = both(getattr(modules, name.replace("Act", "").replace("1", "")), kind)
     return found
 
 
-def _is_norm(module: nn.Module) -> bool:
-    """Whether a user may expect the module to be converted: an instance of one of torch.nn's layers, or a
-    module with "Norm" in its name that has parameters or buffers of its own, which containers do not have."""
-    if isinstance(module, (*NORMS, nn.RMSNorm, nn.LocalResponseNorm)):
-        return True
-    name = getattr(module, "original_name", "") or type(module).__name__  # torch.jit's modules have the first
-    if "Norm" not in name or type(module).__module__.startswith("torch.nn.utils."):
-        return False
-    return any(True for own in (module.parameters, module.buffers) for _ in own(recurse=False))
-
-
-def _why_unknown(module: nn.Module) -> str:
+def _why_unknown(module: nn.Module) -> str | None:
+    """Why bnfast has no class for a module; None where no user expects one. One does for an instance of one
+    of torch.nn's layers, and for a module with "Norm" in its name that has parameters or buffers of its own,
+    which containers do not have."""
+    if isinstance(module, DropIn):
+        return None
+    if not isinstance(module, (*NORMS, nn.RMSNorm, nn.LocalResponseNorm)):
+        name = getattr(module, "original_name", "") or type(module).__name__  # torch.jit's have the first
+        if "Norm" not in name or type(module).__module__.startswith("torch.nn.utils."):
+            return None
+        if not any(True for own in (module.parameters, module.buffers) for _ in own(recurse=False)):
+            return None
     if isinstance(module, LazyModuleMixin):
         return "lazy: convert the model after its first batch"
     if is_parametrized(module):
@@ -220,12 +211,12 @@ class _Log:
         if not isinstance(model, nn.Module):
             raise TypeError(f"bnfast.{what} takes a torch.nn.Module, but got {type(model).__name__}")
         self.what = what
-        self.unlike: list[str] = []  # names of layers that now compute something else
         self._changes: Counter[str] = Counter()
         self._left: defaultdict[str, list[str]] = defaultdict(list)
 
-    def changed(self, before: type, module: nn.Module) -> None:
-        self._changes[f"{_called(before)} -> {_called(type(module))}"] += 1
+    def change(self, module: nn.Module, kind: type[nn.Module]) -> None:
+        self._changes[f"{_called(type(module))} -> {_called(kind)}"] += 1
+        module.__class__ = kind
 
     def left(self, name: str, module: nn.Module, reason: str) -> None:
         self._left[f"{_called(type(module))} ({reason})"].append(name or "the model")
@@ -236,12 +227,6 @@ class _Log:
         _LOG.info("%s: %d layers%s; %d left alone", self.what, self._changes.total(), changes, total)
         for reason, names in self._left.items():
             _LOG.info("%s: left alone: %d %s: %s", self.what, len(names), reason, ", ".join(names))
-        if self.unlike:
-            _LOG.warning(
-                "%s: Batch Renormalization became BatchNorm, which is equal in eval only: %s",
-                self.what,
-                ", ".join(self.unlike),
-            )
 
 
 def _called(kind: type) -> str:

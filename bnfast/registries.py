@@ -7,7 +7,7 @@ library was imported would be missing, and a model is validated, folded or quant
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -19,9 +19,8 @@ from .importing import when_imported
 from .kernels.epilogue import Activation
 from .modules.drop_in import WHEN_SUBCLASSED, DropIn, is_ours
 from .modules.frozenbatchnorm import TorchFrozenBatchNorm2d
+from .torch_registries import Enter
 from .twins import torchs_class, twin
-
-Enter = Callable[[type[DropIn]], None]  # adds one class of layers
 
 
 def fill() -> None:
@@ -34,15 +33,12 @@ def _fill(begin: Callable[[Any], Enter | None], module: Any) -> None:
     enter = begin(module)
     if enter is None:
         return
-    for kind in _below(DropIn):
+    kinds: list[type[DropIn]] = [DropIn]
+    for kind in kinds:
+        kinds += kind.__subclasses__()
+    for kind in kinds[1:]:
         enter(kind)
     WHEN_SUBCLASSED.append(enter)
-
-
-def _below(kind: type[DropIn]) -> Iterator[type[DropIn]]:
-    for subclass in kind.__subclasses__():
-        yield subclass
-        yield from _below(subclass)
 
 
 def opacus(validators: Any) -> Enter:
@@ -102,15 +98,9 @@ def captum(deep_lift: Any) -> Enter:
     return enter
 
 
-def thop(profile: Any) -> Enter:
-    return _beside_torchs(profile.register_hooks)
-
-
-def ptflops(ops: Any) -> Enter:
-    return _beside_torchs(ops.MODULES_MAPPING)
-
-
 def _beside_torchs(table: dict[type, Any]) -> Enter:
+    """Counters of operations count bnfast's layers as torch.nn's."""
+
     def enter(kind: type[DropIn]) -> None:
         like = torchs_class(kind)
         if like in table:
@@ -128,6 +118,6 @@ _REGISTRIES: dict[str, Callable[[Any], Enter | None]] = {
     "torch.ao.quantization.quantize_fx": torch_registries.graphs,
     "opacus.validators": opacus,
     "captum.attr._core.deep_lift": captum,
-    "thop.profile": thop,
-    "ptflops.pytorch_ops": ptflops,
+    "thop.profile": lambda profile: _beside_torchs(profile.register_hooks),
+    "ptflops.pytorch_ops": lambda ops: _beside_torchs(ops.MODULES_MAPPING),
 }

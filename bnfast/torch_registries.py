@@ -10,28 +10,27 @@ import functools
 import logging
 import sys
 from collections.abc import Callable, Iterable
+from types import SimpleNamespace
 from typing import Any
 from weakref import WeakSet
 
 from torch import nn
 
 from .adopted import Applying, as_module
-from .kernels.epilogue import Activation
 from .modules.drop_in import DropIn, is_ours
 from .twins import has_twin, refuse_activation, torchs_class, twin, way_out
 
 _LOG = logging.getLogger("bnfast")
 _FOLDED_INTO = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
-Enter = Callable[[type[DropIn]], None]
+Enter = Callable[[type[DropIn]], None]  # adds one class of layers to a registry
 
 
 def refuse_activations(fusion: Any) -> None:
     """Makes fuse_conv_bn_eval and fuse_linear_bn_eval raise for a layer with an activation. Both read a
     layer's tensors and call one of these functions of their own module, so replacing them there works for all
     code that has imported the two."""
-    names = ("fuse_conv_bn", "fuse_linear_bn")
-    for name, function in [(name, getattr(fusion, f"{name}_weights")) for name in names]:
-        setattr(fusion, f"{name}_weights", _checked(function, f"{name}_eval"))
+    fusion.fuse_conv_bn_weights = _checked(fusion.fuse_conv_bn_weights, "fuse_conv_bn_eval")
+    fusion.fuse_linear_bn_weights = _checked(fusion.fuse_linear_bn_weights, "fuse_linear_bn_eval")
 
 
 def _checked(function: Callable[..., Any], caller: str) -> Callable[..., Any]:
@@ -58,26 +57,23 @@ def match_ours(optimization: Any) -> None:
         kind = type(layer)
         pattern = [kind if expected is torchs_class(kind) else expected for expected in pattern]
         found = bool(matches(pattern, node, modules))
-        if found and layer.activation is not None:
-            if node.graph not in told:
-                told.add(node.graph)
-                _tell_what_is_left(node.graph, modules)
-            return False
-        return found
+        if not found or layer.activation is None:
+            return found
+        if node.graph not in told:
+            told.add(node.graph)
+            _tell_what_is_left(node.graph, modules)
+        return False
 
     optimization.matches_module_pattern = matches_ours
 
 
 def _tell_what_is_left(graph: Any, modules: dict[str, Any]) -> None:
-    def called(node: Any) -> Any:
-        return modules.get(node.target) if getattr(node, "op", None) == "call_module" else None
-
-    left = {
-        node.target: called(node)
-        for node in graph.nodes
-        if has_twin(called(node))
-        and called(node).activation is not None
-        and type(called(node.args[0])) in _FOLDED_INTO
+    called: dict[Any, Any] = {n: modules.get(n.target) for n in graph.nodes if n.op == "call_module"}
+    left: dict[str, Any] = {
+        node.target: layer
+        for node, layer in called.items()
+        if has_twin(layer) and layer.activation is not None
+        if len(node.args) == 1 and type(called.get(node.args[0])) in _FOLDED_INTO
     }
     timms = any(isinstance(layer, Applying) for layer in left.values())
     _LOG.warning(
@@ -98,16 +94,14 @@ def fuser_methods(mappings: Any) -> Enter:
             return
         for kinds, method in theirs.items():
             if like in kinds:
-                table.setdefault(tuple(kind if k is like else k for k in kinds), _on_twins(method))
+                ours = tuple(kind if k is like else k for k in kinds)
+                table.setdefault(ours, functools.partial(_fuse_twins, method))
 
     return enter
 
 
-def _on_twins(method: Callable[..., Any]) -> Callable[..., Any]:
-    def fuse_twins(is_qat: bool, *layers: nn.Module) -> Any:
-        return method(is_qat, *(_bare(layer, "fuse_modules", is_qat) for layer in layers))
-
-    return fuse_twins
+def _fuse_twins(method: Callable[..., Any], is_qat: bool, *layers: nn.Module) -> Any:
+    return method(is_qat, *(_bare(layer, "fuse_modules", is_qat) for layer in layers))
 
 
 def _bare(layer: nn.Module, by: str, training: bool = False) -> nn.Module:
@@ -121,19 +115,14 @@ def quantized_modules(mappings: Any) -> Enter:
 
     def enter(kind: type[DropIn]) -> None:
         if is_ours(kind) and torchs_class(kind) in table:
-            table.setdefault(kind, _Quantized(table[torchs_class(kind)]))
+            make = functools.partial(_quantized, table[torchs_class(kind)])
+            table.setdefault(kind, SimpleNamespace(from_float=make))
 
     return enter
 
 
-class _Quantized:
-    """Makes a quantized module from one of bnfast's layers."""
-
-    def __init__(self, kind: Any) -> None:
-        self.kind = kind
-
-    def from_float(self, layer: nn.Module, use_precomputed_fake_quant: bool = False) -> Any:
-        return self.kind.from_float(_bare(layer, "torch.ao.quantization.convert"), use_precomputed_fake_quant)
+def _quantized(kind: Any, layer: nn.Module, use_precomputed_fake_quant: bool = False) -> Any:
+    return kind.from_float(_bare(layer, "torch.ao.quantization.convert"), use_precomputed_fake_quant)
 
 
 def graphs(quantize_fx: Any) -> None:
@@ -163,9 +152,7 @@ def _with_twins(model: Any, is_qat: bool) -> Any:
         if layer is None or not has_twin(layer) or len(node.args) != 1 or node.kwargs:
             continue
         activation = layer.activation
-        if activation is not None and not isinstance(
-            activation, Activation
-        ):  # timm's, which has hooks or such
+        if isinstance(activation, nn.Module):  # timm's, which has hooks or other additions
             continue
         path, _, name = node.target.rpartition(".")
         parent = model.get_submodule(path)

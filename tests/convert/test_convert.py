@@ -1,135 +1,74 @@
-"""bnfast.convert and bnfast.revert on layers: the same object with another class, which computes the same. In
-plain torch; `tests/convert/test_models.py` has the kernels too."""
+"""bnfast.convert and bnfast.revert on layers, the same object with another class, which computes the same,
+and layers that convert leaves alone. In plain torch; `tests/convert/test_models.py` has the kernels too."""
 
 from __future__ import annotations
 
 import copy
+import logging
 import pickle
+import re
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
+import torch.nn.utils.prune
+from torch import Tensor, nn
 from torch.testing import assert_close
 
 import bnfast
-from bnfast import dispatch
-from tests.support.convertible import ALL, data, network
-from tests.support.foreign import BatchNormAct2d, put_in_place
+from tests.support.convertible import ALL, attributes, data, network
+from tests.support.foreign import BatchNormAct2d
 from tests.support.training import assert_same_training, record
 
-PARTS = ("act", "drop")
+pytestmark = [
+    pytest.mark.usefixtures("stand_ins", "plain_torch"),
+    pytest.mark.filterwarnings(*(f"ignore::{c}Warning" for c in ("Deprecation", "User", "Future"))),
+]
+every_layer = pytest.mark.parametrize("name", ALL)
 
 
-@pytest.fixture(autouse=True)
-def _others_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    put_in_place(monkeypatch)
-    monkeypatch.setattr(dispatch, "INTERPRET", False)
-
-
-def held(module: nn.Module) -> dict[str, Any]:
-    """What a layer holds, the same objects included; timm's two modules apart."""
-    mine = {name: value for name, value in vars(module).items() if not name.startswith("_")}
-    mine |= {name: [*getattr(module, name)] for name in vars(module) if name.endswith("_hooks")}
-    for part in ("_parameters", "_buffers", "_modules"):
-        mine |= {f"{part} {name}": id(t) for name, t in getattr(module, part).items() if name not in PARTS}
-    return mine
-
-
-@pytest.mark.parametrize("name", ALL)
-def test_same_training(name: str) -> None:
-    theirs = network(name)
-    ours = bnfast.convert(copy.deepcopy(theirs))
-    assert type(ours[1]).__module__.startswith("bnfast.modules.")
-    assert_same_training(record(ours, data(name)), record(theirs, data(name)))
-
-
-@pytest.mark.parametrize("name", ALL)
+@every_layer
 def test_there_and_back(name: str) -> None:
-    """Same objects all the way, and in the end nothing that was not there before."""
-    model = network(name).eval()
-    layer, kind, before, keys = model[1], type(model[1]), held(model[1]), list(model.state_dict())
-    parts = list(layer.named_children())
-    assert bnfast.convert(model) is model
-    assert model[1] is layer
-    assert isinstance(layer, getattr(bnfast, type(layer).__name__))
-    converted = held(layer)
-    for ours in ("activation", "keep_dtype"):
-        converted.pop(ours, None)
-    assert converted == before
-    assert list(model.state_dict()) == keys
-    assert bnfast.revert(model) is model
+    """The same object with the same attributes all the way, and nothing changes the second time."""
+    model, expected = network(name), record(network(name), data(name))
+    layer, kind, before = model[1], type(model[1]), attributes(model[1])
+    for call in (bnfast.convert, bnfast.revert):
+        classes = []
+        for _ in range(2):
+            assert call(model) is model
+            assert model[1] is layer
+            assert attributes(layer) == before
+            classes.append(type(layer))
+        assert classes[0] is classes[1]
+        if call is bnfast.convert:
+            assert isinstance(layer, kind)
+            assert isinstance(layer, getattr(bnfast, type(layer).__name__))
+            assert type(layer).__module__.startswith("bnfast.modules.")
+            assert_same_training(record(copy.deepcopy(model), data(name)), expected)
     assert type(layer) is kind
-    assert held(layer) == before
-    assert list(layer.named_children()) == parts
 
 
-@pytest.mark.parametrize("name", ALL)
-def test_a_second_time_changes_nothing(name: str) -> None:
-    model = bnfast.convert(network(name))
-    kind, before = type(model[1]), held(model[1])
-    assert type(bnfast.convert(model)[1]) is kind
-    assert held(model[1]) == before
-    plainly = bnfast.revert(model)
-    kind, before = type(model[1]), held(model[1])
-    assert type(bnfast.revert(plainly)[1]) is kind
-    assert held(model[1]) == before
-
-
-@pytest.mark.parametrize("name", ["BatchNorm2d", "BatchNormAct2d", "torchvision's FrozenBatchNorm2d"])
-def test_copies_and_pickles_revert_too(name: str) -> None:
-    model = network(name)
-    expected = record(copy.deepcopy(model), data(name))
-    bnfast.convert(model)
-    for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert type(bnfast.revert(copied)[1]) is type(network(name)[1])
+@every_layer
+def test_checkpoints_copies_and_pickles(name: str) -> None:
+    """Checkpoints load both ways; copies and pickles are converted too, and revert."""
+    theirs, ours = network(name), bnfast.convert(network(name))
+    for tensor in theirs.state_dict().values():
+        tensor.add_(1)
+    assert ours.load_state_dict(theirs.state_dict()) == ([], [])
+    assert theirs.load_state_dict(ours.state_dict()) == ([], [])
+    expected = record(copy.deepcopy(theirs), data(name))
+    assert type(copy.copy(ours[1])) is type(ours[1])
+    for copied in (copy.deepcopy(ours), *(pickle.loads(pickle.dumps(ours, p)) for p in (2, 5))):
+        assert type(copied[1]) is type(ours[1])
+        assert type(bnfast.revert(copied)[1]) is type(theirs[1])
+        assert list(dict(copied.named_modules())) == list(dict(theirs.named_modules()))
         assert_same_training(record(copied, data(name)), expected)
 
 
-def test_a_model_that_is_a_layer() -> None:
-    layer = nn.BatchNorm2d(4)
-    assert bnfast.convert(layer) is layer
-    assert type(layer) is bnfast.BatchNorm2d
-    assert type(bnfast.revert(layer)) is nn.BatchNorm2d
-
-
-def test_shared_and_tied_layers_stay_so() -> None:
-    shared, tied = nn.BatchNorm2d(4), nn.BatchNorm2d(4)
-    tied.weight = shared.weight
-    model = nn.ModuleDict({"first": shared, "second": nn.Sequential(shared, tied)})
-    beside = [shared]  # as models keep lists of their layers
-    bnfast.convert(model)
-    assert model["first"] is model["second"][0] is beside[0]
-    assert type(beside[0]) is bnfast.BatchNorm2d
-    assert model["second"][1].weight is shared.weight
-    assert len(list(model.parameters())) == 3
-
-
-def test_the_optimizer_goes_on() -> None:
-    """Converted in the middle of a training, which goes on as it would have."""
-    ends = []
-    for converted in (False, True):
-        model = network("BatchNormAct2d")
-        optimizer = torch.optim.Adam(model.parameters(), lr=0.1)
-        for step in range(4):
-            if converted and step == 1:
-                bnfast.convert(model)
-            if converted and step == 2:
-                bnfast.fuse(model)
-            if converted and step == 3:
-                bnfast.revert(model)
-            optimizer.zero_grad()
-            model(data("BatchNormAct2d")).square().sum().backward()
-            optimizer.step()
-        moments = {f"moment {i}": s["exp_avg"] for i, s in optimizer.state_dict()["state"].items()}
-        ends.append(model.state_dict() | moments)
-    assert_same_training(*ends)
-
-
 def test_hooks_and_attributes_are_kept() -> None:
-    layer = nn.BatchNorm2d(4).requires_grad_(False).eval()
-    layer.mark = "mine"  # type: ignore[assignment]
+    layer: Any = nn.BatchNorm2d(4).requires_grad_(False).eval()
+    layer.qconfig = "mine"  # an attribute that torch.ao.quantization sets
     seen: list[str] = []
     layer.register_forward_pre_hook(lambda module, args: seen.append("before"))
     layer.register_forward_hook(lambda module, args, y: seen.append("after"))
@@ -137,7 +76,8 @@ def test_hooks_and_attributes_are_kept() -> None:
     layer.register_state_dict_post_hook(lambda module, state, prefix, local: seen.append("saved"))
     layer.register_load_state_dict_pre_hook(lambda module, *rest: seen.append("loaded"))
     model = bnfast.convert(nn.Sequential(nn.Conv2d(2, 4, 1), layer))
-    assert layer.mark == "mine"
+    assert type(layer) is bnfast.BatchNorm2d
+    assert layer.qconfig == "mine"
     assert not layer.training
     assert not any(p.requires_grad for p in layer.parameters())
     model(torch.randn(2, 2, 3, 3)).sum().backward()
@@ -145,47 +85,20 @@ def test_hooks_and_attributes_are_kept() -> None:
     assert seen == ["before", "after", "backward", "saved", "loaded"]
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
-def test_dtypes_flags_and_checkpoints_stay(dtype: torch.dtype) -> None:
-    """Some layers in eval, some parameters frozen."""
-    names = [name for name in ALL if ALL[name][0] == 2]
-    theirs = nn.Sequential(*(network(name)[1] for name in names)).to(dtype)
-    for layer in theirs[::2]:
-        layer.eval()
-    for parameter in list(theirs.parameters())[::3]:
-        parameter.requires_grad_(False)
-    ours = bnfast.convert(copy.deepcopy(theirs))
-    for a, b in zip(ours, theirs, strict=True):
-        assert a.training is b.training
-        assert [p.requires_grad for p in a.parameters()] == [p.requires_grad for p in b.parameters()]
-    expected = theirs.state_dict()
-    assert {k: (t.dtype, t.shape) for k, t in ours.state_dict().items()} == {
-        k: (t.dtype, t.shape) for k, t in expected.items()
-    }
-    for source, target in ((theirs, ours), (ours, theirs)):
-        with torch.no_grad():
-            for tensor in (*source.parameters(), *source.buffers()):
-                tensor.add_(1)
-        assert target.load_state_dict(source.state_dict(), strict=True) == ([], [])
-        assert_close(dict(target.state_dict()), dict(source.state_dict()), rtol=0, atol=0)
-
-
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("name", ALL)
+@every_layer
 def test_half_precision_models(name: str, dtype: torch.dtype) -> None:
     """Outputs of the same dtype, near the model's in fp64; torch's own GroupNorm and such are no nearer."""
-    theirs = network(name)
-    wide, x = theirs(data(name).to(dtype).double()), data(name).to(dtype)
-    theirs = network(name).to(dtype)
-    y = theirs(x)
+    x = data(name).to(dtype)
+    expected, y = network(name)(x.double()), network(name).to(dtype)(x)
     ours = bnfast.convert(network(name).to(dtype))(x)
     assert ours.dtype == y.dtype
-    assert_close(ours.double(), wide, rtol=0.1, atol=0.1 if dtype == torch.bfloat16 else 0.02)
+    assert_close(ours.double(), expected, rtol=0.1, atol=0.1 if dtype == torch.bfloat16 else 0.02)
 
 
 @pytest.mark.parametrize("name", [name for name in ALL if "Frozen" in name])
 def test_frozen_layers_keep_their_output_dtype(name: str) -> None:
-    """Of half-precision input with fp32 constants, as under autocast: libraries differ."""
+    """Half-precision input and fp32 constants, as under autocast, give dtypes that depend on the library."""
     layer, x = network(name)[1].float(), torch.randn(2, 4, 3, 3, dtype=torch.float16)
     expected = layer(x)
     converted = bnfast.convert(layer)(x)
@@ -194,52 +107,24 @@ def test_frozen_layers_keep_their_output_dtype(name: str) -> None:
     assert bnfast.revert(layer)(x).dtype == expected.dtype
 
 
-def test_modes_set_in_between_reach_what_was_put_away() -> None:
-    model = bnfast.convert(nn.Sequential(BatchNormAct2d(4, nn.ReLU()))).eval()
-    assert not any(module.training for module in bnfast.revert(model).modules())
-    bnfast.convert(model).train()
-    assert all(module.training for module in bnfast.revert(model).modules())
-
-
-def test_on_meta() -> None:
-    with torch.device("meta"):
-        model = bnfast.convert(nn.Sequential(nn.BatchNorm2d(4), nn.LayerNorm(4), nn.GroupNorm(2, 4)))
-    assert [type(m) for m in model] == [bnfast.BatchNorm2d, bnfast.LayerNorm, bnfast.GroupNorm]
-    assert all(t.is_meta for t in model.state_dict().values())
-    assert model(torch.empty(2, 4, 3, 4, device="meta")).shape == (2, 4, 3, 4)
-
-
-def test_quantizations_mark_stays() -> None:
-    layer = nn.BatchNorm2d(4)
-    layer.qconfig = "set"
-    assert bnfast.convert(layer).qconfig == "set"
-    assert type(layer) is bnfast.BatchNorm2d
-    assert bnfast.revert(layer).qconfig == "set"
-    assert type(layer) is nn.BatchNorm2d
-    del layer.qconfig
-    assert not hasattr(layer, "qconfig")
-
-
 def test_models_that_are_graphs() -> None:
-    x, expected = data("BatchNorm2d"), record(network("BatchNorm2d"), data("BatchNorm2d"))
+    expected = record(network("BatchNorm2d"), data())
     graph = bnfast.convert(torch.fx.symbolic_trace(network("BatchNorm2d")))
     assert type(graph.get_submodule("1")) is bnfast.BatchNorm2d
-    assert_same_training(record(graph, x), expected)
+    assert_same_training(record(graph, data()), expected)
     torch._dynamo.reset()
     compiled = torch.compile(network("BatchNorm2d"), fullgraph=True, backend="aot_eager")
-    compiled(x)  # with torch.nn's layer: what was compiled is not used for ours
+    compiled(data())  # with torch.nn's layer: what was compiled is not used for ours
     compiled.load_state_dict({f"_orig_mod.{k}": v for k, v in network("BatchNorm2d").state_dict().items()})
     bnfast.convert(compiled)
-    renamed = {key.replace("_orig_mod.", ""): value for key, value in record(compiled, x).items()}
+    renamed = {key.replace("_orig_mod.", ""): value for key, value in record(compiled, data()).items()}
     assert_same_training(renamed, expected)
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
-@pytest.mark.parametrize("name", [name for name in ALL if "FrozenBatchNorm2d" in name or "Identity" in name])
-def test_scripted_as_plain_torch(name: str) -> None:
-    """Whatever it was converted from."""
+@pytest.mark.parametrize("name", [name for name in ALL if name.startswith("BatchNormAct") or "'s F" in name])
+def test_scripted_as_the_librarys(name: str) -> None:
     model = bnfast.convert(network(name)).eval()
-    assert_close(torch.jit.script(model)(data(name)), model(data(name)))
+    assert_close(torch.jit.script(model)(data()), model(data()))
 
 
 def test_a_transformer_layer() -> None:
@@ -256,3 +141,117 @@ def test_a_transformer_layer() -> None:
 def test_takes_modules_only(call: Callable[..., Any]) -> None:
     with pytest.raises(TypeError, match=rf"bnfast.{call.__name__} takes a torch.nn.Module, but got list"):
         call([nn.BatchNorm2d(4)])
+
+
+# What convert leaves alone, and the reasons that it logs
+
+
+class Same(nn.BatchNorm2d):
+    """A subclass that adds nothing."""
+
+
+class Doubling(nn.LayerNorm):
+    def forward(self, input: Tensor) -> Tensor:
+        return 2 * super().forward(input)
+
+
+class OfTheSameName(nn.BatchNorm2d):
+    """As a library's class that was defined a second time, or somewhere else."""
+
+    __module__, __qualname__ = "timm.layers.norm_act", "BatchNormAct2d"
+
+
+class SomeNorm(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(4))
+
+
+def having(layer: nn.Module, **attributes: Any) -> nn.Module:
+    for name, value in attributes.items():
+        setattr(layer, name, value)
+    return layer
+
+
+def timms(**attributes: Any) -> nn.Module:
+    return having(BatchNormAct2d(4, nn.ReLU()), **attributes)
+
+
+def with_hooked_part() -> nn.Module:
+    layer: Any = timms()
+    layer.act.register_forward_hook(lambda module, args, y: y + 1)
+    return layer
+
+
+# name: (layer, words of the reason)
+LEFT: dict[str, tuple[Callable[[], nn.Module], str]] = {
+    "subclass": (lambda: Same(4), r"Same \(a subclass of torch.nn.BatchNorm2d\)"),
+    "subclass with a forward": (lambda: Doubling(4), "a subclass of torch.nn.LayerNorm"),
+    "same name": (lambda: OfTheSameName(4), "a subclass of torch.nn.BatchNorm2d"),
+    "lazy": (lambda: nn.LazyBatchNorm2d(), "lazy: convert the model after its first batch"),
+    "parametrized": (lambda: nn.utils.parametrizations.weight_norm(nn.GroupNorm(2, 4)), "parametrized"),
+    "spectral_norm": (lambda: nn.utils.spectral_norm(nn.BatchNorm2d(4)), "its parameters are computed"),
+    "pruned": (
+        lambda: nn.utils.prune.l1_unstructured(nn.BatchNorm2d(4), "weight", 1), "its parameters are computed"
+    ),
+    "scripted": (
+        lambda: torch.jit.trace(nn.BatchNorm2d(4).eval(), torch.zeros(1, 4, 1, 1)), "compiled by torch.jit"
+    ),
+    "SyncBatchNorm": (lambda: nn.SyncBatchNorm(4), "bnfast has no such layer"),
+    "RMSNorm": (lambda: nn.RMSNorm(4), "bnfast has no such layer"),
+    "somebody's": (lambda: SomeNorm(), "bnfast has no such layer"),
+    "activation": (lambda: having(nn.BatchNorm2d(4), activation="relu"), "attributes of its own: activation"),
+    "activation module": (lambda: having(nn.BatchNorm2d(4), activation=nn.ReLU()), "of its own: activation"),
+    "forward": (lambda: having(nn.BatchNorm2d(4), forward=abs), "attributes of its own: forward"),
+    "unknown activation": (lambda: timms(act=nn.PReLU()), "its activation, PReLU, is not among"),
+    "dropout": (lambda: timms(drop=nn.Dropout()), "its dropout, Dropout"),
+    "hook on the activation": (with_hooked_part, "hooks on its activation"),
+    "fast norm": (lambda: timms(_fast_norm=True), "timm's fast norm"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LEFT)
+def test_left_alone_and_listed(name: str, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "bnfast")
+    make, words = LEFT[name]
+    layer = make()
+    model = nn.ModuleDict({"stem": nn.BatchNorm2d(4), "other": layer, "again": layer})
+    kind, before = type(layer), attributes(layer)
+    bnfast.convert(model)
+    assert type(model["stem"]) is bnfast.BatchNorm2d
+    assert type(layer) is kind
+    assert attributes(layer) == before
+    total, left = caplog.messages
+    assert total.startswith("convert: 1 layers; 1 torch.nn.modules.batchnorm.BatchNorm2d -> bnfast.modules.")
+    assert total.endswith("; 1 left alone")
+    assert left.startswith("convert: left alone: 1 ")
+    assert left.endswith(": other")
+    bnfast.convert(layer)
+    assert re.search(f"{words}.*: the model$", caplog.messages[3])
+
+
+def test_lazy_layers_convert_once_they_are_made() -> None:
+    model = nn.Sequential(nn.LazyBatchNorm2d())
+    model(torch.randn(2, 3, 4, 4))
+    assert type(bnfast.convert(model)[0]) is bnfast.BatchNorm2d
+
+
+def test_containers_called_norm_are_no_layers(caplog: pytest.LogCaptureFixture) -> None:
+    class ConvNormAct(nn.Sequential):
+        pass
+
+    model = nn.utils.parametrizations.spectral_norm(nn.Linear(3, 3))
+    with caplog.at_level(logging.INFO, "bnfast"):
+        bnfast.convert(ConvNormAct(model, nn.BatchNorm1d(3), bnfast.BatchNorm1d(3)))
+    assert [message[-14:] for message in caplog.messages] == ["; 0 left alone"]
+
+
+def test_subclasses_of_ours_are_left_by_both(caplog: pytest.LogCaptureFixture) -> None:
+    class Mine(bnfast.BatchNorm2d):
+        pass
+
+    layer = Mine(4)
+    with caplog.at_level(logging.INFO, "bnfast"):
+        bnfast.revert(bnfast.convert(layer))
+    assert type(layer) is Mine
+    assert "Mine (a subclass of bnfast's): the model" in caplog.messages[-1]

@@ -5,8 +5,7 @@ from __future__ import annotations
 
 import copy
 import logging
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -15,80 +14,91 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 import bnfast
-from tests.support.foreign import BatchNormAct2d, put_in_place
+from tests.support import convertible
+from tests.support.convertible import around
+from tests.support.foreign import BatchNormAct2d
 
-CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
-
-
-@pytest.fixture(autouse=True)
-def _quietly_in_plain_torch(plain_torch_in_one_thread: None) -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", (DeprecationWarning, UserWarning, FutureWarning))
-        yield
+pytestmark = [
+    pytest.mark.usefixtures("stand_ins", "plain_torch_in_one_thread"),
+    pytest.mark.filterwarnings(*(f"ignore::{c}Warning" for c in ("Deprecation", "User", "Future"))),
+]
 
 
 def data(dims: int = 2) -> Tensor:
-    return torch.randn(2, 3, *(8, 8, 4)[:dims], generator=torch.Generator().manual_seed(1))
+    return convertible.data(dims).float()
 
 
-def network(dims: int = 2, *behind: nn.Module, norm: nn.Module | None = None) -> nn.Sequential:
-    """With statistics that are not those of a new layer, in eval."""
-    torch.manual_seed(0)
+def network(*behind: nn.Module, dims: int = 2, norm: nn.Module | None = None) -> Any:
+    """In eval, with torch.nn's layer if no other is given."""
     norm = getattr(nn, f"BatchNorm{dims}d")(4) if norm is None else norm
-    model = nn.Sequential(CONVOLUTIONS[dims](3, 4, 3), norm, *behind)
-    with torch.no_grad():
-        for tensor in (norm.weight, norm.bias, norm.running_mean, norm.running_var):
-            tensor.copy_(torch.rand(4) + 0.5)
-    return model.eval()
+    return around(norm, *behind, dims=dims, bias=True).float().eval()
 
 
-def ours(model: nn.Module) -> nn.Module:
-    return bnfast.fuse(copy.deepcopy(model))
+def renorm() -> Any:
+    return network(norm=bnfast.BatchRenorm2d(4))
 
 
-def kinds(model: nn.Module) -> list[str]:
-    """Of all that has nothing in it, and of how it is put together."""
-    return [f"{name}: {type(m).__module__}.{type(m).__name__}" for name, m in model.named_modules() if name]
+def active(name: Any = "relu") -> Any:
+    return network(norm=bnfast.BatchNorm2d(4, activation=name))
 
 
-def graph_of(model: Any) -> list[tuple[str, str]]:
-    return [(node.op, str(node.target)) for node in model.graph.nodes]
-
-
-# torch.fx's optimizer
-
-
-def optimized(model: nn.Module) -> Any:
-    optimization = pytest.importorskip("torch.fx.experimental.optimization")
-    return optimization.fuse(model)
-
-
-@pytest.mark.parametrize("dims", [1, 2, 3])
-def test_optimizer_folds(dims: int) -> None:
-    theirs = network(dims, nn.ReLU())
-    found = optimized(ours(theirs))
-    assert kinds(found) == kinds(optimized(theirs))
-    assert not any("Norm" in kind for kind in kinds(found))
-    assert_close(found(data(dims)), theirs(data(dims)))
-
-
-def test_optimizer_folds_behind_linear_and_batch_renormalization() -> None:
-    theirs = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)).eval()
-    x = torch.randn(2, 3)
-    assert kinds(optimized(ours(theirs))) == ["0: torch.nn.modules.linear.Linear"]
-    assert_close(optimized(ours(theirs))(x), theirs(x))
-    renorm = network(norm=bnfast.BatchRenorm2d(4))
-    assert len(kinds(optimized(renorm))) == 1
-    assert_close(optimized(renorm)(data()), renorm(data()))
+def timms(act: nn.Module) -> Any:
+    return network(norm=BatchNormAct2d(4, act))
 
 
 class Adding(nn.Module):
-    def __init__(self) -> None:
+    """A layer that takes a residual."""
+
+    def __init__(self, activation: str | None = None) -> None:
         super().__init__()
-        self.net = network(norm=bnfast.BatchNorm2d(4))
+        self.conv, self.norm = active(activation)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.net[1](self.net[0](x), x[:, :1].expand(-1, 4, -1, -1)[..., 1:-1, 1:-1].contiguous())
+        shortcut = x[:, :1].expand(-1, 4, -1, -1).contiguous()
+        return self.norm(self.conv(x), residual=shortcut)
+
+
+def kinds(model: nn.Module) -> list[str]:
+    """The names and classes of all modules within a model."""
+    return [f"{name}: {type(m).__module__}.{type(m).__name__}" for name, m in model.named_modules() if name]
+
+
+def ao(part: str = "") -> Any:
+    return pytest.importorskip(f"torch.ao.quantization{part}")
+
+
+def optimized(model: nn.Module, **options: Any) -> Any:
+    return pytest.importorskip("torch.fx.experimental.optimization").fuse(model, **options)
+
+
+def fused_eagerly(model: nn.Module, training: bool = False) -> Any:
+    names = [name for name, module in model.named_children()]
+    return (ao().fuse_modules_qat if training else ao().fuse_modules)(model.train(training), [names])
+
+
+# name: (what is done to the model before, the tool)
+TOOLS: dict[str, tuple[Callable[[nn.Module], nn.Module], Callable[[nn.Module], Any]]] = {
+    "optimizer": (bnfast.fuse, optimized),
+    "fuse_modules": (bnfast.convert, fused_eagerly),
+    "fuse_modules_qat": (bnfast.convert, lambda model: fused_eagerly(model, training=True)),
+}
+
+
+@pytest.mark.parametrize("tool", TOOLS)
+@pytest.mark.parametrize("relu", [False, True])
+@pytest.mark.parametrize("dims", [1, 2, 3])
+def test_folded_as_torchs(dims: int, relu: bool, tool: str) -> None:
+    change, fold = TOOLS[tool]
+    theirs = network(*([nn.ReLU()] if relu else []), dims=dims)
+    model = change(copy.deepcopy(theirs))
+    found, expected = fold(model), fold(theirs)
+    assert kinds(found) == kinds(expected)
+    assert list(found.state_dict()) == list(expected.state_dict())
+    assert_close(found(data(dims)), expected(data(dims)))
+    assert isinstance(model[1], getattr(bnfast, f"BatchNorm{dims}d"))  # in the model that was given
+
+
+# torch.fx's optimizer
 
 
 class Doubling(bnfast.BatchNorm2d):
@@ -101,131 +111,95 @@ class Leaves(torch.fx.Tracer):
         return isinstance(m, bnfast.BatchNorm2d) or super().is_leaf_module(m, name)
 
 
+def test_optimizer_folds_behind_linear_and_batch_renormalization() -> None:
+    linear = bnfast.fuse(nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))).eval()
+    bare = bnfast.fuse(timms(nn.Identity()))
+    for model, x in ((linear, torch.randn(2, 3)), (renorm(), data()), (bare, data())):
+        folded = optimized(model)
+        assert len(kinds(folded)) == 1
+        assert_close(folded(x), model(x))
+
+
 def test_optimizer_leaves_what_does_more(caplog: pytest.LogCaptureFixture) -> None:
-    """A residual, an activation, a forward of somebody's."""
+    """That is a residual, an activation, or a subclass's forward."""
     adding = Adding().eval()
     assert_close(optimized(adding)(data()), adding(data()))
     assert not caplog.records
-    activating = network(norm=bnfast.BatchNorm2d(4, activation="silu"))
+    activating = nn.Sequential(active("silu"), nn.Conv2d(4, 3, 1), Adding("silu")).eval()
     assert_close(optimized(activating)(data()), activating(data()))
-    (record,) = caplog.records
-    assert record.levelno == logging.WARNING
-    assert "does not fold 1 layer (1) into the one before it, which" in record.getMessage()
-    assert "bnfast.fuse" in record.getMessage()
-    assert "bnfast.revert" not in record.getMessage()
+    assert caplog.records[0].levelno == logging.WARNING
+    (message,) = caplog.messages
+    assert "does not fold 1 layer (0.1) into the one before it, which" in message
+    assert "bnfast.fuse" in message
+    assert "bnfast.revert" not in message
     theirs = network(norm=Doubling(4))
     graph = torch.fx.GraphModule(theirs, Leaves().trace(theirs))
-    folded = torch.fx.experimental.optimization.fuse(graph, no_trace=True)
-    assert_close(folded(data()), theirs(data()))
+    assert_close(optimized(graph, no_trace=True)(data()), theirs(data()))
 
 
-def test_optimizer_leaves_timms_activation(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    """And says so once, however many layers there are, in each call."""
-    put_in_place(monkeypatch)
-    theirs = nn.Sequential(
-        network(norm=BatchNormAct2d(4, nn.ReLU())), nn.Conv2d(4, 3, 1),
-        network(norm=BatchNormAct2d(4, nn.ReLU())), nn.ReLU(), BatchNormAct2d(4, nn.ReLU()),
-    ).eval()  # fmt: skip
+def test_optimizer_leaves_timms_activation(caplog: pytest.LogCaptureFixture) -> None:
+    """It says so once in each call, however many layers there are."""
+    relu = nn.ReLU()
+    layers = timms(relu), nn.Conv2d(4, 3, 1), timms(relu), relu, BatchNormAct2d(4, relu)
+    theirs = nn.Sequential(*layers).eval()
     for calls in (1, 2):
-        assert_close(optimized(ours(theirs))(data()), theirs(data()))
+        assert_close(optimized(bnfast.fuse(copy.deepcopy(theirs)))(data()), theirs(data()))
         assert len(caplog.records) == calls
-    message = caplog.records[1].getMessage()
-    assert "does not fold 2 layers (0.1, 2.1) into the ones before them" in message
-    assert "bnfast.revert(model) gives back" in message
-    assert "activation=" not in message
-    bare = network(norm=BatchNormAct2d(4, nn.Identity()))
-    assert not any("Norm" in kind for kind in kinds(optimized(ours(bare))))
-    assert_close(optimized(ours(bare))(data()), bare(data()))
+    assert "does not fold 2 layers (0.1, 2.1) into the ones before them" in caplog.messages[1]
+    assert "bnfast.revert(model) gives back" in caplog.messages[1]
+    assert "activation=" not in caplog.messages[1]
 
 
 # torch.nn.utils.fusion
 
 
-@pytest.mark.parametrize("make", [bnfast.BatchNorm2d, bnfast.BatchRenorm2d])
-def test_fuse_conv_bn_eval(make: Any) -> None:
-    model = network(norm=make(4))
-    assert_close(nn.utils.fusion.fuse_conv_bn_eval(*model)(data()), model(data()))
-    for activation in ("relu", ("leaky_relu", 0.1)):
-        with pytest.raises(RuntimeError, match="fuse_conv_bn_eval would lose an activation: .*elu itself"):
-            nn.utils.fuse_conv_bn_eval(*network(norm=make(4, activation=activation)))
-
-
-def test_fuse_linear_bn_eval() -> None:
-    linear, norm, x = nn.Linear(3, 4).eval(), bnfast.BatchNorm1d(4).eval(), torch.randn(2, 3)
-    assert_close(nn.utils.fusion.fuse_linear_bn_eval(linear, norm)(x), norm(linear(x)))
-    norm.activation = bnfast.Activation("relu")
-    with pytest.raises(RuntimeError, match="fuse_linear_bn_eval would lose an activation"):
-        nn.utils.fusion.fuse_linear_bn_eval(linear, norm)
+def test_fuse_conv_bn_eval() -> None:
+    linear = nn.Sequential(nn.Linear(3, 4), bnfast.BatchNorm1d(4)).eval()
+    for model, x in ((active(None), data()), (renorm(), data()), (linear, torch.randn(2, 3))):
+        name = f"fuse_{'linear' if model is linear else 'conv'}_bn_eval"
+        fold = getattr(nn.utils.fusion, name)
+        assert_close(fold(*model)(x), model(x))
+        for activation in ("relu", ("leaky_relu", 0.1)):
+            model[1].activation = bnfast.Activation.of(activation)
+            with pytest.raises(RuntimeError, match=f"{name} would lose an activation: .*elu itself"):
+                fold(*model)
+    with pytest.raises(RuntimeError, match=r"applies relu itself\. bnfast.revert\(model\) gives back"):
+        nn.utils.fuse_conv_bn_eval(*bnfast.fuse(timms(nn.ReLU())))
 
 
 def test_functions_on_tensors_are_as_they_were() -> None:
-    """Whatever calls them."""
-    conv, norm = network()
-    tensors = (conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias)
+    """They check no layer where other code calls them, whatever its variables are called."""
+    conv, bn = network()
+    expected = nn.utils.fuse_conv_bn_eval(conv, bn)
+    tensors = (conv.weight, conv.bias, bn.running_mean, bn.running_var, bn.eps, bn.weight, bn.bias)
+    bn = bnfast.BatchNorm2d(4, activation="relu")
     weight, bias = nn.utils.fusion.fuse_conv_bn_weights(*tensors)
-    expected = nn.utils.fuse_conv_bn_eval(conv, norm)
     assert_close((weight, bias), (expected.weight, expected.bias))
-
-
-def test_what_raises_names_a_way_out_for_timms(monkeypatch: pytest.MonkeyPatch) -> None:
-    put_in_place(monkeypatch)
-    conv, norm = ours(network(norm=BatchNormAct2d(4, nn.ReLU())))
-    with pytest.raises(RuntimeError, match=r"applies relu itself\. bnfast.revert\(model\) gives back"):
-        nn.utils.fusion.fuse_conv_bn_eval(conv, norm)
 
 
 # torch.ao.quantization
 
 
-def ao(part: str) -> Any:
-    return pytest.importorskip(f"torch.ao.quantization{part}")
-
-
-def fused_eagerly(model: nn.Module, training: bool = False) -> nn.Module:
-    names = [name for name, module in model.named_children()]
-    call = ao("").fuse_modules_qat if training else ao("").fuse_modules
-    return call(model.train(training), [names])  # type: ignore[no-any-return]
-
-
-@pytest.mark.parametrize("training", [False, True], ids=["eval", "qat"])
-@pytest.mark.parametrize("relu", [False, True])
-@pytest.mark.parametrize("dims", [1, 2, 3])
-def test_fuse_modules(dims: int, relu: bool, training: bool) -> None:
-    theirs = network(dims, *([nn.ReLU()] if relu else []))
-    model = bnfast.convert(copy.deepcopy(theirs))
-    before = copy.deepcopy(model)
-    found, expected = fused_eagerly(model, training), fused_eagerly(theirs, training)
-    assert kinds(found) == kinds(expected)
-    assert list(found.state_dict()) == list(expected.state_dict())
-    assert_close(found(data(dims)), expected(data(dims)))
-    assert isinstance(before[1], getattr(bnfast, f"BatchNorm{dims}d"))
-    assert isinstance(model[1], getattr(bnfast, f"BatchNorm{dims}d"))  # in the model that was given
-
-
 def test_fuse_modules_raises_for_what_it_would_lose() -> None:
     with pytest.raises(RuntimeError, match="fuse_modules would lose an activation: BatchNorm2d applies relu"):
-        fused_eagerly(network(norm=bnfast.BatchNorm2d(4, activation="relu")))
-    renorm = network(norm=bnfast.BatchRenorm2d(4))
-    assert_close(fused_eagerly(renorm)(data()), renorm(data()))
-    with pytest.raises(
-        RuntimeError, match="fuse_modules would train a BatchNorm .*BatchRenorm2d: use bnfast.revert"
-    ):
-        fused_eagerly(renorm, training=True)
+        fused_eagerly(active())
+    assert_close(fused_eagerly(renorm())(data()), renorm()(data()))
+    words = "fuse_modules would train a BatchNorm .*BatchRenorm2d: use bnfast.revert"
+    with pytest.raises(RuntimeError, match=words):
+        fused_eagerly(renorm(), training=True)
 
 
 def layers() -> nn.Sequential:
-    """What graph mode quantizes: with a convolution, and by themselves."""
+    """Layers that graph mode quantizes, behind a convolution and by themselves."""
     return nn.Sequential(
-        *network(2, nn.ReLU()), *nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)), nn.BatchNorm2d(4),
-        nn.GroupNorm(2, 4), nn.Hardtanh(), nn.InstanceNorm2d(4), nn.LayerNorm([6, 6]),
+        *network(nn.ReLU()), nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.BatchNorm2d(4),
+        nn.GroupNorm(2, 4), nn.Hardtanh(), nn.InstanceNorm2d(4), nn.LayerNorm([5, 6]),
     ).eval()  # fmt: skip
 
 
 def quantized(model: nn.Module, training: bool = False) -> tuple[Any, Any]:
     fx = ao(".quantize_fx")
-    mapping = ao("").get_default_qat_qconfig_mapping if training else ao("").get_default_qconfig_mapping
+    mapping = ao().get_default_qat_qconfig_mapping if training else ao().get_default_qconfig_mapping
     prepare = fx.prepare_qat_fx if training else fx.prepare_fx
     prepared = prepare(model.train(training), mapping("x86"), (data(),))
     prepared(data())
@@ -240,8 +214,9 @@ def test_graph_mode(change: Callable[[nn.Module], nn.Module], training: bool) ->
     before = kinds(model)
     (prepared, found), (theirs_prepared, expected) = quantized(model, training), quantized(theirs, training)
     assert kinds(prepared) == kinds(theirs_prepared)
-    assert graph_of(found) == graph_of(expected)
     assert kinds(found) == kinds(expected)
+    nodes = [[(node.op, str(node.target)) for node in graph.graph.nodes] for graph in (found, expected)]
+    assert nodes[0] == nodes[1]
     assert_close(prepared(data()), theirs_prepared(data()))
     if "x86" in torch.backends.quantized.supported_engines:
         torch.backends.quantized.engine = "x86"
@@ -249,54 +224,50 @@ def test_graph_mode(change: Callable[[nn.Module], nn.Module], training: bool) ->
     assert kinds(model) == before  # the model that was given
 
 
-@pytest.mark.parametrize("name", ["relu", "hardswish", "silu"])
-def test_graph_mode_sets_a_layers_activation_behind_it(name: str) -> None:
-    given = network(norm=bnfast.BatchNorm2d(4, activation=name))
-    modules = {"relu": nn.ReLU, "hardswish": nn.Hardswish, "silu": nn.SiLU}
-    theirs = network(2, modules[name]())
-    (prepared, found), (theirs_prepared, expected) = quantized(given), quantized(theirs)
-    assert [op for op, _ in graph_of(found)] == [op for op, _ in graph_of(expected)]
+class Twice(nn.Module):
+    """Calls a layer two times."""
+
+    def __init__(self, *layers: nn.Module) -> None:
+        super().__init__()
+        self.conv, self.norm, self.act = layers
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(self.norm(self.act(self.norm(self.conv(x)))))
+
+
+@pytest.mark.parametrize("make", [active, timms])
+@pytest.mark.parametrize("kind", [nn.ReLU, nn.Hardswish, nn.SiLU])
+def test_graph_mode_sets_a_layers_activation_behind_it(kind: type[nn.Module], make: Any) -> None:
+    given = bnfast.convert(make(kind()))
+    (prepared, found), (theirs_prepared, expected) = quantized(given), quantized(network(kind()))
+    assert [node.op for node in found.graph.nodes] == [node.op for node in expected.graph.nodes]
     assert not any("Norm" in kind for kind in kinds(found))
     assert_close(prepared(data()), theirs_prepared(data()))
-    assert given[1].activation == bnfast.Activation(name)
-
-
-def test_graph_mode_with_a_layer_that_is_called_twice() -> None:
-    class Twice(nn.Module):
-        def __init__(self, *layers: nn.Module) -> None:
-            super().__init__()
-            self.conv, self.norm, self.act = layers
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.act(self.norm(self.act(self.norm(self.conv(x)))))
-
-    given = Twice(*network(2, nn.Identity(), norm=bnfast.BatchNorm2d(4, activation="relu"))).eval()
-    theirs = Twice(*network(2, nn.ReLU())).eval()
-    assert_close(quantized(given)[0](data()), quantized(theirs)[0](data()))
+    assert given[1].activation == bnfast.Activation.of(kind)
+    twice, expected = (Twice(*m).eval() for m in ((*given, nn.Identity()), network(kind())))
+    assert_close(quantized(twice)[0](data()), quantized(expected)[0](data()))
 
 
 def test_graph_mode_leaves_and_raises() -> None:
     adding = Adding().eval()
     assert_close(quantized(adding)[0](data()), adding(data()))
     with pytest.raises(RuntimeError, match="prepare_qat_fx would train a BatchNorm .*bnfast.revert"):
-        quantized(network(norm=bnfast.BatchRenorm2d(4)), training=True)
+        quantized(renorm(), training=True)
 
 
 def test_eager_mode() -> None:
-    results = []
-    for change in (lambda model: model, bnfast.convert):
-        model = change(nn.Sequential(ao("").QuantStub(), *layers(), ao("").DeQuantStub()))
-        model = ao("").fuse_modules(model.eval(), [["1", "2", "3"], ["4", "5"]])
-        model.qconfig = ao("").get_default_qconfig("x86")
-        ao("").prepare(model, inplace=True)
-        model(data())
-        results.append(ao("").convert(model, inplace=True))
-    assert kinds(results[1]) == kinds(results[0])
-    assert sum("nn.quantized" in kind for kind in kinds(results[1])) == 7
-    activating = nn.Sequential(
-        ao("").QuantStub(), *network(norm=bnfast.BatchNorm2d(4, activation="relu"))
-    ).eval()
-    activating.qconfig = ao("").get_default_qconfig("x86")
-    ao("").prepare(activating, inplace=True)(data())
+    def prepared(model: nn.Module, pairs: list[list[str]]) -> nn.Module:
+        model = nn.Sequential(ao().QuantStub(), *model, ao().DeQuantStub()).eval()
+        model = ao().fuse_modules(model, pairs) if pairs else model
+        model.qconfig = ao().get_default_qconfig("x86")
+        ao().prepare(model, inplace=True)(data())
+        return model
+
+    results = [
+        kinds(ao().convert(prepared(model, [["1", "2", "3"], ["4", "5"]])))
+        for model in (bnfast.convert(layers()), layers())
+    ]
+    assert results[0] == results[1]
+    assert sum("nn.quantized" in kind for kind in results[0]) == 7
     with pytest.raises(RuntimeError, match="convert would lose an activation"):
-        ao("").convert(activating)
+        ao().convert(prepared(active(), []))

@@ -1,9 +1,10 @@
-"""Opacus on our layers: it refuses those that mix samples, replaces them as it does torch.nn's, with their
-activations, and computes the gradients of each sample for all others."""
+"""Opacus on bnfast's layers: it refuses those that mix samples, replaces them as it does torch.nn's, with
+their activations, and computes the gradients of each sample for all others."""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -13,82 +14,65 @@ from torch.testing import assert_close
 
 import bnfast
 from bnfast.modules import plain
-from tests.support.foreign import BatchNormAct2d, put_in_place
+from tests.support.foreign import BatchNormAct2d
 
-validators = pytest.importorskip("opacus.validators")
-Validator = validators.ModuleValidator
-
-
-@pytest.fixture(autouse=True)
-def _in_plain_torch(plain_torch_in_one_thread: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    put_in_place(monkeypatch)
+Validator = pytest.importorskip("opacus.validators").ModuleValidator
+pytestmark = pytest.mark.usefixtures("stand_ins", "plain_torch_in_one_thread")
 
 
 def errors(layer: nn.Module) -> list[tuple[str, str]]:
     return [(type(e).__name__, str(e)) for e in Validator.validate(nn.Sequential(layer))]
 
 
-MIXING: dict[str, dict[str, Any]] = {
-    f"{kind}{n}d": arguments
-    for kind, arguments in (
-        ("BatchNorm", {}),
-        ("InstanceNorm", {"affine": True, "track_running_stats": True}),
-    )
-    for n in (1, 2, 3)
-}
+def fixed(*layers: nn.Module, **options: Any) -> Any:
+    model = Validator.fix(nn.Sequential(*layers), **options)
+    assert not Validator.validate(model)
+    return model
 
 
-@pytest.mark.parametrize("name", MIXING)
-def test_refuses_what_torchs_is_refused_for(name: str) -> None:
-    theirs = getattr(nn, name)(4, **MIXING[name])
-    expected = errors(theirs)
-    fixed = Validator.fix(nn.Sequential(theirs))[0]
-    assert len(expected) == 1
-    for ours in (getattr(bnfast, name)(4, **MIXING[name]), bnfast.convert(copy.deepcopy(theirs))):
-        assert errors(ours) == expected
-        found = Validator.fix(nn.Sequential(ours))[0]
-        assert not errors(found)
-        assert isinstance(found, type(fixed))
-        assert found.extra_repr() == fixed.extra_repr()
-        assert type(ours) is getattr(bnfast, name)
+@pytest.mark.parametrize("dims", [1, 2, 3])
+@pytest.mark.parametrize("kind", ["BatchNorm", "InstanceNorm"])
+def test_refuses_what_torchs_is_refused_for(kind: str, dims: int) -> None:
+    name = f"{kind}{dims}d"
+    theirs = getattr(nn, name)(4, affine=True, track_running_stats=True)
+    (expected,) = errors(theirs)
+    converted = bnfast.convert(copy.deepcopy(theirs))
+    made = [getattr(library, name)(4, affine=True, track_running_stats=True) for library in (bnfast, plain)]
+    for ours in (*made, converted):
+        assert errors(ours) == [expected]
+        assert isinstance(fixed(ours)[0], type(fixed(theirs)[0]))
+        assert fixed(ours)[0].extra_repr() == fixed(theirs)[0].extra_repr()
+    assert type(converted) is getattr(bnfast, name)  # it is still there
 
 
 @pytest.mark.parametrize("name", ["GroupNorm", "LayerNorm", "InstanceNorm2d", "FrozenBatchNorm2d"])
 def test_takes_what_mixes_nothing(name: str) -> None:
-    layer = getattr(bnfast, name)(*((2, 4) if name == "GroupNorm" else (4,)))
-    assert not errors(layer)
+    assert not errors(getattr(bnfast, name)(*((2, 4) if name == "GroupNorm" else (4,))))
 
 
-def from_timm(act: nn.Module) -> nn.Module:
-    return bnfast.convert(BatchNormAct2d(4, act))
-
-
-ACTIVATING = {
+ACTIVE: dict[str, Callable[[], nn.Module]] = {
     "ours": lambda: bnfast.BatchNorm2d(4, activation="silu"),
     "reverted": lambda: bnfast.revert(bnfast.BatchNorm2d(4, activation="silu")),
-    "timm's": lambda: from_timm(nn.SiLU()),
+    "timm's": lambda: bnfast.convert(BatchNormAct2d(4, nn.SiLU())),
     "Batch Renormalization": lambda: bnfast.BatchRenorm2d(4, activation="silu"),
 }
 
 
-@pytest.mark.parametrize("kwargs", [{}, {"num_groups": 2}, {"replace_bn_with_in": True}], ids=str)
-@pytest.mark.parametrize("name", ACTIVATING)
-def test_replaced_with_the_activation(name: str, kwargs: dict[str, Any]) -> None:
-    layer = ACTIVATING[name]()
+@pytest.mark.parametrize("options", [{}, {"num_groups": 2}, {"replace_bn_with_in": True}], ids=str)
+@pytest.mark.parametrize("name", ACTIVE)
+def test_replaced_with_the_activation(name: str, options: dict[str, Any]) -> None:
+    layer, x = ACTIVE[name](), torch.randn(3, 4, 5, 5)
     assert [kind for kind, _ in errors(layer)] == ["ShouldReplaceModuleError"]
-    x = torch.randn(3, 4, 5, 5)
-    fixed = Validator.fix(nn.Sequential(layer), **kwargs)
-    assert not Validator.validate(fixed)
-    assert not isinstance(fixed[0], nn.BatchNorm2d)
-    bare = Validator.fix(nn.Sequential(nn.BatchNorm2d(4)), **kwargs)
-    assert_close(fixed(x), nn.functional.silu(bare(x)))
+    found = fixed(layer, **options)
+    assert not isinstance(found[0], nn.BatchNorm2d)
+    assert_close(found(x), nn.functional.silu(fixed(nn.BatchNorm2d(4), **options)(x)))
 
 
-def test_what_cannot_be_kept_raises() -> None:
-    layer = from_timm(nn.ReLU())
+def test_an_activation_that_cannot_be_kept_raises() -> None:
+    layer = bnfast.convert(BatchNormAct2d(4, nn.ReLU()))
     layer.act = nn.Softplus()
     with pytest.raises(ValueError, match="Softplus, which BatchNorm2d calls, would be lost.*bnfast.revert"):
-        Validator.fix(nn.Sequential(layer))
+        fixed(layer)
 
 
 class Mine(bnfast.BatchNorm2d):
@@ -96,34 +80,27 @@ class Mine(bnfast.BatchNorm2d):
 
 
 def test_subclasses_are_refused_and_not_replaced() -> None:
-    """Nobody knows what they do beside."""
+    """They may do more than their replacement would."""
     assert [kind for kind, _ in errors(Mine(4))] == ["ShouldReplaceModuleError"]
     assert type(Validator.fix(nn.Sequential(Mine(4)))[0]) is Mine
 
 
-def small() -> nn.Sequential:
-    return nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4, track_running_stats=False), nn.ReLU())
-
-
 def test_a_fused_model() -> None:
-    theirs = small()
+    """It is replaced as the original one, and private training of it is refused until then."""
+    opacus = pytest.importorskip("opacus")
+    theirs = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4, track_running_stats=False), nn.ReLU())
     ours = bnfast.fuse(copy.deepcopy(theirs))
     assert len(bnfast.fusion_report(ours).fused) == 1
+    x = torch.randn(4, 3, 4, 4)
     found, expected = (Validator.fix(model) for model in (ours, theirs))
     assert type(found[1]) is nn.GroupNorm
-    x = torch.randn(2, 3, 4, 4)
     assert_close(found(x), expected(x))
-
-
-def test_private_training_of_it_is_refused() -> None:
-    opacus = pytest.importorskip("opacus")
-    model = bnfast.fuse(small())
-    data = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(torch.randn(4, 3, 4, 4)), batch_size=2)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    arguments: dict[str, Any] = {
+        "optimizer": torch.optim.SGD(ours.parameters(), lr=0.1),
+        "data_loader": torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x), batch_size=2),
+    }
     with pytest.raises(Exception, match="BatchNorm cannot support training with differential privacy"):
-        opacus.PrivacyEngine().make_private(
-            module=model, optimizer=optimizer, data_loader=data, noise_multiplier=1.0, max_grad_norm=1.0
-        )
+        opacus.PrivacyEngine().make_private(module=ours, noise_multiplier=1.0, max_grad_norm=1.0, **arguments)
 
 
 PRIVATE: dict[str, Any] = {
@@ -133,39 +110,32 @@ PRIVATE: dict[str, Any] = {
 }
 
 
-def of_each_sample(layer: nn.Module, x: Tensor, *behind: nn.Module) -> dict[str, Tensor]:
-    """The gradients of one sample at a time."""
-    rows = []
-    for sample in x:
-        y = nn.Sequential(layer, *behind)(sample[None])
-        rows.append(torch.autograd.grad((y * y.detach().cos()).sum(), list(layer.parameters())))
-    return {name: torch.stack(column) for (name, _), column in zip(layer.named_parameters(), zip(*rows))}  # noqa: B905
+def backward(model: nn.Module, x: Tensor) -> None:
+    y = model(x)
+    (y * y.detach().cos()).sum().backward()
 
 
+@pytest.mark.filterwarnings("ignore:Full backward hook is firing")
 @pytest.mark.parametrize("mode", ["hooks", "functorch", "ghost"])
 @pytest.mark.parametrize("activation", [None, "relu"])
 @pytest.mark.parametrize("name", PRIVATE)
 def test_gradients_of_each_sample(name: str, activation: str | None, mode: str) -> None:
     grad_sample = pytest.importorskip("opacus.grad_sample.utils")
     x = torch.randn(3, 4, 4, 3, dtype=torch.float64)
-    layer = PRIVATE[name](bnfast, activation=activation).double()
-    theirs = PRIVATE[name](nn).double()
+    layer, theirs = PRIVATE[name](bnfast, activation=activation).double(), PRIVATE[name](nn).double()
     with torch.no_grad():
         for a, b in zip(layer.parameters(), theirs.parameters(), strict=True):
             b.copy_(a.copy_(torch.rand_like(a) + 0.5))
-    expected = of_each_sample(theirs, x, *([nn.ReLU()] if activation else []))
+    rows = []
+    for sample in x:
+        theirs.zero_grad()
+        backward(nn.Sequential(theirs, nn.ReLU() if activation else nn.Identity()), sample[None])
+        rows.append([p.grad for p in theirs.parameters()])
+    expected = [torch.stack(column) for column in zip(*rows, strict=True)]
     arguments = {"max_grad_norm": 1.0, "use_ghost_clipping": True} if mode == "ghost" else {}
-    private = grad_sample.prepare_module(layer, mode, loss_reduction="sum", **arguments)
-    y = private(x)
-    (y * y.detach().cos()).sum().backward()
+    backward(grad_sample.prepare_module(layer, mode, loss_reduction="sum", **arguments), x)
     if mode == "ghost":
-        norms = torch.stack([g.flatten(1).norm(dim=1) for g in expected.values()]).norm(dim=0)
-        found = torch.stack([p._norm_sample for p in layer.parameters()]).norm(dim=0)
-        assert_close(found, norms)
-        return
-    assert_close({key: p.grad_sample for key, p in layer.named_parameters()}, expected)
-
-
-def test_plain_layers_are_known_too() -> None:
-    assert len(errors(plain.BatchNorm1d(4))) == 1
-    assert len(errors(plain.InstanceNorm1d(4, affine=True, track_running_stats=True))) == 1
+        norms = torch.stack([g.flatten(1).norm(dim=1) for g in expected])
+        assert_close(torch.stack([p._norm_sample for p in layer.parameters()]), norms)
+    else:
+        assert_close([p.grad_sample for p in layer.parameters()], expected)

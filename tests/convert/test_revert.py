@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import copy
-import logging
-import warnings
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -14,28 +11,24 @@ from torch import Tensor, nn
 
 import bnfast
 from bnfast.modules import plain
-from bnfast.modules.drop_in import DropIn
-from tests.support.convertible import CONVOLUTIONS
-from tests.support.foreign import BatchNormAct2d, DetectronFrozen, put_in_place
+from bnfast.modules.frozenbatchnorm import TorchFrozenBatchNorm2d
+from tests.support.convertible import CONVOLUTIONS, data
+from tests.support.foreign import BatchNormAct2d, DetectronFrozen
 from tests.support.training import assert_same_training, record
 
+pytestmark = [pytest.mark.usefixtures("stand_ins"), pytest.mark.filterwarnings("ignore::DeprecationWarning")]
 
-@pytest.fixture(autouse=True)
-def _others_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    put_in_place(monkeypatch)
-
-
-# What has no counterpart in torch: (spatial dimensions, the layer)
-OURS: dict[str, tuple[int, Callable[[], nn.Module]]] = {
-    "BatchNorm1d": (1, lambda: bnfast.BatchNorm1d(4, activation="relu")),
-    "BatchNorm2d": (2, lambda: bnfast.BatchNorm2d(4, activation=("leaky_relu", 0.3))),
-    "BatchNorm3d": (3, lambda: bnfast.BatchNorm3d(4, activation="silu")),
-    "FrozenBatchNorm2d": (2, lambda: bnfast.FrozenBatchNorm2d(4, activation="elu")),
-    "GroupNorm": (2, lambda: bnfast.GroupNorm(2, 4, activation="gelu")),
-    "InstanceNorm1d": (1, lambda: bnfast.InstanceNorm1d(4, activation="mish")),
-    "InstanceNorm2d": (2, lambda: bnfast.InstanceNorm2d(4, activation="tanh")),
-    "InstanceNorm3d": (3, lambda: bnfast.InstanceNorm3d(4, affine=True, activation="sigmoid")),
-    "LayerNorm": (2, lambda: bnfast.LayerNorm([5, 6], activation="hardswish")),
+# name: (spatial dimensions of the input, the arguments)
+ACTIVE: dict[str, tuple[int, tuple[Any, ...], dict[str, Any]]] = {
+    "BatchNorm1d": (1, (4,), {"activation": "relu"}),
+    "BatchNorm2d": (2, (4,), {"activation": ("leaky_relu", 0.3)}),
+    "BatchNorm3d": (3, (4,), {"activation": "silu"}),
+    "FrozenBatchNorm2d": (2, (4,), {"activation": "elu"}),
+    "GroupNorm": (2, (2, 4), {"activation": "gelu"}),
+    "InstanceNorm1d": (1, (4,), {"activation": "mish"}),
+    "InstanceNorm2d": (2, (4,), {"activation": "tanh"}),
+    "InstanceNorm3d": (3, (4,), {"activation": "sigmoid", "affine": True}),
+    "LayerNorm": (2, ([5, 6],), {"activation": "hardswish"}),
 }
 
 
@@ -51,31 +44,25 @@ class Residual(nn.Module):
         return self.norm(self.norm(x), residual=x)
 
 
-@pytest.mark.parametrize("name", OURS)
+@pytest.mark.parametrize("name", ACTIVE)
 def test_an_activation_reverts_to_plain_torch(name: str, launches: list[Any]) -> None:
-    """With the same keys and numbers, and no kernel; then back to ours."""
-    dims, make = OURS[name]
+    """The plain layer has the same keys and numbers and launches no kernel; and it converts again."""
+    dims, arguments, options = ACTIVE[name]
     torch.manual_seed(0)
-    ours = Residual(dims, make()).double()
+    ours: Any = Residual(dims, getattr(bnfast, name)(*arguments, **options)).double()
     theirs = bnfast.revert(copy.deepcopy(ours))
     assert type(theirs.norm) is getattr(plain, name)
     assert list(theirs.state_dict()) == list(ours.state_dict())
     assert repr(theirs.norm) == repr(ours.norm)
-    x = torch.randn(3, 3, *(5, 6, 2)[:dims], dtype=torch.float64)
-    expected = record(copy.deepcopy(theirs), x, steps=1)
+    expected = record(copy.deepcopy(theirs), data(dims), steps=1)
     assert not launches
-    assert_same_training(record(ours, x, steps=1), expected)
+    assert_same_training(record(ours, data(dims), steps=1), expected)
+    with pytest.raises(ValueError, match="residual must have input's shape"):
+        theirs.norm(theirs.conv(data(dims)), residual=data(dims))
+    with pytest.raises(RuntimeError, match="which has no activation"):
+        torch.jit.script(theirs.norm)
     assert type(bnfast.convert(theirs).norm) is type(ours.norm)
     assert theirs.norm.activation == ours.norm.activation
-    with pytest.raises(ValueError, match="residual must have input's shape"):
-        bnfast.revert(theirs).norm(theirs.conv(x), residual=x)
-
-
-def test_without_an_activation_ours_revert_to_torchs() -> None:
-    layers = [bnfast.BatchNorm2d(4), bnfast.GroupNorm(2, 4), bnfast.LayerNorm(4), bnfast.InstanceNorm1d(4)]
-    theirs = bnfast.revert(nn.Sequential(*layers))
-    assert [type(m) for m in theirs] == [nn.BatchNorm2d, nn.GroupNorm, nn.LayerNorm, nn.InstanceNorm1d]
-    assert repr(theirs[0]) == repr(nn.BatchNorm2d(4))
 
 
 def test_an_activation_given_since_is_kept() -> None:
@@ -104,7 +91,7 @@ def test_renorm_becomes_batchnorm_and_says_so(
         model(x)
     expected, state = model.eval()(x), list(model.state_dict())
     bnfast.revert(model)
-    assert [r.getMessage() for r in caplog.records] == [
+    assert caplog.messages == [
         "revert: Batch Renormalization became BatchNorm, which is equal in eval only: 0"
     ]
     assert type(model[0]) is (nn.BatchNorm2d if activation is None else plain.BatchNorm2d)
@@ -112,11 +99,12 @@ def test_renorm_becomes_batchnorm_and_says_so(
     torch.testing.assert_close(model(x), expected, rtol=1e-12, atol=1e-12)
 
 
-def test_every_layer_of_ours_goes_back() -> None:
-    for name in bnfast.modules.__all__:
-        layer = getattr(bnfast, name)(*((2, 4) if name == "GroupNorm" else (4,)))
-        assert not type(bnfast.revert(layer)).__name__.startswith("BatchRenorm")
-        assert not isinstance(layer, DropIn)
+@pytest.mark.parametrize("name", bnfast.modules.__all__)
+def test_without_an_activation_it_becomes_torchs(name: str) -> None:
+    layer = bnfast.revert(getattr(bnfast, name)(*((2, 4) if name == "GroupNorm" else (4,))))
+    like = name.replace("Renorm", "Norm")
+    assert type(layer) is getattr(nn, like, TorchFrozenBatchNorm2d)
+    assert type(bnfast.convert(layer)) is getattr(bnfast, like)
 
 
 def test_what_was_fused_is_undone_first() -> None:
@@ -131,17 +119,4 @@ def test_frozen_without_an_activation_is_traced_and_scripted() -> None:
     layer = bnfast.revert(bnfast.FrozenBatchNorm2d(4, dtype=torch.float64))
     model, x = nn.Sequential(layer), torch.randn(2, 4, 3, 3, dtype=torch.float64)
     torch.testing.assert_close(torch.fx.symbolic_trace(model)(x), model(x))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
-        torch.testing.assert_close(torch.jit.script(model)(x), model(x))
-
-
-def test_subclasses_of_ours_are_left_by_both(caplog: pytest.LogCaptureFixture) -> None:
-    class Mine(bnfast.BatchNorm2d):
-        pass
-
-    layer = Mine(4)
-    with caplog.at_level(logging.INFO, "bnfast"):
-        bnfast.revert(bnfast.convert(layer))
-    assert type(layer) is Mine
-    assert "Mine (a subclass of bnfast's): the model" in caplog.records[-1].getMessage()
+    torch.testing.assert_close(torch.jit.script(model)(x), model(x))

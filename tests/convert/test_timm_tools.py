@@ -14,9 +14,13 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 import bnfast
+from tests.support.convertible import around, data
 from tests.support.zoo import installed
 
+pytestmark = pytest.mark.usefixtures("plain_torch_in_one_thread")
 LAYERS = 34  # of mobilenetv3_small_050
+STOPPED = "applies Hardswish itself.*use timm's convert_sync_batchnorm or"
+Change = Callable[[nn.Module], nn.Module]
 
 
 @pytest.fixture(scope="module")
@@ -32,88 +36,74 @@ def original(timm: Any) -> nn.Module:
     for name, buffer in model.named_buffers():
         if "running" in name:
             buffer.copy_(torch.rand_like(buffer) + 0.5)
-    return model.eval()  # type: ignore[no-any-return]
+    return model.eval()
 
 
-@pytest.fixture(autouse=True)
-def _on_plain_torch(plain_torch_in_one_thread: None) -> None:
-    pass
+@pytest.fixture(params=[bnfast.convert, bnfast.fuse], ids=["convert", "fuse"])
+def change(request: pytest.FixtureRequest) -> Change:
+    return request.param
+
+
+@pytest.fixture
+def model(change: Change, original: nn.Module) -> Any:
+    return change(copy.deepcopy(original))
 
 
 def images() -> Tensor:
     return torch.randn(2, 3, 32, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 
 
-def count(model: nn.Module, kind: type) -> int:
-    return sum(type(module) is kind for module in model.modules())
+def count(model: nn.Module, *kinds: type) -> int:
+    return sum(type(module) in kinds for module in model.modules())
 
 
-both_ways = pytest.mark.parametrize("change", [bnfast.convert, bnfast.fuse])
-
-
-@both_ways
-def test_freeze_and_unfreeze_batch_norm(
-    change: Callable[[nn.Module], nn.Module], timm: Any, original: nn.Module
-) -> None:
-    expected, model = original(images()), change(copy.deepcopy(original))
-    frozen = timm.layers.freeze_batch_norm_2d(model)
-    assert count(frozen, timm.layers.FrozenBatchNormAct2d) + count(frozen, _frozen()) == LAYERS
+def test_freeze_and_unfreeze_batch_norm(change: Change, model: Any, timm: Any, original: nn.Module) -> None:
+    expected, layers = original(images()), timm.layers
+    frozen = layers.freeze_batch_norm_2d(model)
+    constant = installed("torchvision").ops.FrozenBatchNorm2d
+    assert count(frozen, layers.FrozenBatchNormAct2d, constant) == LAYERS
     assert_close(frozen.train()(images()), expected)
     again = change(frozen)
     assert sum(isinstance(m, bnfast.FrozenBatchNorm2d) for m in again.modules()) == LAYERS
     assert_close(again(images()), expected)
-    unfrozen = timm.layers.unfreeze_batch_norm_2d(again).eval()
-    assert count(unfrozen, timm.layers.BatchNormAct2d) + count(unfrozen, nn.BatchNorm2d) == LAYERS
+    unfrozen = layers.unfreeze_batch_norm_2d(again).eval()
+    assert count(unfrozen, layers.BatchNormAct2d, nn.BatchNorm2d) == LAYERS
     assert_close(unfrozen(images()), expected)
 
 
-def _frozen() -> type:
-    return installed("torchvision").ops.FrozenBatchNorm2d  # type: ignore[no-any-return]
-
-
-@both_ways
-def test_freeze_and_unfreeze_a_model(
-    change: Callable[[nn.Module], nn.Module], timm: Any, original: nn.Module
-) -> None:
-    expected, model = original(images()), change(copy.deepcopy(original))
+def test_freeze_and_unfreeze_a_model(model: Any, timm: Any, original: nn.Module) -> None:
     timm.utils.freeze(model, ["conv_stem", "bn1", "blocks.0"], include_bn_running_stats=True)
     assert type(model.bn1) is timm.layers.FrozenBatchNormAct2d
     assert not any(p.requires_grad for p in model.blocks[0].parameters())
-    assert_close(model(images()), expected)
+    assert_close(model(images()), original(images()))
     timm.utils.unfreeze(model, include_bn_running_stats=True)
     assert type(model.bn1) is timm.layers.BatchNormAct2d
-    assert_close(model.eval()(images()), expected)
+    assert_close(model.eval()(images()), original(images()))
 
 
-@both_ways
-def test_synchronized(change: Callable[[nn.Module], nn.Module], timm: Any, original: nn.Module) -> None:
+def test_synchronized(model: Any, timm: Any, original: nn.Module) -> None:
     """timm's converter keeps the activations; torch's, which Lightning calls, would not, and is stopped."""
-    model = change(copy.deepcopy(original))
-    with pytest.raises(RuntimeError, match="applies Hardswish itself.*use timm's convert_sync_batchnorm or"):
+    with pytest.raises(RuntimeError, match=STOPPED):
         nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(model))
+    with pytest.raises(RuntimeError, match="applies Hardswish itself.*convert_splitbn_model"):
+        timm.layers.convert_splitbn_model(copy.deepcopy(model))  # even timm's own layers lose theirs to it
     with pytest.warns(UserWarning, match="what bnfast.fuse had put inside"):
         synced = timm.layers.convert_sync_batchnorm(model)
     assert count(synced, timm.layers.SyncBatchNormAct) == LAYERS
     assert_close(synced(images()), original(images()))
 
 
-def test_split(timm: Any, original: nn.Module) -> None:
-    """timm's own layers lose their activations to this one."""
-    with pytest.raises(RuntimeError, match="applies Hardswish itself.*convert_splitbn_model"):
-        timm.layers.convert_splitbn_model(bnfast.convert(copy.deepcopy(original)))
-
-
 def test_lightnings_synchronization(timm: Any, original: nn.Module) -> None:
     plugin = pytest.importorskip("lightning.pytorch.plugins.layer_sync").TorchSyncBatchNorm()
-    with pytest.raises(RuntimeError, match="applies Hardswish itself.*use timm's convert_sync_batchnorm or"):
+    with pytest.raises(RuntimeError, match=STOPPED):
         plugin.apply(bnfast.fuse(copy.deepcopy(original)))
-    model = bnfast.fuse(nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU())).double().eval()
-    expected = model(images())
+    model = bnfast.fuse(around(nn.BatchNorm2d(4), nn.ReLU())).eval()
+    expected = model(data())
     assert len(bnfast.fusion_report(model).fused) == 1
     with pytest.warns(UserWarning, match="what bnfast.fuse had put inside.*bnfast.revert"):
         model = plugin.apply(model)
     assert not bnfast.fusion_report(model).fused
-    assert_close(model(images()), expected)
+    assert_close(model(data()), expected)
 
 
 def test_other_tools(timm: Any, original: nn.Module) -> None:

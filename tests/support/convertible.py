@@ -3,26 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tests.support.foreign import (
-    BatchNormAct2d,
-    DetectronFrozen,
-    FrozenBatchNormAct2d,
-    GELUTanh,
-    GroupNorm1,
-    GroupNormAct,
-    LayerNormAct,
-    TorchvisionFrozen,
-)
+from tests.support import foreign
 
 CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
-Make = Callable[[], nn.Module]
 
 # name: (spatial dimensions of its input, the layer)
-TORCHS: dict[str, tuple[int, Make]] = {
+ALL: dict[str, tuple[int, Callable[[], nn.Module]]] = {
     "BatchNorm1d": (1, lambda: nn.BatchNorm1d(4)),
     "BatchNorm2d": (2, lambda: nn.BatchNorm2d(4, eps=1e-3, momentum=0.3)),
     "BatchNorm2d, cumulative": (2, lambda: nn.BatchNorm2d(4, momentum=None)),
@@ -36,33 +27,42 @@ TORCHS: dict[str, tuple[int, Make]] = {
     "LayerNorm": (2, lambda: nn.LayerNorm([5, 6])),
     "LayerNorm, not affine": (1, lambda: nn.LayerNorm(5, elementwise_affine=False)),
     "LayerNorm, no bias": (1, lambda: nn.LayerNorm(5, bias=False)),
+    # of other libraries
+    "torchvision's FrozenBatchNorm2d": (2, lambda: foreign.TorchvisionFrozen(4)),
+    "detectron2's FrozenBatchNorm2d": (2, lambda: foreign.DetectronFrozen(4, eps=1e-3)),
+    "BatchNormAct2d": (2, lambda: foreign.BatchNormAct2d(4, nn.ReLU(inplace=True))),
+    "BatchNormAct2d, Identity": (2, lambda: foreign.BatchNormAct2d(4, nn.Identity())),
+    "BatchNormAct2d, LeakyReLU": (2, lambda: foreign.BatchNormAct2d(4, nn.LeakyReLU(0.2))),
+    "FrozenBatchNormAct2d": (2, lambda: foreign.FrozenBatchNormAct2d(4, nn.Hardswish())),
+    "GroupNormAct": (2, lambda: foreign.GroupNormAct(2, 4, nn.SiLU())),
+    "LayerNormAct": (1, lambda: foreign.LayerNormAct(5, foreign.GELUTanh())),
+    "timm's GroupNorm1": (2, lambda: foreign.GroupNorm1(1, 4)),
 }
-OTHERS: dict[str, tuple[int, Make]] = {
-    "torchvision's FrozenBatchNorm2d": (2, lambda: TorchvisionFrozen(4)),
-    "detectron2's FrozenBatchNorm2d": (2, lambda: DetectronFrozen(4, eps=1e-3)),
-    "BatchNormAct2d": (2, lambda: BatchNormAct2d(4, nn.ReLU(inplace=True))),
-    "BatchNormAct2d, Identity": (2, lambda: BatchNormAct2d(4, nn.Identity())),
-    "BatchNormAct2d, LeakyReLU": (2, lambda: BatchNormAct2d(4, nn.LeakyReLU(0.2))),
-    "FrozenBatchNormAct2d": (2, lambda: FrozenBatchNormAct2d(4, nn.Hardswish())),
-    "GroupNormAct": (2, lambda: GroupNormAct(4, nn.SiLU())),
-    "LayerNormAct": (1, lambda: LayerNormAct(5, GELUTanh())),
-    "timm's GroupNorm1": (2, lambda: GroupNorm1(4)),
-}
-ALL = TORCHS | OTHERS
 
 
-def network(name: str) -> nn.Sequential:
-    """A layer behind a convolution, so that there is always something to train; all in fp64."""
+def around(norm: nn.Module, *behind: nn.Module, dims: int = 2, bias: bool = False) -> Any:
+    """A layer behind a convolution, so that there is always something to train. Its parameters and statistics
+    are not those of a new layer. All is in fp64."""
     torch.manual_seed(0)
-    dims, make = ALL[name]
-    model = nn.Sequential(CONVOLUTIONS[dims](3, 4, 1, bias=False), make()).double()
-    with torch.no_grad():
-        for tensor in (*model[1].parameters(), *model[1].buffers()):
-            if tensor.is_floating_point():
-                tensor.add_(torch.rand_like(tensor))
+    model = nn.Sequential(CONVOLUTIONS[dims](3, 4, 1, bias=bias), norm, *behind).double()
+    for tensor in norm.state_dict().values():
+        if tensor.is_floating_point():
+            tensor.add_(torch.rand_like(tensor))
     return model
 
 
-def data(name: str) -> Tensor:
-    shape = (3, 3, *(5, 6, 2)[: ALL[name][0]])
+def network(name: str) -> Any:
+    torch.manual_seed(0)
+    dims, make = ALL[name]
+    return around(make(), dims=dims)
+
+
+def data(like: str | int = 2) -> Tensor:
+    """Input of a network: by its name, or with this number of spatial dimensions."""
+    shape = (3, 3, *(5, 6, 2)[: like if isinstance(like, int) else ALL[like][0]])
     return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+
+def attributes(module: nn.Module) -> dict[str, Any]:
+    """Everything that a module holds, with dictionaries copied. They compare by the identity of objects."""
+    return {name: dict(value) if isinstance(value, dict) else value for name, value in vars(module).items()}

@@ -1,11 +1,12 @@
-"""Stand-ins for layers of libraries that need not be installed: what bnfast.convert knows of them, which is
-their place, their name, what they hold and what they compute. `tests/convert/test_models.py` has the real
-ones, where these are installed."""
+"""Stand-ins for layers of libraries that need not be installed. They have what bnfast.convert looks at: the
+name and module of the class, the attributes, and the result. `tests/convert/test_models.py` has the real
+layers, where their libraries are installed."""
 
 from __future__ import annotations
 
 import sys
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -18,13 +19,15 @@ class _Constants(nn.Module):
 
     def __init__(self, channels: int, eps: float = 1e-5) -> None:
         super().__init__()
-        self.eps = eps
+        self.num_features, self.eps = channels, eps
         for name in ("weight", "bias", "running_mean", "running_var"):
             self.register_buffer(name, torch.rand(channels) + 0.5)
 
 
 class TorchvisionFrozen(_Constants):
     """Arithmetic on tensors, so that the widest dtype is the output's."""
+
+    __module__, __qualname__ = "torchvision.ops.misc", "FrozenBatchNorm2d"
 
     def forward(self, x: Tensor) -> Tensor:
         scale = (self.weight / (self.running_var + self.eps).sqrt()).view(1, -1, 1, 1)
@@ -34,18 +37,15 @@ class TorchvisionFrozen(_Constants):
 class DetectronFrozen(_Constants):
     """The output has the input's dtype."""
 
+    __module__, __qualname__ = "detectron2.layers.batch_norm", "FrozenBatchNorm2d"
     _version = 3
-
-    def __init__(self, channels: int, eps: float = 1e-5) -> None:
-        super().__init__(channels, eps)
-        self.num_features = channels
 
     def forward(self, x: Tensor) -> Tensor:
         return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
 
     @classmethod
-    def convert_frozen_batchnorm(cls, module: nn.Module) -> nn.Module:
-        """Puts a layer of its own, made of a BatchNorm2d's attributes, in the place of each of them."""
+    def convert_frozen_batchnorm(cls, module: Any) -> nn.Module:
+        """Replaces each BatchNorm2d by a layer that it builds from its attributes."""
         if isinstance(module, (nn.BatchNorm2d, nn.SyncBatchNorm)):
             frozen = cls(module.num_features, module.eps)
             if module.affine:
@@ -59,18 +59,20 @@ class DetectronFrozen(_Constants):
 
 
 class _Applying(nn.Module):
-    """The modules that timm's layers call behind the normalization."""
+    """timm's layers call two modules after the normalization. The last argument is the activation."""
 
-    def _apply_to(self, act: nn.Module) -> None:
-        self.drop, self.act = nn.Identity(), act
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments[:-1])
+        self.drop, self.act, self._fast_norm = nn.Identity(), arguments[-1], False
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(self.drop(super().forward(x)))
 
 
 class BatchNormAct2d(_Applying, nn.BatchNorm2d):
-    def __init__(self, channels: int, act: nn.Module) -> None:
-        super().__init__(channels)
-        self._apply_to(act)
+    __module__ = "timm.layers.norm_act"
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:  # as timm's, for torch.jit.script compiles no super()
         if self.training and self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(1)
         mean, variance, momentum = self.running_mean, self.running_var, self.momentum or 0.0
@@ -79,76 +81,50 @@ class BatchNormAct2d(_Applying, nn.BatchNorm2d):
 
 
 class FrozenBatchNormAct2d(_Applying, TorchvisionFrozen):
-    def __init__(self, channels: int, act: nn.Module) -> None:
-        super().__init__(channels)
-        self._apply_to(act)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.act(self.drop(super().forward(x)))
+    __module__, __qualname__ = "timm.layers.norm_act", "FrozenBatchNormAct2d"
 
 
 class GroupNormAct(_Applying, nn.GroupNorm):
-    def __init__(self, channels: int, act: nn.Module) -> None:
-        super().__init__(2, channels)
-        self._apply_to(act)
-        self._fast_norm = False
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = F.group_norm(x, self.num_groups, self.weight, self.bias, self.eps)
-        return self.act(self.drop(y))
+    __module__ = "timm.layers.norm_act"
 
 
 class LayerNormAct(_Applying, nn.LayerNorm):
-    def __init__(self, shape: int, act: nn.Module) -> None:
-        super().__init__(shape)
-        self._apply_to(act)
-        self._fast_norm = False
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.act(self.drop(super().forward(x)))
+    __module__ = "timm.layers.norm_act"
 
 
 class GroupNorm1(nn.GroupNorm):
-    def __init__(self, channels: int) -> None:
-        super().__init__(1, channels)
-        self._fast_norm = False
-
-
-class LayerNorm2d(nn.LayerNorm):
-    """Of the channels, which bnfast has not."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+    __module__ = "timm.layers.norm"
 
 
 class GELUTanh(nn.Module):
     """One of timm's own activations."""
 
+    __module__ = "timm.layers.activations"
+
     def forward(self, x: Tensor) -> Tensor:
         return F.gelu(x, approximate="tanh")
 
 
-_PLACES: dict[type[nn.Module], tuple[str, str]] = {
-    TorchvisionFrozen: ("torchvision.ops.misc", "FrozenBatchNorm2d"),
-    DetectronFrozen: ("detectron2.layers.batch_norm", "FrozenBatchNorm2d"),
-    BatchNormAct2d: ("timm.layers.norm_act", "BatchNormAct2d"),
-    FrozenBatchNormAct2d: ("timm.layers.norm_act", "FrozenBatchNormAct2d"),
-    GroupNormAct: ("timm.layers.norm_act", "GroupNormAct"),
-    LayerNormAct: ("timm.layers.norm_act", "LayerNormAct"),
-    GroupNorm1: ("timm.layers.norm", "GroupNorm1"),
-    LayerNorm2d: ("timm.layers.norm", "LayerNorm2d"),
-    GELUTanh: ("timm.layers.activations", "GELUTanh"),
-}
+class TimmsBlock(nn.Module):
+    """timm's form of a residual block: activations within the layers, but for the one after the add."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bn1, self.bn2 = BatchNormAct2d(4, nn.ReLU()), BatchNormAct2d(4, nn.Identity())
+        self.act = nn.SiLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(self.bn2(self.bn1(x)) + x)
 
 
-for _kind, (_place, _name) in _PLACES.items():
-    _kind.__module__, _kind.__qualname__ = _place, _name
+_ACTING = (BatchNormAct2d, FrozenBatchNormAct2d, GroupNormAct, LayerNormAct)
 
 
 def put_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
     """Lets them be found where the libraries have theirs, whether these are installed or not."""
-    for kind, (place, name) in _PLACES.items():
+    for kind in (TorchvisionFrozen, DetectronFrozen, *_ACTING, GroupNorm1, GELUTanh):
+        place = kind.__module__
         for module in (place.split(".")[0], place):  # pickle asks for the first one too
             if module not in sys.modules:
                 monkeypatch.setitem(sys.modules, module, ModuleType(module))
-        monkeypatch.setattr(sys.modules[place], name, kind, raising=False)
+        monkeypatch.setattr(sys.modules[place], kind.__qualname__, kind, raising=False)
