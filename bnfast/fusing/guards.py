@@ -177,6 +177,11 @@ def refuse_attributes(value: Any, name: str) -> None:
 Condition = Guard | Children | Shared | Inlined
 
 
+def is_mode(guard: Condition) -> bool:
+    """Whether a guard is for the mode, training or eval."""
+    return isinstance(guard, Guard) and guard.name == "training"
+
+
 def follow(block: nn.Module, path: tuple[str, ...]) -> nn.Module | None:
     module: nn.Module | None = block
     for name in path:

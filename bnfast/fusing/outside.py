@@ -103,6 +103,7 @@ def frozen(value: Any, name: str) -> Frozen:
         if left[0] < 0:
             raise Refusal(f"forward reads {name}, which holds more than {_MOST} values")
         kind: Any = type(value)
+        root = kind.__module__.partition(".")[0]
         if isinstance(value, enum.Enum) or id(value) in around:
             return Frozen(kind, Same(value), None)
         if kind in _PLAIN:
@@ -110,25 +111,16 @@ def frozen(value: Any, name: str) -> Frozen:
         if kind is types.BuiltinFunctionType:
             refuse_changing(value, name)
             return Frozen(kind, Same(value), None)
-        within = (*around, id(value))
         if isinstance(value, (list, tuple, dict, set, frozenset)):
             refuse_attributes(value, name)
-        if isinstance(value, (list, tuple)):
-            return Frozen(kind, None, tuple([freeze(item, within) for item in value]))
-        if isinstance(value, dict):
-            items = [(freeze(key, within), freeze(item, within)) for key, item in value.items()]
-            return Frozen(kind, None, tuple(items))
+        within = (*around, id(value))
+        parts = _parts(value, kind)
+        if parts is not None:
+            return Frozen(kind, None, tuple([freeze(part, within) for part in parts]))
         if isinstance(value, (set, frozenset)) and all(type(item) in _PLAIN for item in value):
             return Frozen(kind, None, frozenset(value))
-        if kind is types.MethodType:
-            return Frozen(kind, None, (Same(value.__func__), freeze(value.__self__, within)))
-        root = kind.__module__.partition(".")[0]
-        if kind is functools.partial:
-            parts = [freeze(part, within) for part in (value.func, value.args, value.keywords)]
-            return Frozen(kind, None, tuple(parts))
-        if isinstance(value, _KNOWN_BY_IDENTITY) or root in ("torch", "typing"):
-            return Frozen(kind, Same(value), None)
-        if kind.__module__ == "numpy" and kind.__name__ != "ndarray":
+        numpys = kind.__module__ == "numpy" and kind.__name__ != "ndarray"
+        if isinstance(value, _KNOWN_BY_IDENTITY) or root in ("torch", "typing") or numpys:
             return Frozen(kind, Same(value), None)
         if root in _STDLIB or root == "numpy" or type(getattr(value, "__dict__", None)) is not dict:
             what = f"{name}, which is or holds a {kind.__name__}"
@@ -136,6 +128,17 @@ def frozen(value: Any, name: str) -> Frozen:
         return Frozen(kind, Same(value), freeze(value.__dict__, within))
 
     return freeze(value, ())
+
+
+def _parts(value: Any, kind: Any) -> Any:
+    """The values of which a value consists, in a list or tuple; None if it is compared as a whole."""
+    if issubclass(kind, (list, tuple)):
+        return value
+    if issubclass(kind, dict):
+        return [*value.keys(), *value.values()]
+    if kind is types.MethodType:
+        return value.__func__, value.__self__
+    return (value.func, value.args, value.keywords) if kind is functools.partial else None
 
 
 def same(value: Any, expected: Frozen) -> bool:
@@ -147,49 +150,33 @@ def same(value: Any, expected: Frozen) -> bool:
         if not torch.compiler.is_compiling():
             return same(value.__dict__, content)
         # up to torch 2.11, torch.compile cannot read an object's __dict__
-        for key, was in content.content:  # noqa: SIM110 - as below
-            if not same(getattr(value, key.content), was):
+        count = len(content.content) // 2
+        for name, was in zip(content.content[:count], content.content[count:], strict=True):
+            if not same(getattr(value, name.content), was):
                 return False
         return True
     if type(value) is not kind:
         return False
-    if issubclass(kind, (list, tuple)):
-        if len(value) != len(content):
+    parts = _parts(value, kind)
+    if parts is None:
+        return equal(value, content)
+    if len(parts) != len(content):
+        return False
+    for part, was in zip(parts, content, strict=True):  # noqa: SIM110 - it runs with every call
+        if not same(part, was):
             return False
-        for item, was in zip(value, content, strict=True):  # noqa: SIM110 - it runs with every call
-            if not same(item, was):
-                return False
-        return True
-    if issubclass(kind, dict):
-        if len(value) != len(content):
-            return False
-        for (key, item), (key_was, was) in zip(value.items(), content, strict=True):
-            if not (same(key, key_was) and same(item, was)):
-                return False
-        return True
-    if kind is types.MethodType:
-        return value.__func__ is content[0].it and same(value.__self__, content[1])
-    if kind is functools.partial:
-        function, args, keywords = content
-        return same(value.func, function) and same(value.args, args) and same(value.keywords, keywords)
-    return equal(value, content)
+    return True
 
 
 def unchanged(reads: tuple[Read, ...]) -> Callable[[], bool] | None:
     """Returns a function that says whether all reads are unchanged; None if there are none. The function
     reads names as Python code does, which is the fastest way, and for which torch.compile has guards of its
     own."""
-    spaces: dict[int, list[Read]] = {}
-    anywhere = [read for read in reads if read.where != "global"]
+    spaces: dict[int, list[Read]] = {}  # globals by their module; the others join the first of them
+    first = next((id(read.holder.it) for read in reads if read.where == "global"), 0)
     for read in reads:
-        if read.where == "global":
-            spaces.setdefault(id(read.holder.it), []).append(read)
-    if not spaces and anywhere:
-        spaces[0] = []
-    checks = []
-    for group in spaces.values():
-        checks.append(_compiled(group + anywhere))
-        anywhere = []
+        spaces.setdefault(id(read.holder.it) if read.where == "global" else first, []).append(read)
+    checks = [_compiled(group) for group in spaces.values()]
     if len(checks) < 2:
         return checks[0] if checks else None
 
@@ -214,10 +201,8 @@ def _compiled(reads: list[Read]) -> Callable[[], bool]:
     def condition_of(read: Read) -> str:
         name = read.name
         if read.where == "closure":
-            name = next((known for known, cell in cells.items() if cell is read.holder.it), "")
-            if not name:
-                name = f"_bnfast_cell_{len(cells)}"
-                cells[name] = read.holder.it
+            name = f"_bnfast_cell_{id(read.holder.it)}"
+            cells[name] = read.holder.it
         elif read.where == "object":
             name = constant(read.holder.it)
         value = ".".join((name, *read.path))

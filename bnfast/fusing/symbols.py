@@ -91,16 +91,6 @@ def _in_place(name: str) -> Callable[..., Any]:
 
 add_in_place = _in_place("iadd")
 for _name in (
-    "isub",
-    "imul",
-    "itruediv",
-    "ifloordiv",
-    "imod",
-    "ipow",
-    "iand",
-    "ior",
-    "ixor",
-    "ilshift",
-    "irshift",
-):
+    "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor", "ilshift", "irshift",
+):  # fmt: skip
     _in_place(_name)
