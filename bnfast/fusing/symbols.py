@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.fx import Proxy
 from torch.fx.proxy import Attribute
 
-from .guards import Refusal
 from .instructions import at
 from .observing import asked_by
+from .values import Refusal
 
 # The isinstance of torch.nn.Parameter asks on behalf of its caller.
 _ON_BEHALF = "torch.nn.parameter"

@@ -18,11 +18,12 @@ from torch.fx import Graph, Node, Proxy, Tracer
 from torch.fx.proxy import TraceError
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .guards import Condition, Inlined, Refusal, Shared, original_class
+from .guards import Condition, Inlined, Shared, original_class
 from .layers import called_as_torch_does
 from .observing import Seen, observed
 from .outside import Read
 from .symbols import Symbol
+from .values import Refusal
 from .watching import Reads, watched
 
 

@@ -17,9 +17,10 @@ from typing import Any
 from torch import nn
 from torch.fx import Proxy
 
-from .guards import CHANGING, Refusal, original_class, refuse_changing
+from .guards import original_class
 from .instructions import ATTRIBUTE, Place, at
-from .outside import OTHERS, Read, Same, frozen
+from .outside import Read
+from .values import CHANGING, OTHERS, Refusal, Same, frozen, refuse_changing
 
 Reads = dict[tuple[object, ...], Read]
 

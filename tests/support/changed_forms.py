@@ -262,6 +262,9 @@ INSIDE: dict[str, Change] = {
         tail(lambda b, y, x: F.relu(b.extra(y) if hasattr(b, "extra") else y)), sets("extra", nn.Tanh()),
     ),
     "sign of a zero": Change(tail(lambda b, y, x: F.relu(y) * b.zero, zero=0.0), sets("zero", -0.0)),
+    "sign of a zero in a tuple": Change(
+        tail(lambda b, y, x: F.relu(y) * b.zero[0], zero=(0.0,)), sets("zero", (-0.0,)),
+    ),
     "slope": Change(lambda: conv_norm_act(nn.LeakyReLU(0.2)), sets("negative_slope", 0.5, child="2")),
     "identity": Change(
         lambda: nn.Sequential(nn.BatchNorm2d(CHANNELS), nn.Identity(), nn.ReLU()), sets("1", nn.Tanh()),
