@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import bnfast
-from tests.support.fused import CHANNELS, Block, Make, conv_norm_act, data, network, tail, times
+from tests.support.fused import CHANNELS, Block, Make, Residual, conv_norm_act, data, network, tail, times
 
 SCALE = 2.0
 ZERO = 0.0
@@ -311,6 +311,7 @@ INSIDE: dict[str, Change] = {
     "module inserted": Change(network, lambda block, patch: block[0].insert(2, nn.Tanh()), 4),
     "plain attribute": Change(network, sets("doubled", True, child="1"), 3),
     "child removed": Change(network, sets("downsample", None, child="2"), 3),
+    "forward of the class replaced": Change(Residual, sets("forward", lambda self, x: x * 3, Residual)),
     "forward replaced": Change(network, sets("forward", lambda x: x * 3, child="1"), 3),
 }  # fmt: skip
 CHANGES = OUTSIDE | INSIDE

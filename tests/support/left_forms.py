@@ -198,11 +198,11 @@ LEFT: dict[str, tuple[Make, str]] = {
 }  # fmt: skip
 
 
-def left(words: str, **attributes: Any) -> Callable[[Callable[..., Any]], None]:
+def left(words: str) -> Callable[[Callable[..., Any]], None]:
     """Enters a tail that is no single expression in the table, under its name."""
 
     def enter(function: Callable[..., Any]) -> None:
-        LEFT[function.__name__] = tail(function, **attributes), words
+        LEFT[function.__name__] = tail(function), words
 
     return enter
 
