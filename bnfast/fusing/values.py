@@ -20,7 +20,7 @@ from torch import nn
 from torch.fx import Proxy
 
 _STDLIB = frozenset(sys.stdlib_module_names)
-OTHERS = _STDLIB | {"torch", "bnfast", "numpy"}  # code of these is not watched
+_OTHERS = _STDLIB | {"torch", "bnfast", "numpy"}
 PLAIN = (
     bool, int, float, complex, str, bytes, range, type(None), type(...),
     torch.dtype, torch.device, torch.memory_format, torch.layout,
@@ -39,6 +39,11 @@ CHANGING = {
 }  # fmt: skip
 _NOW = ("now", "today", "utcnow")
 _NO_ATTRIBUTES = (collections.OrderedDict, collections.Counter, collections.defaultdict)  # as a rule
+
+
+def of_others(module: str) -> bool:
+    """Whether a module is Python's, torch's, numpy's or bnfast's, whose code is not watched."""
+    return module.partition(".")[0] in _OTHERS
 
 
 class Refusal(BaseException):

@@ -20,7 +20,7 @@ from torch.fx import Proxy
 from .guards import original_class
 from .instructions import ATTRIBUTE, Place, at
 from .outside import Read
-from .values import CHANGING, OTHERS, Refusal, Same, frozen, refuse_changing
+from .values import CHANGING, Refusal, Same, frozen, of_others, refuse_changing
 
 Reads = dict[tuple[object, ...], Read]
 
@@ -53,9 +53,9 @@ def watched(reads: Reads) -> Iterator[None]:
 
 
 def _foreign(frame: FrameType | None) -> bool:
-    """Whether a frame runs code of torch, bnfast or Python itself, which is not watched."""
+    """Whether a frame runs code that is not watched."""
     module = frame.f_globals.get("__name__", "") if frame is not None else "torch"
-    return module.partition(".")[0] in OTHERS or module.startswith("namedtuple_")
+    return of_others(module) or module.startswith("namedtuple_")
 
 
 class _Watch:
@@ -71,8 +71,7 @@ class _Watch:
 
     def enter(self, frame: FrameType, event: str, argument: Any) -> Any:
         if _foreign(frame):
-            module = frame.f_globals.get("__name__", "")
-            if module in CHANGING and not _foreign(frame.f_back):
+            if frame.f_globals.get("__name__") in CHANGING and not _foreign(frame.f_back):
                 self._guarded(self._refuse_call, frame)
             return None
         frame.f_trace_opcodes, frame.f_trace_lines = True, False
@@ -165,17 +164,20 @@ class _Watch:
     def _note_class_of(self, it: Any, name: str | None) -> None:
         """Records an attribute that an object has from its class."""
         kind: Any = type(it)
-        if name is None or isinstance(it, _HOLDERS) or kind.__module__.partition(".")[0] in OTHERS:
+        if name is None or isinstance(it, _HOLDERS) or of_others(kind.__module__):
             return
         owner = next((c for c in kind.__mro__ if name in vars(c)), None)
         if owner is not None and name not in getattr(it, "__dict__", ()):
-            self._add("object", owner, owner.__name__, (name,), getattr(owner, name))
+            self._note_of(owner, name)
+
+    def _note_of(self, holder: Any, name: str) -> None:
+        """Records an attribute of a module or a class."""
+        self._add("object", holder, holder.__name__, (name,), getattr(holder, name))
 
     def _note_import(self, module: types.ModuleType, name: str) -> None:
-        value = getattr(module, name, None)
-        refuse_changing(value, name)
-        if hasattr(module, name) and module.__name__.partition(".")[0] not in OTHERS:
-            self._add("object", module, module.__name__, (name,), value)
+        refuse_changing(getattr(module, name, None), name)
+        if hasattr(module, name) and not of_others(module.__name__):
+            self._note_of(module, name)
 
     def _note_super(self, frame: FrameType, name: str | None) -> None:
         """Records super().name as an attribute of the class that has it."""
@@ -185,20 +187,23 @@ class _Watch:
         kind = original_class(this if isinstance(this, type) else type(this))
         after = kind.__mro__[kind.__mro__.index(cls) + 1 :] if cls in kind.__mro__ else ()
         owner = next((c for c in after if name in vars(c)), None)
-        if owner is not None and owner.__module__.partition(".")[0] not in OTHERS:
-            self._add("object", owner, owner.__name__, (name,), getattr(owner, name))
+        if owner is not None and not of_others(owner.__module__):
+            self._note_of(owner, name)
 
     def _note_chain(self, where: str, holder: Any, name: str, value: Any, place: Place) -> None:
         """Follows attributes of modules and classes to the value that is finally read, and records it."""
         root: Any = value
         path: tuple[str, ...] = ()
-        outside = isinstance(root, types.ModuleType) and root.__name__.partition(".")[0] in OTHERS
+        outside = isinstance(root, types.ModuleType) and of_others(root.__name__)
         asked = place.asked_by_name()
         if asked and isinstance(root, _HOLDERS) and not outside and not hasattr(root, asked[0] or ""):
             raise Refusal(f"forward asks {name} for {asked[0] or 'an attribute by a name that it computes'}")
         for step in asked or place.attributes():
-            followed = isinstance(value, (*_HOLDERS, types.FunctionType))
-            if step is None or not followed or not hasattr(value, step):
+            if (
+                step is None
+                or not isinstance(value, (*_HOLDERS, types.FunctionType))
+                or not hasattr(value, step)
+            ):
                 self._note_class_of(value, step)
                 break
             value, path = getattr(value, step), (*path, step)
@@ -281,7 +286,6 @@ class _Watch:
         for _, undo in self.bound.values():
             undo()
         for key, value in self.values.items():
-            read = self.reads[key]
-            if read in written and read.path:
+            if (read := self.reads[key]) in written and read.path:
                 setattr(read.owner(), read.path[-1], value)
         return names[0] if names else None
