@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from .call_site import Site, rewrite, site_of, why_unfused
-from .guards import Condition, is_mode, original_class
+from .guards import Condition, Fresh, is_mode, original_class
 from .outside import Read, unchanged
-from .patterns import Match
+from .patterns import Match, writes_to
 from .subclassing import Unannounced, subclass
 from .tracing import Traced
 
@@ -52,13 +52,15 @@ def build(traced: Traced, matches: list[Match]) -> Variant:
     """Makes the function of a traced graph, with the matches rewritten. Lets the exception pass if that
     fails."""
     sites = tuple(map(site_of, matches))
+    written = [str(m.residual.target) for m in matches if m.residual and writes_to(m.residual, m.add)]
+    guards = (*traced.guards, *(Fresh(tuple(name.split("."))) for name in written))
     for match, site in zip(matches, sites, strict=True):
         rewrite(traced.graph, match, site)
     traced.graph.lint()
     code = traced.graph.python_code("self")
     scope = dict(code.globals)
     exec(code.src, scope)
-    return Variant(code.src, scope["forward"], traced.parameters, traced.guards, traced.reads, sites)
+    return Variant(code.src, scope["forward"], traced.parameters, guards, traced.reads, sites)
 
 
 class FusedBlock(Unannounced):

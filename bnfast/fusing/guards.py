@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from .layers import hooked
+from ..modules.drop_in import DropIn
+from .layers import called_as_torch_does, hooked
 from .values import PLAIN, Frozen, Refusal, Same, parts_of, refuse_attributes, refuse_changing, same
 
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
@@ -105,7 +106,37 @@ class Inlined(NamedTuple):
         )
 
 
-Condition = Guard | Children | Shared | Inlined
+class Fresh(NamedTuple):
+    """A module that returns a new tensor, to which the forward adds in place."""
+
+    path: tuple[str, ...]
+
+    @property
+    def what(self) -> str:
+        return ".".join(self.path)
+
+    def holds(self, block: nn.Module) -> bool:
+        return returns_new(follow(block, self.path))
+
+
+Condition = Guard | Children | Shared | Inlined | Fresh
+
+
+def known(module: nn.Module) -> bool:
+    """Whether a module's forward is bnfast's or torch.nn's. These write to their own buffers only, unless
+    they have `inplace`."""
+    kind = original_class(type(module))
+    theirs = kind.forward.__module__.startswith("torch.nn.") or kind.forward is DropIn.forward
+    return theirs and called_as_torch_does(kind)
+
+
+def returns_new(module: nn.Module | None) -> bool:
+    """Whether a module returns a tensor that nothing else holds."""
+    if module is None or hooked(module) or not known(module):
+        return False
+    if isinstance(module, nn.Sequential) and len(module):
+        return returns_new(module[-1])
+    return isinstance(module, (DropIn, nn.modules.conv._ConvNd, nn.Linear))
 
 
 def is_mode(guard: Condition) -> bool:

@@ -10,10 +10,9 @@ from torch import nn
 from torch.fx import Graph, Node
 
 from ..kernels.epilogue import Activation
-from ..modules.drop_in import DropIn
 from . import activations
-from .guards import original_class
-from .layers import NORMS, called_as_torch_does, hooked, why_not_called, why_not_ours
+from .guards import known, returns_new
+from .layers import NORMS, hooked, why_not_called, why_not_ours
 from .symbols import add_in_place
 
 THE_OUTPUT = "its output is the block's"
@@ -112,6 +111,11 @@ def _other_operand(add: Node, ours: Node) -> Node | None:
     return other if isinstance(other, Node) and other is not ours else None
 
 
+def writes_to(residual: Node | None, add: Node | None) -> bool:
+    """Whether an add writes its result to the residual."""
+    return add is not None and add.target in _ADDS_IN_PLACE and add.args[0] is residual
+
+
 def _why_later_is_wrong(
     norm: Node, add: Node, residual: Node, steps: list[Node], modules: dict[str, nn.Module]
 ) -> str | None:
@@ -131,8 +135,8 @@ def _why_later_is_wrong(
     for node in nodes[nodes.index(add) + 1 :]:
         if residual in node.all_input_nodes and _may_write(node, modules):
             return f"{node.name} may write to what was added to it"
-    if add.target in _ADDS_IN_PLACE and add.args[0] is residual:
-        fresh = residual.op == "call_module" and _returns_new(modules[str(residual.target)])
+    if writes_to(residual, add):
+        fresh = residual.op == "call_module" and returns_new(modules[str(residual.target)])
         if not fresh or len(residual.users) != 1:
             return "it is added in place to a tensor that is in use elsewhere"
     return None
@@ -140,7 +144,7 @@ def _why_later_is_wrong(
 
 def _may_write(node: Node, modules: dict[str, nn.Module]) -> bool:
     if node.op == "call_module":
-        return any(getattr(m, "inplace", False) or not _known(m) for m in modules[str(node.target)].modules())
+        return any(getattr(m, "inplace", False) or not known(m) for m in modules[str(node.target)].modules())
     if node.op in ("placeholder", "get_attr"):
         return False
     if any(value is True for value in node.args) or node.kwargs.get("inplace") or "out" in node.kwargs:
@@ -154,19 +158,3 @@ def _may_write(node: Node, modules: dict[str, nn.Module]) -> bool:
 
 
 _READS = (getattr, operator.add, operator.sub, operator.mul, operator.truediv, operator.getitem)
-
-
-def _known(module: nn.Module) -> bool:
-    """Whether a module's forward is bnfast's or torch.nn's. These write to their own buffers only, unless
-    they have `inplace`."""
-    kind: Any = original_class(type(module))
-    theirs = kind.forward.__module__.startswith("torch.nn.") or kind.forward is DropIn.forward
-    return theirs and called_as_torch_does(kind)
-
-
-def _returns_new(module: nn.Module) -> bool:
-    if hooked(module) or not _known(module):
-        return False
-    if isinstance(module, nn.Sequential) and len(module):
-        return _returns_new(module[-1])
-    return isinstance(module, (DropIn, nn.modules.conv._ConvNd, nn.Linear))

@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import bnfast
-from tests.support.fused import CHANNELS, Block, Make, Residual, conv_norm_act, data, network, tail, times
+from tests.support.fusable_forms import add_in_place
+from tests.support.fused import CHANNELS, CONV, Block, Make, Residual, conv_norm_act, network, tail, times
 
 SCALE = 2.0
 ZERO = 0.0
@@ -160,6 +161,11 @@ def _alias(b: Any, y: Tensor, x: Tensor) -> Tensor:
     return F.relu(y) * kind.K
 
 
+def written_shortcut(b: Any, y: Tensor, x: Tensor) -> Tensor:
+    shortcut = x * 2
+    return F.relu(add_in_place(b.other(shortcut), y)) * shortcut
+
+
 class Change(NamedTuple):
     """A block, and a change of what its forward depends on: change(block, pytest's monkeypatch)."""
 
@@ -282,6 +288,18 @@ INSIDE: dict[str, Change] = {
     "items": Change(lambda: Loop(lambda b: dict(b.items()).values()), sets("more", nn.Tanh())),
     "children": Change(lambda: Loop(lambda b: b.children()), sets("more", nn.Tanh())),
     "_modules": Change(lambda: Loop(lambda b: b._modules.values()), sets("more", nn.Tanh())),
+    "shortcut that returns its input": Change(
+        tail(written_shortcut, other=nn.Sequential(nn.Conv2d(*CONV))),
+        sets("0", nn.Identity(), child="other"),
+    ),
+    "hook on a shortcut": Change(
+        tail(written_shortcut, other=nn.Conv2d(*CONV)),
+        hook("other", "forward", lambda module, args, y: args[0]),
+    ),
+    "shortcut appended": Change(
+        tail(lambda b, y, x: F.relu(y + b.other(x)), other=nn.Sequential(nn.Conv2d(*CONV))),
+        lambda block, patch: block.other.append(nn.Tanh()),
+    ),
     "list in a list": Change(nested, lambda block, patch: block["groups"][0].append(nn.Tanh())),
     "class of a child": Change(nested, sets("2", nn.ReLU6(), child="groups.0")),
     "one of two names": Change(
@@ -295,8 +313,8 @@ INSIDE: dict[str, Change] = {
         tail(lambda b, y, x: F.relu(y) if b.training else F.silu(y + x)), lambda b, patch: b.eval(), 1,
     ),
     "parameter": Change(  # it is read anew with each call
-        tail(lambda b, y, x: F.relu(y + b.z), z=nn.Parameter(data(1))),
-        lambda block, patch: setattr(block, "z", nn.Parameter(data(2))), 1,
+        tail(lambda b, y, x: F.relu(y + b.z), z=nn.Parameter(torch.ones(3, 4, 4, 4))),
+        lambda block, patch: setattr(block, "z", nn.Parameter(block.z * 2)), 1,
     ),
     "hook on a layer": Change(network, hook("1.bn1", "forward", lambda module, args, y: y * 2), 4),
     "hook on an activation": Change(
