@@ -119,6 +119,7 @@ LEFT: dict[str, tuple[Make, str]] = {
     "keyword": (_named_in, "in is no name"),
     # The forward may take another path the next time.
     "random branch": (asks(lambda x: random.random() < 2), "random numbers"),
+    "random choice": (asks(lambda x: random.choice([True])), "forward draws random numbers"),
     "NumPy's random branch": (asks(lambda x: np.random.rand() < 2), "random numbers"),
     "branch on grad mode": (asks(lambda x: torch.is_grad_enabled()), "grad mode"),
     "branch on autocast": (asks(lambda x: torch.is_autocast_enabled("cpu")), "autocast"),
