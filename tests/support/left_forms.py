@@ -140,9 +140,7 @@ LEFT: dict[str, tuple[Make, str]] = {
     # It would have another answer for a symbol, or for a subclass.
     "type of its input": (asks(lambda x: isinstance(x, Tensor)), "forward asks for the type of its input"),
     "type of itself": (tail(lambda b, y, x: F.relu(y) if type(b) is Block else y), "asks for the type"),
-    "class of a child": (
-        tail(lambda b, y, x: F.relu(y) if b.conv.__class__ is nn.Conv2d else y), "asks for the type",
-    ),
+    "class of a child": (holds(nn.Tanh(), lambda held: held.__class__ is nn.Tanh), "asks for the type"),
     "kind of a size": (asks(lambda x: isinstance(x.ndim, int)), "type of"),
     "attribute of its input": (asks(lambda x: hasattr(x, "mark")), "mark"),
     "gradient of its input": (asks(lambda x: x.grad is None), "grad"),
