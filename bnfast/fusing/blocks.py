@@ -6,16 +6,17 @@ import copy
 import functools
 import warnings
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field
+from typing import Any
 from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
 
-from .call_site import Site, rewrite, why_unfused
-from .guards import Condition, Guard, original_class
+from .call_site import Site, rewrite, site_of, why_unfused
+from .guards import Condition, Fresh, is_mode, original_class
 from .outside import Read, unchanged
-from .patterns import Match
+from .patterns import Match, writes_to
 from .subclassing import Unannounced, subclass
 from .tracing import Traced
 
@@ -24,11 +25,13 @@ _classes: WeakValueDictionary[tuple[object, ...], type] = WeakValueDictionary()
 _COPYING = ("__reduce__", "__reduce_ex__", "__getstate__", "__deepcopy__", "__copy__")
 
 
-class Variant(NamedTuple):
+@dataclass(frozen=True)
+class Variant:
     """One traced forward of a block. It is valid while its guards hold and the values that it reads are
     unchanged."""
 
     source: str
+    forward: Callable[..., Any] = field(compare=False)  # what torch.fx makes of the source
     parameters: tuple[str, ...]
     guards: tuple[Condition, ...]
     reads: tuple[Read, ...]
@@ -42,26 +45,22 @@ class Variant(NamedTuple):
 
     def of_mode(self, block: nn.Module) -> bool:
         """Whether the block is in the mode, training or eval, in which it was traced."""
-        modes = (guard for guard in self.guards if isinstance(guard, Guard) and guard.name == "training")
-        return all(guard.holds(block) for guard in modes)
+        return all(guard.holds(block) for guard in self.guards if is_mode(guard))
 
 
-class Built(NamedTuple):
-    """A variant, and the function that torch.fx makes of its graph."""
-
-    variant: Variant
-    forward: Callable[..., Any]
-
-
-def build(traced: Traced, matches: list[Match], sites: tuple[Site, ...]) -> Built:
-    """Makes the function of a traced and rewritten graph. Lets the exception pass if that fails."""
+def build(traced: Traced, matches: list[Match]) -> Variant:
+    """Makes the function of a traced graph, with the matches rewritten. Lets the exception pass if that
+    fails."""
+    sites = tuple(map(site_of, matches))
+    written = [str(m.residual.target) for m in matches if m.residual and writes_to(m.residual, m.add)]
+    guards = (*traced.guards, *(Fresh(tuple(name.split("."))) for name in written))
     for match, site in zip(matches, sites, strict=True):
         rewrite(traced.graph, match, site)
     traced.graph.lint()
     code = traced.graph.python_code("self")
     scope = dict(code.globals)
     exec(code.src, scope)
-    return Built(Variant(code.src, traced.parameters, traced.guards, traced.reads, sites), scope["forward"])
+    return Variant(code.src, scope["forward"], traced.parameters, guards, traced.reads, sites)
 
 
 class FusedBlock(Unannounced):
@@ -99,41 +98,38 @@ def why_not_subclassed(block: nn.Module) -> str | None:
     return f"the forward of this {cls.__name__} is its own" if "forward" in block.__dict__ else None
 
 
-def install(block: nn.Module, variants: tuple[Built, ...], blank: Callable[[type], nn.Module]) -> None:
+def install(block: nn.Module, variants: tuple[Variant, ...], blank: Callable[[type], nn.Module]) -> None:
     """Gives a block a class whose forward runs the first variant that is valid. Blocks with the same variants
     share the class. blank: makes, of the original class, what pickle fills with a block's state."""
     original: Any = type(block)
-    known = tuple(built.variant for built in variants)
     # repr: guards with 1, 1.0 and True compare equal, but expect different values.
-    key = original, original.forward, known, repr([variant.guards for variant in known])
-    if key not in _classes:
+    key = original, original.forward, variants, repr([variant.guards for variant in variants])
+    made = _classes.get(key)
+    if made is None:
         members = {
             "__module__": original.__module__,
             "__qualname__": original.__qualname__,
             "__doc__": original.__doc__,
             "forward": _forward(original, variants),
             "_bnfast_original": original,
-            "_bnfast_variants": known,
+            "_bnfast_variants": variants,
             "_bnfast_blank": staticmethod(blank),
         }
-        made = subclass(original, members, FusedBlock)
-        _classes[key] = made
-    else:
-        made = _classes[key]
+        made = _classes[key] = subclass(original, members, FusedBlock)
     object.__setattr__(block, "__class__", made)
 
 
-def _forward(original: Any, variants: tuple[Built, ...]) -> Callable[..., Any]:
+def _forward(original: Any, variants: tuple[Variant, ...]) -> Callable[..., Any]:
     traced = original.forward
-    count = len(variants[0].variant.parameters)  # those that forward requires, the same for all variants
-    ways = tuple((fused, variant.guards, unchanged(variant.reads)) for variant, fused in variants)
+    count = len(variants[0].parameters)  # those that forward requires, the same for all variants
+    ways = tuple((v.forward, v.guards, unchanged(v.reads)) for v in variants)
 
     @functools.wraps(traced)  # torch.fx reads the names of the parameters through it
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         expected = len(args) == count and not kwargs and _tensors(args)
         if expected and original.forward is traced and not torch.jit.is_tracing():
             for fused, guards, holds in ways:
-                if guards_hold(self, guards) and (holds is None or holds()):
+                if _hold(guards, self) and (holds is None or holds()):
                     return fused(self, *args)
         return original.forward(self, *args, **kwargs)
 
@@ -148,26 +144,20 @@ def _tensors(args: tuple[Any, ...]) -> bool:
     return True
 
 
-def guards_hold(block: nn.Module, guards: tuple[Condition, ...]) -> bool:
+def _hold(guards: tuple[Condition, ...], block: nn.Module) -> bool:
     for guard in guards:  # noqa: SIM110
         if not guard.holds(block):
             return False
     return True
 
 
-def restore(block: nn.Module) -> bool:
-    """Gives a fused block its original class back, unless other code has replaced the fused class. Returns
-    whether the block is not fused now."""
-    if "_bnfast_original" in vars(type(block)):
-        object.__setattr__(block, "__class__", original_class(type(block)))
-    return not isinstance(block, FusedBlock)
-
-
 def unfuse(model: nn.Module) -> nn.Module:
     """Gives every block its original class back, in place, and returns the model. Warns of blocks whose class
     other code has replaced since they were fused, and leaves them."""
     for name, module in model.named_modules():
-        if not restore(module):
+        if "_bnfast_original" in vars(type(module)):
+            object.__setattr__(module, "__class__", original_class(type(module)))
+        if isinstance(module, FusedBlock):
             warnings.warn(
                 f"{name or 'the model'} stays fused: its class has become {type(module)} since", stacklevel=2
             )
@@ -177,20 +167,19 @@ def unfuse(model: nn.Module) -> nn.Module:
 def live_sites(block: FusedBlock) -> tuple[list[Site], dict[str, str]]:
     """Returns the sites of a block that a call fuses, and for each layer of the other sites the reason why
     not."""
-    variants = block._bnfast_variants
     cls: Any = type(block)
+    variants = block._bnfast_variants
     if "forward" in block.__dict__ or cls._bnfast_original.forward is not cls.forward.__wrapped__:
-        changed: str | None = "its block's forward"
         variant = variants[0]
+        changed: str | None = "its block's forward"
     else:
-        near = sorted(variants, key=lambda v: (v.changed(block) is not None, not v.of_mode(block)))
-        variant = near[0]
-        changed = variant.changed(block)
+        ranked = [(v.changed(block), not v.of_mode(block), v) for v in variants]
+        changed, _, variant = min(ranked, key=lambda found: (found[0] is not None, found[1]))
     if changed is not None:
         return [], dict.fromkeys((site.norm for site in variant.sites), f"{changed} has changed")
     live, reasons = [], {}
     for site in variant.sites:
-        norm, *modules = (block.get_submodule(name) for name in (site.norm, *site.modules))
+        norm, *modules = map(block.get_submodule, (site.norm, *site.modules))
         reason = why_unfused(site, norm, tuple(modules))
         if reason is None:
             live.append(site)

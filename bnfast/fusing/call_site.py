@@ -88,7 +88,7 @@ def why_unfused(site: Site, norm: nn.Module, modules: tuple[nn.Module, ...]) -> 
         if hooked(module):
             return "there are hooks on what follows it, or it has a forward or a compiled call of its own"
         if site.activates and i == len(modules) - 1:
-            if not activations.still(module, site.activation):
+            if activations.of_module(module) != site.activation:
                 return "its activation was changed"
         elif type(module) is not nn.Identity:
             return "an Identity after it was replaced"

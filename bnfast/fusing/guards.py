@@ -3,36 +3,16 @@ unchanged."""
 
 from __future__ import annotations
 
-import collections
-import datetime
-import operator
-import random
-from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
+from types import BuiltinFunctionType, FunctionType, MethodType
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
-from .layers import hooked
+from ..modules.drop_in import DropIn
+from .layers import called_as_torch_does, hooked
+from .values import PLAIN, Frozen, Refusal, Same, parts_of, refuse_attributes, refuse_changing, same
 
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
-_PLAIN = (
-    bool, int, float, complex, str, bytes, type(None),
-    torch.dtype, torch.device, torch.memory_format, FunctionType,
-)  # fmt: skip
-# Functions of these modules depend on the clock, the system or random numbers.
-CHANGING = {
-    "os", "posix", "nt", "time", "_io", "io", "uuid", "secrets", "_random", "socket", "_socket", "platform",
-    "subprocess", "tempfile", "genericpath", "getpass", "locale", "pathlib",
-}  # fmt: skip
-_NOW = ("now", "today", "utcnow")
-_NO_ATTRIBUTES = (collections.OrderedDict, collections.Counter, collections.defaultdict)  # as a rule
-
-
-class Refusal(BaseException):
-    """Raised where a forward cannot be traced, or a value that it reads cannot be guarded. It is not an
-    Exception: a forward that catches exceptions would continue, and the trace would record its handler as the
-    normal path."""
 
 
 class Absent:
@@ -40,9 +20,8 @@ class Absent:
 
 
 class Guard(NamedTuple):
-    """One attribute, read on the block itself (path empty) or on a module in it. expected: the value, where
-    that is plain, or a copy of it made by `_frozen`; for a module its class, for a method its function, for
-    a tensor Tensor, and Absent if there was none."""
+    """One attribute, read on the block itself (path empty) or on a module in it. expected: the frozen value;
+    for a module its class, for a tensor Tensor, for a method its function, and Absent if there was none."""
 
     path: tuple[str, ...]
     name: str
@@ -65,22 +44,9 @@ class Guard(NamedTuple):
             return fits and (self.keys is None or tuple(value._modules) == self.keys)
         if isinstance(value, Tensor):
             return self.expected is Tensor
-        if isinstance(value, dict):
-            return bool(self.expected == (type(value), tuple(value.items())))
-        if isinstance(value, list):
-            return bool(self.expected == (type(value), tuple(value)))
         if type(value) is MethodType:
             value = value.__func__
-        return type(value) is type(self.expected) and equal(value, self.expected)
-
-    def put_back(self, block: nn.Module) -> bool:
-        """Restores the contents of a list or dict. Returns whether they had changed."""
-        value = getattr(follow(block, self.path), self.name, None)
-        if not isinstance(value, (list, dict)) or self.holds(block):
-            return False
-        value.clear()
-        (value.extend if isinstance(value, list) else value.update)(self.expected[1])
-        return True
+        return isinstance(self.expected, Frozen) and same(value, self.expected)
 
 
 class Children(NamedTuple):
@@ -140,41 +106,42 @@ class Inlined(NamedTuple):
         )
 
 
-def equal(value: Any, other: Any) -> bool:
-    """Whether two values of the same class are equal. 0.0 and -0.0 are not."""
-    return bool(value == other and (value or not isinstance(value, float) or str(value) == str(other)))
+class Fresh(NamedTuple):
+    """A module that returns a new tensor, to which the forward adds in place."""
+
+    path: tuple[str, ...]
+
+    @property
+    def what(self) -> str:
+        return ".".join(self.path)
+
+    def holds(self, block: nn.Module) -> bool:
+        return returns_new(follow(block, self.path))
 
 
-def refuse_changing(value: Any, name: str) -> None:
-    """Raises Refusal for functions and objects that depend on the clock, the system or random numbers, and
-    for a builtin method of an object, whose state no guard compares."""
-    if isinstance(value, (FunctionType, BuiltinFunctionType)):
-        owner = getattr(value, "__self__", None)
-        clock = isinstance(owner, type) and issubclass(owner, datetime.date) and value.__name__ in _NOW
-        if value.__module__ in CHANGING or value.__module__ == "sys" or clock:
-            raise Refusal(f"forward calls {name}, whose answer may change")
-        if value.__name__.startswith("_has_torch_function"):  # torch.overrides.has_torch_function
-            raise Refusal(f"forward calls {name}, which tells symbols from tensors")
-        if isinstance(owner, random.Random):
-            raise Refusal(f"forward calls {name}: it draws random numbers")
-        if isinstance(value, BuiltinFunctionType) and not isinstance(owner, (type(None), ModuleType, type)):
-            what = f"{value.__name__}, which belongs to a {type(owner).__name__}"
-            raise Refusal(f"forward reads {name}, and that is {what}: it may change unseen")
-    elif value is operator.attrgetter:
-        raise Refusal(f"forward calls {name}, and what that reads cannot be told")
-    elif type(value).__module__ in CHANGING:
-        raise Refusal(f"forward reads {name}, which may change unseen")
+Condition = Guard | Children | Shared | Inlined | Fresh
 
 
-def refuse_attributes(value: Any, name: str) -> None:
-    """Raises Refusal for a list, a dict or another plain value that has attributes beside its contents."""
-    held = getattr(value, "__dict__", None)
-    if held or (held is not None and type(value) not in _NO_ATTRIBUTES):
-        kind = f"a {type(value).__name__}"
-        raise Refusal(f"forward reads {name}, which is or holds {kind}, which has attributes of its own")
+def known(module: nn.Module) -> bool:
+    """Whether a module's forward is bnfast's or torch.nn's. These write to their own buffers only, unless
+    they have `inplace`."""
+    kind = original_class(type(module))
+    theirs = kind.forward.__module__.startswith("torch.nn.") or kind.forward is DropIn.forward
+    return theirs and called_as_torch_does(kind)
 
 
-Condition = Guard | Children | Shared | Inlined
+def returns_new(module: nn.Module | None) -> bool:
+    """Whether a module returns a tensor that nothing else holds."""
+    if module is None or hooked(module) or not known(module):
+        return False
+    if isinstance(module, nn.Sequential) and len(module):
+        return returns_new(module[-1])
+    return isinstance(module, (DropIn, nn.modules.conv._ConvNd, nn.Linear))
+
+
+def is_mode(guard: Condition) -> bool:
+    """Whether a guard is for the mode, training or eval."""
+    return isinstance(guard, Guard) and guard.name == "training"
 
 
 def follow(block: nn.Module, path: tuple[str, ...]) -> nn.Module | None:
@@ -218,29 +185,17 @@ def _held(block: nn.Module, name: str) -> object:
     return next((d[last] for d in (owner._modules, owner._parameters, owner._buffers) if last in d), None)
 
 
-def _frozen(value: Any, name: str = "") -> Any:
-    """Returns a value that cannot change: for lists and dicts, their class and contents."""
-    if isinstance(value, (list, dict)):
-        refuse_attributes(value, name)
-    if isinstance(value, dict):
-        return type(value), tuple((key, _unchanging(item, name)) for key, item in value.items())
-    if isinstance(value, list):
-        return type(value), tuple(_unchanging(item, name) for item in value)
-    return _unchanging(value, name)
-
-
-def _unchanging(value: Any, name: str) -> Any:
+def _frozen(value: Any, name: str, inside: bool = False) -> Frozen:
+    """Freezes a plain value, a function, a class of modules, or a list, tuple or dict of these. Refuses other
+    objects and classes: they may hold settings, and what is read of them is not noted."""
     refuse_changing(value, name)
-    if isinstance(value, tuple):
+    kind = type(value)
+    if isinstance(value, tuple) or (isinstance(value, (list, dict)) and not inside):
         refuse_attributes(value, name)
-        for item in value:
-            _unchanging(item, name)
-        return value
-    # A class may hold settings, but a class of modules is read to be compared
-    if (
-        isinstance(value, (*_PLAIN, BuiltinFunctionType))
-        or value is Absent
-        or (isinstance(value, type) and issubclass(value, nn.Module))
-    ):
-        return value
-    raise Refusal(f"forward reads {name}, which is or holds a {type(value).__name__}")
+        return Frozen(kind, None, tuple([_frozen(part, name, True) for part in parts_of(value, kind)]))
+    if isinstance(value, PLAIN):
+        return Frozen(kind, None, value)
+    modules = isinstance(value, type) and issubclass(value, nn.Module)
+    if isinstance(value, (FunctionType, BuiltinFunctionType)) or value is Absent or modules:
+        return Frozen(kind, Same(value), None)
+    raise Refusal(f"forward reads {name}, which is or holds a {kind.__name__}")

@@ -6,6 +6,7 @@ import dis
 import functools
 import importlib.util
 from collections.abc import Iterator
+from itertools import dropwhile, takewhile
 from types import CodeType
 from typing import Any, NamedTuple
 
@@ -33,14 +34,11 @@ class Place(NamedTuple):
     def attributes(self) -> Iterator[str]:
         """Yields the attributes that are read, one after another, on the value that this instruction
         loads."""
-        for x in self.instructions[self.place + 1 :]:
-            if x.opname not in ATTRIBUTE:
-                return
-            yield x.argval
+        return (x.argval for x in takewhile(_reads_attribute, self.instructions[self.place + 1 :]))
 
     def sets(self) -> str | None:
         """The attribute that is set or deleted on the value that this instruction loads."""
-        after = next((x for x in self.instructions[self.place + 1 :] if x.opname not in ATTRIBUTE), None)
+        after = next(dropwhile(_reads_attribute, self.instructions[self.place + 1 :]), None)
         return after.argval if after is not None and after.opname in ("STORE_ATTR", "DELETE_ATTR") else None
 
     def imported_from(self, package: str) -> str:
@@ -71,6 +69,10 @@ class Place(NamedTuple):
         """The attribute that is read on a super() that begins here."""
         near = self.instructions[self.place : self.place + 8]
         return next((x.argval for x in near if x.opname in _SUPER_ATTRIBUTE), None)
+
+
+def _reads_attribute(instruction: dis.Instruction) -> bool:
+    return instruction.opname in ATTRIBUTE
 
 
 def _start(instruction: dis.Instruction) -> tuple[int, int] | None:

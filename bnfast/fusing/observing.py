@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import sys
 from collections.abc import Callable, Iterator
 from types import MethodType
@@ -12,11 +13,13 @@ import torch
 from torch import nn
 from torch.fx import Proxy
 
-from .guards import Absent, Children, Guard, Refusal, children, guard, original_class
+from .guards import Absent, Children, Guard, children, guard, original_class
 from .layers import called_as_torch_does
 from .subclassing import subclass
+from .values import Refusal
 
 Seen = dict[tuple[object, ...], Guard | Children]
+_Copies = dict[tuple[object, ...], tuple[Any, Any]]  # lists and dicts by the keys of Seen, with copies
 
 _EMPTY = torch.empty(0)  # stands for a parameter or a buffer
 # attributes of torch.nn.Module itself, which every call reads
@@ -41,12 +44,13 @@ def observed(
 
     Raises Refusal where that is impossible, or would not cover everything that is read."""
     classes: list[tuple[nn.Module, type]] = []
+    copies: _Copies = {}
     try:
         for name, module in block.named_modules():
             cls = type(module)
             if issubclass(cls, torch.jit.ScriptModule):
                 continue  # it is compiled, and so are its attributes
-            members = _spy(cls, tuple(name.split(".")) if name else (), module in sequences, seen)
+            members = _spy(cls, tuple(name.split(".")) if name else (), module in sequences, seen, copies)
             if not called_as_torch_does(cls):  # it is a leaf, with everything that its own __call__ does
                 members["__call__"] = lambda self, *args, **kwargs: nn.Module.__call__(self, *args, **kwargs)
             members["_bnfast_original"] = original_class(cls)  # for guards, which note the classes of modules
@@ -61,9 +65,12 @@ def observed(
     finally:
         for module, cls in classes:
             object.__setattr__(module, "__class__", cls)
-        written = [g.name for g in seen.values() if isinstance(g, Guard) and g.put_back(block)]
+        written = [key for key in copies if not seen[key].holds(block)]
+        for held, before in map(copies.__getitem__, written):
+            held.clear()
+            (held.extend if isinstance(held, list) else held.update)(before)
     if written:
-        raise Refusal(f"forward writes to {written[0]}")
+        raise Refusal(f"forward writes to {seen[written[0]].what}")
 
 
 def _forward_of(cls: Any, parameters: tuple[str, ...]) -> Callable[..., Any]:
@@ -84,7 +91,7 @@ def by_torch(depth: int) -> bool:
     return asked_by(depth + 1).startswith("torch.")
 
 
-def _spy(cls: Any, path: tuple[str, ...], known: bool, seen: Seen) -> dict[str, Any]:
+def _spy(cls: Any, path: tuple[str, ...], known: bool, seen: Seen, copies: _Copies) -> dict[str, Any]:
     """The members of a subclass that records what is read on its only instance, and refuses to set
     attributes. known: whether its children have a guard already."""
 
@@ -96,6 +103,8 @@ def _spy(cls: Any, path: tuple[str, ...], known: bool, seen: Seen) -> dict[str, 
                 return value
         if name not in _OWN and (path, name) not in seen:
             seen[path, name] = guard(path, name, kept)
+        if name not in _OWN and isinstance(kept, (list, dict)):
+            copies.setdefault((path, name), (kept, copy.copy(kept)))
         return value
 
     def __getattribute__(self: Any, name: str) -> Any:

@@ -4,56 +4,11 @@ unchanged."""
 
 from __future__ import annotations
 
-import enum
-import functools
-import logging
-import re
-import sys
 import types
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import torch
-from torch import nn
-from torch.fx import Proxy
-
-from .guards import Refusal, equal, refuse_attributes, refuse_changing
-
-_STDLIB = frozenset(sys.stdlib_module_names)
-OTHERS = _STDLIB | {"torch", "bnfast", "numpy"}  # code of these is not watched
-_PLAIN = (
-    bool, int, float, complex, str, bytes, range, type(None), type(...),
-    torch.dtype, torch.device, torch.memory_format, torch.layout,
-)  # fmt: skip
-# Compared by identity: their contents are read under a name of their own, or do not matter here.
-_KNOWN_BY_IDENTITY = (
-    type, types.ModuleType, types.FunctionType, types.MethodDescriptorType, types.WrapperDescriptorType,
-    types.GetSetDescriptorType, types.MemberDescriptorType, property,
-    enum.Enum, logging.Logger, re.Pattern, nn.Module,
-)  # fmt: skip
-_MOST = 1000  # the limit of items in a value, for every call compares them
-
-
-class Same:
-    """An object that is compared by identity."""
-
-    def __init__(self, it: Any) -> None:
-        self.it = it
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Same) and self.it is other.it
-
-    def __hash__(self) -> int:
-        return id(self.it)
-
-
-class Frozen(NamedTuple):
-    """A value as it was when it was read. kind: its class. identity: the object, if the value must be the
-    same one. content: the value itself, if that cannot change, or its frozen contents."""
-
-    kind: Any
-    identity: Same | None
-    content: Any
+from .values import PLAIN, Frozen, Same, same
 
 
 class Read(NamedTuple):
@@ -92,104 +47,15 @@ class Read(NamedTuple):
         return same(value, self.expected)
 
 
-def frozen(value: Any, name: str) -> Frozen:
-    """Freezes a value. Raises Refusal, which names it, if it may change without a visible sign."""
-    left = [_MOST]
-
-    def freeze(value: Any, around: tuple[int, ...]) -> Frozen:
-        if isinstance(value, Proxy):  # comes first, for a proxy refuses to be asked for its type
-            raise Refusal(f"forward keeps a tensor in {name}")
-        left[0] -= 1
-        if left[0] < 0:
-            raise Refusal(f"forward reads {name}, which holds more than {_MOST} values")
-        kind: Any = type(value)
-        if isinstance(value, enum.Enum) or id(value) in around:
-            return Frozen(kind, Same(value), None)
-        if kind in _PLAIN:
-            return Frozen(kind, None, value)
-        if kind is types.BuiltinFunctionType:
-            refuse_changing(value, name)
-            return Frozen(kind, Same(value), None)
-        within = (*around, id(value))
-        if isinstance(value, (list, tuple, dict, set, frozenset)):
-            refuse_attributes(value, name)
-        if isinstance(value, (list, tuple)):
-            return Frozen(kind, None, tuple([freeze(item, within) for item in value]))
-        if isinstance(value, dict):
-            items = [(freeze(key, within), freeze(item, within)) for key, item in value.items()]
-            return Frozen(kind, None, tuple(items))
-        if isinstance(value, (set, frozenset)) and all(type(item) in _PLAIN for item in value):
-            return Frozen(kind, None, frozenset(value))
-        if kind is types.MethodType:
-            return Frozen(kind, None, (Same(value.__func__), freeze(value.__self__, within)))
-        root = kind.__module__.partition(".")[0]
-        if kind is functools.partial:
-            parts = [freeze(part, within) for part in (value.func, value.args, value.keywords)]
-            return Frozen(kind, None, tuple(parts))
-        if isinstance(value, _KNOWN_BY_IDENTITY) or root in ("torch", "typing"):
-            return Frozen(kind, Same(value), None)
-        if kind.__module__ == "numpy" and kind.__name__ != "ndarray":
-            return Frozen(kind, Same(value), None)
-        if root in _STDLIB or root == "numpy" or type(getattr(value, "__dict__", None)) is not dict:
-            what = f"{name}, which is or holds a {kind.__name__}"
-            raise Refusal(f"forward reads {what}, and that may change unseen")
-        return Frozen(kind, Same(value), freeze(value.__dict__, within))
-
-    return freeze(value, ())
-
-
-def same(value: Any, expected: Frozen) -> bool:
-    """Whether a value still equals what was frozen. torch.compile traces this function, too."""
-    kind, identity, content = expected
-    if identity is not None:
-        if content is None or value is not identity.it:
-            return value is identity.it
-        if not torch.compiler.is_compiling():
-            return same(value.__dict__, content)
-        # up to torch 2.11, torch.compile cannot read an object's __dict__
-        for key, was in content.content:  # noqa: SIM110 - as below
-            if not same(getattr(value, key.content), was):
-                return False
-        return True
-    if type(value) is not kind:
-        return False
-    if issubclass(kind, (list, tuple)):
-        if len(value) != len(content):
-            return False
-        for item, was in zip(value, content, strict=True):  # noqa: SIM110 - it runs with every call
-            if not same(item, was):
-                return False
-        return True
-    if issubclass(kind, dict):
-        if len(value) != len(content):
-            return False
-        for (key, item), (key_was, was) in zip(value.items(), content, strict=True):
-            if not (same(key, key_was) and same(item, was)):
-                return False
-        return True
-    if kind is types.MethodType:
-        return value.__func__ is content[0].it and same(value.__self__, content[1])
-    if kind is functools.partial:
-        function, args, keywords = content
-        return same(value.func, function) and same(value.args, args) and same(value.keywords, keywords)
-    return equal(value, content)
-
-
 def unchanged(reads: tuple[Read, ...]) -> Callable[[], bool] | None:
     """Returns a function that says whether all reads are unchanged; None if there are none. The function
     reads names as Python code does, which is the fastest way, and for which torch.compile has guards of its
     own."""
-    spaces: dict[int, list[Read]] = {}
-    anywhere = [read for read in reads if read.where != "global"]
+    spaces: dict[int, list[Read]] = {}  # globals by their module; the others join the first of them
+    first = next((id(read.holder.it) for read in reads if read.where == "global"), 0)
     for read in reads:
-        if read.where == "global":
-            spaces.setdefault(id(read.holder.it), []).append(read)
-    if not spaces and anywhere:
-        spaces[0] = []
-    checks = []
-    for group in spaces.values():
-        checks.append(_compiled(group + anywhere))
-        anywhere = []
+        spaces.setdefault(id(read.holder.it) if read.where == "global" else first, []).append(read)
+    checks = [_compiled(group) for group in spaces.values()]
     if len(checks) < 2:
         return checks[0] if checks else None
 
@@ -214,10 +80,8 @@ def _compiled(reads: list[Read]) -> Callable[[], bool]:
     def condition_of(read: Read) -> str:
         name = read.name
         if read.where == "closure":
-            name = next((known for known, cell in cells.items() if cell is read.holder.it), "")
-            if not name:
-                name = f"_bnfast_cell_{len(cells)}"
-                cells[name] = read.holder.it
+            name = f"_bnfast_cell_{id(read.holder.it)}"
+            cells[name] = read.holder.it
         elif read.where == "object":
             name = constant(read.holder.it)
         value = ".".join((name, *read.path))
@@ -225,7 +89,7 @@ def _compiled(reads: list[Read]) -> Callable[[], bool]:
         if identity is not None and content is None:
             return f"{value} is {constant(identity.it)}"
         test = f"{constant(same)}({value}, {constant(read.expected)})"
-        return f"({value} is {constant(content)} or {test})" if kind in _PLAIN else test
+        return f"({value} is {constant(content)} or {test})" if kind in PLAIN else test
 
     condition = " and ".join(map(condition_of, reads))
     given = ", ".join(f"_bnfast_{i}" for i in range(len(constants)))

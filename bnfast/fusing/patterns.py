@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -11,10 +10,9 @@ from torch import nn
 from torch.fx import Graph, Node
 
 from ..kernels.epilogue import Activation
-from ..modules.drop_in import DropIn
 from . import activations
-from .guards import original_class
-from .layers import NORMS, called_as_torch_does, hooked, why_not_called, why_not_ours
+from .guards import known, returns_new
+from .layers import NORMS, hooked, why_not_called, why_not_ours
 from .symbols import add_in_place
 
 THE_OUTPUT = "its output is the block's"
@@ -54,10 +52,10 @@ def find(graph: Graph, modules: dict[str, nn.Module]) -> tuple[list[Match], dict
             found = f"it is the residual of {taken[found.add]}"
         if isinstance(found, str):
             reasons[node] = found
-            continue
-        matches[node] = found
-        if found.add is not None:
-            taken[found.add] = str(node.target)
+        else:
+            matches[node] = found
+            if found.add is not None:
+                taken[found.add] = str(node.target)
     return [matches[node] for node in norms if node in matches], reasons
 
 
@@ -113,49 +111,40 @@ def _other_operand(add: Node, ours: Node) -> Node | None:
     return other if isinstance(other, Node) and other is not ours else None
 
 
+def writes_to(residual: Node | None, add: Node | None) -> bool:
+    """Whether an add writes its result to the residual."""
+    return add is not None and add.target in _ADDS_IN_PLACE and add.args[0] is residual
+
+
 def _why_later_is_wrong(
     norm: Node, add: Node, residual: Node, steps: list[Node], modules: dict[str, nn.Module]
 ) -> str | None:
     """Why the layer's call cannot move to the place of the add, as it does with a residual, or None. No
     operation between the two may write to the layer's input, or observe that the layer has not run yet. No
     operation after the add may write to the residual, which the layer may save for its backward."""
-    layer = modules[str(norm.target)]
-    counted = {id(buffer) for buffer in layer.buffers()}
-    for node in norm.graph.nodes:
-        if node.op == "get_attr" and id(_attribute(str(node.target), modules)) in counted:
+    counted = {id(buffer) for buffer in modules[str(norm.target)].buffers()}
+    for node in norm.graph.find_nodes(op="get_attr"):
+        if id(operator.attrgetter(str(node.target))(modules[""])) in counted:
             return f"forward reads {node.target} too"
-    for node in _between(norm, add):
-        called = modules[str(node.target)] if node.op == "call_module" else None
-        if called is not None and not counted.isdisjoint(map(id, called.buffers())):
+    nodes = list(norm.graph.nodes)
+    for node in nodes[nodes.index(norm) + 1 : nodes.index(add)]:
+        if node.op == "call_module" and counted & set(map(id, modules[str(node.target)].buffers())):
             return f"it runs again, or its buffers are used, as {node.target}, before the add"
-        if node not in steps and _may_write(node, called):
+        if node not in steps and _may_write(node, modules):
             return f"{node.name}, before the add, may write in place"
-    for node in _between(add, norm.graph.output_node()):
-        called = modules[str(node.target)] if node.op == "call_module" else None
-        if residual in node.all_input_nodes and _may_write(node, called):
+    for node in nodes[nodes.index(add) + 1 :]:
+        if residual in node.all_input_nodes and _may_write(node, modules):
             return f"{node.name} may write to what was added to it"
-    if add.target in _ADDS_IN_PLACE and add.args[0] is residual:
-        fresh = residual.op == "call_module" and _returns_new(modules[str(residual.target)])
+    if writes_to(residual, add):
+        fresh = residual.op == "call_module" and returns_new(modules[str(residual.target)])
         if not fresh or len(residual.users) != 1:
             return "it is added in place to a tensor that is in use elsewhere"
     return None
 
 
-def _attribute(name: str, modules: dict[str, nn.Module]) -> object:
-    owner, _, last = name.rpartition(".")
-    return getattr(modules[owner], last)
-
-
-def _between(first: Node, last: Node) -> Iterator[Node]:
-    node = first.next
-    while node is not last:
-        yield node
-        node = node.next
-
-
-def _may_write(node: Node, called: nn.Module | None) -> bool:
-    if called is not None:
-        return any(getattr(m, "inplace", False) or not _known(m) for m in called.modules())
+def _may_write(node: Node, modules: dict[str, nn.Module]) -> bool:
+    if node.op == "call_module":
+        return any(getattr(m, "inplace", False) or not known(m) for m in modules[str(node.target)].modules())
     if node.op in ("placeholder", "get_attr"):
         return False
     if any(value is True for value in node.args) or node.kwargs.get("inplace") or "out" in node.kwargs:
@@ -169,19 +158,3 @@ def _may_write(node: Node, called: nn.Module | None) -> bool:
 
 
 _READS = (getattr, operator.add, operator.sub, operator.mul, operator.truediv, operator.getitem)
-
-
-def _known(module: nn.Module) -> bool:
-    """Whether a module's forward is bnfast's or torch.nn's. These write to their own buffers only, unless
-    they have `inplace`."""
-    kind: Any = original_class(type(module))
-    theirs = kind.forward.__module__.startswith("torch.nn.") or kind.forward is DropIn.forward
-    return theirs and called_as_torch_does(kind)
-
-
-def _returns_new(module: nn.Module) -> bool:
-    if hooked(module) or not _known(module):
-        return False
-    if isinstance(module, nn.Sequential) and len(module):
-        return _returns_new(module[-1])
-    return isinstance(module, (DropIn, nn.modules.conv._ConvNd, nn.Linear))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch import nn
 
@@ -80,8 +80,11 @@ class FusionReport(NamedTuple):
 
 def report(model: nn.Module) -> FusionReport:
     norms: dict[nn.Module, str] = {m: name for name, m in model.named_modules() if isinstance(m, NORMS)}
-    built_in = ((norm, _own_activation(norm)) for norm in norms)
-    fused = {norm: Fused(norms[norm], own, False, None) for norm, own in built_in if own is not None}
+    fused = {}
+    for norm, name in norms.items():
+        own = Activation.of(norm.activation) if type(norm).forward is DropIn.forward else None
+        if own is not None:
+            fused[norm] = Fused(name, own, False, None)
     reasons = {norm: reason for norm in norms if (reason := _why_not_converted(norm)) is not None}
     last: dict[nn.Module, str] = {}
     for name, block in model.named_modules():
@@ -115,17 +118,7 @@ def _explain(block: nn.Module, reasons: dict[nn.Module, str], last: dict[nn.Modu
 def _why_not_converted(norm: nn.Module) -> str | None:
     """Why a layer that bnfast has a class for was not converted; None for other layers."""
     target = _counterpart(type(norm))
-    if target is None:
-        return None
-    obstacle = _obstacle(norm, target)
+    obstacle = None if target is None else _obstacle(norm, target)
     if obstacle is not None:
         return f"it is left as it is: {obstacle}"
-    return "bnfast.fuse (or bnfast.convert) has not been called"
-
-
-def _own_activation(norm: nn.Module) -> Activation | None:
-    """The activation that a layer's own forward applies."""
-    if not isinstance(norm, DropIn) or type(norm).forward is not DropIn.forward:
-        return None
-    layer: Any = norm
-    return Activation.of(layer.activation)
+    return None if target is None else "bnfast.fuse (or bnfast.convert) has not been called"

@@ -5,14 +5,15 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Iterable, Iterator
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 from torch import nn
 
 from . import blocks
-from .blocks import Built
-from .call_site import Site, site_of
-from .guards import Guard
+from .blocks import Variant
+from .call_site import Site
+from .guards import is_mode
 from .layers import NORMS, hooked
 from .patterns import Match, find
 from .subclassing import Unannounced, subclass
@@ -24,11 +25,14 @@ _LOG = logging.getLogger("bnfast")
 class Plan(NamedTuple):
     """What was found in one block. Paths of layers are relative to the block."""
 
-    built: Built | None  # None where there is nothing to fuse
-    sites: tuple[Site, ...]
+    variant: Variant | None  # None where there is nothing to fuse
     skipped: dict[str, str]
     left: str | None = None  # why the whole block is left as it is
     reads_mode: bool = False  # whether the plan may differ between training and eval
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        return () if self.variant is None else self.variant.sites
 
 
 def norms_within_reach(block: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
@@ -59,12 +63,11 @@ def plan(block: nn.Module, claimed: set[nn.Module]) -> Plan | None:
         return _left(reach, str(why))._replace(reads_mode=True)
     modules = dict(block.named_modules(remove_duplicate=False))
     kept = [match for match in matches if modules[str(match.norm.target)] not in claimed]
-    reads_mode = any(isinstance(guard, Guard) and guard.name == "training" for guard in traced.guards)
+    reads_mode = any(map(is_mode, traced.guards))
     if not kept:
-        return Plan(None, (), reasons, None, reads_mode)
-    sites = tuple(map(site_of, kept))
+        return Plan(None, reasons, None, reads_mode)
     try:
-        return Plan(blocks.build(traced, kept, sites), sites, reasons, None, reads_mode)
+        return Plan(blocks.build(traced, kept), reasons, None, reads_mode)
     except Exception as why:
         words = f"the forward that bnfast made of it cannot be built: {type(why).__name__}: {why}"
         _LOG.warning("fuse: %s is left as it is: %s", type(block).__name__, words)
@@ -72,7 +75,7 @@ def plan(block: nn.Module, claimed: set[nn.Module]) -> Plan | None:
 
 
 def _left(norms: Iterable[str], reason: str) -> Plan:
-    return Plan(None, (), dict.fromkeys(norms, f"its block is left as it is: {reason}"), reason)
+    return Plan(None, dict.fromkeys(norms, f"its block is left as it is: {reason}"), reason)
 
 
 def _trace_with_sequences(block: nn.Module) -> tuple[Traced, list[Match], dict[str, str]]:
@@ -85,7 +88,8 @@ def _trace_with_sequences(block: nn.Module) -> tuple[Traced, list[Match], dict[s
         traced = trace(block, inlined)
         matches, skipped = find(traced.graph, modules)
         reasons |= {str(node.target): why for node, why in skipped.items()}
-        useful = {m for match in matches for m in _around(str(match.norm.target), modules)} & inlined
+        around = (accumulate(str(m.norm.target).split(".")[:-1], "{}.{}".format) for m in matches)
+        useful = {modules[path] for paths in around for path in paths} & inlined
         if useful == inlined:
             return traced, matches, reasons
         inlined = useful
@@ -104,11 +108,6 @@ def _trailing(block: nn.Module) -> Iterator[tuple[str, nn.Module, list[nn.Module
             yield name, child, chain
 
 
-def _around(path: str, modules: dict[str, nn.Module]) -> Iterator[nn.Module]:
-    parts = path.split(".")
-    return (modules[".".join(parts[:i])] for i in range(1, len(parts)))
-
-
 def fuse_block(block: nn.Module, claimed: set[nn.Module] | None = None) -> str | None:
     """Rewrites the call sites of one block, for training and for inference where these differ. Adds the
     layers whose calls it takes over to `claimed`. Returns why the block is left as it is, or None."""
@@ -120,7 +119,7 @@ def fuse_block(block: nn.Module, claimed: set[nn.Module] | None = None) -> str |
     if found.reads_mode:
         with _in_mode(block, not block.training):
             plans.append(plan(block, claimed) or found)
-    variants = tuple(p.built for p in plans if p.built is not None)
+    variants = tuple(p.variant for p in plans if p.variant is not None)
     if variants:
         claimed |= {block.get_submodule(site.norm) for p in plans for site in p.sites}
         blocks.install(block, variants, _blank)

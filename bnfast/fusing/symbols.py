@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.fx import Proxy
 from torch.fx.proxy import Attribute
 
-from .guards import Refusal
 from .instructions import at
 from .observing import asked_by
+from .values import Refusal
 
 # The isinstance of torch.nn.Parameter asks on behalf of its caller.
 _ON_BEHALF = "torch.nn.parameter"
@@ -91,16 +91,6 @@ def _in_place(name: str) -> Callable[..., Any]:
 
 add_in_place = _in_place("iadd")
 for _name in (
-    "isub",
-    "imul",
-    "itruediv",
-    "ifloordiv",
-    "imod",
-    "ipow",
-    "iand",
-    "ior",
-    "ixor",
-    "ilshift",
-    "irshift",
-):
+    "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor", "ilshift", "irshift",
+):  # fmt: skip
     _in_place(_name)

@@ -18,11 +18,12 @@ from torch.fx import Graph, Node, Proxy, Tracer
 from torch.fx.proxy import TraceError
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .guards import Condition, Inlined, Refusal, Shared, original_class
+from .guards import Condition, Inlined, Shared, original_class
 from .layers import called_as_torch_does
 from .observing import Seen, observed
 from .outside import Read
 from .symbols import Symbol
+from .values import Refusal
 from .watching import Reads, watched
 
 
@@ -56,8 +57,14 @@ def trace(block: nn.Module, inlined: set[nn.Module]) -> Traced:
     sequences = {module for module in (block, *inlined) if is_sequence(module)}
     seen: Seen = {}
     reads: Reads = {}
+
+    def run(inference: bool) -> Graph:
+        observing, watching = observed(block, parameters, sequences, seen), watched(reads)
+        with _for_inference(inference), observing, _no_random_numbers(), _NoTensors(), watching:
+            return _BlockTracer(inlined).trace(block)
+
     try:
-        graphs = [_run(block, parameters, inlined, sequences, seen, reads, on) for on in (False, True)]
+        graphs = [run(inference) for inference in (False, True)]
     except (Refusal, TraceError) as why:
         raise Untraceable(str(why).strip().splitlines()[0]) from why
     except Exception as why:  # a forward may fail in any way on a symbol
@@ -88,26 +95,6 @@ def _required_parameters(block: nn.Module) -> tuple[str, ...]:
         if parameter.default is kinds.empty:
             required.append(parameter.name)
     return tuple(required)
-
-
-def _run(
-    block: nn.Module,
-    parameters: tuple[str, ...],
-    inlined: set[nn.Module],
-    sequences: set[nn.Module],
-    seen: Seen,
-    reads: Reads,
-    inference: bool,
-) -> Graph:
-    with _for_inference(inference):
-        tracer = _BlockTracer(inlined)
-        with (
-            observed(block, parameters, sequences, seen),
-            _no_random_numbers(),
-            _NoTensors(),
-            watched(reads),
-        ):
-            return tracer.trace(block)
 
 
 def _shared(block: nn.Module, used: set[str]) -> Iterator[Shared]:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import builtins
 import contextlib
 import copy
+import functools
 import gc
 import sys
 import types
@@ -16,9 +17,10 @@ from typing import Any
 from torch import nn
 from torch.fx import Proxy
 
-from .guards import CHANGING, Refusal, original_class, refuse_changing
+from .guards import original_class
 from .instructions import ATTRIBUTE, Place, at
-from .outside import OTHERS, Read, Same, frozen
+from .outside import Read
+from .values import CHANGING, Refusal, Same, frozen, of_others, refuse_changing
 
 Reads = dict[tuple[object, ...], Read]
 
@@ -51,9 +53,9 @@ def watched(reads: Reads) -> Iterator[None]:
 
 
 def _foreign(frame: FrameType | None) -> bool:
-    """Whether a frame runs code of torch, bnfast or Python itself, which is not watched."""
+    """Whether a frame runs code that is not watched."""
     module = frame.f_globals.get("__name__", "") if frame is not None else "torch"
-    return module.partition(".")[0] in OTHERS or module.startswith("namedtuple_")
+    return of_others(module) or module.startswith("namedtuple_")
 
 
 class _Watch:
@@ -64,13 +66,12 @@ class _Watch:
         self.functions: dict[CodeType, list[types.FunctionType]] = {}
         self.values: dict[tuple[object, ...], Any] = {}  # by the keys of reads
         self.copies: list[tuple[Any, Any]] = []  # lists, dicts and sets with their former contents
-        # former values of variables and attributes that are set by name
-        self.bound: dict[tuple[int, str], tuple[Any, str, Any]] = {}
+        # variables and attributes that are set by name: what they are called, and what undoes it
+        self.bound: dict[tuple[int, str], tuple[str, Callable[[], object]]] = {}
 
     def enter(self, frame: FrameType, event: str, argument: Any) -> Any:
         if _foreign(frame):
-            module = frame.f_globals.get("__name__", "")
-            if module in CHANGING and not _foreign(frame.f_back):
+            if frame.f_globals.get("__name__") in CHANGING and not _foreign(frame.f_back):
                 self._guarded(self._refuse_call, frame)
             return None
         frame.f_trace_opcodes, frame.f_trace_lines = True, False
@@ -84,8 +85,8 @@ class _Watch:
         return self.step
 
     def _guarded(self, note: Callable[[FrameType], None], frame: FrameType) -> None:
-        """Records an instruction. An exception from here would end the watch and appear in the forward, which
-        may catch it."""
+        """Records an instruction. An exception from here ends the watch and appears in the forward, before
+        the instruction runs. The forward may catch it, so it is kept as well."""
         if self.refusal is None:
             try:
                 note(frame)
@@ -93,6 +94,8 @@ class _Watch:
                 self.refusal = why
             except Exception as why:
                 self.refusal = Refusal(f"what forward reads cannot be told: {type(why).__name__}: {why}")
+            if self.refusal is not None:
+                raise self.refusal
 
     def _refuse_call(self, frame: FrameType) -> None:
         name = f"{frame.f_globals['__name__']}.{frame.f_code.co_name}"
@@ -118,11 +121,10 @@ class _Watch:
             module = place.imported_from(frame.f_globals.get("__package__") or "")
             self._note_import(sys.modules[module], name)
         elif op in ("STORE_GLOBAL", "DELETE_GLOBAL"):
-            space = frame.f_globals
-            self.bound.setdefault((id(space), name), (space, name, space.get(name, _NOTHING)))
+            self._note_write(frame.f_globals, name, name)
         elif op == "STORE_DEREF" and free:
             for cell in self._cells(frame, name):
-                self.bound.setdefault((id(cell), name), (cell, name, cell.cell_contents))
+                self._note_write(cell, "cell_contents", name)
 
     def _note_global(self, frame: FrameType, place: Place) -> None:
         name = place.name
@@ -139,6 +141,8 @@ class _Watch:
         refuse_changing(value, name)
         if name in _TELL_ALL:
             raise Refusal(f"forward calls {name}, which tells of more than can be guarded")
+        if value in (setattr, delattr):
+            raise Refusal(f"forward calls {name}, and what that writes to cannot be told")
         if value is super:
             self._note_super(frame, place.super_attribute())
 
@@ -160,17 +164,20 @@ class _Watch:
     def _note_class_of(self, it: Any, name: str | None) -> None:
         """Records an attribute that an object has from its class."""
         kind: Any = type(it)
-        if name is None or isinstance(it, _HOLDERS) or kind.__module__.partition(".")[0] in OTHERS:
+        if name is None or isinstance(it, _HOLDERS) or of_others(kind.__module__):
             return
         owner = next((c for c in kind.__mro__ if name in vars(c)), None)
         if owner is not None and name not in getattr(it, "__dict__", ()):
-            self._add("object", owner, owner.__name__, (name,), getattr(owner, name))
+            self._note_of(owner, name)
+
+    def _note_of(self, holder: Any, name: str) -> None:
+        """Records an attribute of a module or a class."""
+        self._add("object", holder, holder.__name__, (name,), getattr(holder, name))
 
     def _note_import(self, module: types.ModuleType, name: str) -> None:
-        value = getattr(module, name, None)
-        refuse_changing(value, name)
-        if hasattr(module, name) and module.__name__.partition(".")[0] not in OTHERS:
-            self._add("object", module, module.__name__, (name,), value)
+        refuse_changing(getattr(module, name, None), name)
+        if hasattr(module, name) and not of_others(module.__name__):
+            self._note_of(module, name)
 
     def _note_super(self, frame: FrameType, name: str | None) -> None:
         """Records super().name as an attribute of the class that has it."""
@@ -180,35 +187,46 @@ class _Watch:
         kind = original_class(this if isinstance(this, type) else type(this))
         after = kind.__mro__[kind.__mro__.index(cls) + 1 :] if cls in kind.__mro__ else ()
         owner = next((c for c in after if name in vars(c)), None)
-        if owner is not None and owner.__module__.partition(".")[0] not in OTHERS:
-            self._add("object", owner, owner.__name__, (name,), getattr(owner, name))
+        if owner is not None and not of_others(owner.__module__):
+            self._note_of(owner, name)
 
     def _note_chain(self, where: str, holder: Any, name: str, value: Any, place: Place) -> None:
         """Follows attributes of modules and classes to the value that is finally read, and records it."""
         root: Any = value
         path: tuple[str, ...] = ()
-        outside = isinstance(root, types.ModuleType) and root.__name__.partition(".")[0] in OTHERS
+        outside = isinstance(root, types.ModuleType) and of_others(root.__name__)
         asked = place.asked_by_name()
         if asked and isinstance(root, _HOLDERS) and not outside and not hasattr(root, asked[0] or ""):
             raise Refusal(f"forward asks {name} for {asked[0] or 'an attribute by a name that it computes'}")
         for step in asked or place.attributes():
-            followed = isinstance(value, (*_HOLDERS, types.FunctionType))
-            if step is None or not followed or not hasattr(value, step):
+            if (
+                step is None
+                or not isinstance(value, (*_HOLDERS, types.FunctionType))
+                or not hasattr(value, step)
+            ):
                 self._note_class_of(value, step)
                 break
             value, path = getattr(value, step), (*path, step)
-        owner = getattr(value, "__self__", None)
-        if isinstance(owner, (list, dict, set)):  # it is refused below, but forward continues to its end
-            self.copies.append((owner, copy.copy(owner)))
         refuse_changing(value, ".".join((name, *path)))
         sets = place.sets()
-        if sets is not None and isinstance(value, (types.ModuleType, type)):
-            was = vars(value).get(sets, _NOTHING)
-            self.bound.setdefault((id(value), sets), (value, ".".join((name, *path, sets)), was))
+        if sets is not None and isinstance(value, (types.ModuleType, type, types.FunctionType)):
+            self._note_write(value, sets, ".".join((name, *path, sets)))
         if outside and not isinstance(value, (bool, int, float, str, list, dict, set)):
             path, value = (), root  # functions and classes of these modules do not change
         if where != "object" or path:
             self._add(where, holder, name, path, value)
+
+    def _note_write(self, holder: Any, name: str, what: str) -> None:
+        """Notes how to undo a write to a global, if the holder is a dict of globals, or to an attribute."""
+        put, remove = (dict.__setitem__, dict.__delitem__) if isinstance(holder, dict) else (setattr, delattr)
+        if isinstance(holder, types.CellType):
+            was = holder.cell_contents
+        else:
+            was = (holder if isinstance(holder, dict) else vars(holder)).get(name, _NOTHING)
+        undo: Any = functools.partial(remove, holder, name)
+        if was is not _NOTHING:
+            undo = functools.partial(put, holder, name, was)
+        self.bound.setdefault((id(holder), name), (what, undo))
 
     def _add(self, where: str, holder: Any, name: str, path: tuple[str, ...], value: Any) -> None:
         key = (where, id(holder), name, path)
@@ -261,26 +279,13 @@ class _Watch:
     def put_back(self) -> str | None:
         """Restores everything that watched code has written. Returns the name of one such value, or None."""
         written = [self.reads[key] for key in self.values if not self.reads[key].holds()]
-        names = [read.what for read in written] + [name for _, name, _ in self.bound.values()]
+        names = [read.what for read in written] + [name for name, _ in self.bound.values()]
         for held, before in self.copies:
-            if isinstance(held, list):
-                held[:] = before
-            else:
-                held.clear()
-                held.update(before)
-        for holder, name, value in self.bound.values():
-            if isinstance(holder, types.CellType):
-                holder.cell_contents = value
-            elif isinstance(holder, dict):
-                holder.update({name: value})
-                if value is _NOTHING:
-                    del holder[name]
-            elif value is _NOTHING:
-                delattr(holder, name.rpartition(".")[2])
-            else:
-                setattr(holder, name.rpartition(".")[2], value)
+            held.clear()
+            (held.extend if isinstance(held, list) else held.update)(before)
+        for _, undo in self.bound.values():
+            undo()
         for key, value in self.values.items():
-            read = self.reads[key]
-            if read in written and read.path:
+            if (read := self.reads[key]) in written and read.path:
                 setattr(read.owner(), read.path[-1], value)
         return names[0] if names else None

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import bnfast
-from tests.support.block_forms import CHANNELS, Block, conv_norm_act
-from tests.support.fused import data, fused_count, pair
+from tests.support.changed_forms import written_shortcut
+from tests.support.fused import CHANNELS, CONV, Block, conv_norm_act, data, fused_count, pair, reason, tail
 from tests.support.training import assert_same_training, record
 
 pytestmark = pytest.mark.usefixtures("plain_torch")
@@ -44,49 +44,45 @@ def _wrapped(module: nn.Module, how: type) -> nn.Module:
     return module
 
 
-CONV = (CHANNELS, CHANNELS, 1)
-# name: (block, sites)
-MODELS: dict[str, tuple[Callable[[type], nn.Module], int]] = {
-    "convolution": (
-        lambda how: nn.Sequential(nn.BatchNorm2d(CHANNELS), nn.ReLU(), _kind(nn.Conv2d, how)(*CONV)), 1,
-    ),
+NORM, OURS = nn.BatchNorm2d, bnfast.BatchNorm2d
+OWN = "has a __call__ or a _call_impl of its own"
+# name: (block, why its layers are not fused)
+MODELS: dict[str, tuple[Callable[[type], nn.Module], list[str]]] = {
+    "convolution": (lambda how: nn.Sequential(NORM(CHANNELS), nn.ReLU(), _kind(nn.Conv2d, how)(*CONV)), []),
     "wrapped convolution": (
-        lambda how: nn.Sequential(nn.BatchNorm2d(CHANNELS), nn.ReLU(), _wrapped(nn.Conv2d(*CONV), how)), 1,
+        lambda how: nn.Sequential(NORM(CHANNELS), nn.ReLU(), _wrapped(nn.Conv2d(*CONV), how)), [],
     ),
-    "activation": (lambda how: conv_norm_act(_kind(nn.ReLU, how)()), 0),
-    "activation added after": (lambda how: nn.Sequential(*conv_norm_act(), _kind(nn.ReLU, how)()), 1),
+    "activation": (lambda how: conv_norm_act(_kind(nn.ReLU, how)()), [f"Derived (2) {OWN}"]),
+    "activation added after": (lambda how: nn.Sequential(*conv_norm_act(), _kind(nn.ReLU, how)()), []),
     "identity": (
-        lambda how: nn.Sequential(nn.BatchNorm2d(CHANNELS), _kind(nn.Identity, how)(), nn.ReLU()), 0,
+        lambda how: nn.Sequential(NORM(CHANNELS), _kind(nn.Identity, how)(), nn.ReLU()),
+        [f"Derived (1) {OWN}"],
     ),
-    "layer": (lambda how: nn.Sequential(_kind(bnfast.BatchNorm2d, how)(CHANNELS), nn.ReLU()), 0),
-    "wrapped layer": (lambda how: nn.Sequential(_wrapped(bnfast.BatchNorm2d(CHANNELS), how), nn.ReLU()), 0),
+    "layer": (lambda how: nn.Sequential(_kind(OURS, how)(CHANNELS), nn.ReLU()), [f"Derived {OWN}"]),
+    "wrapped layer": (
+        lambda how: nn.Sequential(_wrapped(OURS(CHANNELS), how), nn.ReLU()), [f"BatchNorm2d {OWN}"],
+    ),
     "shortcut": (
-        lambda how: Block(lambda b, y, x: F.relu(y + b.other(x)), other=_kind(nn.Conv2d, how)(*CONV)), 0,
+        lambda how: Block(lambda b, y, x: F.relu(y + b.other(x)), other=_kind(nn.Conv2d, how)(*CONV)),
+        ["other, before the add, may write in place"],
     ),
     "Sequential": (
         lambda how: Block(
             lambda b, y, x: F.relu(b.other(x)), other=_kind(nn.Sequential, how)(*conv_norm_act()[:2])
         ),
-        0,
+        ["its output is not used", "its output is the block's"],
     ),
-    "block": (lambda how: nn.Sequential(_kind(nn.Sequential, how)(*conv_norm_act()), nn.Tanh()), 1),
+    "block": (lambda how: nn.Sequential(_kind(nn.Sequential, how)(*conv_norm_act()), nn.Tanh()), []),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("how", [Doubled, DoubledInside])
 @pytest.mark.parametrize("name", MODELS)
 def test_called_once(name: str, how: type) -> None:
-    make, sites = MODELS[name]
+    make, reasons = MODELS[name]
     ours, theirs = pair(lambda: make(how))
-    assert fused_count(ours) == sites
+    assert [s.reason for s in bnfast.fusion_report(ours).skipped] == reasons
     assert_same_training(record(ours, data()), record(theirs, data()))
-
-
-def test_the_reason() -> None:
-    model = bnfast.fuse(MODELS["layer"][0](Doubled))
-    assert [s.reason for s in bnfast.fusion_report(model).skipped] == [
-        "Derived has a __call__ or a _call_impl of its own"
-    ]
 
 
 def _own_call_impl(module: nn.Module) -> None:
@@ -124,6 +120,7 @@ def test_all_calls_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
     assert fused_count(ours) == 0
     torch.testing.assert_close(ours(data()), theirs(data()))
     assert [type(m) for m in seen[:4]] == [type(ours), nn.Conv2d, bnfast.BatchNorm2d, nn.ReLU]
+    assert reason(bnfast.fuse(ours)) == "torch.nn.Module's __call__ or _call_impl has been replaced"
 
 
 @pytest.mark.parametrize("child", [Doubled, DoubledInside])
@@ -144,20 +141,14 @@ def test_fused_once_compiled_in_place() -> None:
 
 
 class Returned(nn.Conv2d):
-    """No new tensor, for all that its class says."""
+    """It returns no new tensor, although its class says that it does."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x
 
 
 def test_an_add_in_place_to_what_a_child_returns() -> None:
-    def tail(b: Any, y: Tensor, x: Tensor) -> Tensor:
-        shortcut = x * 2
-        out = b.other(shortcut)
-        out += y
-        return F.relu(out) * shortcut
-
-    ours, theirs = pair(lambda: Block(tail, other=Returned(*CONV)))
+    ours, theirs = pair(tail(written_shortcut, other=Returned(*CONV)))
     assert_same_training(record(ours, data()), record(theirs, data()))
 
 
@@ -177,4 +168,4 @@ def test_what_the_garbage_collector_calls_is_no_part_of_a_forward() -> None:
         gc.set_threshold(*before)
         gc.callbacks.remove(note)
     assert run
-    assert len(bnfast.fusion_report(model).fused) == 1
+    assert fused_count(model) == 1

@@ -1,4 +1,5 @@
-"""A model stays right through all that happens to models once bnfast.fuse is through with them."""
+"""A model stays right through all that happens to models once they are fused, also where its class, or a
+child's, is out of the ordinary."""
 
 from __future__ import annotations
 
@@ -11,117 +12,41 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 import bnfast
-from tests.support.block_forms import CHANNELS, Residual, conv_norm_act, network
-from tests.support.fused import data, fused_count
+from tests.support.fused import Block, Residual, conv_norm_act, data, fused_count, network, pair
 from tests.support.training import assert_same_training, record
 
-
-# What may happen to a model once it is fused, and how many of the network's 5 sites are left then.
-def _hook_norm(m: Any) -> None:
-    m[1].bn1.register_forward_hook(lambda module, args, y: y * 2)
+SCRIPT, TRACE = torch.jit.script, lambda module: torch.jit.trace(module, data())
 
 
-def _hook_activation(m: Any) -> None:
-    m[0][2].register_forward_pre_hook(lambda module, args: (args[0] + 1,))
+def _nothing(*args: Any) -> None:
+    pass
 
 
-def _hook_gradients(m: Any) -> None:
-    m[0][1].register_full_backward_hook(lambda module, dx, dy: (dx[0] * 2,))
+def by_jit(test: Any) -> Any:
+    test = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")(test)
+    return pytest.mark.parametrize("how", [SCRIPT, TRACE], ids=["script", "trace"])(test)
 
 
-def _hook_gradients_before(m: Any) -> None:
-    m[0][1].register_full_backward_pre_hook(lambda module, dy: (dy[0] * 2,))
+EVERYWHERE = ("module_forward", "module_forward_pre", "module_full_backward", "module_full_backward_pre")
 
 
-def _replace_norm(m: Any) -> None:
-    m[1].bn1 = nn.InstanceNorm2d(CHANNELS)
-
-
-def _replace_norm_in_sequence(m: Any) -> None:
-    m[0][1] = nn.InstanceNorm2d(CHANNELS)
-
-
-def _replace_activation(m: Any) -> None:
-    m[0][2] = nn.Tanh()
-
-
-def _append(m: Any) -> None:
-    m[0].append(nn.Tanh())
-
-
-def _insert(m: Any) -> None:
-    m[0].insert(2, nn.Tanh())
-
-
-def _flag(m: Any) -> None:
-    m[1].doubled = True
-
-
-def _drop_shortcut(m: Any) -> None:
-    m[2].downsample = None
-
-
-def _replace_forward(m: Any) -> None:
-    m[1].forward = lambda x: x * 3
-
-
-CHANGES: dict[str, tuple[Callable[[Any], None], int]] = {
-    "hook on a layer": (_hook_norm, 4),
-    "hook on an activation": (_hook_activation, 4),
-    "backward hook": (_hook_gradients, 4),
-    "backward pre-hook": (_hook_gradients_before, 4),
-    "layer replaced": (_replace_norm, 3),
-    "layer replaced in a Sequential": (_replace_norm_in_sequence, 4),
-    "activation replaced": (_replace_activation, 4),
-    "module appended": (_append, 4),
-    "module inserted": (_insert, 4),
-    "plain attribute": (_flag, 3),
-    "child removed": (_drop_shortcut, 3),
-    "forward replaced": (_replace_forward, 3),
-}
-
-
-@pytest.mark.parametrize("name", CHANGES)
-def test_changes_after_fusing(name: str) -> None:
-    change, left = CHANGES[name]
-    ours, theirs = bnfast.fuse(network()), network()
-    assert fused_count(ours) == 5
-    change(ours), change(theirs)
-    assert fused_count(ours) == left
-    assert_same_training(record(ours, data()), record(theirs, data()))
-
-
-def test_hooks_switch_a_site_back_and_forth(calls: list[tuple[str | None, bool]]) -> None:
+@pytest.mark.parametrize("kind", ["forward", *EVERYWHERE])
+def test_hooks_switch_a_site_back_and_forth(kind: str, calls: list[tuple[str | None, bool]]) -> None:
     model = bnfast.fuse(conv_norm_act()).double()
-    handle = model[1].register_forward_hook(lambda module, args, y: None)
-    model(data())
-    handle.remove()
-    model(data())
-    everywhere = nn.modules.module.register_module_forward_hook(lambda module, args, y: None)
-    model(data())
-    everywhere.remove()
-    assert calls == [(None, False), ("relu", False), (None, False)]
-
-
-@pytest.mark.parametrize("kind", ["forward", "forward_pre", "full_backward", "full_backward_pre"])
-def test_hooks_on_all_modules(kind: str) -> None:
-    model = bnfast.fuse(conv_norm_act())
-    handle = getattr(nn.modules.module, f"register_module_{kind}_hook")(lambda *args: None)
+    handle = getattr(nn.modules.module if kind in EVERYWHERE else model[1], f"register_{kind}_hook")(_nothing)
     try:
+        model(data())
         assert fused_count(model) == 0
     finally:
         handle.remove()
+    model(data())
     assert fused_count(model) == 1
-
-
-def test_the_forward_of_the_class_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = bnfast.fuse(Residual()).double()
-    monkeypatch.setattr(Residual, "forward", lambda self, x: x * 3)
-    assert torch.equal(model(data()), data() * 3)
-    assert fused_count(model) == 0
+    assert calls == [(None, False), ("relu", False)]
 
 
 def test_convert_sync_batchnorm() -> None:
@@ -131,15 +56,6 @@ def test_convert_sync_batchnorm() -> None:
     report = bnfast.fusion_report(ours)
     assert (report.fused, len(report.skipped)) == ((), 6)
     torch.testing.assert_close(ours(data()), network().eval()(data()))
-
-
-COPIES: dict[str, Callable[[nn.Module], nn.Module]] = {
-    "deepcopy": copy.deepcopy,
-    "copy": copy.copy,
-    "pickle": lambda model: pickle.loads(pickle.dumps(model)),
-    "torch.save": lambda model: _saved(model),
-    "replica": lambda model: _replica(model),
-}
 
 
 def _saved(model: nn.Module) -> nn.Module:
@@ -160,34 +76,32 @@ def _replica(model: Any) -> nn.Module:
     return replica
 
 
-@pytest.mark.parametrize("name", COPIES)
+def _pickled(model: nn.Module) -> nn.Module:
+    return pickle.loads(pickle.dumps(model))
+
+
+@pytest.mark.parametrize("how", [copy.deepcopy, copy.copy, _pickled, _saved, _replica])
 @pytest.mark.parametrize("changed", [False, True], ids=["as fused", "changed since"])
-def test_copies(name: str, changed: bool) -> None:
-    ours, theirs = bnfast.fuse(network()), network()
+def test_copies(how: Callable[[nn.Module], Any], changed: bool) -> None:
+    ours, theirs = pair(network)
     if changed:
-        _flag(ours), _flag(theirs)
-    copied = COPIES[name](ours)
+        ours[1].doubled = theirs[1].doubled = True
+    copied = how(ours)
     assert isinstance(copied[1], Residual)
     torch.testing.assert_close(copied(data()), theirs(data()))
     if not changed:
         assert fused_count(copied) == 5
-        _flag(copied), _flag(theirs)
+        copied[1].doubled = theirs[1].doubled = True
         torch.testing.assert_close(copied(data()), theirs(data()))
 
 
 def test_passes_for_what_it_was() -> None:
-    ours, theirs = bnfast.fuse(network()), network()
+    ours, theirs = pair(network)
     assert list(ours.state_dict()) == list(theirs.state_dict())
     assert [name for name, _ in ours.named_modules()] == [name for name, _ in theirs.named_modules()]
-    assert isinstance(ours[1], Residual)
     assert repr(ours) == repr(bnfast.convert(theirs))
     assert inspect.signature(ours[1].forward) == inspect.signature(theirs[1].forward)
     ours.load_state_dict(theirs.state_dict())
-
-
-def test_blocks_alike_share_a_class() -> None:
-    model = bnfast.fuse(nn.Sequential(Residual(), Residual(), Residual(shortcut=True)))
-    assert type(model[0]) is type(model[1]) is not type(model[2])
 
 
 def test_fusing_again_changes_nothing() -> None:
@@ -197,7 +111,7 @@ def test_fusing_again_changes_nothing() -> None:
 
 
 def test_unfuse_and_revert() -> None:
-    ours, theirs = bnfast.fuse(network()), network()
+    ours, theirs = pair(network)
     assert bnfast.unfuse(ours) is ours
     assert [type(m) for m in ours.modules()] == [type(m) for m in bnfast.convert(network()).modules()]
     assert fused_count(ours) == 0
@@ -214,29 +128,16 @@ def test_unfuse_says_what_it_cannot_undo() -> None:
     assert type(model[0]) is nn.Sequential
 
 
-@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-def test_compiles_in_one_graph(training: bool) -> None:
-    ours, theirs = bnfast.fuse(network()).train(training), network().train(training)
-    torch._dynamo.reset()
-    compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(data()), theirs(data()))
-    _flag(ours), _flag(theirs)
-    torch.testing.assert_close(compiled(data()), theirs(data()))
-
-
 def test_recorded_by_fx_as_the_original() -> None:
-    ours, theirs = bnfast.fuse(network()).eval(), network().eval()
+    ours, theirs = (model.eval() for model in pair(network))
     graph = torch.fx.symbolic_trace(ours)
     assert sum(isinstance(m, nn.ReLU) for m in graph.modules()) == 3
     torch.testing.assert_close(graph(data()), theirs(data()))
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
-@pytest.mark.parametrize(
-    "how", [torch.jit.script, lambda m: torch.jit.trace(m, data())], ids=["script", "trace"]
-)
+@by_jit
 def test_jit(how: Callable[[nn.Module], nn.Module]) -> None:
-    ours, theirs = bnfast.fuse(network()).eval(), network().eval()
+    ours, theirs = (model.eval() for model in pair(network))
     torch.testing.assert_close(how(ours)(data()), theirs(data()))
 
 
@@ -245,8 +146,92 @@ def test_distributed_data_parallel(tmp_path: Any) -> None:
         "gloo", init_method=f"file://{tmp_path}/meeting", rank=0, world_size=1
     )
     try:
-        parallel = nn.parallel.DistributedDataParallel
-        ours, theirs = (record(parallel(m), data()) for m in (bnfast.fuse(network()), network()))
+        ours, theirs = (record(nn.parallel.DistributedDataParallel(m), data()) for m in pair(network))
     finally:
         torch.distributed.destroy_process_group()
     assert_same_training(ours, theirs)
+
+
+def _relu(b: Any, y: Tensor, x: Tensor) -> Tensor:
+    return F.relu(y)
+
+
+class Registered:
+    """Subclasses of it are known by name, and have to be new."""
+
+    known: dict[str, type] = {}
+
+    def __init_subclass__(cls) -> None:
+        if cls.__name__ in Registered.known:
+            raise ValueError(f"{cls.__name__} is known")
+        Registered.known[cls.__name__] = cls
+
+
+class InRegister(Block, Registered):
+    pass
+
+
+class _Meta(type):
+    made: list[str] = []
+
+    def __init__(cls, name: str, *rest: Any) -> None:
+        super().__init__(name, *rest)
+        _Meta.made.append(name)
+
+
+class OfMeta(Block, metaclass=_Meta):
+    pass
+
+
+class Closed(Block):
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "__class__":
+            raise AttributeError("closed")
+        super().__setattr__(name, value)
+
+
+@pytest.mark.usefixtures("plain_torch")
+@pytest.mark.parametrize("make", [InRegister, OfMeta, Closed])
+def test_classes_that_watch_over_themselves(make: type[Block]) -> None:
+    known, made = dict(Registered.known), list(_Meta.made)
+    ours, theirs = pair(lambda: make(_relu))
+    assert fused_count(ours) == 1
+    assert fused_count(pickle.loads(pickle.dumps(ours))) == 1
+    assert (Registered.known, _Meta.made) == (known, made)
+    assert_same_training(record(ours, data()), record(theirs, data()))
+    assert type(bnfast.unfuse(ours)) is make
+
+
+@by_jit
+def test_beside_compiled_children(how: Callable[[nn.Module], nn.Module]) -> None:
+    torch.manual_seed(0)
+    theirs = conv_norm_act().double()
+    expected = record(copy.deepcopy(theirs), data())
+    theirs[0] = how(theirs[0])
+    ours = bnfast.fuse(theirs)
+    assert fused_count(ours) == 1
+    assert_same_training(record(ours, data()), expected)
+
+
+def test_copies_of_what_holds_itself() -> None:
+    model = conv_norm_act()
+    model.everything = [model]  # type: ignore[assignment]
+    copied = copy.deepcopy(bnfast.fuse(model))
+    assert copied.everything[0] is copied
+    assert copied is not model
+
+
+def test_compiled_in_place_and_copied() -> None:
+    """torch's modules leave what was compiled behind, for it calls the first."""
+    model = bnfast.fuse(conv_norm_act()).double().eval()
+    model.compile(backend="eager")
+    for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        nn.init.zeros_(copied[0].weight)
+        assert torch.equal(copied(data()), torch.zeros_like(data()))
+
+
+def test_parametrized_since_and_pickled() -> None:
+    model = bnfast.fuse(Block(_relu, offset=nn.Parameter(torch.ones(1))))
+    parametrize.register_parametrization(model, "offset", nn.Identity())
+    with pytest.raises(RuntimeError, match="only supported through state_dict"):
+        pickle.dumps(model)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import pickle
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -12,9 +11,12 @@ import torch
 from torch import nn
 
 import bnfast
-from bnfast import dispatch
+from tests.support.fused import fused_count, pair
 from tests.support.training import assert_same_training, record
 from tests.support.zoo import installed
+
+# Whole models are too much for the interpreter; test_blocks.py has kernels under fused blocks.
+pytestmark = pytest.mark.usefixtures("plain_torch")
 
 
 class Case(NamedTuple):
@@ -54,50 +56,33 @@ CASES = {
 }  # fmt: skip
 
 
-@pytest.fixture(autouse=True)
-def _plain_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whole models are too much for the interpreter; test_blocks.py has kernels under fused blocks."""
-    monkeypatch.setattr(dispatch, "INTERPRET", False)
-
-
-def pair(name: str) -> tuple[nn.Module, nn.Module]:
+def pair_of(name: str) -> tuple[Any, Any]:
     case = CASES[name]
     library = installed(case.library)
-    torch.manual_seed(0)
-    theirs = case.make(library).double()
-    return bnfast.fuse(copy.deepcopy(theirs)), theirs
+    return pair(lambda: case.make(library))
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_sites_and_training(name: str) -> None:
-    ours, theirs = pair(name)
+    ours, theirs = pair_of(name)
     case = CASES[name]
     report = bnfast.fusion_report(ours)
-    assert len(report.fused) == case.fused
-    assert sum(f.residual for f in report.fused) == case.residual
+    assert (len(report.fused), sum(f.residual for f in report.fused)) == (case.fused, case.residual)
     assert len(report.fused) + len(report.skipped) == case.layers
+    classes = [type(m) for m in theirs.modules()]
     x = torch.randn(case.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    assert_same_training(record(ours, x), record(theirs, x))
-
-
-@pytest.mark.parametrize("name", CASES)
-def test_back_to_the_original_classes(name: str) -> None:
-    ours, theirs = pair(name)
-    assert [type(m) for m in bnfast.revert(ours).modules()] == [type(m) for m in theirs.modules()]
-
-
-@pytest.mark.parametrize("name", ["resnet18", "r3d_18", "fcn_resnet50"])
-def test_copied_and_pickled(name: str) -> None:
-    ours, _ = pair(name)
-    x = torch.randn(CASES[name].shape, dtype=torch.float64)
-    expected = record(copy.deepcopy(ours), x, steps=1)
-    pickled = pickle.loads(pickle.dumps(ours))
-    assert bnfast.fusion_report(pickled) == bnfast.fusion_report(ours)
-    assert_same_training(record(pickled, x, steps=1), expected)
+    trained = [ours]
+    if name in ("resnet18", "r3d_18", "fcn_resnet50"):
+        trained.append(pickle.loads(pickle.dumps(ours)))
+        assert bnfast.fusion_report(trained[1]) == report
+    expected = record(theirs, x)
+    for model in trained:
+        assert_same_training(record(model, x), expected)
+    assert [type(m) for m in bnfast.revert(ours).modules()] == classes
 
 
 def test_feature_extractor() -> None:
-    ours, theirs = pair("resnet18")
+    ours, theirs = pair_of("resnet18")
     extraction = installed("torchvision.models.feature_extraction")
     nodes = {"layer1.0.relu": "first", "layer4": "last"}
     x = torch.randn(IMAGE, dtype=torch.float64)
@@ -107,16 +92,16 @@ def test_feature_extractor() -> None:
 
 def test_grad_checkpointing_switched_on_later() -> None:
     """The root's forward reads the switch, so the stem is fused only while it is off."""
-    ours, theirs = pair("timm resnet50")
+    ours, theirs = pair_of("timm resnet50")
     for model in (ours, theirs):
         model.set_grad_checkpointing(True)
-    assert len(bnfast.fusion_report(ours).fused) == 48
+    assert fused_count(ours) == 48
     x = torch.randn(IMAGE, dtype=torch.float64)
     assert_same_training(record(ours, x, steps=1), record(theirs, x, steps=1))
 
 
 def test_compiles_in_one_graph() -> None:
-    ours, theirs = pair("resnet18")
+    ours, theirs = pair_of("resnet18")
     x = torch.randn(IMAGE, dtype=torch.float64)
     torch._dynamo.reset()
     compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")

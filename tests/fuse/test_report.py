@@ -1,19 +1,18 @@
-"""What bnfast.fusion_report says: all of it is true, and each reason is counted."""
+"""What bnfast.fusion_report and the log say: all of it is true, and each reason is counted."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+import logging
+import threading
 
 import pytest
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 import bnfast
-from tests.support.block_forms import CHANNELS, Block, conv_norm_act, network
-from tests.support.fused import data, fused_count, pair
-from tests.support.training import assert_same_training, record
+from bnfast.fusing import blocks
+from tests.support.fused import CHANNELS, conv_norm_act, data, fused_count, pair, reason, tail
+from tests.support.left_forms import LEFT
 from tests.support.zoo import installed
 
 pytestmark = pytest.mark.usefixtures("plain_torch")
@@ -45,22 +44,10 @@ def test_activations_that_convert_has_taken_in_count() -> None:
     assert second.startswith("11 not: its output is the block's: blocks.0.0.bn2, ")
 
 
-def test_a_shortcut_is_the_residual() -> None:
-    report = bnfast.fusion_report(bnfast.fuse(network()))
-    assert report.skipped == (("2.downsample.1", "it is the residual of bn2"),)
-
-
-def _alone(b: Any, y: Tensor, x: Tensor) -> Tensor:
-    return y
-
-
-def _pooled(b: Any, y: Tensor, x: Tensor) -> Tensor:
-    return torch.max_pool2d(y, 1)
-
-
 def test_each_reason_is_counted() -> None:
-    alike = nn.Sequential(Block(_pooled), Block(_alone), conv_norm_act(), Block(_alone))
-    assert str(bnfast.fusion_report(bnfast.fuse(alike))).splitlines() == [
+    alone, pooled = tail(lambda b, y, x: y), tail(lambda b, y, x: torch.max_pool2d(y, 1))
+    model = nn.Sequential(pooled(), alone(), conv_norm_act(), alone())
+    assert str(bnfast.fusion_report(bnfast.fuse(model))).splitlines() == [
         "1 fused, 3 not",
         "2 not: its output is the block's: 1.norm, 3.norm",
         "1 not: max_pool2d follows it, and no activation: 0.norm",
@@ -79,66 +66,52 @@ def test_a_model_that_is_not_converted() -> None:
 def test_a_layer_that_was_not_converted_says_why() -> None:
     model = conv_norm_act()
     model[1].activation = "relu"
-    (skipped,) = bnfast.fusion_report(bnfast.fuse(model)).skipped
-    assert skipped.reason == "it is left as it is: it has attributes of its own: activation"
+    assert reason(bnfast.fuse(model)) == "it is left as it is: it has attributes of its own: activation"
 
 
-def _on_device(b: Any, y: Tensor, x: Tensor) -> Tensor:
-    return F.relu(y) + torch.zeros(1, device=x.device)
+def test_blocks_that_are_left_are_logged(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, "bnfast"):
+        model = bnfast.fuse(nn.Sequential(LEFT["branch on a value"][0]()))
+    words = "left as it is: forward branches on a tensor, or on something of one"
+    assert f"fuse: 0 is {words}" in caplog.messages
+    assert reason(model) == f"its block is {words}"
 
 
-@pytest.mark.parametrize(
-    ("tail", "reason"),
-    [
-        (_on_device, "gives torch.zeros something of its input, which torch.fx does not record there"),
-        (lambda b, y, x: F.relu(y) if isinstance(x, Tensor) else y, "asks for the type of its input"),
-    ],
-)
-def test_the_true_reason(tail: Callable[..., Tensor], reason: str) -> None:
-    (skipped,) = bnfast.fusion_report(bnfast.fuse(Block(tail))).skipped
-    assert skipped.reason == f"its block is left as it is: forward {reason}"
+def _wrong_rewriting(graph: torch.fx.Graph, match: object, site: object) -> None:
+    """Uses a node before it is there."""
+    with graph.inserting_after(next(iter(graph.nodes))):
+        graph.call_function(torch.relu, (graph.output_node().args[0],))
 
 
-def _dropout(b: Any, y: Tensor, x: Tensor) -> Tensor:
-    return F.dropout(F.relu(y), 0.0, b.training)
+@pytest.mark.parametrize("broken", ["graph", "code"])
+def test_what_cannot_be_built_is_left(
+    broken: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    if broken == "graph":
+        monkeypatch.setattr(blocks, "rewrite", _wrong_rewriting)
+    else:
+        monkeypatch.setattr(torch.fx.Graph, "python_code", lambda self, root: 1 / 0)
+    with caplog.at_level(logging.INFO, "bnfast"):
+        ours, theirs = pair(conv_norm_act)
+    assert "cannot be built: " in reason(ours)
+    assert [r.levelname for r in caplog.records if "cannot be built: " in r.message][:1] == ["WARNING"]
+    torch.testing.assert_close(ours(data()), theirs(data()))
+    assert type(ours) is nn.Sequential
 
 
-def _branch(b: Any, y: Tensor, x: Tensor) -> Tensor:
-    return F.relu(y) * 2 if b.training else F.silu(y + x)
+def test_threads_fuse_one_after_another() -> None:
+    call = nn.Module.__call__
+    counts, start = [], threading.Barrier(4)
 
+    def fuse() -> None:
+        model = nn.Sequential(*(nn.Sequential(nn.BatchNorm2d(2), nn.ReLU()) for _ in range(10)))
+        start.wait()
+        counts.append(fused_count(bnfast.fuse(model)))
 
-def _only_in_inference(b: Any, y: Tensor, x: Tensor) -> Tensor:
-    if b.training:
-        b.last = y
-    return F.relu(y)
-
-
-@pytest.mark.parametrize("fused_in", [True, False], ids=["training", "inference"])
-@pytest.mark.parametrize(
-    ("tail", "sites"), [(_dropout, (1, 1)), (_branch, (1, 1)), (_only_in_inference, (0, 1))]
-)
-def test_both_modes_are_fused(tail: Callable[..., Tensor], sites: tuple[int, int], fused_in: bool) -> None:
-    torch.manual_seed(0)
-    ours, theirs = Block(tail).double(), Block(tail).double()
-    ours.load_state_dict(theirs.state_dict())
-    bnfast.fuse(ours.train(fused_in))
-    for training in (True, False, True):
-        assert fused_count(ours.train(training)) == sites[not training]
-        torch.testing.assert_close(ours(data()), theirs.train(training)(data()))
-    assert_same_training(record(ours, data()), record(theirs, data()))
-
-
-def test_both_modes_compile_in_one_graph() -> None:
-    ours, theirs = pair(lambda: Block(_branch))
-    torch._dynamo.reset()
-    compiled = torch.compile(ours, fullgraph=True, backend="eager")
-    for training in (True, False):
-        torch.testing.assert_close(compiled.train(training)(data()), theirs.train(training)(data()))
-
-
-def test_the_reason_is_that_of_the_mode() -> None:
-    ours, _ = pair(lambda: Block(_branch))
-    ours.extra = 1
-    ours.kind = _dropout
-    (skipped,) = bnfast.fusion_report(ours).skipped
-    assert skipped.reason == "its block's kind has changed"
+    threads = [threading.Thread(target=fuse) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert counts == [10] * 4
+    assert nn.Module.__call__ is call
