@@ -53,7 +53,7 @@ LIBRARIES = Gate("libraries", files(
     "test_carrying_subclasses", "convert/test_folding", "convert/test_models", "convert/test_opacus",
     "convert/test_registries", "convert/test_timm_tools", "fuse/test_models", "fuse/test_report",
 ), interpret=True)  # fmt: skip
-# With the oldest pair: every eighth case of what touches most of PyTorch and Triton, and every kernel compiled
+# With the oldest pair: every eighth case of what touches most of PyTorch and Triton, and all kernels compiled
 OLDEST = Gate(WHOLE.name, ("tests/contract", *files(
     "test_autograd", "test_batchnorm_layer", "test_fx_and_script", "test_operators", "test_plain_layouts",
     "test_strides", "kernels/test_numerics", "fuse/test_blocks", "convert/test_convert",
