@@ -116,7 +116,7 @@ def test_small_layers_are_timed_in_few_calls_and_find_the_cache_empty(
         events.append("end")
         return 1.0
 
-    monkeypatch.setattr(measure, "evicting", lambda device: lambda: events.append("evict"))
+    monkeypatch.setattr(timing, "evicting", lambda device: lambda: events.append("evict"))
     monkeypatch.setattr(timing, "COLD_BYTES", 100 * BATCH.x_bytes)
     method = dataclasses.replace(QUICK, caches=("cold",), stopwatch=watch)
     list(measure.of_case(BATCH, [altered("small", forward)], CPU, method))
@@ -236,7 +236,7 @@ def test_all_are_given_the_same(case: Case) -> None:
 
 
 def test_what_cannot_run_here_says_why() -> None:
-    for name in ("cudnn-op", "cudnn-frontend", "apex", "liger"):
+    for name in ("cudnn-op", "cudnn-frontend"):
         (baseline,) = measure.get([name])
         for case in (BATCH, GROUP, INSTANCE):
             assert baseline.unable(case, CPU)

@@ -14,7 +14,7 @@ pytestmark = pytest.mark.slow
 
 
 def test_a_case_is_timed_by_pytest_benchmark() -> None:
-    chosen = "GroupNorm and (bnfast or torch or liger)"
+    chosen = "GroupNorm and (bnfast or torch or frontend)"
     command = [sys.executable, "-m", "pytest", "-q", "benchmarks", "-k", chosen]
     own = ("TRITON_INTERPRET", "PYTEST_")  # the outer pytest's variables say that it has workers
     variables = {key: value for key, value in os.environ.items() if not key.startswith(own)}

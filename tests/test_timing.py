@@ -192,7 +192,7 @@ def test_a_contender_whose_capture_fails_is_named_and_the_next_is_captured(cuda:
 
     calls[0].backward = refused  # type: ignore[method-assign]
     method = measure.Method(rounds=5, stopwatch=lambda work: (work(), 1.0)[1])
-    found = list(measure.in_graphs(case, [bad, good], calls, [0, 0], "warm", method, lambda: None))
+    found = list(measure.in_graphs({"kind": "layer"}, 1, [bad, good], calls, [0, 0], method, lambda: None))
     assert [(r.variant, r.status, r.note) for r in found] == [
         ("bad", CANNOT, "RuntimeError: not while capturing"), ("good", MEASURED, ""),
     ]  # fmt: skip
