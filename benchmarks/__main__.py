@@ -50,7 +50,9 @@ def parser() -> argparse.ArgumentParser:
     option("--dtype", choices=DTYPES, nargs="+", metavar="DTYPE", help=kinds)
     option("--direction", choices=["fwd", "bwd", "both"], default="both", help="(default: %(default)s)")
     others = f"what to time beside bnfast: {', '.join(BASELINES)} (default: %(default)s)"
-    option("--baseline", choices=BASELINES, nargs="+", default=list(BASELINES[:4]), metavar="NAME", help=others)
+    option(
+        "--baseline", choices=BASELINES, nargs="+", default=list(BASELINES[:4]), metavar="NAME", help=others
+    )
     option("--quick", action="store_true", help="fewer readings, L2 cold only, no CUDA graphs")
 
     option = add("step", "step", "time a training step of ResNet-50 with torch.nn, torch.compile, bnfast")
