@@ -135,7 +135,7 @@ def build(folder: Path, installs: Sequence[Step], below: Sequence[str]) -> Path:
     run(f"the environment {folder}", (sys.executable, "-m", "venv", *clear, str(folder)))
     mark.write_text(version)
     next(folder.rglob("site-packages")).joinpath("packages_below.pth").write_text("\n".join(below) + "\n")
-    pip = (str(python), "-m", "pip", "-q", "--disable-pip-version-check")
+    pip = (str(python), "-m", "pip", "-qq", "--disable-pip-version-check")
     done = [run(each.title, (*pip, *each.arguments), each.optional) for each in (*installs, ITSELF)]
     if all(done):
         mark.write_text(" ".join(finished))
