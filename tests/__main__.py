@@ -75,7 +75,7 @@ class Outcome:
 
     def line(self) -> str:
         counts = f"{self.passed} passed, {self.failed} failed, {self.skipped} skipped"
-        return f"{self.name:<34} {counts:<34} {self.seconds:6.0f} s  {self.note}".rstrip()
+        return f"{self.name:<52} {counts:<34} {self.seconds:6.0f} s  {self.note}".rstrip()
 
 
 def headline(text: str) -> None:
