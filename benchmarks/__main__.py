@@ -12,8 +12,6 @@ from typing import Any
 from benchmarks import LAYERS, RESULTS, Refused, environment
 from benchmarks.suites import LAYOUTS, SUITES
 
-Adds = Callable[..., Any]  # a parser's add_argument
-
 DEFAULT = "first-look"
 # Named here and not asked of their modules, which need torch.
 DTYPES = ("bf16", "fp16", "fp32")
@@ -21,7 +19,7 @@ PARTS = (
     "correctness", "machine", "resnet50", "groupnorm", "step", "compiled", "cudnn-frontend", "latencies",
     "tiles", "sanitizer",
 )  # fmt: skip
-BASELINES = ("torch", "native", "cudnn-op", "cudnn-frontend", "compile", "compile-max", "apex", "liger")
+BASELINES = ("torch", "native", "cudnn-op", "cudnn-frontend", "compile", "compile-max")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -31,7 +29,7 @@ def parser() -> argparse.ArgumentParser:
     whole = argparse.ArgumentParser(prog="python3 -m benchmarks", description=about)
     jobs = whole.add_subparsers(title="jobs", metavar="JOB")
 
-    def add(name: str, module: str, about: str, results: bool = True) -> Adds:
+    def add(name: str, module: str, about: str, results: bool = True) -> Callable[..., Any]:
         job = jobs.add_parser(name, help=about, description=about)
         job.set_defaults(module=module)
         if results:
@@ -40,11 +38,8 @@ def parser() -> argparse.ArgumentParser:
             job.add_argument("--out", type=Path, help=where)
         return job.add_argument
 
-    option = add(
-        DEFAULT, "first_look",
-        "the default: train a network with torch.nn and with bnfast, and go through the layers of others",
-    )  # fmt: skip
-    trains(option)
+    about = "the default: train a network with torch.nn and with bnfast, and go through the layers of others"
+    trains(add(DEFAULT, "first_look", about))
 
     option = add("run", "layers", "predict every normalization layer of some networks; on a GPU, time it")
     names = f"which networks: {', '.join(SUITES)} or all (default: %(default)s)"
@@ -55,8 +50,9 @@ def parser() -> argparse.ArgumentParser:
     option("--dtype", choices=DTYPES, nargs="+", metavar="DTYPE", help=kinds)
     option("--direction", choices=["fwd", "bwd", "both"], default="both", help="(default: %(default)s)")
     others = f"what to time beside bnfast: {', '.join(BASELINES)} (default: %(default)s)"
-    default = ["torch", "native", "cudnn-op", "cudnn-frontend"]
-    option("--baseline", choices=BASELINES, nargs="+", default=default, metavar="NAME", help=others)
+    option(
+        "--baseline", choices=BASELINES, nargs="+", default=list(BASELINES[:4]), metavar="NAME", help=others
+    )
     option("--quick", action="store_true", help="fewer readings, L2 cold only, no CUDA graphs")
 
     option = add("step", "step", "time a training step of ResNet-50 with torch.nn, torch.compile, bnfast")
@@ -72,9 +68,8 @@ def parser() -> argparse.ArgumentParser:
 
     about = "make tables and pictures of the CSV files of an earlier run; of two runs, compare the figures"
     option = add("report", "report", about, results=False)
-    option(
-        "paths", nargs="+", type=Path, metavar="PATH", help="a file, or a folder of them; two: before, after"
-    )
+    paths = "a file, or a folder of them; two: before, after"
+    option("paths", nargs="+", type=Path, metavar="PATH", help=paths)
     option("--out", type=Path, help="where pictures go (default: beside the path)")
     option("--top", type=positive, default=30, help="lines of a comparison (default: %(default)s)")
 
@@ -97,7 +92,7 @@ def positive(text: str) -> int:
     return int(text)
 
 
-def trains(option: Adds) -> None:
+def trains(option: Callable[..., Any]) -> None:
     """The options of jobs that train."""
     option("--epochs", type=positive, default=6, help="of each training run (default: %(default)s)")
     option("--seed", type=int, default=0, help="of network and batches (default: %(default)s)")

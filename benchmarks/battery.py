@@ -1,8 +1,8 @@
 """The job `gpu`: what a GPU is needed for, as much as nine minutes allow, in one command.
 
-The most valuable parts come first; each has its share of the time and writes its records to disk as they are
-made; a part that fails, or that has no time left, does not stop the next. Tests, and some of them under
-compute-sanitizer, are commands of their own."""
+The most valuable parts come first. Each has its share of the time and runs in processes of its own, so that a
+part that fails, hangs, loses the GPU or has no time left does not stop the next one. What it measures is on
+disk as it is made."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,11 +40,10 @@ from benchmarks.layers import Run
 from benchmarks.records import CANNOT, MEASURED, Record
 from benchmarks.session import Session, begin, paragraph, progress
 from benchmarks.suites import Network
-from benchmarks.timing import one_line
 
 SUMMARY = 15.0  # seconds, for what comes before and after the parts
 LAST_WORDS = 5.0  # seconds, for a process that was interrupted
-FEWEST_SECONDS = 8.0  # for a part to begin at all
+FEWEST_SECONDS = 8.0  # for a process to begin at all
 # What compute-sanitizer runs, many times slower: whole channels_last rows, planes, and a row a channel.
 SANITIZED = (
     "-m", "gpu", "tests/gpu/test_parity.py",
@@ -59,119 +58,45 @@ TESTS: dict[str, tuple[str, ...]] = {
     "correctness-shapes": ("gpu/test_large",),
 }
 PYTEST = (sys.executable, "-m", "pytest")
-OUT_OF_TIME = "out of time; "
+LATE = "out of time; "
 Work = Callable[[Session, float], Iterable[Record]]
+Commands = dict[str, Sequence[str]]
 
 
-class NotHere(Exception):
-    """What a part needs is not on this machine."""
+def present() -> str | None:
+    return None
 
 
 @dataclass(frozen=True)
 class Part:
-    """work: makes records, and keeps to the seconds that it is given: what it yields is kept however late.
-    TimeoutError: it was not done. seconds: its share, as large as the others' are; what it leaves goes to
-    those after it."""
+    """seconds: its share, as large as the others' are; what it leaves goes to those after it. work: makes
+    records, in a process of its own; or commands: of a session's folder, by name. absent: why it cannot run
+    here; None if it can."""
 
     name: str
     seconds: float
-    work: Work
+    work: Work | None = None
+    commands: Callable[[Path], Commands] | None = None
+    absent: Callable[[], str | None] = present
 
 
-# processes
-
-
-@contextlib.contextmanager
-def interruptible() -> Iterator[None]:
-    """What a shell runs in the background ignores interrupts, and so would what is started here."""
-    ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN
-    if ignored:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-    try:
-        yield
-    finally:
-        if ignored:
-            signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-def process(session: Session, name: str, command: Sequence[str], seconds: float) -> Record:
-    """A command of its own, whose output goes to a file; a record of how it ended, CANNOT if it did not end
-    well. When the time is up it is interrupted, so that pytest still tells what it found, and then killed
-    with all that it has started."""
-    path = session.folder / f"{name}.log"
-    variables = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    # so that the log of a test whose kernel never ends names the test
-    variables["PYTHONUNBUFFERED"] = "1"
-    start, out_of_time = time.monotonic(), ""
-    with path.open("w", encoding="utf-8") as file:
-        output = {"stdout": file, "stderr": subprocess.STDOUT, "start_new_session": True}
-        with interruptible():
-            running = subprocess.Popen(command, cwd=ROOT, env=variables, **output)  # type: ignore[call-overload]
-        try:
-            running.wait(seconds)
-        except subprocess.TimeoutExpired:
-            out_of_time = OUT_OF_TIME
-            running.send_signal(signal.SIGINT)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                running.wait(LAST_WORDS)
-        finally:  # also if somebody interrupts this command
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(running.pid, signal.SIGKILL)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                running.wait(LAST_WORDS)  # not for ever: the driver may hold it
-    took = time.monotonic() - start
-    said = [line for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
-    status = CANNOT if running.returncode != 0 or out_of_time else MEASURED
-    note = f"{out_of_time}exit code {running.returncode}; {said[-1] if said else 'no output'}"[:300]
-    return Record("probe", status, variant=name, us=round(took * 1e6), note=note)
-
-
-def processes(session: Session, commands: Mapping[str, Sequence[str]], seconds: float) -> Iterator[Record]:
-    """One after another; the first takes what it needs. Raises, after all of them, what one said that did not
-    end well: rather one that failed than one that was late."""
-    end, problems = time.monotonic() + seconds, list[Exception]()
-    for name, command in commands.items():
-        left = end - time.monotonic() - LAST_WORDS
-        if left < FEWEST_SECONDS:
-            problems.append(TimeoutError(f"no time was left for {name}"))
-            break
-        record = process(session, name, command, left)
-        yield record
-        if record.status == CANNOT:
-            late = record.note.startswith(OUT_OF_TIME)
-            problems.append((TimeoutError if late else RuntimeError)(f"{name}: {record.note}"))
-    if problems:
-        raise min(problems, key=lambda problem: isinstance(problem, TimeoutError))
-
-
-def correctness(session: Session, seconds: float) -> Iterator[Record]:
-    commands = {}
+def correctness(folder: Path) -> Commands:
+    commands: Commands = {}
     for name, files in TESTS.items():
-        xml = session.folder.absolute() / f"{name}.xml"
+        xml = folder.absolute() / f"{name}.xml"
         options = ["-v", "--tb=short", "-m", "gpu", "--maxfail=50", f"--junitxml={xml}"]
         commands[name] = [*PYTEST, *options, *(f"tests/{file}.py" for file in files)]
-    return processes(session, commands, seconds)
+    return commands
 
 
-def sanitizer(session: Session, seconds: float) -> Iterator[Record]:
-    program = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
-    if not Path(program).exists():
-        raise NotHere("compute-sanitizer is not on this machine")
+def compute_sanitizer() -> str | None:
+    return shutil.which("compute-sanitizer", path=f"{os.environ.get('PATH')}:/usr/local/cuda/bin")
+
+
+def sanitizer(folder: Path) -> Commands:
     watched = ["--error-exitcode", "9", *PYTEST, "-q", "-x", *SANITIZED]
-    tools = {f"sanitizer-{tool}": [program, "--tool", tool, *watched] for tool in ("memcheck", "racecheck")}
-    return processes(session, tools, seconds)
-
-
-# what is measured in this process
-
-
-def limited(found: Iterable[Record], seconds: float) -> Iterator[Record]:
-    """For work that knows of no end itself."""
-    end = time.monotonic() + seconds
-    for record in found:
-        yield record
-        if time.monotonic() > end:
-            raise TimeoutError("its time was over")
+    program = compute_sanitizer() or ""
+    return {f"sanitizer-{tool}": [program, "--tool", tool, *watched] for tool in ("memcheck", "racecheck")}
 
 
 def of_suite(
@@ -184,98 +109,109 @@ def of_suite(
         ways = [(dtype, layout == "channels_last") for layout in layouts for dtype in dtypes]
         todo = [case for way in ways for case in of_network(suite, network, *way)]
         yield from predict.records(todo, compiled=False)
-        run = Run(session, method, names, None)  # run_part writes what this makes
-        yield from limited((record for case in todo for record in run.case(case)), seconds)
+        run = Run(session, method, names, None)  # `work` below writes what this makes
+        for case in todo:
+            yield from run.case(case)
 
     return work
 
 
-def copies(session: Session, seconds: float) -> Iterator[Record]:
-    return limited(machine.copies(session.device), seconds)
-
-
-def latencies(session: Session, seconds: float) -> Iterator[Record]:
-    return limited(machine.launches(session.device), seconds)
-
-
 def steps(session: Session, seconds: float) -> Iterator[Record]:
-    task = step.Task(session.device)
-    return step.measure_steps(task, step.BATCHES, seconds, step.STAGES, step.EFFORT)
+    return step.measure_steps(step.Task(session.device), step.BATCHES, seconds, step.STAGES, step.EFFORT)
 
 
-def tiles(session: Session, seconds: float) -> Iterator[Record]:
-    return limited(tile_sweep.sweep(session.device), seconds)
-
-
-def cudnn_graphs(session: Session, seconds: float) -> Iterable[Record]:
-    why = lacks(cudnn.PACKAGE)
-    if why is not None:
-        raise NotHere(why)
-    last, names = suites.LAYOUTS[::-1][:1], ("cudnn-frontend",)
-    return of_suite(suites.RESNET50, "resnet50", last, BOTH, names, SHORT)(session, seconds)
-
-
-BOTH = (torch.bfloat16, torch.float16)
+LAST, BOTH = suites.LAYOUTS[::-1], (torch.bfloat16, torch.float16)
 SHORT = measure.Method(rounds=7)
-COMPILED = measure.Method(rounds=7, caches=("cold",), graph=False)
-EAGER = ("torch", "native", "cudnn-op")
+COLD = measure.Method(rounds=7, caches=("cold",), graph=False)
+RESNET, UNET = (suites.RESNET50, "resnet50"), (suites.SD15_UNET, "sd-unet")
 PARTS = (
-    Part("correctness", 120, correctness),
-    Part("machine", 20, copies),
-    Part("resnet50", 150, of_suite(suites.RESNET50, "resnet50", suites.LAYOUTS[::-1], BOTH, EAGER, SHORT)),
-    Part("groupnorm", 45, of_suite(
-        suites.SD15_UNET, "sd-unet", suites.LAYOUTS, BOTH[:1], ("torch", "apex", "liger"), SHORT)),
+    Part("correctness", 120, commands=correctness),
+    Part("machine", 20, lambda session, seconds: machine.copies(session.device)),
+    Part("resnet50", 150, of_suite(*RESNET, LAST, BOTH, ("torch", "native", "cudnn-op"), SHORT)),
+    Part("groupnorm", 45, of_suite(*UNET, suites.LAYOUTS, BOTH[:1], ("torch",), SHORT)),
     Part("step", 80, steps),
-    Part("compiled", 45, of_suite(
-        suites.RESNET50, "resnet50", ("channels_last",), BOTH[:1], ("compile", "compile-max"), COMPILED)),
-    Part("cudnn-frontend", 15, cudnn_graphs),
-    Part("latencies", 15, latencies),
-    Part("tiles", 20, tiles),
-    Part("sanitizer", 20, sanitizer),
+    Part("compiled", 45, of_suite(*RESNET, LAST[:1], BOTH[:1], ("compile", "compile-max"), COLD)),
+    Part("cudnn-frontend", 15, of_suite(*RESNET, LAST[:1], BOTH, ("cudnn-frontend",), SHORT),
+         absent=lambda: lacks(cudnn.PACKAGE)),
+    Part("latencies", 15, lambda session, seconds: machine.launches(session.device)),
+    Part("tiles", 20, lambda session, seconds: tile_sweep.sweep(session.device)),
+    Part("sanitizer", 20, commands=sanitizer,
+         absent=lambda: None if compute_sanitizer() else "compute-sanitizer is not on this machine"),
 )  # fmt: skip
 
 
-# the job
+def process(session: Session, name: str, command: Sequence[str], seconds: float) -> Record:
+    """A command of its own, whose output goes to a file; a record of how it ended, CANNOT if it did not end
+    well. When the time is up it is interrupted, so that pytest still tells what it found, and then killed
+    with all that it has started."""
+    path, start, late = session.folder / f"{name}.log", time.monotonic(), ""
+    variables = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    # so that the log of a test whose kernel never ends names the test
+    variables["PYTHONUNBUFFERED"] = "1"
+    with path.open("w", encoding="utf-8") as file:
+        output = {"stdout": file, "stderr": subprocess.STDOUT, "start_new_session": True}
+        running = subprocess.Popen(command, cwd=ROOT, env=variables, **output)  # type: ignore[call-overload]
+        try:
+            running.wait(seconds)
+        except subprocess.TimeoutExpired:
+            late = LATE
+            running.send_signal(signal.SIGINT)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                running.wait(LAST_WORDS)
+        finally:  # also if somebody interrupts this command
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(running.pid, signal.SIGKILL)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                running.wait(LAST_WORDS)  # not for ever: the driver may hold it
+    took = time.monotonic() - start
+    said = [line for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    note = f"{late}exit code {running.returncode}; {said[-1] if said else 'no output'}"[:300]
+    status = CANNOT if running.returncode != 0 or late else MEASURED
+    return Record("probe", status, variant=name, us=round(took * 1e6), note=note)
 
 
 def run_part(session: Session, part: Part, seconds: float) -> None:
-    """Its records go to NAME.csv, its fate to the summary."""
-    path, start, count = session.folder / f"{part.name}.csv", time.monotonic(), 0
-    state, text = "DONE", ""
-    shared = stamp.columns(session.device)
-    try:
-        if seconds < FEWEST_SECONDS:
-            raise TimeoutError("no time was left")
-        for record in part.work(session, seconds):
-            missing = {name: value for name, value in shared.items() if not getattr(record, name)}
-            records.append(path, [dataclasses.replace(record, **missing)])
-            count += 1
-    except TimeoutError as e:
-        state, text = "PART", str(e)
-    except NotHere as e:
-        state, text = "NOT RUN", str(e)
-    except Exception as e:
-        state, text = "FAIL", one_line(e)
+    """Its records go to NAME.csv, the output of its processes to files of their names, its fate to the
+    summary: rather a failure than that it was late."""
+    start, path = time.monotonic(), session.folder / f"{part.name}.csv"
+    why = part.absent()
+    if why is not None:
+        session.note(part.name, "NOT RUN", why)
+        return
+    given = (part.name, str(session.folder.absolute()), str(session.device))
+    measuring = [sys.executable, "-m", "benchmarks.battery", *given]
+    commands = part.commands(session.folder) if part.commands else {part.name: measuring}
+    late, failed = "", ""
+    for name, command in commands.items():
+        left = start + seconds - LAST_WORDS - time.monotonic()
+        if left < FEWEST_SECONDS:
+            late = late or f"; no time was left for {name}"
+            break
+        if part.work:
+            command = [*command, f"{left:.0f}"]
+        record = process(session, name, command, left)
+        records.append(path, [dataclasses.replace(record, **stamp.columns(session.device))])
+        if record.status == CANNOT and record.note.startswith(LATE):
+            late = late or f"; {name}: {record.note}"
+        elif record.status == CANNOT:
+            failed = failed or f"; {name}: {record.note}"
+    state = "FAIL" if failed else "PART" if late else "DONE"
+    count = len(records.read(path)) if path.exists() else 0
     took = time.monotonic() - start
-    session.note(part.name, state, f"{count} records in {took:.0f} s{'; ' + text if text else ''}")
+    session.note(part.name, state, f"{count} records in {took:.0f} s{failed or late}")
 
 
-def lost(session: Session) -> bool:
-    """Whether the GPU answers this process no more, as after an illegal access, whoever's kernel made it."""
-    try:
-        torch.cuda.synchronize(session.device)
-    except RuntimeError:
-        return True
-    return False
-
-
-def elsewhere(session: Session, parts: Sequence[str], seconds: float) -> None:
-    """These parts in a process of their own, whose folder is in this one's."""
-    session.note("the GPU", "FAIL", f"it was lost; {', '.join(parts)} run anew, see rest.log")
-    left = int(seconds - LAST_WORDS)
-    if left > SUMMARY + FEWEST_SECONDS:
-        where = [f"--device={session.device}", f"--out={session.folder.absolute()}", f"--limit={left}"]
-        process(session, "rest", [sys.executable, "-m", "benchmarks", "gpu", *where, "--part", *parts], left)
+def main(name: str, folder: str, device: str, seconds: str) -> None:
+    """The process of a part that measures."""
+    session = Session(Path(folder), torch.device(device), [])
+    if session.device.type == "cuda":
+        torch.cuda.set_device(session.device)
+    (work,) = (part.work for part in PARTS if part.name == name)
+    assert work is not None
+    shared = stamp.columns(session.device)
+    for record in work(session, float(seconds)):
+        missing = {name: value for name, value in shared.items() if not getattr(record, name)}
+        records.append(session.folder / f"{name}.csv", [dataclasses.replace(record, **missing)])
 
 
 def run(options: argparse.Namespace, lacking: list[str]) -> int:
@@ -286,18 +222,20 @@ def run(options: argparse.Namespace, lacking: list[str]) -> int:
         session.note("gpu", "NOT RUN", text)
         session.close()
         return 1
+    # What a shell runs in the background ignores interrupts, and so would the processes started here.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     end = session.start + options.limit - SUMMARY
     parts = [part for part in PARTS if not options.part or part.name in options.part]
     for number, part in enumerate(progress(parts, desc="parts")):
         share = part.seconds / sum(each.seconds for each in parts[number:])
         run_part(session, part, share * (end - time.monotonic()))
-        rest = [part.name for part in parts[number + 1 :]]
-        if rest and lost(session):
-            elsewhere(session, rest, end - time.monotonic())
-            break
-    if any(session.folder.rglob("*.csv")):
+    if any(session.folder.glob("*.csv")):
         found = records.load([session.folder])
         report.show(found, session.folder, lacking)
         for line in tile_sweep.beaten(found):
             paragraph(f"A better tile: {line}")
     return session.close()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -31,9 +31,7 @@ SMALL = 4096  # bytes: copies of parameters and counters are no part of the work
 
 
 class _Counting(TorchDispatchMode):
-    def __init__(self) -> None:
-        super().__init__()
-        self.bytes = 0
+    bytes = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         found = func(*args, **(kwargs or {}))
@@ -47,11 +45,11 @@ def step(contender: Contender, case: Case, device: torch.device) -> dict[str, Te
     x, dy = case.tensor(device, 0).requires_grad_(), case.tensor(device, 2000)
     z = case.tensor(device, 1000).requires_grad_() if case.residual else None
     leaves = {"dx": x, **({} if z is None else {"dz": z})}
-    names = [*leaves, *(f"gradient of parameter {i}" for i in range(len(contender.parameters)))]
+    leaves |= {f"gradient of parameter {i}": each for i, each in enumerate(contender.parameters)}
     with torch.enable_grad():
         y = contender.forward(x, z)
-        gradients = torch.autograd.grad(y, [*leaves.values(), *contender.parameters], dy)
-    return {"y": y.detach(), **dict(zip(names, gradients, strict=True))}
+        gradients = torch.autograd.grad(y, [*leaves.values()], dy)
+    return {"y": y.detach(), **dict(zip(leaves, gradients, strict=True))}
 
 
 def copies(contender: Contender, case: Case, device: torch.device) -> int:
@@ -59,12 +57,7 @@ def copies(contender: Contender, case: Case, device: torch.device) -> int:
     what a kernel copies inside. A first call may set things up; the second one counts."""
     step(contender, case, device)
     with _Counting() as counting:
-        x, dy = case.tensor(device, 0).requires_grad_(), case.tensor(device, 2000)
-        z = case.tensor(device, 1000).requires_grad_() if case.residual else None
-        counting.bytes = 0
-        y = contender.forward(x, z)
-        leaves = [x, *([] if z is None else [z]), *contender.parameters]
-        torch.autograd.grad(y, leaves, dy)
+        step(contender, case, device)
     return counting.bytes
 
 
@@ -74,11 +67,8 @@ def truth(case: Case, device: torch.device) -> dict[str, Tensor]:
 
     def forward(x: Tensor, z: Tensor | None) -> Tensor:
         wide = x.double()
-        if case.norm == "BatchNorm":
-            cells, dims = wide, (0, *range(2, wide.dim()))
-        else:
-            cells = wide.unflatten(1, (case.groups, -1))
-            dims = tuple(range(2, cells.dim()))
+        cells = wide if case.norm == "BatchNorm" else wide.unflatten(1, (case.groups, -1))
+        dims = (0, *range(2, wide.dim())) if case.norm == "BatchNorm" else tuple(range(2, cells.dim()))
         centered = cells - cells.mean(dims, keepdim=True)
         xhat = (centered * (centered.square().mean(dims, keepdim=True) + EPS).rsqrt()).reshape(wide.shape)
         shape = (1, -1, *[1] * (wide.dim() - 2))

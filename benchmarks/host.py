@@ -28,23 +28,20 @@ Call = Callable[[], Tensor]
 
 def calls() -> dict[tuple[str, str], tuple[Call, Call]]:
     """(function, with or without gradient): ours and torch's."""
+    x, rows = torch.randn(2, 4, 2, 2), torch.randn(4, 64)
     found: dict[tuple[str, str], tuple[Call, Call]] = {}
     for gradient in (False, True):
-        mode = "with gradient" if gradient else "without gradient"
-
-        def vector(value: float, size: int, gradient: bool = gradient) -> Tensor:
-            return torch.full((size,), float(value), requires_grad=gradient)
-
-        x, rows = torch.randn(2, 4, 2, 2), torch.randn(4, 64)
-        given: dict[str, tuple[object, ...]] = {
-            "batch_norm": (x, torch.zeros(4), torch.ones(4), vector(1, 4), vector(0, 4), True),
-            "group_norm": (x, 2, vector(1, 4), vector(0, 4)),
-            "instance_norm": (x, None, None, vector(1, 4), vector(0, 4)),
-            "layer_norm": (rows, (64,), vector(1, 64), vector(0, 64)),
+        affine = [torch.full((4,), value, requires_grad=gradient) for value in (1.0, 0.0)]
+        wide = [torch.full((64,), value, requires_grad=gradient) for value in (1.0, 0.0)]
+        given = {
+            "batch_norm": (x, torch.zeros(4), torch.ones(4), *affine, True),
+            "group_norm": (x, 2, *affine),
+            "instance_norm": (x, None, None, *affine),
+            "layer_norm": (rows, (64,), *wide),
         }
         for name, arguments in given.items():
-            ours, theirs = (partial(getattr(lib, name), *arguments) for lib in (bnfast.functional, F))
-            found[name, mode] = ours, theirs
+            ours, theirs = (partial(getattr(library, name), *arguments) for library in (bnfast.functional, F))
+            found[name, "with gradient" if gradient else "without gradient"] = ours, theirs
     return found
 
 
@@ -59,17 +56,16 @@ def measure() -> Iterator[Record]:
                 call()
             readings = [[host_microseconds(call, CALLS, 1) for call in pair] for _ in range(ROUNDS)]
             for variant, samples in zip(("bnfast", "torch"), zip(*readings, strict=True), strict=True):
-                spread = Spread.of(samples)
+                spread = {key: round(value, 2) for key, value in Spread.of(samples).columns().items()}
                 yield Record(
-                    "host", MEASURED, variant, name, direction="forward", mode="eager", rounds=ROUNDS,
-                    host_us=round(spread.us, 2), us_low=round(spread.us_low, 2),
-                    us_high=round(spread.us_high, 2), note=mode,
+                    "host", MEASURED, variant, name, direction="forward", mode="eager",
+                    host_us=spread.pop("us"), note=mode, **spread,
                 )  # fmt: skip
 
 
 def run(options: argparse.Namespace, lacking: list[str]) -> int:
     session = begin(options, lacking, "bnfast: what an eager call costs the host")
-    section("Host time of a forward", " ".join((__doc__ or "").split("\n\n")[1].split()))
+    section("Host time of a forward", (__doc__ or "").partition("\n\n")[2])
     why_not = why_not_compiled()
     if why_not:
         session.note("host", "NOT RUN", why_not)
@@ -77,8 +73,8 @@ def run(options: argparse.Namespace, lacking: list[str]) -> int:
     found = [dataclasses.replace(r, **stamp.columns(session.device)) for r in measure()]
     records.append(session.folder / "host.csv", found)
     lines = records.frame(found).pivot_table("host_us", ["ran", "note"], "variant", sort=False)
-    lines.index = [", ".join(each) for each in lines.index]
+    lines.index = lines.index.map(", ".join).rename("function")
     table = lines.add_suffix(" us").assign(ratio=(lines["bnfast"] / lines["torch"]).round(2))
-    print(as_text(table.rename_axis("function").reset_index()))
+    print(as_text(table.reset_index()))
     session.note("host", "DONE", f"{len(table)} calls measured, medians of {ROUNDS} readings")
     return session.close()

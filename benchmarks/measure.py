@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -15,21 +14,7 @@ from benchmarks import baselines, cudnn, fairness, timing
 from benchmarks.baselines import Baseline, Contender
 from benchmarks.cases import columns
 from benchmarks.records import CANNOT, MEASURED, Record
-from benchmarks.timing import (
-    ROUNDS,
-    Spread,
-    Stopwatch,
-    Timed,
-    Work,
-    evicting,
-    in_turn,
-    lateness,
-    nothing,
-    on_gpu,
-    on_host,
-    one_line,
-    rotation,
-)
+from benchmarks.timing import ROUNDS, Spread, Stopwatch, Timed, Work, in_turn, nothing, one_line, rotation
 from codegen.cases import DIRECTIONS, Case
 
 BASELINES: dict[str, Baseline] = {each.name: each for each in (*baselines.ALL, cudnn.FRONTEND)}
@@ -59,7 +44,7 @@ class Method:
     caches: tuple[str, ...] = ("cold", "warm")
     directions: tuple[str, ...] = DIRECTIONS
     graph: bool = True
-    stopwatch: Stopwatch = on_gpu
+    stopwatch: Stopwatch = timing.on_gpu
 
 
 @dataclass(frozen=True)
@@ -83,11 +68,9 @@ def floor_bytes(case: Case, direction: str) -> int:
     """What the work must move, whoever does it: x twice and y once; backward dy and x twice and dx once. Each
     is read once where a cell (a group of a sample) fits one SM's registers beside what is computed with it. A
     residual adds z; backward, dz, which is written and then read in dy's place."""
-    held = 0
-    if case.norm != "BatchNorm":
-        held = case.x_bytes // (case.shape[0] * case.groups) * (1 if direction == "forward" else 2)
-    once = 0 < held <= HELD_BYTES
-    passes = {"forward": 2 if once else 3, "backward": 3 if once else 5}[direction]
+    passes, held, tensors = {"forward": (3, 2, 1), "backward": (5, 3, 2)}[direction]
+    if case.norm != "BatchNorm" and case.x_bytes // (case.shape[0] * case.groups) * tensors <= HELD_BYTES:
+        passes = held
     return (passes + case.residual) * case.x_bytes
 
 
@@ -139,16 +122,14 @@ class Ready:
     copied_MB: float | None = None
     note: str = ""
 
-    @property
-    def columns(self) -> dict[str, Any]:
-        return {
-            "status": MEASURED, "variant": self.name, "ran": self.contender.ran,
-            "copied_MB": self.copied_MB, "note": self.note,
-        }  # fmt: skip
-
-    def told(self, samples: Sequence[float]) -> dict[str, Any]:
-        """The columns of what was timed."""
-        return {**self.columns, "note": "; ".join(filter(None, (self.note, lateness(samples))))}
+    def record(self, shared: dict[str, Any], samples: Sequence[float], floor: int) -> Record:
+        """shared: the columns that say what was timed."""
+        time = Spread.of(samples)
+        return Record(
+            **shared, status=MEASURED, variant=self.name, ran=self.contender.ran, copied_MB=self.copied_MB,
+            note="; ".join(filter(None, (self.note, timing.lateness(samples)))),
+            floor_bytes=floor, GBps=round(floor / time.us / 1e3, 1), **time.columns(),
+        )  # fmt: skip
 
 
 def ready(case: Case, baselines: Sequence[Baseline], device: torch.device) -> Iterator[Ready | Record]:
@@ -166,16 +147,13 @@ def ready(case: Case, baselines: Sequence[Baseline], device: torch.device) -> It
             contender = baseline.build(case, device)
             found = fairness.step(contender, case, device)
             wrong = fairness.checked(found, case, device)
-            copied = None
-            if contender.countable and wrong is None:
-                copied = round(fairness.copies(contender, case, device) / 1e6, 3)
+            if wrong is not None:
+                yield cannot(ran=contender.ran, note=f"{WRONG}: {wrong}")
+                continue
+            copied = round(fairness.copies(contender, case, device) / 1e6, 3) if contender.countable else None
+            yield Ready(baseline.name, contender, copied, fairness.strayed(found, case))
         except Exception as e:
             yield cannot(note=one_line(e))
-            continue
-        if wrong is not None:
-            yield cannot(ran=contender.ran, note=f"{WRONG}: {wrong}")
-        else:
-            yield Ready(baseline.name, contender, copied, fairness.strayed(found, case))
 
 
 def of_case(
@@ -192,31 +170,28 @@ def of_case(
     for cache in method.caches:
         whole = rotation(case.x_bytes) if cache == "cold" else 1
         count = min(whole, MOST_COLD_CALLS)
-        evict = evicting(device) if count < whole else nothing
+        evict = timing.evicting(device) if count < whole else nothing
         tensors = Tensors.of(case, device, count)
         numbers = list(range(count)) if cache == "cold" else [0] * WARM_CALLS
         calls = [Calls(each.contender, tensors) for each in contenders]
+        shared = {**columns(case), "cache": cache}
         for direction in method.directions:
-            floor = floor_bytes(case, direction)
             timed = {i: each.timed(direction, numbers, evict) for i, each in enumerate(calls)}
             samples = in_turn(timed, method.stopwatch, method.rounds)
+            own = {**shared, "direction": direction, "mode": "eager"}
             for i, each in enumerate(contenders):
-                time = Spread.of(samples[i])
-                record = Record(
-                    **columns(case), **each.told(samples[i]), direction=direction, cache=cache, mode="eager",
-                    floor_bytes=floor, GBps=round(floor / time.us / 1e3, 1), **time.columns(),
-                )  # fmt: skip
-                if cache == "cold":
-                    record = dataclasses.replace(record, **once(calls[i], direction, device))
-                yield record
+                once = host_and_peak(calls[i], direction, device) if cache == "cold" else {}
+                yield each.record({**own, **once}, samples[i], floor_bytes(case, direction))
         if method.graph and timing.is_gpu(device):
-            yield from in_graphs(case, contenders, calls, numbers, cache, method, evict)
+            own = {**shared, "direction": "both", "mode": "graph"}
+            floor = sum(floor_bytes(case, direction) for direction in DIRECTIONS)
+            yield from in_graphs(own, floor, contenders, calls, numbers, method, evict)
         del tensors, calls
         if timing.is_gpu(device):
             torch.cuda.empty_cache()
 
 
-def once(calls: Calls, direction: str, device: torch.device) -> dict[str, Any]:
+def host_and_peak(calls: Calls, direction: str, device: torch.device) -> dict[str, float]:
     """Host time of an eager call, and on a GPU the memory that its direction takes at most beyond what is
     there already."""
     timed = calls.timed(direction, [0])
@@ -233,27 +208,23 @@ def once(calls: Calls, direction: str, device: torch.device) -> dict[str, Any]:
 
 def host_us(timed: Timed) -> float:
     """The host's microseconds of a call."""
-    return round(Spread.of(in_turn({0: timed}, on_host, rounds=10)[0]).us, 2)
+    return round(Spread.of(in_turn({0: timed}, timing.on_host, rounds=10)[0]).us, 2)
 
 
 def in_graphs(
-    case: Case, contenders: Sequence[Ready], calls: Sequence[Calls], numbers: Sequence[int], cache: str,
-    method: Method, evict: Work,
+    shared: dict[str, Any], floor: int, contenders: Sequence[Ready], calls: Sequence[Calls],
+    numbers: Sequence[int], method: Method, evict: Work,
 ) -> Iterator[Record]:  # fmt: skip
     """Forward with backward, captured and replayed: the same work, nothing of the host between launches."""
-    graphs: list[tuple[Ready, Timed]] = []
-    floor = floor_bytes(case, "forward") + floor_bytes(case, "backward")
-    shared = {**columns(case), "direction": "both", "cache": cache, "mode": "graph", "floor_bytes": floor}
-    for each, own in zip(contenders, calls, strict=True):
+    graphs: dict[int, Timed] = {}
+    for i, (each, own) in enumerate(zip(contenders, calls, strict=True)):
         try:
             timing.on_a_side_stream(partial(own.both, numbers[:1]))
             graph, _ = timing.captured(partial(own.both, numbers))
-            graphs.append((each, Timed(graph.replay, len(numbers), evict)))
+            graphs[i] = Timed(graph.replay, len(numbers), evict)
         except Exception as e:
             own.outputs.clear()
-            yield Record(**{**shared, **each.columns, "status": CANNOT, "note": one_line(e)})
-    samples = in_turn({i: timed for i, (_, timed) in enumerate(graphs)}, method.stopwatch, method.rounds)
-    for i, (each, timed) in enumerate(graphs):
-        time = Spread.of(samples[i])
-        rate = round(floor / time.us / 1e3, 1)
-        yield Record(**shared, **each.told(samples[i]), GBps=rate, host_us=host_us(timed), **time.columns())
+            yield Record(**shared, status=CANNOT, variant=each.name, ran=each.contender.ran, note=one_line(e))
+    samples = in_turn(graphs, method.stopwatch, method.rounds)
+    for i, timed in graphs.items():
+        yield contenders[i].record({**shared, "host_us": host_us(timed)}, samples[i], floor)

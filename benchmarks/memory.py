@@ -6,11 +6,8 @@ dtype, and nothing is computed. So ResNet-50's usual batch is counted on any mac
 from __future__ import annotations
 
 import argparse
-import contextlib
-import sys
-from collections.abc import Callable, Iterator
-from types import FrameType
-from typing import Any
+import traceback
+from collections.abc import Callable
 from unittest import mock
 
 import pandas as pd
@@ -42,61 +39,44 @@ ABOUT = (
 )
 
 
-class Ledger:
-    """Bytes kept, by the module in whose forward. A tensor belongs to the first that keeps it."""
+def kept(model: nn.Module, x: Tensor) -> dict[str, int]:
+    """Bytes that a training forward keeps, by the name of the module in whose forward they are kept first."""
+    names = {module: name for name, module in model.named_modules()}
+    found = dict.fromkeys(names.values(), 0)
+    seen = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}
+    tensors = []  # an address is nobody else's only as long as its tensor lives
 
-    def __init__(self, model: nn.Module) -> None:
-        self.bytes: dict[str, int] = dict.fromkeys((name for name, _ in model.named_modules()), 0)
-        self._names = {module: name for name, module in model.named_modules()}
-        self._seen = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}
-        self._kept: list[Tensor] = []  # an address is nobody else's only as long as its tensor lives
-
-    def pack(self, t: Tensor) -> Tensor:
-        """For saved_tensors_hooks."""
+    def pack(t: Tensor) -> Tensor:
         storage = t.untyped_storage()
-        if storage._cdata not in self._seen:
-            self._seen.add(storage._cdata)
-            self._kept.append(t)
-            self.bytes[self._caller(sys._getframe(1))] += storage.nbytes()
+        if storage._cdata not in seen:
+            seen.add(storage._cdata)
+            tensors.append(t)
+            callers = (frame.f_locals.get("self") for frame, _ in traceback.walk_stack(None))
+            modules = (each for each in callers if isinstance(each, nn.Module) and each in names)
+            found[names[next(modules)]] += storage.nbytes()
         return t
 
-    def _caller(self, frame: FrameType | None) -> str:
-        """The name of the innermost module among the callers."""
-        while frame is not None:
-            module: Any = frame.f_locals.get("self")
-            if isinstance(module, nn.Module) and module in self._names:
-                return self._names[module]
-            frame = frame.f_back
-        return ""
-
-
-def kept(model: nn.Module, x: Tensor) -> dict[str, int]:
-    """Bytes that a training forward keeps, by the name of the module that does."""
-    ledger = Ledger(model)
-    with torch.autograd.graph.saved_tensors_hooks(ledger.pack, lambda t: t):
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         model.train()(x)
-    return ledger.bytes
-
-
-@contextlib.contextmanager
-def bf16_by_default() -> Iterator[None]:
-    """Modules of fake tensors cannot change their dtype later."""
-    default = torch.get_default_dtype()
-    torch.set_default_dtype(torch.bfloat16)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(default)
+    return found
 
 
 def count(activation: str, variant: str) -> dict[str, int]:
     """Of ResNet-50, as if the kernels ran."""
     # Fake tensors run nothing; this is what lets those of a CPU go the way of a GPU's.
     with mock.patch.object(dispatch, "INTERPRET", True), FakeTensorMode():
-        with bf16_by_default():
-            model = VARIANTS[variant](resnet50(ACTIVATIONS[activation]))
+        model = VARIANTS[variant](in_bf16(lambda: resnet50(ACTIVATIONS[activation])))
         x = torch.empty(BATCH, 3, SIZE, SIZE, dtype=torch.bfloat16)
         return kept(model, x.to(memory_format=torch.channels_last))
+
+
+def in_bf16(make: Callable[[], nn.Module]) -> nn.Module:
+    """Made so: modules of fake tensors cannot change their dtype later."""
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        return make()
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 def by_block(kept: pd.DataFrame) -> pd.DataFrame:

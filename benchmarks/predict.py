@@ -18,16 +18,13 @@ from codegen.cases import DIRECTIONS, Case
 if TYPE_CHECKING:
     from codegen.figures import Figures
 
-PLANNED = ("BatchNorm", "GroupNorm", "InstanceNorm")
 
-
-def planned(case: Case, sms: int = SMS) -> Any:
-    """The kernels' own plan of a training step of a case: a BatchNormPlan or a GroupNormPlan. Raises
-    ValueError for a layer that has none."""
-    if case.norm not in PLANNED:
-        raise ValueError(
-            f"a case's norm must be one of {', '.join(PLANNED)} to be planned, not {case.norm!r}"
-        )
+def counted(case: Case, direction: str, sms: int = SMS) -> tuple[int, int]:
+    """(bytes moved, kernels launched) by the forward or backward of a training step, as the kernels' own plan
+    has them. Raises ValueError for a layer that has none."""
+    if case.norm not in ("BatchNorm", "GroupNorm", "InstanceNorm"):
+        names = "BatchNorm, GroupNorm, InstanceNorm"
+        raise ValueError(f"a case's norm must be one of {names} to be planned, not {case.norm!r}")
     from bnfast.kernels import group_plan, plan
     from bnfast.kernels.epilogue import EpiloguePlan
 
@@ -35,17 +32,10 @@ def planned(case: Case, sms: int = SMS) -> Any:
     # where both layouts describe x, the kernels see it as layouts.is_channels_last does
     memory = (case.dtype.itemsize, s == 1 or (case.channels_last and c > 1))
     epilogue = EpiloguePlan.of(case.activation or "none", case.residual, c, s, memory)
+    planned: Any = plan.batch_norm(n, c, s, *memory, sms=sms, epilogue=epilogue)
     if case.groups:
-        return group_plan.group_norm(n, c, s, case.groups, *memory, sms=sms, epilogue=epilogue)
-    return plan.batch_norm(n, c, s, *memory, sms=sms, epilogue=epilogue)
-
-
-def counted(case: Case, direction: str, sms: int = SMS) -> tuple[int, int]:
-    """(bytes moved, kernels launched) by the forward or backward of a training step."""
-    plans = planned(case, sms)
-    if direction == "forward":
-        return plans.forward_bytes, plans.forward_launches
-    return plans.backward_bytes, plans.backward_launches
+        planned = group_plan.group_norm(n, c, s, case.groups, *memory, sms=sms, epilogue=epilogue)
+    return getattr(planned, f"{direction}_bytes"), getattr(planned, f"{direction}_launches")
 
 
 def record(case: Case, direction: str, figures: list[Figures], why_not: str | None) -> Record:

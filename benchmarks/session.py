@@ -26,8 +26,8 @@ from bnfast import dispatch
 
 WIDTH = 100  # columns of a terminal
 
-# a bar on stderr, gone when it is done
-progress: Callable[..., Any] = partial(tqdm, ncols=WIDTH - 10, leave=False, file=sys.stderr)
+# a bar on stderr, gone when it is done; none where that is a file
+progress: Callable[..., Any] = partial(tqdm, ncols=WIDTH - 10, leave=False, file=sys.stderr, disable=None)
 
 
 def section(title: str, text: str = "") -> None:
@@ -98,33 +98,33 @@ class Session:
 def device_of(asked: str | None) -> torch.device:
     """A GPU with its number, which torch.cuda.set_device needs; asked: None for a GPU if there is one."""
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if asked is None:
-        asked = "cuda" if count else "cpu"
-    found = re.fullmatch(r"cpu|cuda(?::(\d+))?", asked)
+    asked = asked or ("cuda" if count else "cpu")
+    if asked == "cpu":
+        return torch.device("cpu")
+    found = re.fullmatch(r"cuda(?::(\d+))?", asked)
     number = int((found and found.group(1)) or 0)
-    if found is None or (asked != "cpu" and number >= count):
+    if found is None or number >= count:
         raise Refused(
             f'argument --device: {asked!r} is not "cpu" or a GPU of this machine '
             f'("cuda", "cuda:1", ...), which has {count}'
         )
-    return torch.device("cpu") if asked == "cpu" else torch.device("cuda", number)
+    return torch.device("cuda", number)
 
 
 def new_folder(parent: Path | None = None) -> Path:
     """A folder for this run, named by date and time; two runs within a second get two folders. Refused where
     none can be made."""
     parent = RESULTS if parent is None else parent
-    name = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
-    for number in itertools.count(1):
-        folder = parent / (name if number == 1 else f"{name}_{number}")
+    folder = first = parent / datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+    for number in itertools.count(2):
         try:
             folder.mkdir(parents=True)
-            break
+            return folder
         except FileExistsError:
-            continue
+            folder = first.with_name(f"{first.name}_{number}")
         except OSError as e:
             raise Refused(f"argument --out: no folder can be made in {parent}: {e.strerror}") from None
-    return folder
+    raise AssertionError("a count has no end")
 
 
 def begin(options: argparse.Namespace, lacking: list[str], title: str) -> Session:

@@ -5,6 +5,7 @@ One of the plan's families of programs is replaced at a time: a case's time chan
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Any
 from unittest import mock
@@ -13,21 +14,22 @@ import pandas as pd
 import torch
 
 from benchmarks import measure
-from benchmarks.cases import columns
-from benchmarks.records import CANNOT, MEASURED, Record
-from benchmarks.timing import Spread, Stopwatch, in_turn, on_gpu, one_line, rotation
-from codegen.cases import DIRECTIONS, Case
+from benchmarks.records import MEASURED, Record
+from codegen.cases import Case
 
-# (warps, programs an SM, registers a thread, 16-byte loads under way a thread); each is spill-free in the
-# static tests' cases or shows itself slow here
-CANDIDATES: dict[str, tuple[tuple[int, int, int, int], ...]] = {
+Program = tuple[
+    int, int, int, int
+]  # warps, programs an SM, registers a thread, 16-byte loads under way a thread
+# Each is spill-free in the static tests' cases or shows itself slow here.
+CANDIDATES: dict[str, tuple[Program, ...]] = {
     "REDUCE": ((8, 2, 128, 8), (4, 4, 128, 8), (8, 3, 80, 4), (4, 6, 80, 4), (16, 1, 128, 8), (8, 4, 64, 4)),
     "REDUCE_RUNS": ((8, 4, 64, 4), (4, 8, 64, 4), (8, 2, 128, 8), (16, 2, 64, 4)),
     "MAPS": ((4, 7, 72, 4), (4, 8, 64, 4), (4, 6, 80, 4), (4, 4, 128, 8), (8, 4, 64, 4)),
 }
+EVERY = [(family, each) for family, several in CANDIDATES.items() for each in several]
 KEEPS = 1.05  # a planned program this close to the best one stays
-
-
+PLANNED = "planned"  # in the note of a record
+METHOD = measure.Method(rounds=7, caches=("cold",), graph=False)
 # of ResNet-50 at batch 256: large and middling planes, in both layouts
 CASES = [
     Case("BatchNorm", (256, c, side, side), 0, torch.bfloat16, last, suite="sweep", network="ResNet-50")
@@ -37,8 +39,9 @@ CASES = [
 
 
 @contextlib.contextmanager
-def planned_with(family: str, program: Sequence[int]) -> Iterator[None]:
-    """Within, plans begin with this program; the smaller ones that small tensors get stay."""
+def planned_with(family: str, program: Program) -> Iterator[bool]:
+    """Within, plans begin with this program; the smaller ones that small tensors get stay. Gives whether that
+    is plan.py's own."""
     from bnfast.kernels import plan, steps
 
     def forget() -> None:
@@ -46,53 +49,29 @@ def planned_with(family: str, program: Sequence[int]) -> Iterator[None]:
         plan.map_sweep.cache_clear()
         steps.forget_plans()
 
-    chosen = plan.Program(*program)
-    own: dict[str, Any] = {family: (chosen, *getattr(plan, family)[1:])}
+    chosen, planned = plan.Program(*program), getattr(plan, family)
+    own: dict[str, Any] = {family: (chosen, *planned[1:])}
     if family == "MAPS":
         own["MAP"] = chosen
     forget()
     try:
         with mock.patch.multiple(plan, **own):
-            yield
+            yield bool(planned[0] == chosen)
     finally:
         forget()
 
 
-def name(family: str, program: Sequence[int]) -> str:
-    return f"{family} {'/'.join(map(str, program))}"
-
-
-def is_planned(family: str, program: Sequence[int]) -> bool:
-    from bnfast.kernels import plan
-
-    return bool(getattr(plan, family)[0] == plan.Program(*program))
-
-
 def sweep(
-    device: torch.device, todo: Sequence[Case] | None = None, stopwatch: Stopwatch = on_gpu, rounds: int = 7
+    device: torch.device, cases: Sequence[Case] | None = None, method: measure.Method = METHOD
 ) -> Iterator[Record]:
-    """Forward and backward of each case with each candidate. note: "planned" for plan.py's own."""
-    (ours,) = measure.get(["bnfast"])
-    for case in CASES if todo is None else todo:
-        numbers = list(range(rotation(case.x_bytes)))
-        tensors = measure.Tensors.of(case, device, len(numbers))
-        for family, program in ((family, each) for family, several in CANDIDATES.items() for each in several):
-            own = {"kind": "sweep", "variant": name(family, program), "cache": "cold", "mode": "eager"}
-            shared = {**columns(case), **own}
-            note = "planned" if is_planned(family, program) else ""  # within, every candidate is
-            with planned_with(family, program):
-                try:
-                    calls = measure.Calls(ours.build(case, device), tensors)
-                    for direction in DIRECTIONS:
-                        timed = {0: calls.timed(direction, numbers)}
-                        time = Spread.of(in_turn(timed, stopwatch, rounds)[0])
-                        floor = measure.floor_bytes(case, direction)
-                        yield Record(
-                            **shared, status=MEASURED, direction=direction, floor_bytes=floor,
-                            GBps=round(floor / time.us / 1e3, 1), note=note, **time.columns(),
-                        )  # fmt: skip
-                except Exception as e:  # the compiler's errors have many types
-                    yield Record(**shared, status=CANNOT, note=one_line(e))
+    """Forward and backward of each case with each candidate."""
+    for case in CASES if cases is None else cases:
+        for family, program in EVERY:
+            with planned_with(family, program) as planned:
+                for record in measure.of_case(case, measure.get(["bnfast"]), device, method):
+                    note = "; ".join(filter(None, (PLANNED * planned, record.note)))
+                    name = f"{family} {'/'.join(map(str, program))}"
+                    yield dataclasses.replace(record, kind="sweep", variant=name, note=note)
 
 
 def beaten(found: pd.DataFrame) -> list[str]:
@@ -100,16 +79,12 @@ def beaten(found: pd.DataFrame) -> list[str]:
 
     found: records of `sweep`, of one GPU."""
     timed = found[(found["kind"] == "sweep") & (found["status"] == MEASURED)]
-    family = timed["variant"].str.split(" ").str[0].rename("family")
+    timed = timed.assign(family=timed["variant"].str.partition(" ")[0])
     lines = []
-    for where, group in timed.groupby([family, "shape", "dtype", "layout", "direction"], sort=False):
-        best, own = group.loc[group["us"].idxmin()], group[group["note"] == "planned"]
-        text = "{}, {} {} {}, {}".format(*where)
-        if own.empty:
-            lines.append(f"{text}: the planned program was not timed")
-            continue
-        ratio = own["us"].iloc[0] / best["us"]
-        if ratio > KEEPS:
-            planned = own["variant"].iloc[0]
-            lines.append(f"{text}: {best['variant']} is {ratio:.2f} times as fast as {planned}")
+    for where, group in timed.groupby(["family", "shape", "dtype", "layout", "direction"], sort=False):
+        best, own = group.loc[group["us"].idxmin()], group[group["note"].str.startswith(PLANNED)]
+        ratio = own["us"].min() / best["us"]  # NaN where the planned program was not timed
+        if not ratio <= KEEPS:
+            text = "{}, {} {} {}, {}".format(*where)
+            lines.append(f"{text}: {best['variant']} is {ratio:.2f} times as fast as the planned program")
     return lines

@@ -17,9 +17,9 @@ ROUNDS = 20
 WARM_UP = 2  # rounds left out: the first one compiles, the second finds caches and allocator as later ones do
 
 T = TypeVar("T")
+Name = TypeVar("Name")
 Work = Callable[[], object]
 Stopwatch = Callable[[Work], float]  # runs what it is given, returns microseconds
-Name = TypeVar("Name")
 
 
 def is_gpu(device: torch.device) -> bool:
@@ -95,8 +95,7 @@ def nothing() -> None:
 
 def evicting(device: torch.device) -> Work:
     """Reads COLD_BYTES of its own, after which a cache holds nothing else."""
-    values = torch.ones(max(1, COLD_BYTES // 4), device=device)
-    return values.sum
+    return torch.ones(max(1, COLD_BYTES // 4), device=device).sum
 
 
 @dataclass(frozen=True)
@@ -123,8 +122,7 @@ def in_turn(
             elapsed = stopwatch(timed.work)
             timed.clean()
             if number >= WARM_UP:
-                each = elapsed / timed.calls
-                samples[name].append(Late(each) if isinstance(elapsed, Late) else each)
+                samples[name].append(type(elapsed)(elapsed / timed.calls))
     return samples
 
 

@@ -18,42 +18,53 @@ import sys
 import tempfile
 import time
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from importlib import metadata
 from pathlib import Path
+from typing import NamedTuple
 
 from benchmarks import environment
 
 ROOT = environment.ROOT
-OLDEST = "requirements-oldest.txt"
 TRITONS = ("3.6.0", "3.7.1", "3.8.0", "3.9.0")  # codegen/budgets.csv has columns of each
-# With the oldest: the static tests that compile every kernel, and every eighth case of what touches most of
-# PyTorch and of Triton
-COVERING = ("tests/static/test_budgets.py",)
-LIBRARIES_TIER = [
-    f"tests/{name}.py"
-    for name in ("test_carrying_subclasses", "convert/test_folding", "convert/test_models")
-    + (
-        "convert/test_opacus",
-        "convert/test_registries",
-        "convert/test_timm_tools",
-        "fuse/test_models",
-        "fuse/test_report",
-    )
-]
-OLDEST_TIER = ["tests/contract"] + [
-    f"tests/{name}.py"
-    for name in ("test_autograd", "test_batchnorm_layer", "test_fx_and_script")
-    + ("test_operators", "test_strides", "kernels/test_numerics", "fuse/test_blocks")
-    + ("convert/test_convert", "convert/test_converters", "convert/test_folding")
-]
 NO_TESTS = 5  # pytest's exit code for "nothing collected"
+
+
+class Gate(NamedTuple):
+    """What one pytest process is told to run, with the kernels interpreted or compiled."""
+
+    name: str
+    selection: tuple[str, ...]
+    interpret: bool = False
+
+
+def files(*names: str) -> tuple[str, ...]:
+    return tuple(f"tests/{name}.py" for name in names)
+
+
+TESTS = ("tests", "--ignore=tests/static", "-m")
+WHOLE = Gate("interpreter and torch", (*TESTS, "not static and not gpu"), interpret=True)
+QUICK = Gate(WHOLE.name, (*TESTS, "not static and not gpu and not slow", "--sample=6"), interpret=True)
+STATIC = Gate("static", ("tests/static", "-m", "static"))
+GPU = Gate("gpu", (*TESTS, "gpu"))
+LIBRARIES = Gate("libraries", files(
+    "test_carrying_subclasses", "convert/test_folding", "convert/test_models", "convert/test_opacus",
+    "convert/test_registries", "convert/test_timm_tools", "fuse/test_models", "fuse/test_report",
+), interpret=True)  # fmt: skip
+# With the oldest pair: every eighth case of what touches most of PyTorch and Triton, and all kernels compiled
+OLDEST = Gate(WHOLE.name, ("tests/contract", *files(
+    "test_autograd", "test_batchnorm_layer", "test_fx_and_script", "test_operators", 
+    "test_strides", "kernels/test_numerics", "fuse/test_blocks", "convert/test_convert",
+    "convert/test_converters", "convert/test_folding",
+), "--sample=8"), interpret=True)  # fmt: skip
+COVERING = Gate("static", (*files("static/test_budgets"), "-m", "static"))
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one part came to. A part that ought to have run and did not counts as one failure."""
+    """What one gate came to. A gate that ought to have run and did not counts as one failure."""
 
     name: str
     passed: int = 0
@@ -64,145 +75,93 @@ class Outcome:
 
     def line(self) -> str:
         counts = f"{self.passed} passed, {self.failed} failed, {self.skipped} skipped"
-        return f"{self.name:<34} {counts:<34} {self.seconds:6.0f} s  {self.note}".rstrip()
+        return f"{self.name:<52} {counts:<34} {self.seconds:6.0f} s  {self.note}".rstrip()
 
 
 def headline(text: str) -> None:
     print(f"\n== {text}", flush=True)
 
 
-def check(name: str, *command: str) -> Outcome:
+def check(name: str) -> Outcome:
     """A tool that checks the sources: one test, passed if it exits with 0."""
     headline(name)
     start = time.monotonic()
-    ok = subprocess.run([sys.executable, "-m", *command], cwd=ROOT).returncode == 0
+    ok = subprocess.run([sys.executable, "-m", *name.split()], cwd=ROOT).returncode == 0
     return Outcome(name, passed=int(ok), failed=int(not ok), seconds=time.monotonic() - start)
 
 
-def counts(report: Path) -> tuple[int, int, int]:
-    """Passed, failed and skipped, from the report that pytest wrote for machines."""
-    suites = list(ElementTree.parse(report).getroot().iter("testsuite"))
-    total, failures, errors, skipped = (
-        sum(int(suite.get(key, 0)) for suite in suites) for key in ("tests", "failures", "errors", "skipped")
-    )
-    return total - failures - errors - skipped, failures + errors, skipped
-
-
-def suite(
-    name: str,
-    arguments: list[str],
-    extra: list[str],
-    *,
-    python: str = sys.executable,
-    interpret: bool = False,
-    may_be_empty: bool = False,
-) -> Outcome:
-    """One pytest process: with the kernels interpreted or compiled, of this Python or another."""
+def suite(gate: Gate, where: str, extra: list[str], python: str = sys.executable) -> Outcome:
+    """A gate in one pytest process of some Python. extra: what the user hands to each pytest."""
+    name = f"{gate.name}, {where}" if where else gate.name
     headline(name)
     variables = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    if interpret:
-        variables["TRITON_INTERPRET"] = "1"
-    start = time.monotonic()
+    variables |= {"TRITON_INTERPRET": "1"} if gate.interpret else {}
+    start, total = time.monotonic(), dict.fromkeys(("tests", "failures", "errors", "skipped"), 0)
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder, "report.xml")
         # A worker a core, except on a GPU, which the workers would have to share.
-        spread = [] if "gpu" in arguments or importlib.util.find_spec("xdist") is None else ["-n", "auto"]
-        command = [python, "-m", "pytest", "-q", f"--junitxml={report}", *spread, *arguments, *extra]
+        spread = [] if gate is GPU or importlib.util.find_spec("xdist") is None else ["-n", "auto"]
+        command = [python, "-m", "pytest", "-q", f"--junitxml={report}", *spread, *gate.selection, *extra]
         code = subprocess.run(command, cwd=ROOT, env=variables).returncode
-        passed, failed, skipped = counts(report) if report.exists() else (0, 0, 0)
-    note = ""
-    if code == NO_TESTS and not may_be_empty:
+        for each in ElementTree.parse(report).iter("testsuite") if report.exists() else ():
+            total = {key: count + int(each.get(key, 0)) for key, count in total.items()}
+    failed, note = total["failures"] + total["errors"], ""
+    passed = total["tests"] - failed - total["skipped"]
+    if code == NO_TESTS and not extra and gate is not GPU:
         failed, note = failed + 1, "FAILED: it holds no test"
     elif code not in (0, NO_TESTS):
         failed, note = max(failed, 1), f"FAILED: pytest's exit code is {code}"
-    return Outcome(name, passed, failed, skipped, time.monotonic() - start, note)
+    return Outcome(name, passed, failed, total["skipped"], time.monotonic() - start, note)
 
 
-def in_interpreter(extra: list[str], triton: str, python: str, *, quick: bool = False) -> Outcome:
-    left_out = "not static and not gpu and not slow" if quick else "not static and not gpu"
-    selection = ["tests", "--ignore=tests/static", "-m", left_out, *(["--sample", "6"] if quick else [])]
-    name = f"interpreter and torch, Triton {triton}"
-    return suite(name, selection, extra, python=python, interpret=True, may_be_empty=bool(extra))
+class Environment(NamedTuple):
+    """Gates with some versions. make: makes an environment that has them, in a folder; None for this one."""
+
+    what: str
+    gates: tuple[Gate, ...]
+    name: str = ""
+    make: Callable[[Path], Path] | None = None
+
+    def outcomes(self, extra: list[str]) -> list[Outcome]:
+        """That it could not be made is a failure."""
+        python = sys.executable
+        if self.make is not None:
+            headline(f"an environment with {self.what}")
+            own = environment.venv_folder()
+            try:
+                python = str(self.make(own.with_name(f"{own.name}-{self.name}")))
+            except SystemExit:
+                return [Outcome(self.what, failed=1, note="FAILED: its environment could not be made")]
+        return [suite(gate, self.what, extra, python) for gate in self.gates]
 
 
-def compiled(extra: list[str], triton: str, python: str, files: Sequence[str] = ("tests/static",)) -> Outcome:
-    return suite(
-        f"static, Triton {triton}", [*files, "-m", "static"], extra, python=python, may_be_empty=bool(extra)
-    )
+def pinned(name: str, file: str) -> str:
+    """The version of a package in a requirements file."""
+    return environment.pins(file)[name][0].partition("==")[2].partition(";")[0]
 
 
-def elsewhere(what: str, make: Callable[[], Path], tiers: Callable[[str], list[Outcome]]) -> list[Outcome]:
-    """Tiers in another environment. That it could not be made is a failure."""
-    headline(f"an environment with {what}")
-    try:
-        python = str(make())
-    except SystemExit:
-        return [Outcome(what, failed=1, note="FAILED: its environment could not be made")]
-    return tiers(python)
-
-
-def with_triton(triton: str, tiers: Callable[[str], list[Outcome]]) -> list[Outcome]:
-    """Tiers in an environment like this one, with this Triton."""
-    if metadata.version("triton") == triton:
-        return tiers(sys.executable)
-    own = environment.venv_folder()
-    folder = own.with_name(f"{own.name}-triton-{triton}")
-    return elsewhere(f"Triton {triton}", lambda: environment.layered(folder, [f"triton=={triton}"]), tiers)
-
-
-def with_oldest(everything: bool, extra: list[str]) -> list[Outcome]:
-    """The oldest PyTorch and Triton that are supported: every kernel, and what touches PyTorch."""
-    torch, triton = (environment.pinned(OLDEST)[name].partition("==")[2] for name in ("torch", "triton"))
-
-    def tiers(python: str) -> list[Outcome]:
-        if everything:
-            return [in_interpreter(extra, triton, python), compiled(extra, triton, python)]
-        name = f"oldest: PyTorch {torch}"
-        selection = [*OLDEST_TIER, "--sample", "8"]
-        few = suite(name, selection, extra, python=python, interpret=True, may_be_empty=bool(extra))
-        return [few, compiled(extra, triton, python, COVERING)]
-
-    if (metadata.version("torch").partition("+")[0], metadata.version("triton")) == (torch, triton):
-        return [compiled(extra, triton, sys.executable, ("tests/static",) if everything else COVERING)]
-    own = environment.venv_folder()
-    return elsewhere(
-        f"PyTorch {torch} and Triton {triton}",
-        lambda: environment.separate(own.with_name(f"{own.name}-oldest"), "requirements.txt", OLDEST),
-        tiers,
-    )
-
-
-def with_libraries(extra: list[str]) -> list[Outcome]:
-    """Other libraries' tools and models with bnfast's layers. Where they are missing, these tests skip."""
-    own, name = environment.venv_folder(), "with other libraries"
-    built_for = environment.pinned("requirements.txt")["torch"].partition("==")[2]
-    if metadata.version("torch").partition("+")[0] != built_for:
-        return [Outcome(name, note=f"not run: torchvision, as pinned, is built for PyTorch {built_for}")]
-
-    def tiers(python: str) -> list[Outcome]:
-        return [suite(name, LIBRARIES_TIER, extra, python=python, interpret=True, may_be_empty=bool(extra))]
-
-    pins = list(environment.pinned("requirements-libraries.txt").values())
-    folder = own.with_name(f"{own.name}-libraries")
-    return elsewhere("timm, Opacus and other libraries", lambda: environment.layered(folder, pins), tiers)
-
-
-def without_gpu(extra: list[str], everything: bool) -> list[Outcome]:
-    """In this environment, and beside it with the newest Triton and the oldest pair, or with all."""
+def environments(everything: bool) -> Iterator[Environment | Outcome]:
+    """This one, and beside it those with other versions of Triton, other libraries and the oldest pair; and
+    what is not run on this machine, and why."""
     here, newest = metadata.version("triton"), TRITONS[-1]
-    found = [in_interpreter(extra, here, sys.executable)]
+    yield Environment(f"Triton {here}", (WHOLE, STATIC))
     if os.environ.get("BNFAST_NO_SETUP") == "1":
-        rest = Outcome("other versions", note="not run: BNFAST_NO_SETUP=1 forbids environments for them")
-        return [*found, compiled(extra, here, sys.executable), rest]
-
-    def on_newest(python: str) -> list[Outcome]:
-        interpreted = [in_interpreter(extra, newest, python)] if everything and here != newest else []
-        return [*interpreted, compiled(extra, newest, python)]
-
-    found += with_triton(newest, on_newest)
-    for triton in TRITONS[1:-1] if everything else ():
-        found += with_triton(triton, lambda python, triton=triton: [compiled(extra, triton, python)])
-    return [*found, *with_libraries(extra), *with_oldest(everything, extra)]
+        yield Outcome("other versions", note="not run: BNFAST_NO_SETUP=1 forbids environments for them")
+        return
+    for triton in TRITONS[:0:-1] if everything else (newest,):
+        if triton != here:
+            gates = (WHOLE, STATIC) if everything and triton == newest else (STATIC,)
+            make = partial(environment.layered, requirements=[f"triton=={triton}"])
+            yield Environment(f"Triton {triton}", gates, f"triton-{triton}", make)
+    if metadata.version("torch").partition("+")[0] == pinned("torch", "requirements.txt"):
+        pins = environment.pins("requirements-libraries.txt").values()
+        make = partial(environment.layered, requirements=[line for lines in pins for line in lines])
+        yield Environment("timm, Opacus and others", (LIBRARIES,), "libraries", make)
+    else:
+        yield Outcome("libraries", note="not run: torchvision, as pinned, is built for another PyTorch")
+    make = partial(environment.separate, names=("requirements.txt", "requirements-oldest.txt"))
+    what = " and ".join(f"{name} {pinned(name, 'requirements-oldest.txt')}" for name in ("torch", "triton"))
+    yield Environment(what, (WHOLE, STATIC) if everything else (OLDEST, COVERING), "oldest", make)
 
 
 def on_gpu(extra: list[str]) -> Outcome:
@@ -210,39 +169,36 @@ def on_gpu(extra: list[str]) -> Outcome:
 
     if not torch.cuda.is_available():
         return Outcome("gpu", note="not run: no CUDA device here")
-    return suite("gpu", ["tests", "--ignore=tests/static", "-m", "gpu"], extra, may_be_empty=True)
+    return suite(GPU, "", extra)
 
 
 def main(arguments: list[str]) -> int:
-    own, extra = arguments, []
-    if "--" in arguments:
-        split = arguments.index("--")
-        own, extra = arguments[:split], arguments[split + 1 :]
+    split = arguments.index("--") if "--" in arguments else len(arguments)
+    extra = arguments[split + 1 :]
     parser = argparse.ArgumentParser(prog="python3 -m tests", description="Checks bnfast on this machine.")
     how_much = parser.add_mutually_exclusive_group()
     how_much.add_argument("--quick", action="store_true", help="only fast tests, in this environment")
     how_much.add_argument("--all", action="store_true", help="with every supported Triton: an hour or two")
-    options = parser.parse_args(own)
+    options = parser.parse_args(arguments[:split])
 
     lacking = environment.ensure(environment.TO_TEST)
     if lacking:
         environment.stop(f"cannot test: this Python lacks {', '.join(lacking)} (see requirements.txt).")
 
     if options.quick:
-        outcomes = [in_interpreter(extra, metadata.version("triton"), sys.executable, quick=True)]
+        outcomes = [suite(QUICK, f"Triton {metadata.version('triton')}", extra)]
     else:
-        checks = {"ruff": "ruff check .", "ruff format": "ruff format --check .", "mypy": "mypy"}
-        outcomes = [check(name, *command.split()) for name, command in checks.items()]
-        outcomes += [*without_gpu(extra, options.all), on_gpu(extra)]
+        outcomes = [check(name) for name in ("ruff check .", "ruff format --check .", "mypy")]
+        for each in environments(options.all):
+            outcomes += [each] if isinstance(each, Outcome) else each.outcomes(extra)
+        outcomes.append(on_gpu(extra))
 
     headline("summary")
     for outcome in outcomes:
         print(outcome.line())
-    passed, failed, skipped = (
-        sum(getattr(outcome, key) for outcome in outcomes) for key in ("passed", "failed", "skipped")
-    )
-    print(f"{passed} passed, {failed} failed, {skipped} skipped")
-    return int(failed > 0)
+    sums = {key: sum(getattr(each, key) for each in outcomes) for key in ("passed", "failed", "skipped")}
+    print(", ".join(f"{count} {key}" for key, count in sums.items()))
+    return int(sums["failed"] > 0)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ import dataclasses
 import os
 import re
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -35,34 +34,34 @@ from codegen.cases import DTYPES, Case
 from tests.support.made_up_gpu import made_up_gpu
 
 CPU = torch.device("cpu")
+TINY = Case("BatchNorm", (2, 4, 3, 3), 0, torch.bfloat16, True, suite="suite", network="network")
 
 # the command
 
 
-@pytest.mark.parametrize("arguments", [["run", "--suite", "vgg"], ["digits", "--layer", "RMSNorm"],
-                                       ["gpu", "--limit", "0"], ["report"], ["gpu", "--part", "nonsense"],
-                                       ["digits", "--epochs", "0"]])  # fmt: skip
-def test_wrong_arguments_are_refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("arguments", ["run --suite vgg", "digits --layer RMSNorm", "gpu --limit 0", "report",
+                                       "gpu --part nonsense", "digits --epochs 0"])  # fmt: skip
+def test_wrong_arguments_are_refused(arguments: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
-        __main__.main(arguments)
+        __main__.main(arguments.split())
     assert end.value.code == 2
     assert "usage: python3 -m benchmarks" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("arguments", "named"), [
-    (["memory", "--device", "nonsense"], "argument --device: 'nonsense' is not \"cpu\" or a GPU"),
-    (["memory", "--device", "cuda:99"], "argument --device: 'cuda:99'"),
-    (["memory", "--device", "cpu", "--out", __file__], "argument --out: no folder can be made in"),
-    (["report", "nowhere"], "argument PATH: nowhere: there is no such file"),
-    (["report", "nowhere", "nowhere"], "argument PATH: nowhere: there is no such file"),
-    (["report", *["nowhere"] * 3], "argument PATH: one run is shown, two are compared, and these are 3"),
-    (["report", str(report.RESULTS), "--out", __file__], "argument --out: "),
+    ("memory --device nonsense", "argument --device: 'nonsense' is not \"cpu\" or a GPU"),
+    ("memory --device cuda:99", "argument --device: 'cuda:99'"),
+    (f"memory --device cpu --out {__file__}", "argument --out: no folder can be made in"),
+    ("report nowhere", "argument PATH: nowhere: there is no such file"),
+    ("report nowhere nowhere", "argument PATH: nowhere: there is no such file"),
+    ("report nowhere nowhere nowhere", "argument PATH: one run is shown, two are compared, and these are 3"),
+    (f"report {report.RESULTS} --out {__file__}", "argument --out: "),
 ])  # fmt: skip
 def test_bad_input_is_named_and_is_no_verdict(
-    arguments: list[str], named: str, capsys: pytest.CaptureFixture[str]
+    arguments: str, named: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Exit code 2: a comparison has 1 for figures that got worse."""
-    assert __main__.main(arguments) == 2
+    assert __main__.main(arguments.split()) == 2
     assert f"error: {named}" in capsys.readouterr().err
 
 
@@ -79,8 +78,7 @@ def test_a_gpu_has_its_number(asked: str | None, number: int, monkeypatch: pytes
 
 def test_what_is_run_by_default() -> None:
     parse = __main__.parser().parse_args
-    assert parse(["run"]).suite == "resnet50"
-    assert parse(["digits"]).layer == "BatchNorm"
+    assert (parse(["run"]).suite, parse(["digits"]).layer) == ("resnet50", "BatchNorm")
     first = parse(["first-look", "--epochs", "3", "--seed", "1", "--device", "cpu", "--out", "here"])
     assert (first.module, first.epochs, first.out) == ("first_look", 3, Path("here"))
 
@@ -107,11 +105,10 @@ def test_each_run_has_a_folder_of_its_own(tmp_path: Path) -> None:
     assert all(re.fullmatch(r"\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d(_\d+)?", folder.name) for folder in folders)
 
 
-@pytest.mark.parametrize(("asked", "expected"), [
-    (None, ("contiguous",)), ("channels_last", ("channels_last",)), ("both", suites.LAYOUTS),
-])  # fmt: skip
-def test_layouts(asked: str | None, expected: tuple[str, ...]) -> None:
-    assert layers.layouts(suites.SDXL_VAE, asked) == expected
+def test_layouts() -> None:
+    assert layers.layouts(suites.SDXL_VAE, None) == ("contiguous",)
+    assert layers.layouts(suites.SDXL_VAE, "channels_last") == ("channels_last",)
+    assert layers.layouts(suites.SDXL_VAE, "both") == suites.LAYOUTS
 
 
 @pytest.mark.parametrize(("shape", "last", "message"), [
@@ -123,18 +120,17 @@ def test_cases_that_there_are_not(shape: tuple[int, ...], last: bool, message: s
         Case("BatchNorm", shape, 0, torch.float32, last)
 
 
-def test_run_of_a_suite_without_a_gpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_run_of_a_suite_without_a_gpu(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Predictions, in the terminal and in a file."""
-    options = __main__.parser().parse_args(
-        ["run", "--suite", "sd-vae", "--layout", "both", "--device", "cpu", "--out", str(tmp_path)]
-    )
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(predict, "why_not_compiled", lambda: "no registers: a test")
-        assert layers.run(options, ["matplotlib"]) == 0
+    monkeypatch.setattr(predict, "why_not_compiled", lambda: "no registers: a test")
+    monkeypatch.setattr(__main__.environment, "ensure", lambda: ["matplotlib"])
+    code, folder = job(tmp_path, "run", "--suite", "sd-vae", "--layout", "both")
+    assert code == 0
     text = capsys.readouterr().out
     assert max(map(len, text.splitlines()[:-1])) <= WIDTH  # the last one names the folder
     assert "MEASURED" not in text
-    (folder,) = tmp_path.iterdir()
     found = records.read(folder / "predicted.csv")
     assert len(found) == 2 * 2 * 2 * 7
     assert set(found["status"]) == {PREDICTED}
@@ -144,11 +140,10 @@ def test_run_of_a_suite_without_a_gpu(tmp_path: Path, capsys: pytest.CaptureFixt
 @pytest.mark.slow
 def test_a_case_is_timed_by_pytest_benchmark() -> None:
     """`pytest benchmarks` works as a command of its own."""
-    chosen = "GroupNorm and (bnfast or torch or liger)"
-    command = [sys.executable, "-m", "pytest", "-q", "benchmarks", "-k", chosen]
+    chosen = "GroupNorm and (bnfast or torch or frontend)"
     own = ("TRITON_INTERPRET", "PYTEST_")  # the outer pytest's variables say that it has workers
     variables = {key: value for key, value in os.environ.items() if not key.startswith(own)}
-    command += ["-p", "no:cacheprovider", "-p", "no:xdist"]
+    command = [*battery.PYTEST, "-q", "benchmarks", "-k", chosen, "-pno:cacheprovider", "-pno:xdist"]
     found = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, timeout=240)
     assert found.returncode == 0, found.stdout + found.stderr
     assert "4 passed, 2 skipped" in found.stdout
@@ -162,15 +157,15 @@ def test_every_candidate_takes_the_place_of_the_planned_one() -> None:
     from bnfast.kernels import plan
     from bnfast.kernels.records import Problem
 
-    x = Problem(256, 256, 3136, 2, True)
-    for family, candidates in tile_sweep.CANDIDATES.items():
-        assert any(tile_sweep.is_planned(family, program) for program in candidates)
-        for program in candidates:
-            with tile_sweep.planned_with(family, program):
-                assert tile_sweep.is_planned(family, program)
-                sweep = plan.map_sweep(x, 1) if family == "MAPS" else plan.reduce_sweep(x, 1)
-                if family != "REDUCE_RUNS":
-                    assert (sweep.warps, sweep.registers) == (program[0], program[2])
+    x, planned = Problem(256, 256, 3136, 2, True), []
+    for family, program in tile_sweep.EVERY:
+        with tile_sweep.planned_with(family, program) as is_planned:
+            planned += [family] * is_planned
+            assert getattr(plan, family)[0] == plan.Program(*program)
+            sweep = plan.map_sweep(x, 1) if family == "MAPS" else plan.reduce_sweep(x, 1)
+            if family != "REDUCE_RUNS":
+                assert (sweep.warps, sweep.registers) == (program[0], program[2])
+    assert planned == [*tile_sweep.CANDIDATES]
     assert plan.reduce_sweep(x, 1).warps == plan.REDUCE[0].warps
 
 
@@ -178,22 +173,22 @@ def test_a_better_tile_is_named() -> None:
     def timed(variant: str, us: float, note: str = "") -> Record:
         return Record("sweep", MEASURED, variant, shape="1x2", direction="forward", us=us, note=note)
 
-    stands = [timed("MAPS 4/7/72/4", 100, "planned"), timed("MAPS 4/8/64/4", 97)]
+    stands = [timed("MAPS 4/7/72/4", 100, "planned; 1 of 7 late"), timed("MAPS 4/8/64/4", 97)]
     assert tile_sweep.beaten(frame(stands)) == []
     (line,) = tile_sweep.beaten(frame([*stands, timed("MAPS 8/4/64/4", 80)]))
-    assert "MAPS 8/4/64/4 is 1.25 times as fast as MAPS 4/7/72/4" in line
-    assert "was not timed" in tile_sweep.beaten(frame(stands[1:]))[0]
+    assert "MAPS 8/4/64/4 is 1.25 times as fast as the planned program" in line
+    assert "is nan times as fast" in tile_sweep.beaten(frame(stands[1:]))[0]
 
 
 def test_a_sweep_says_which_program_is_the_planned_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One for each family and direction; and every candidate is timed with its own program."""
     monkeypatch.setattr(timing, "COLD_BYTES", 1)
-    tiny = Case("BatchNorm", (2, 4, 3, 3), 0, torch.bfloat16, True)
-    found = list(tile_sweep.sweep(CPU, [tiny], lambda work: (work(), 1.0)[1], rounds=1))
-    assert {r.status for r in found} == {MEASURED}
-    candidates = ((family, each) for family, all_ in tile_sweep.CANDIDATES.items() for each in all_)
-    own = {tile_sweep.name(*each) for each in candidates if tile_sweep.is_planned(*each)}
-    assert {r.variant for r in found if r.note == "planned"} == own
-    assert len(own) == len(tile_sweep.CANDIDATES)
+    method = dataclasses.replace(tile_sweep.METHOD, stopwatch=lambda work: (work(), 1.0)[1], rounds=1)
+    found = list(tile_sweep.sweep(CPU, [TINY], method))
+    assert {(r.status, r.kind) for r in found} == {(MEASURED, "sweep")}
+    assert len({r.variant for r in found}) == len(tile_sweep.EVERY)
+    own = [r.variant.partition(" ")[0] for r in found if r.note == "planned"]
+    assert own == [family for family in tile_sweep.CANDIDATES for _ in range(2)]
 
 
 # a GPU made up
@@ -202,7 +197,6 @@ def test_a_sweep_says_which_program_is_the_planned_one(monkeypatch: pytest.Monke
 def test_every_figure_is_on_disk_when_it_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With the copy rate of its run, the clock of its case, and what they were measured on. A case that does
     not fit the memory is named, and the next goes on."""
-    case = Case("BatchNorm", (2, 4, 3, 3), 0, torch.float32, True, suite="suite", network="network")
 
     def of_case(case: Case, *rest: object) -> Iterator[Record]:
         if case.shape[0] == 9:
@@ -218,7 +212,7 @@ def test_every_figure_is_on_disk_when_it_is_made(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(stamp, "clocks", lambda device: stamp.Clocks(sm_MHz=1755.0, temperature_C=40.0))
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     run = layers.Run(session.Session(tmp_path, CPU, []), measure.Method(), ["torch"], tmp_path / "layers.csv")
-    found = [*run.case(case), *run.case(dataclasses.replace(case, shape=(9, 4, 3, 3)))]
+    found = [*run.case(TINY), *run.case(dataclasses.replace(TINY, shape=(9, 4, 3, 3)))]
     assert records.read(tmp_path / "layers.csv").equals(frame(found))
     assert [(r.status, r.us, r.copy_GBps, r.clock_MHz) for r in found] == [
         (MEASURED, 1.0, 4200.0, 1755.0), (MEASURED, 2.0, 4200.0, 1755.0), (CANNOT, None, 4200.0, None),
@@ -277,7 +271,8 @@ def test_the_battery_from_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixtu
     code, folder = job(tmp_path, "gpu")
     text = capsys.readouterr().out
     assert code == 0, text
-    lines = re.findall(r"^(DONE|PART|NOT RUN|FAIL) +([\w-]+) +\d+ records", text, re.MULTILINE)
+    summary = text[text.index("\nSummary\n") :]
+    lines = re.findall(r"^(DONE|PART|NOT RUN|FAIL) +([\w-]+) ", summary, re.MULTILINE)
     ended = {name: state for state, name in lines}
     absent = dict.fromkeys(("cudnn-frontend", "sanitizer"), "NOT RUN")
     assert ended == dict.fromkeys(__main__.PARTS, "DONE") | absent

@@ -24,9 +24,10 @@ from tests.support.trace import Trace, trace
 BF16, FP32 = torch.bfloat16, torch.float32
 AFTER = ((None, False), ("relu", False), ("relu", True), ("silu", True), (None, True), ("gelu", False))
 NETWORKS = [(suite, network) for suite, networks in SUITES.items() for network in networks]
+EVERY = pytest.mark.parametrize(("suite", "network"), NETWORKS, ids=lambda each: getattr(each, "file", each))
 
 
-@pytest.mark.parametrize(("suite", "network"), NETWORKS, ids=lambda value: getattr(value, "file", value))
+@EVERY
 def test_the_plan_counts_what_launches_are_given(suite: str, network: Network) -> None:
     ways = itertools.product((True, False), (BF16, FP32))
     every = dict.fromkeys(case for last, dtype in ways for case in of_network(suite, network, dtype, last))
@@ -140,15 +141,6 @@ def test_other_layers_have_no_plan() -> None:
 # the networks
 
 
-EVERY = pytest.mark.parametrize(
-    "network", [network for _, network in NETWORKS], ids=lambda network: network.file
-)
-LAYOUTS = pytest.mark.parametrize("layout", suites.LAYOUTS)
-
-
-# what they consist of
-
-
 @pytest.mark.parametrize(("file", "layers", "distinct", "total"), [
     ("resnet50", 53, 12, 5_690_359_808), ("sd15-unet", 61, 14, 1_441_792_000),
     ("sdxl-unet", 46, 12, 618_659_840), ("sd15-vae", 30, 6, 918_552_576),
@@ -176,28 +168,13 @@ def test_a_shape_occurs_so_often(network: Network, shape: Shape, times: int) -> 
 
 
 @EVERY
-def test_groups_divide_channels(network: Network) -> None:
-    """In torch too: its own layers accept all of them."""
+@pytest.mark.parametrize("layout", suites.LAYOUTS)
+def test_counted_bytes_are_the_sweeps_and_little_more(suite: str, network: Network, layout: str) -> None:
+    """Groups divide channels, as torch's own layers want."""
     for shape in set(network.layers):
         groups = network.groups_of(shape)
         assert (groups == 0) == (network.norm == "BatchNorm")
         assert groups == 0 or shape.channels % groups == 0
-
-
-def test_what_follows_is_known() -> None:
-    """16 blocks of ResNet-50 add before the last ReLU; four ways round have a norm alone."""
-    layers = suites.RESNET50.layers
-    assert [sum(s.after == after for s in layers) for after in (" relu", " + z relu", "")] == [33, 16, 4]
-    assert {s.activation for s in suites.SD15_UNET.layers} == {"silu", None}
-    assert {s.activation for s in suites.NNUNET.layers} == {"leaky_relu"}
-
-
-# what is counted
-
-
-@EVERY
-@LAYOUTS
-def test_counted_bytes_are_the_sweeps_and_little_more(network: Network, layout: str) -> None:
     found = of_network("suite", network, torch.bfloat16, layout == "channels_last")
     assert sum(case.count for case in found) == len(network.layers)
     for case in found:
@@ -212,6 +189,14 @@ def test_counted_bytes_are_the_sweeps_and_little_more(network: Network, layout: 
         spare = 1.04 if case.x_bytes > 5e7 else 1.7
         assert sweeps * case.x_bytes <= moved <= spare * sweeps * case.x_bytes
         assert sweeps_back * case.x_bytes <= back <= spare * sweeps_back * case.x_bytes
+
+
+def test_what_follows_is_known() -> None:
+    """16 blocks of ResNet-50 add before the last ReLU; four ways round have a norm alone."""
+    layers = suites.RESNET50.layers
+    assert [sum(s.after == after for s in layers) for after in (" relu", " + z relu", "")] == [33, 16, 4]
+    assert {s.activation for s in suites.SD15_UNET.layers} == {"silu", None}
+    assert {s.activation for s in suites.NNUNET.layers} == {"leaky_relu"}
 
 
 def test_small_contiguous_groups_are_read_once() -> None:

@@ -77,6 +77,9 @@ def small(original: Callable[..., list[Case]]) -> Callable[..., list[Case]]:
 
 
 def process(look: session.Session, name: str, command: list[str], seconds: float) -> Record:
+    """A part that measures does so in this process; commands only say that they have run."""
+    if command[1:3] == ["-m", "benchmarks.battery"]:
+        battery.main(*command[3:])
     return Record("probe", MEASURED, variant=name, note="exit code 0; 3 passed")
 
 
@@ -97,7 +100,7 @@ def make_up(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(session.Session, "why_plain_torch", lambda self: None)
     patch.setattr(environment, "ensure", list)
     patch.setattr(memory, "BATCH", 2)
-    patch.setattr(machine, "SIZES", (1 << 16,))
+    patch.setattr(machine, "SIZE", 1 << 16)
     patch.setattr(battery, "process", process)
     for module in (layers, battery):
         patch.setattr(module, "of_network", small(module.of_network))
