@@ -5,27 +5,26 @@ benchmarks/results and nothing else."""
 from __future__ import annotations
 
 import argparse
-import math
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
 from benchmarks import ROOT, Refused, pictures, tables
 from benchmarks.records import MEASURED, PREDICTED, load
 from benchmarks.session import as_text, paragraph, section
-from benchmarks.tables import COPY_RATE, COUNTED, IDENTITY, label
+from benchmarks.tables import COPY_RATE, COUNTED, IDENTITY, cells, label
 from codegen.cases import DIRECTIONS
 
 RESULTS, PAGE = ROOT / "benchmarks" / "results", ROOT / "docs" / "benchmarks.md"
 BEGIN, END = "<!-- performance: made by `python3 -m benchmarks readme` -->", "<!-- end of performance -->"
 NOT_MEASURED = f"""\
 **Not measured yet: no run on a GPU is recorded.** What follows is predicted for an H200: bytes and launches
-(runs) are counted from the kernels' plan, registers and bytes in flight of an SM are read from the machine
+are counted from the kernels' plan, registers and bytes in flight of an SM are read from the machine
 code, and the floor is the time of those bytes at {COPY_RATE / 1e12:.1f} TB/s, an assumption. a/b is
 forward/backward."""
 MEASURED_BY = "Measured with L2 cold; `NAME x` is how many times as long somebody else takes."
-TITLES = {"copy": "Copy, read and write rates", "step": "Training steps"}
 NETWORK = ["network", "norm", "dtype", "layout"]
 
 
@@ -60,6 +59,16 @@ def show_measured(found: pd.DataFrame) -> None:
         paragraph(line)
 
 
+def show_steps(found: pd.DataFrame) -> None:
+    """A table for each batch size; times only of GPUs."""
+    for (network, *rest), own in found.groupby(["network", "shape", "dtype", "layout"], sort=False):
+        times = ["ms", "quartiles", "of torch", "norms"] if (own["gpu"] == "").all() else []
+        print(f"\n{network}, {', '.join(rest)}")
+        print(as_text(tables.steps(own).drop(columns=times, errors="ignore")), flush=True)
+        for line in tables.refusals(own):
+            paragraph(f"Cannot: {line}")
+
+
 def show(found: pd.DataFrame, out: Path, lacking: Sequence[str]) -> None:
     for line in origins(found):
         paragraph(line)
@@ -71,8 +80,11 @@ def show(found: pd.DataFrame, out: Path, lacking: Sequence[str]) -> None:
         if (own["status"] != PREDICTED).any():
             show_measured(own)
     for kind, rows in found[found["kind"] != "layer"].groupby("kind"):
-        section(TITLES.get(kind, kind))
-        print(as_text(tables.plain(rows)))
+        section({"copy": "Copy rates", "step": "Training steps"}.get(kind, kind))
+        if kind == "step":
+            show_steps(rows)
+        else:
+            print(as_text(tables.plain(rows)))
     if "matplotlib" not in lacking:
         draw(layers, out)
 
@@ -81,8 +93,7 @@ def draw(layers: pd.DataFrame, out: Path) -> None:
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as e:
-        why = f"{out} is no folder and cannot be made one: {e.strerror}"
-        raise Refused(f"argument --out: {why}") from None
+        raise Refused(f"argument --out: {out} is no folder and cannot be made one: {e.strerror}") from None
     pictures.roofline(out / "roofline.png", layers)
     for names, own in layers.groupby(NETWORK, sort=False):
         pictures.layers(out / f"{'-'.join(names).replace(' ', '-')}.png", own, ", ".join(names))
@@ -93,23 +104,23 @@ def draw(layers: pd.DataFrame, out: Path) -> None:
 
 
 def changes(before: pd.DataFrame, after: pd.DataFrame) -> pd.DataFrame:
-    """Of everything that is in both: what, before, after, ratio, sure. Times of what was measured: sure if
-    the quartiles of the two do not overlap. Of what is counted, what differs, which is sure."""
-    one, other = (each.drop_duplicates(IDENTITY, keep="last") for each in (before, after))
-    both = one.merge(other, on=IDENTITY, suffixes=("", " after"))
-    what = both.apply(name, axis=1) if len(both) else pd.Series(dtype=str)
-    counted = both["status"].eq(PREDICTED)
-    parts = []
-    for column in ("us", *COUNTED):
-        old, new = both[column], both[f"{column} after"]
-        taken, sure = counted & old.notna() & new.notna() & (old != new), True
-        if column == "us":
-            taken = both["status"].eq(MEASURED) & (old > 0) & (new > 0)
-            sure = (both["us_high"] < both["us_low after"]) | (both["us_high after"] < both["us_low"])
-        table = pd.DataFrame({"what": what + f", {column}", "before": old, "after": new, "sure": sure})
-        parts.append(table[taken])
-    found = pd.concat(parts, ignore_index=True)
-    return found.assign(ratio=(found["after"] / found["before"]).where(found["before"] > 0, math.inf))
+    """Of everything that is in both: what, figure, before, after, ratio, sure. Times of what was measured:
+    sure if the quartiles of the two do not overlap. Of what is counted, what differs, which is sure."""
+
+    def figures(found: pd.DataFrame) -> pd.DataFrame:
+        found = found.drop_duplicates(IDENTITY, keep="last").assign(
+            low=found["us_low"], high=found["us_high"]
+        )
+        return found.melt([*IDENTITY, "low", "high"], ["us", *COUNTED], "figure").dropna(subset="value")
+
+    both = figures(before).merge(figures(after), on=[*IDENTITY, "figure"], suffixes=("_before", "_after"))
+    both["ratio"] = both["value_after"] / both["value_before"]
+    time, counted = both["figure"] == "us", both["status"] == PREDICTED
+    apart = (both["high_before"] < both["low_after"]) | (both["high_after"] < both["low_before"])
+    both["sure"] = ~time | apart
+    taken = (time & (both["status"] == MEASURED)) | (~time & counted & (both["ratio"] != 1))
+    both = both[taken & both["ratio"].notna()]
+    return both.assign(what=[name(row) for _, row in both.iterrows()])
 
 
 def name(row: pd.Series) -> str:
@@ -117,7 +128,8 @@ def name(row: pd.Series) -> str:
     if row["kind"] == "layer":
         layer = label(row["shape"], row["residual"], row["activation"])
         which = [row["network"], layer, row["dtype"], row["layout"]]
-    return " ".join(filter(None, [row["variant"], *which, row["direction"], row["cache"], row["mode"]]))
+    what = " ".join(filter(None, [row["variant"], *which, row["direction"], row["cache"], row["mode"]]))
+    return f"{what}, {row['figure']}"
 
 
 def compare(before: pd.DataFrame, after: pd.DataFrame, top: int) -> int:
@@ -129,21 +141,19 @@ def compare(before: pd.DataFrame, after: pd.DataFrame, top: int) -> int:
     if differ.empty:
         paragraph("Nothing differs that both runs have.")
         return 0
-    logs = differ["ratio"].map(lambda ratio: abs(math.log(ratio)) if ratio > 0 else math.inf)
-    first = differ.loc[logs.sort_values(ascending=False, kind="stable").index].head(top)
-    table = {
-        "what": first["what"], "before": [f"{value:.4g}" for value in first["before"]],
-        "after": [f"{value:.4g}" for value in first["after"]], "ratio": [f"{r:.3f}" for r in first["ratio"]],
+    logs = np.log(differ["ratio"])
+    first = differ.loc[logs.abs().sort_values(ascending=False, kind="stable").index].head(top)
+    print(as_text(pd.DataFrame({
+        "what": [*first["what"]], "before": cells(first["value_before"], ".4g"),
+        "after": cells(first["value_after"], ".4g"), "ratio": cells(first["ratio"], ".3f"),
         "sure": ["yes" if sure else "within spread" for sure in first["sure"]],
-    }  # fmt: skip
-    print(as_text(pd.DataFrame(table)))
-    ours = differ[differ["what"].str.startswith("bnfast")]
-    times = ours[ours["what"].str.endswith(", us")]["ratio"]
+    })))  # fmt: skip
+    ours = differ["variant"] == "bnfast"
+    times = logs[ours & (differ["figure"] == "us")]
     if len(times):
-        mean = math.exp(times.map(math.log).mean())
-        paragraph(f"bnfast's times, geometric mean of {len(times)} ratios: {mean:.3f}")
-    fewer = ours["what"].str.endswith("in_flight_KB")  # fewer bytes in flight are worse; of all else, more
-    worse = ours["sure"] & ((fewer & (ours["ratio"] < 1)) | (~fewer & (ours["ratio"] > 1)))
+        paragraph(f"bnfast's times, geometric mean of {len(times)} ratios: {np.exp(times.mean()):.3f}")
+    more = (logs > 0) != (differ["figure"] == "in_flight_KB")  # fewer bytes in flight are worse
+    worse = ours & differ["sure"] & (logs != 0) & more
     paragraph(f"{worse.sum()} of {len(differ)} figures are worse for sure.")
     return int(worse.any())
 
@@ -151,9 +161,8 @@ def compare(before: pd.DataFrame, after: pd.DataFrame, top: int) -> int:
 def run(options: argparse.Namespace, lacking: list[str]) -> int:
     """Refused, which ends with 2, if there are no figures."""
     if len(options.paths) > 2:
-        raise Refused(
-            f"argument PATH: one run is shown, two are compared, and these are {len(options.paths)}"
-        )
+        count = len(options.paths)
+        raise Refused(f"argument PATH: one run is shown, two are compared, and these are {count}")
     try:
         found = [load([path]) for path in options.paths]
     except ValueError as e:
