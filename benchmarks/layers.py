@@ -22,7 +22,7 @@ from codegen.cases import DIRECTIONS, DTYPES, NAMES, Case
 
 COUNTED = (
     "T is the size of a layer's input; a/b is forward/backward. PREDICTED: bytes moved and kernels launched "
-    "(runs) are counted from the kernels' plan, and the floor is the time those bytes take at "
+    "are counted from the kernels' plan, and the floor is the time those bytes take at "
     f"{tables.COPY_RATE / 1e12:.1f} TB/s, an assumption (an H200's copy rate). Nothing of it is measured."
 )
 CODE = (
@@ -50,11 +50,6 @@ def dtypes(network: Network, asked: Sequence[str] | None, gpu: bool) -> list[tor
     that only where it has a BatchNorm to compute."""
     usual = ["bf16", "fp16"] if gpu and network.norm == "BatchNorm" else ["bf16"]
     return [DTYPES[name] for name in asked or usual]
-
-
-def cases_of(choice: Choice) -> list[Case]:
-    suite, network, dtype, layout = choice
-    return of_network(suite, network, dtype, layout == "channels_last")
 
 
 class Run:
@@ -98,7 +93,8 @@ def of_choice(session: Session, run: Run | None, choice: Choice, compiled: bool 
     suite, network, dtype, layout = choice
     title = network.title(layout, NAMES[dtype])
     section(title, f"Source: {network.source}.")
-    todo, shared = cases_of(choice), stamp.columns(session.device)
+    todo = of_network(suite, network, dtype, layout == "channels_last")
+    shared = stamp.columns(session.device)
     found = [dataclasses.replace(r, **shared) for r in predict.records(todo, compiled)]
     records.append(session.folder / "predicted.csv", found)
     show_predicted(frame(found))

@@ -22,9 +22,6 @@ class Shape:
     activation: str | None = None
     residual: bool = False
 
-    def __str__(self) -> str:
-        return f"{self.channels} x {'x'.join(map(str, self.size))}{self.after}"
-
     @property
     def after(self) -> str:
         """ " + z relu", " silu", or nothing."""
@@ -34,13 +31,9 @@ class Shape:
     def alone(self) -> Shape:
         return Shape(self.channels, self.size)
 
-    @property
-    def positions(self) -> int:
-        return prod(self.size)
-
     def bytes(self, batch: int, itemsize: int) -> int:
         """T: the size of the input."""
-        return batch * self.channels * self.positions * itemsize
+        return batch * self.channels * prod(self.size) * itemsize
 
 
 @dataclass(frozen=True)
