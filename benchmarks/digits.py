@@ -45,31 +45,13 @@ LIMITS = {
 }  # fmt: skip
 
 
-class OverChannels(nn.Module):
-    """A LayerNorm over the channels of each position of [N, C, H, W], as ConvNeXt has it (Liu et al. 2022,
-    arXiv 2201.03545). Its result is contiguous: torch 2.13's convolutions of few channels were seen to write
-    past their memory on a CPU where it was channels_last."""
-
-    def __init__(self, norm: nn.Module) -> None:
-        super().__init__()
-        self.norm = norm
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2).contiguous()
-
-
-# (library, channels) -> layer
-MAKE: dict[str, Callable[..., nn.Module]] = {
-    "BatchNorm": lambda library, c: library.BatchNorm2d(c),
-    "GroupNorm": lambda library, c: library.GroupNorm(4, c),
-    "InstanceNorm": lambda library, c: library.InstanceNorm2d(c, affine=True),
-    "LayerNorm": lambda library, c: OverChannels(library.LayerNorm(c)),
-}
-
-
 def pair(layer: str) -> tuple[Norm, Norm]:
-    """torch.nn's layer and bnfast's."""
-    return partial(MAKE[layer], nn), partial(MAKE[layer], bnfast)
+    """torch.nn's layer, one of LAYERS, and bnfast's."""
+    if layer == "GroupNorm":
+        return partial(nn.GroupNorm, 4), partial(bnfast.GroupNorm, 4)
+    if layer == "InstanceNorm":
+        return partial(nn.InstanceNorm2d, affine=True), partial(bnfast.InstanceNorm2d, affine=True)
+    return nn.BatchNorm2d, bnfast.BatchNorm2d
 
 
 class Block(nn.Module):
@@ -96,16 +78,6 @@ def network(norm: Norm, width: int) -> nn.Module:
     return nn.Sequential(*stem, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(2 * width, 10))
 
 
-def load(seed: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """8x8 grey images of handwritten digits, 0 to 9, in random order, and their labels."""
-    from sklearn.datasets import load_digits  # it may not be installed
-
-    digits = load_digits()
-    order = torch.randperm(len(digits.target), generator=torch.Generator().manual_seed(seed))
-    images = torch.from_numpy(digits.images).float().unsqueeze(1) / 16
-    return images[order].to(device), torch.from_numpy(digits.target)[order].to(device)
-
-
 @dataclass(frozen=True)
 class Run:
     """What a training run left behind: the gradients are of the first step, the rest is of the end."""
@@ -122,19 +94,22 @@ def train(
     batch: int = 64, width: int = 16, dtype: torch.dtype = torch.float32, steps: int | None = None,
     held: int = 359,
 ) -> Run:  # fmt: skip
-    """Trains from scratch, at most so many steps; `held` images are held back, to test with. Batches are
-    shuffled anew each epoch; a last short one is left out. The learning rate falls to nearly zero, so that
-    runs in fp32, whose curves part, still end equally good."""
-    images, labels = load(seed, device)
-    images, generator = images.to(dtype), torch.Generator().manual_seed(seed + 1)
+    """Trains from scratch on 8x8 grey images of handwritten digits, at most so many steps; `held` images are
+    held back, to test with. Batches are shuffled anew each epoch; a last short one is left out. The learning
+    rate falls to nearly zero, so that runs in fp32, whose curves part, still end equally good."""
+    from sklearn.datasets import load_digits  # it may not be installed
+
+    generator = torch.Generator().manual_seed(seed)
+    pixels, digits = map(torch.from_numpy, load_digits(return_X_y=True))
+    order = torch.randperm(len(digits), generator=generator)
+    images, labels = pixels[order].view(-1, 1, 8, 8).to(device, dtype) / 16, digits[order].to(device)
     orders = [torch.randperm(len(images) - held, generator=generator) for _ in range(epochs)]
     batches = [rows for order in orders for rows in order.split(batch) if len(rows) == batch][:steps]
     torch.manual_seed(seed)
     model = network(norm, width).to(device, dtype)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=5e-4)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.02, len(batches))
-    losses: list[float] = []
-    gradients: dict[str, Tensor] = {}
+    losses, gradients = list[float](), dict[str, Tensor]()
     # so that only the normalization may differ
     exact = torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)
     with exact, one_thread():
@@ -143,9 +118,8 @@ def train(
             optimizer.zero_grad()
             loss = nn.functional.cross_entropy(model(images[rows]), labels[rows])
             loss.backward()
-            gradients = gradients or {
-                name: p.grad for name, p in model.named_parameters() if p.grad is not None
-            }
+            if not losses:
+                gradients = {name: p.grad for name, p in model.named_parameters()}  # type: ignore[misc]
             optimizer.step()
             schedule.step()
             losses.append(loss.item())

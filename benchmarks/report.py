@@ -14,7 +14,7 @@ import pandas as pd
 from benchmarks import ROOT, Refused, pictures, tables
 from benchmarks.records import MEASURED, PREDICTED, load
 from benchmarks.session import as_text, paragraph, section
-from benchmarks.tables import COPY_RATE, COUNTED, IDENTITY, cells, label
+from benchmarks.tables import COPY_RATE, IDENTITY, cells, label
 from codegen.cases import DIRECTIONS
 
 RESULTS, PAGE = ROOT / "benchmarks" / "results", ROOT / "docs" / "benchmarks.md"
@@ -40,31 +40,27 @@ def origins(found: pd.DataFrame) -> list[str]:
 # tables and pictures
 
 
+def titled(title: str, table: pd.DataFrame) -> None:
+    print(f"\n{title}\n{as_text(table)}", flush=True)
+
+
 def show_predicted(found: pd.DataFrame) -> None:
-    print("\nPREDICTED, not measured")
-    print(as_text(tables.predicted(found)), flush=True)
+    titled("PREDICTED, not measured", tables.predicted(found))
 
 
 def show_measured(found: pd.DataFrame) -> None:
     for direction in (*DIRECTIONS, "both"):
-        title = {"both": "forward and backward in a CUDA graph"}.get(direction, direction)
         for table in tables.measured(found, direction):
-            print(f"\nMEASURED, {title}")
-            print(as_text(table), flush=True)
-    table = tables.besides(found)
-    if len(table):
-        print("\nMEASURED, besides the GPU's time")
-        print(as_text(table), flush=True)
+            what = "forward and backward in a CUDA graph" if direction == "both" else direction
+            titled(f"MEASURED, {what}", table)
     for line in (*tables.who_ran(found), *tables.refusals(found)):
         paragraph(line)
 
 
 def show_steps(found: pd.DataFrame) -> None:
-    """A table for each batch size; times only of GPUs."""
+    """A table for each batch size."""
     for (network, *rest), own in found.groupby(["network", "shape", "dtype", "layout"], sort=False):
-        times = ["ms", "quartiles", "of torch", "norms"] if (own["gpu"] == "").all() else []
-        print(f"\n{network}, {', '.join(rest)}")
-        print(as_text(tables.steps(own).drop(columns=times, errors="ignore")), flush=True)
+        titled(f"{network}, {', '.join(rest)}", tables.steps(own))
         for line in tables.refusals(own):
             paragraph(f"Cannot: {line}")
 
@@ -104,23 +100,18 @@ def draw(layers: pd.DataFrame, out: Path) -> None:
 
 
 def changes(before: pd.DataFrame, after: pd.DataFrame) -> pd.DataFrame:
-    """Of everything that is in both: what, figure, before, after, ratio, sure. Times of what was measured:
-    sure if the quartiles of the two do not overlap. Of what is counted, what differs, which is sure."""
-
-    def figures(found: pd.DataFrame) -> pd.DataFrame:
-        found = found.drop_duplicates(IDENTITY, keep="last").assign(
-            low=found["us_low"], high=found["us_high"]
-        )
-        return found.melt([*IDENTITY, "low", "high"], ["us", *COUNTED], "figure").dropna(subset="value")
-
-    both = figures(before).merge(figures(after), on=[*IDENTITY, "figure"], suffixes=("_before", "_after"))
-    both["ratio"] = both["value_after"] / both["value_before"]
-    time, counted = both["figure"] == "us", both["status"] == PREDICTED
-    apart = (both["high_before"] < both["low_after"]) | (both["high_after"] < both["low_before"])
-    both["sure"] = ~time | apart
-    taken = (time & (both["status"] == MEASURED)) | (~time & counted & (both["ratio"] != 1))
-    both = both[taken & both["ratio"].notna()]
-    return both.assign(what=[name(row) for _, row in both.iterrows()])
+    """The times of everything that both have measured, the largest change first: what, before, after, ratio,
+    and whether it is sure, as the quartiles do not overlap."""
+    one, two = (
+        found[(found["status"] == MEASURED) & (found["us"] > 0)].drop_duplicates(IDENTITY, keep="last")
+        for found in (before, after)
+    )
+    both = one.merge(two, on=IDENTITY, suffixes=("", "_after"))
+    sure = (both["us_high"] < both["us_low_after"]) | (both["us_high_after"] < both["us_low"])
+    both = both.assign(
+        ratio=both["us_after"] / both["us"], sure=sure, what=[name(row) for _, row in both.iterrows()]
+    )
+    return both.loc[np.log(both["ratio"]).abs().sort_values(ascending=False, kind="stable").index]
 
 
 def name(row: pd.Series) -> str:
@@ -128,33 +119,30 @@ def name(row: pd.Series) -> str:
     if row["kind"] == "layer":
         layer = label(row["shape"], row["residual"], row["activation"])
         which = [row["network"], layer, row["dtype"], row["layout"]]
-    what = " ".join(filter(None, [row["variant"], *which, row["direction"], row["cache"], row["mode"]]))
-    return f"{what}, {row['figure']}"
+    return " ".join(filter(None, [row["variant"], *which, row["direction"], row["cache"], row["mode"]]))
 
 
 def compare(before: pd.DataFrame, after: pd.DataFrame, top: int) -> int:
-    """Returns 1 if a figure of bnfast's got worse beyond the spread, else 0."""
+    """Returns 1 if a time of bnfast's got worse beyond the spread, else 0."""
     for which, found in (("before", before), ("after", after)):
         for line in origins(found):
             paragraph(f"{which}: {line}")
     differ = changes(before, after)
     if differ.empty:
-        paragraph("Nothing differs that both runs have.")
+        paragraph("Nothing was measured in both runs.")
         return 0
-    logs = np.log(differ["ratio"])
-    first = differ.loc[logs.abs().sort_values(ascending=False, kind="stable").index].head(top)
+    first = differ.head(top)
     print(as_text(pd.DataFrame({
-        "what": [*first["what"]], "before": cells(first["value_before"], ".4g"),
-        "after": cells(first["value_after"], ".4g"), "ratio": cells(first["ratio"], ".3f"),
+        "what": [*first["what"]], "before us": cells(first["us"], ".4g"),
+        "after us": cells(first["us_after"], ".4g"), "ratio": cells(first["ratio"], ".3f"),
         "sure": ["yes" if sure else "within spread" for sure in first["sure"]],
     })))  # fmt: skip
-    ours = differ["variant"] == "bnfast"
-    times = logs[ours & (differ["figure"] == "us")]
-    if len(times):
-        paragraph(f"bnfast's times, geometric mean of {len(times)} ratios: {np.exp(times.mean()):.3f}")
-    more = (logs > 0) != (differ["figure"] == "in_flight_KB")  # fewer bytes in flight are worse
-    worse = ours & differ["sure"] & (logs != 0) & more
-    paragraph(f"{worse.sum()} of {len(differ)} figures are worse for sure.")
+    ours = differ[differ["variant"] == "bnfast"]
+    worse = ours["sure"] & (ours["ratio"] > 1)
+    mean = np.exp(np.log(ours["ratio"]).mean())
+    paragraph(
+        f"bnfast: {worse.sum()} of {len(ours)} times are worse for sure; geometric mean of ratios: {mean:.3f}"
+    )
     return int(worse.any())
 
 

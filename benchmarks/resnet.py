@@ -70,8 +70,7 @@ class Task:
     image: int = 224
 
     def __str__(self) -> str:
-        usual = (self.width, self.classes, self.image) == (64, 1000, 224)
-        return "ResNet-50" + f" of width {self.width}, {self.classes} classes" * (not usual)
+        return "ResNet-50" + f" of width {self.width}" * (self.width != 64)
 
     def batch(self, size: int) -> tuple[Tensor, Tensor]:
         """Normal random images [size, 3, image, image], channels_last, and random labels [size]."""
@@ -91,7 +90,7 @@ def network(task: Task) -> nn.Module:
     """torch.nn's, on the CPU; the same weights each time.
 
     Weights are bf16 without autocast, BatchNorm's parameters and statistics fp32: what people do who train in
-    bf16 outright, since bf16 has too few bits for a running mean. (fp64, which a CPU is given, stays fp64.)
+    bf16 outright, since bf16 has too few bits for a running mean.
     Convolutions start as He et al. 2015 (arXiv 1502.01852) have it, each block's last BatchNorm with weight 0
     (Goyal et al. 2017, arXiv 1706.02677, section 5.1; torchvision's zero_init_residual). This is what makes
     losses comparable: with that weight at 1, torch.nn and torch.nn with its batch in another order are 10 %
@@ -115,48 +114,28 @@ def same(model: nn.Module) -> nn.Module:
     return model
 
 
-def without_norms(model: nn.Module) -> nn.Module:
-    """nn.Identity for each BatchNorm. Each block's last convolution starts smaller, since nothing else now
-    keeps the sum of 16 blocks from growing: values are to be ordinary numbers, as power and so clocks depend
-    on them."""
-    for module in list(model.modules()):
-        for name, child in module.named_children():
-            if isinstance(child, nn.BatchNorm2d):
-                setattr(module, name, nn.Identity())
-        if isinstance(module, Bottleneck):
-            module.conv3.weight.data *= 0.25
-    return model
-
-
 @dataclass(frozen=True)
 class Variant:
     """change: makes it of torch.nn's network, in place if it likes. compiled: the network by torch.compile;
-    loss and optimizer stay as they are. norms: False where it has none left."""
+    loss and optimizer stay as they are."""
 
     name: str
     change: Callable[[nn.Module], nn.Module] = same
     compiled: bool = False
-    norms: bool = True
 
     def ran(self, x: Tensor) -> str:
         """Who computes the normalization in a network that is given x."""
         if self.change not in (bnfast.fuse, bnfast.convert):
-            return "torch" * self.norms
+            return "torch"
         return "plain torch" if dispatch.reason_for_torch(x) else "bnfast's kernels"
 
 
 TORCH = Variant("torch")
 # The variants of a stage take turns, and are compared with the first of it. What torch.compile takes is a
 # stage of its own: it compiles for a minute a network and batch size, and what is quick must not wait for it.
-PLAIN = (
-    TORCH,
-    Variant("fused", bnfast.fuse),
-    Variant("converted", bnfast.convert),
-    Variant("torch", without_norms, norms=False),
-)
+PLAIN = (TORCH, Variant("fused", bnfast.fuse), Variant("converted", bnfast.convert))
 COMPILED = (
     TORCH,
     Variant("torch.compile", compiled=True),
     Variant("fused, torch.compile", bnfast.fuse, compiled=True),
-    Variant("torch.compile", without_norms, compiled=True, norms=False),
 )

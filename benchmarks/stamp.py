@@ -39,9 +39,8 @@ def output(*command: str) -> str:
 
 
 def clocks(device: torch.device) -> Clocks:
-    """nvidia-smi may be missing, slow, or not know everything: it says "[N/A]" and the like. Nothing is known
-    from anything but one line of it: of several there is no telling whose they are. An idle GPU's clock is
-    low."""
+    """nvidia-smi may be missing, or not know everything: it says "[N/A]" and the like. Nothing is known from
+    several lines of it, as there is no telling whose they are. An idle GPU's clock is low."""
     gpu = timing.is_gpu(device)
     # CUDA's numbers of devices know CUDA_VISIBLE_DEVICES, and the driver's tools do not
     uuid = getattr(torch.cuda.get_device_properties(device), "uuid", None) if gpu else None

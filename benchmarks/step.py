@@ -1,13 +1,9 @@
 """The job `step`: a training step of ResNet-50 (resnet.py), with torch.nn, torch.compile and bnfast: its
-time, its memory, what the norms take of it, and whether variants train alike.
+time, its memory, and whether variants train alike.
 
 Time: a sample begins with the weights before the first step and one step that is not timed, so that the clock
 never starts on an idle device; then a few steps run between two events. The variants of a stage, eager and as
 a graph, are sampled in turns. The figure is the median over rounds, per step.
-
-What the norms take: the same network with nn.Identity for each norm is one more variant (norm "none").
-Adding up kernels by name from a profiler fails where it matters: Inductor puts norms into kernels with other
-things, names change with versions, and a host that cannot keep up shows in no kernel.
 
 cuDNN may try algorithms (torch.backends.cudnn.benchmark), as it may where people train at one size."""
 
@@ -46,11 +42,9 @@ LEARNING_RATE, MOMENTUM = 0.01, 0.9
 FACTOR = 3.0
 ABOUT = (
     "Forward, loss, backward and a fused SGD with momentum; a graph has all of it in one CUDA graph. ms: the "
-    "median of a step. of torch: its time in those of torch, in the same mode. norms: the share that is gone "
-    "where nn.Identity stands for each norm; a fused variant's norms do activation and add as well. peak MB: "
-    "what a step adds to weights, momentum and batch. apart: the largest relative difference of the losses "
-    "from torch's eager ones over 20 steps; allowed: three times what torch's own differ by when the batch "
-    "comes in another order."
+    "median of a step. of torch: its time in those of torch, in the same mode. peak MB: what a step adds to "
+    "weights, momentum and batch. apart: the largest relative difference of the losses from torch's eager "
+    "ones over 20 steps; allowed: three times what torch's own differ by when the batch is in another order."
 )
 
 
@@ -241,13 +235,13 @@ def free() -> None:
 
 def record(it: Contestant, task: Task, x: Tensor, first: Contestant, limit: float | None) -> Record:
     shared = Record(
-        "step", CANNOT, it.variant.name, network=str(task), norm="BatchNorm" if it.variant.norms else "none",
+        "step", CANNOT, it.variant.name, network=str(task), norm="BatchNorm",
         shape="x".join(map(str, x.shape)), dtype=NAMES[task.dtype], layout="channels_last",
         activation="relu", direction="step", mode=it.mode, note=it.failure,
     )  # fmt: skip
     if it.failure:
         return shared
-    comparable = it.variant.norms and it is not first and first.losses is not None
+    comparable = it is not first and first.losses is not None
     return dataclasses.replace(
         shared, status=MEASURED, ran=it.variant.ran(x), **Spread.of(it.samples).columns(),
         peak_MB=it.peak / 1e6,

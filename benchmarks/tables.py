@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from math import prod
+from textwrap import shorten
 from typing import Any
 
 import pandas as pd
@@ -19,7 +20,6 @@ BASELINES_A_TABLE = 4  # what fits a terminal
 SIZES = {"bf16": 2, "fp16": 2, "fp32": 4, "fp64": 8}
 KEY = ["network", "norm", "groups", "shape", "dtype", "layout", "activation", "residual"]
 IDENTITY = ["status", "kind", *KEY, "variant", "direction", "cache", "mode"]
-COUNTED = ("floor_bytes", "launches", "registers", "in_flight_KB")
 
 
 def floor(moved: Any) -> Any:
@@ -99,40 +99,34 @@ def measured(found: pd.DataFrame, direction: str) -> list[pd.DataFrame]:
         return []
     one = cold.drop_duplicates("case").set_index("case")
     count = one["count"].fillna(1)
-    us = wide(cold, "us").join(wide(warm, "us").reindex(columns=["bnfast"]).add_suffix(" warm"))
-    us.loc["all layers"] = us.mul(count, axis=0).sum(skipna=False)
-    nothing = pd.Series(float("nan"), us.index)
-    ours, again = us.get("bnfast", nothing), us["bnfast warm"]
-    rate = wide(cold, "GBps").get("bnfast", nothing).reindex(us.index)
+    others = [name for name in cold["variant"].unique() if name != "bnfast"]
+    us = wide(cold, "us").reindex(columns=["bnfast", *others])
+    us["warm"] = wide(warm, "us").reindex(columns=["bnfast"])["bnfast"]
+    us.loc["all"] = us.mul(count, axis=0).sum(skipna=False)
+    rate = wide(cold, "GBps").reindex(us.index, columns=["bnfast"])["bnfast"]
     left = pd.DataFrame({
         "C x size": [*one["label"], "all layers"], "layers": cells([*count, count.sum()], ".0f"),
-        "us": cells(ours, ".1f"), "GB/s": cells(rate, ".0f"),
+        "us": cells(us["bnfast"], ".1f"), "GB/s": cells(rate, ".0f"),
         "% of copy": cells(100 * rate / one["copy_GBps"].reindex(us.index), ".0f"),
-        "warm us": cells(again, ".1f"),
+        "warm us": cells(us["warm"], ".1f"),
     })  # fmt: skip
-    names = [name for name in us if name not in ("bnfast", "bnfast warm")]
-    others = pd.DataFrame({f"{name} x": cells(us[name] / ours, ".2f") for name in names})
-    starts = range(0, max(1, len(others.columns)), BASELINES_A_TABLE)
-    return [left.join(others.iloc[:, start : start + BASELINES_A_TABLE]) for start in starts]
+    right = pd.DataFrame({f"{name} x": cells(us[name] / us["bnfast"], ".2f") for name in others})
+    starts = range(0, max(1, len(others)), BASELINES_A_TABLE)
+    return [left.join(right.iloc[:, start : start + BASELINES_A_TABLE]) for start in starts]
 
 
 def steps(found: pd.DataFrame) -> pd.DataFrame:
-    """Training steps, those that were measured. Each is held against torch's and against the network without
-    norms of its own stage, mode and size, which took turns with it."""
+    """Training steps, those that were measured. Each is held against torch's of its own stage, mode and size,
+    which took turns with it."""
     found = found[found["status"] == MEASURED]
-    us, bare = found["us"], found["norm"] == "none"
-    stage = [found["shape"], found["suite"], found["mode"]]
-    theirs = us.where((found["variant"] == "torch") & ~bare).groupby(stage).transform("first")
-    kinds = [*stage, found["variant"].str.contains("compile")]
-    without = us.where(bare).groupby(kinds).transform("first")
-    return known(pd.DataFrame({
-        "variant": [name + ", no norms" * none for name, none in zip(found["variant"], bare, strict=True)],
-        "mode": [*found["mode"]], "ms": cells(us / 1e3, ".4g"),
+    us, stage = found["us"], [found["shape"], found["suite"], found["mode"]]
+    theirs = us.where(found["variant"] == "torch").groupby(stage).transform("first")
+    return pd.DataFrame({
+        "variant": [*found["variant"]], "mode": [*found["mode"]], "ms": cells(us / 1e3, ".4g"),
         "quartiles": [f"{low:.4g}-{high:.4g}" for low, high in found[["us_low", "us_high"]].to_numpy() / 1e3],
-        "of torch": cells(us / theirs, ".3f"), "norms": cells((1 - without / us).where(~bare), ".1%"),
-        "peak MB": cells(found["peak_MB"], ".0f"), "apart": cells(found["loss_apart"], ".1e"),
-        "allowed": cells(found["loss_allowed"], ".1e"),
-    }))  # fmt: skip
+        "of torch": cells(us / theirs, ".3f"), "peak MB": cells(found["peak_MB"], ".0f"),
+        "apart": cells(found["loss_apart"], ".1e"), "allowed": cells(found["loss_allowed"], ".1e"),
+    })  # fmt: skip
 
 
 def refusals(found: pd.DataFrame) -> list[str]:
@@ -148,21 +142,6 @@ def who_ran(found: pd.DataFrame) -> list[str]:
     return [f"{variant}: {', '.join(sorted(each))}" for variant, each in names.items()]
 
 
-def besides(found: pd.DataFrame) -> pd.DataFrame:
-    """A row for each variant. host us: of an eager call, the median of the cases; in a graph: of forward and
-    backward together, replayed. peak MB: of the case that takes most."""
-    rows = select(found, status=MEASURED, cache="cold")
-    groups = rows.groupby(["variant", "direction"])
-    names = sorted(rows["variant"].unique(), key=lambda name: name != "bnfast")
-    host, peak = groups["host_us"].median().unstack(), groups["peak_MB"].max().unstack()
-    host, peak = (each.reindex(names, columns=[*DIRECTIONS, "both"]) for each in (host, peak))
-    return pd.DataFrame({
-        "": names, "host us, fwd": cells(host["forward"], ".1f"), "bwd": cells(host["backward"], ".1f"),
-        "both in a graph": cells(host["both"], ".1f"), "peak MB, fwd": cells(peak["forward"], ".0f"),
-        "bwd ": cells(peak["backward"], ".0f"),
-    })  # fmt: skip
-
-
 def plain(found: pd.DataFrame) -> pd.DataFrame:
     """A line a record, for what has no table of its own: bandwidths, probes, tile sweeps."""
     table = pd.DataFrame({
@@ -172,7 +151,5 @@ def plain(found: pd.DataFrame) -> pd.DataFrame:
         "note": "",
     })  # fmt: skip
     # a note has what the others leave; the CSV file has all of it
-    room = WIDTH - (max(map(len, as_text(table).splitlines())) if len(table) else 0)
-    room = max(len("note"), room + len("note") - 1)
-    notes = [note if len(note) <= room else note[: room - 3] + "..." for note in found["note"]]
-    return table.assign(note=notes)
+    room = WIDTH - max(map(len, as_text(table).splitlines())) + len("note") - 1
+    return table.assign(note=[shorten(note, max(room, 4), placeholder="...") for note in found["note"]])

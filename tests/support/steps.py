@@ -23,9 +23,8 @@ def four_layers(classes: int, width: int) -> nn.Module:
 
 
 def measured(*variants: Variant, effort: Effort = QUICK, task: Task = SMALL) -> dict[str, Record]:
-    """The records of a stage at a batch of 4, by name; without norms by "bare"."""
-    lines = measure_steps(task, (4,), stages=(variants,), effort=effort)
-    return {line.variant if line.norm != "none" else "bare": line for line in lines}
+    """The records of a stage at a batch of 4, by name."""
+    return {line.variant: line for line in measure_steps(task, (4,), stages=(variants,), effort=effort)}
 
 
 class Biased(nn.BatchNorm2d):
