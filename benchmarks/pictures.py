@@ -67,10 +67,12 @@ def roofline(path: Path, found: pd.DataFrame) -> None:
 
 def losses(path: Path, found: pd.DataFrame) -> None:
     """Both loss curves in the first dtype, and below the difference in each. found: columns dtype, step,
-    theirs, bnfast, difference."""
+    torch.nn, bnfast, difference."""
     first = found[found["dtype"] == found["dtype"].iloc[0]]
     with drawing(path, 2, 1, figsize=(8, 6), sharex=True, height_ratios=(2, 1)) as (above, below):
-        above.plot(first["step"], first["theirs"], color="tab:orange", linewidth=5, alpha=0.4, label="theirs")
+        above.plot(
+            first["step"], first["torch.nn"], color="tab:orange", linewidth=5, alpha=0.4, label="torch.nn"
+        )
         above.plot(first["step"], first["bnfast"], color="tab:blue", linewidth=1, label="bnfast")
         above.set(
             ylabel=f"training loss, {first['dtype'].iloc[0]}", title="Digits: one network, trained twice"

@@ -241,7 +241,7 @@ def record(it: Contestant, task: Task, x: Tensor, first: Contestant, limit: floa
     )  # fmt: skip
     if it.failure:
         return shared
-    comparable = it is not first and first.losses is not None
+    comparable = it is not first and limit is not None
     return dataclasses.replace(
         shared, status=MEASURED, ran=it.variant.ran(x), **Spread.of(it.samples).columns(),
         peak_MB=it.peak / 1e6,

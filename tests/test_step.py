@@ -21,9 +21,11 @@ from benchmarks.step import Effort, measure_steps
 from tests.support.made_up_gpu import made_up_gpu
 from tests.support.steps import QUICK, SMALL, TASK, biased, measured
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("plain_torch_in_one_thread", "eager_steps")]
-shallow = pytest.mark.usefixtures("shallow")
-FUSED = Variant("fused", bnfast.fuse)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.usefixtures("plain_torch_in_one_thread", "shallow", "eager_steps"),
+]
+FUSED, RESNET50 = Variant("fused", bnfast.fuse), resnet.resnet50
 
 
 @pytest.fixture
@@ -37,6 +39,12 @@ def eager_steps(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 # what is trained
 
 
+@pytest.fixture
+def deep(monkeypatch: pytest.MonkeyPatch, shallow: None) -> None:
+    monkeypatch.setattr(resnet, "resnet50", RESNET50)
+
+
+@pytest.mark.usefixtures("deep")
 def test_variants_are_what_they_are_called() -> None:
     """Of a network whose norms are fp32 where it is bf16, as people train it."""
     task = replace(TASK, dtype=torch.bfloat16)
@@ -51,7 +59,6 @@ def test_variants_are_what_they_are_called() -> None:
     assert made["torch"][0][0].weight.equal(made["fused"][0][0].weight)
 
 
-@shallow
 def test_reset_goes_back_to_the_first_step() -> None:
     """In the same memory, momentum and running statistics included."""
     training = step.Step(TORCH, SMALL, *SMALL.batch(4))
@@ -65,6 +72,7 @@ def test_reset_goes_back_to_the_first_step() -> None:
 # losses
 
 
+@pytest.mark.usefixtures("deep")
 def test_losses_of_all_variants_agree_in_fp32() -> None:
     """ResNet-50, narrow. And what a record of it says."""
     found = measured(*PLAIN, effort=Effort(rounds=1, steps=1, losses=2, orders=1), task=TASK)
@@ -80,7 +88,6 @@ def test_losses_of_all_variants_agree_in_fp32() -> None:
     assert str(replace(TASK, width=64)) == "ResNet-50"
 
 
-@shallow
 def test_a_layer_that_is_wrong_in_the_tenth_digit_is_found() -> None:
     found = measured(TORCH, Variant("biased", biased), Variant("converted", bnfast.convert))
     (fault,) = step.disagreeing([*found.values()])
@@ -99,7 +106,6 @@ def test_nan_is_a_difference_wherever_it_is() -> None:
 # time
 
 
-@shallow
 def test_a_slower_variant_is_reported_slower_by_as_much() -> None:
     def slowed(model: nn.Module) -> nn.Module:
         model.register_forward_hook(lambda *_: time.sleep(0.05))
@@ -109,7 +115,6 @@ def test_a_slower_variant_is_reported_slower_by_as_much() -> None:
     assert found["torch"].us < 50_000 <= found["slowed"].us_low <= found["slowed"].us
 
 
-@shallow
 def test_rounds_go_over_all_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
     """A sample has its untimed step, then as many as asked for, and begins with the first weights, seen by
     BatchNorm's counter; the figure is a median a step."""
@@ -141,7 +146,6 @@ def test_rounds_go_over_all_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
 # budget and failures
 
 
-@shallow
 def test_nothing_is_begun_after_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
     """What was made ready in time is measured, in few rounds; without a budget all rounds are done."""
     seconds = iter(range(100))
@@ -174,7 +178,6 @@ class Failing:
 READY = step.WARM_UP + 1 + QUICK.losses  # forwards before the first sample
 
 
-@shallow
 @pytest.mark.parametrize("after", [0, READY - 1, READY + 1], ids=["warm-up", "losses", "second step timed"])
 @pytest.mark.parametrize("first", [True, False])
 def test_a_failure_is_a_record_and_the_others_go_on(after: int, first: bool) -> None:
@@ -189,7 +192,6 @@ def test_a_failure_is_a_record_and_the_others_go_on(after: int, first: bool) -> 
     assert (found["fused"].loss_apart is None) == (first and after < READY)
 
 
-@shallow
 def test_a_graph_begins_where_the_eager_step_did(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where one cannot be captured, the eager steps are still measured."""
     monkeypatch.setattr(step, "MODES", ("eager", "graph"))
@@ -234,7 +236,6 @@ def run(folder: Path, *stages: tuple[Variant, ...]) -> int:
         return step.run(parser().parse_args(options), [])
 
 
-@shallow
 def test_what_was_measured_before_ctrl_c_is_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """And is on the disk, with what it was measured on. Losses that disagree fail the job."""
     stopped = Variant("stopped", Failing(0, KeyboardInterrupt()))
