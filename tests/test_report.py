@@ -98,12 +98,15 @@ def lines_of(table: pd.DataFrame) -> list[str]:
 
 @EVERY
 def test_tables_fit_a_terminal(network: Network) -> None:
-    found = frame(made_up(network))
+    made = made_up(network)
+    found = frame(made)
     assert lines_of(tables.predicted(found))[-1].split()[:2] == ["all", str(len(network.layers))]
     for direction in DIRECTIONS:
         (table,) = tables.measured(found, direction)
         assert lines_of(table)[-1].split()[-2:] == ["2.00", "1.50"]
         assert list(table)[-2:] == ["torch x", "compile-max x"]
+        ours = [r for r in made if (r.variant, r.direction, r.cache) == ("bnfast", direction, "cold")]
+        assert table["us"].iloc[-1] == f"{sum((r.us or 0) * (r.count or 0) for r in ours):.1f}"
     assert tables.refusals(found)[0].startswith("cudnn-op: needs a GPU with cuDNN")
     assert "torch: TORCH" in tables.who_ran(found)
 
@@ -185,7 +188,8 @@ def test_comparison_of_two_runs(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert f"{cases_} of {4 * cases_} times are worse for sure" in text  # 1.001 is within the spread
     assert "1.500" in text
     assert max(map(len, text.splitlines())) <= 120
-    assert report.run(options(a, a), []) == 0
+    assert report.run(options(a, a), []) == report.run(options(b, a), []) == 0
+    assert report.changes(records.read(b), records.read(a))["sure"].sum() == cases_
 
 
 def test_first_look_at_networks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
