@@ -6,7 +6,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path("benchmark-results")  # where the folder of a run goes
-LAYERS = ("BatchNorm", "BatchRenorm", "GroupNorm", "InstanceNorm", "LayerNorm")  # to train the digits with
+LAYERS = ("BatchNorm", "GroupNorm", "InstanceNorm")  # to train the digits with
 
 
 class Refused(ValueError):

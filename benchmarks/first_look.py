@@ -8,6 +8,7 @@ import pandas as pd
 import torch
 
 from benchmarks import LAYERS, digits, layers, memory, predict, records, tables
+from benchmarks.cases import of_network
 from benchmarks.session import Session, as_text, begin, section
 from benchmarks.suites import RESNET50, SUITES
 
@@ -33,7 +34,7 @@ def networks(session: Session) -> None:
     )
     rows = []
     for suite, network in OTHERS:
-        todo = layers.cases_of((suite, network, torch.bfloat16, network.layout))
+        todo = of_network(suite, network, torch.bfloat16, network.layout == "channels_last")
         found = list(predict.records(todo, compiled=False))
         records.append(session.folder / "predicted.csv", found)
         total = tables.predicted(records.frame(found)).tail(1)

@@ -22,7 +22,7 @@ from codegen.cases import DIRECTIONS, DTYPES, NAMES, Case
 
 COUNTED = (
     "T is the size of a layer's input; a/b is forward/backward. PREDICTED: bytes moved and kernels launched "
-    "(runs) are counted from the kernels' plan, and the floor is the time those bytes take at "
+    "are counted from the kernels' plan, and the floor is the time those bytes take at "
     f"{tables.COPY_RATE / 1e12:.1f} TB/s, an assumption (an H200's copy rate). Nothing of it is measured."
 )
 CODE = (
@@ -45,18 +45,6 @@ def layouts(network: Network, asked: str | None) -> tuple[str, ...]:
     return suites.LAYOUTS if asked == "both" else (asked or network.layout,)
 
 
-def dtypes(network: Network, asked: Sequence[str] | None, gpu: bool) -> list[torch.dtype]:
-    """Most train in bf16, which torch computes in ATen; of the 16-bit types it gives only fp16 to cuDNN, and
-    that only where it has a BatchNorm to compute."""
-    usual = ["bf16", "fp16"] if gpu and network.norm == "BatchNorm" else ["bf16"]
-    return [DTYPES[name] for name in asked or usual]
-
-
-def cases_of(choice: Choice) -> list[Case]:
-    suite, network, dtype, layout = choice
-    return of_network(suite, network, dtype, layout == "channels_last")
-
-
 class Run:
     """Timing with one stamp and one copy rate. file: where every record goes as it is measured; None if the
     caller sees to that."""
@@ -64,7 +52,7 @@ class Run:
     def __init__(
         self, session: Session, method: measure.Method, names: Sequence[str], file: Path | None
     ) -> None:
-        from benchmarks import machine  # needs Triton, and a GPU
+        from benchmarks import machine  # needs Triton
 
         self.session, self.method, self.file = session, method, file
         self.baselines = measure.get(["bnfast", *(name for name in names if name != "bnfast")])
@@ -98,7 +86,8 @@ def of_choice(session: Session, run: Run | None, choice: Choice, compiled: bool 
     suite, network, dtype, layout = choice
     title = network.title(layout, NAMES[dtype])
     section(title, f"Source: {network.source}.")
-    todo, shared = cases_of(choice), stamp.columns(session.device)
+    todo = of_network(suite, network, dtype, layout == "channels_last")
+    shared = stamp.columns(session.device)
     found = [dataclasses.replace(r, **shared) for r in predict.records(todo, compiled)]
     records.append(session.folder / "predicted.csv", found)
     show_predicted(frame(found))
@@ -137,13 +126,14 @@ def run(options: argparse.Namespace, lacking: list[str]) -> int:
         timing = Run(session, method, options.baseline, session.folder / "layers.csv")
         for each in timing.baselines:
             paragraph(f"{each.name}: {each.about}")
+    # most train in bf16, which torch computes in ATen; of the 16-bit types it gives only fp16 to cuDNN
+    usual = {"BatchNorm": ["bf16", "fp16"]} if session.gpu else {}
     for suite in SUITES if options.suite == "all" else (options.suite,):
-        choices: list[Choice] = [
-            (suite, network, dtype, layout)
+        found = pd.concat(
+            of_choice(session, timing, (suite, network, DTYPES[name], layout))
             for network in SUITES[suite]
             for layout in layouts(network, options.layout)
-            for dtype in dtypes(network, options.dtype, session.gpu)
-        ]
-        found = pd.concat([of_choice(session, timing, choice) for choice in choices])
+            for name in options.dtype or usual.get(network.norm, ["bf16"])
+        )
         session.note(suite, "DONE", summary(session, found))
     return session.close()

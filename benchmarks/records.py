@@ -5,13 +5,13 @@ reads them: text columns hold "" and number columns NaN where nothing applies.""
 
 from __future__ import annotations
 
-import csv
 import io
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
 MEASURED, PREDICTED, CANNOT = "measured", "predicted", "cannot"
@@ -83,13 +83,11 @@ def frame(records: Iterable[Record]) -> pd.DataFrame:
 
 def append(path: Path, records: Iterable[Record]) -> None:
     """Adds lines to a file, which is made with its header if it is not there: what was measured stays."""
-    new = not path.exists()
-    with path.open("a", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        if new:
-            writer.writerow(HEADERS)
-        for record in records:
-            writer.writerow(["" if value is None else value for value in asdict(record).values()])
+
+    def exact(value: float) -> str:
+        return repr(float(value)).removesuffix(".0")
+
+    frame(records).to_csv(path, mode="a", header=not path.exists(), index=False, float_format=exact)
 
 
 def is_ours(path: Path) -> bool:
@@ -102,46 +100,34 @@ def read(path: Path) -> pd.DataFrame:
     """The lines of a file. ValueError names what is not of this schema. A last line that is cut off, as a run
     that was killed leaves it, is left out with a warning."""
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as e:
-        raise ValueError(f"{path}: it cannot be read as text in UTF-8: {e}") from None
-    if text.partition("\n")[0].split(",") != HEADERS:
+        text, _, rest = path.read_text(encoding="utf-8").rpartition("\n")
+        # the Python engine, as the other one fills a line that is too short with empty cells
+        found = pd.read_csv(io.StringIO(text), dtype=str, keep_default_na=False, engine="python")
+    except (OSError, ValueError) as e:  # pandas' own errors are ValueErrors
+        raise ValueError(f"{path}: it cannot be read as a CSV file in UTF-8: {e}") from None
+    if list(found) != HEADERS or not isinstance(found.index, pd.RangeIndex):
         raise ValueError(f"{path}: its columns are not those of a benchmark's CSV")
-    lines = list(csv.reader(io.StringIO(text)))
-    if len(lines[-1]) < len(HEADERS):
+    if rest:
         warnings.warn(f"{path}: its last line is cut off, and left out", stacklevel=2)
-        lines.pop()
-    for number, line in enumerate(lines, 1):
-        if len(line) != len(HEADERS):
-            raise ValueError(f"{path}, line {number}: it has not as many cells as there are columns")
-    found = pd.DataFrame(lines[1:], columns=HEADERS)
-    shaped = (found["kind"] != "layer") | found["shape"].str.fullmatch(r"\d+(x\d+)+")
-    refuse(path, "shape", found["shape"], ~shaped)
-    for name in NUMBERS:
-        numbers = pd.to_numeric(found[name].where(found[name] != ""), errors="coerce").astype(float)
-        refuse(path, name, found[name], numbers.isna() & (found[name] != ""))
-        found[name] = numbers
-    return found
-
-
-def refuse(path: Path, name: str, cells: pd.Series[str], wrong: pd.Series[bool]) -> None:
-    """ValueError that names the first line where `wrong` is true."""
-    if wrong.any():
-        at = int(wrong.to_numpy().argmax())
-        raise ValueError(f"{path}, line {at + 2}: {name} cannot be {cells.iloc[at]!r}")
+    numbers = found[NUMBERS].apply(pd.to_numeric, errors="coerce").astype(float)
+    wrong = found.isna()
+    wrong[NUMBERS] |= numbers.isna() & (found[NUMBERS] != "")
+    wrong["shape"] |= (found["kind"] == "layer") & ~found["shape"].str.fullmatch(r"\d+(x\d+)+")
+    for line, column in np.argwhere(wrong.to_numpy()):
+        cell = found.iat[line, column]
+        raise ValueError(f"{path}, line {line + 2}: {HEADERS[column]} cannot be {cell!r}")
+    return found.assign(**numbers)
 
 
 def load(paths: Sequence[Path]) -> pd.DataFrame:
-    """Of files, and of all CSV files of this schema in folders. ValueError if there is none."""
+    """Of files, and of all CSV files of this schema in folders; other tables may lie beside them. ValueError
+    if there is none."""
     found: list[pd.DataFrame] = []
     for path in paths:
         if not path.exists():
             raise ValueError(f"{path}: there is no such file or folder")
-        inside = sorted(path.rglob("*.csv")) if path.is_dir() else []
-        # other tables lie beside them
-        found += [read(file) for file in inside if file.is_file() and is_ours(file)]
-        if not path.is_dir():
-            found.append(read(path))
+        inside = [file for file in sorted(path.rglob("*.csv")) if file.is_file() and is_ours(file)]
+        found += map(read, inside if path.is_dir() else [path])
     if not found:
         raise ValueError(f"{', '.join(map(str, paths))}: no benchmark's CSV file in there")
     return pd.concat(found, ignore_index=True)

@@ -5,27 +5,26 @@ benchmarks/results and nothing else."""
 from __future__ import annotations
 
 import argparse
-import math
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
 from benchmarks import ROOT, Refused, pictures, tables
 from benchmarks.records import MEASURED, PREDICTED, load
 from benchmarks.session import as_text, paragraph, section
-from benchmarks.tables import COPY_RATE, COUNTED, IDENTITY, label
+from benchmarks.tables import COPY_RATE, IDENTITY, cells, label
 from codegen.cases import DIRECTIONS
 
 RESULTS, PAGE = ROOT / "benchmarks" / "results", ROOT / "docs" / "benchmarks.md"
 BEGIN, END = "<!-- performance: made by `python3 -m benchmarks readme` -->", "<!-- end of performance -->"
 NOT_MEASURED = f"""\
 **Not measured yet: no run on a GPU is recorded.** What follows is predicted for an H200: bytes and launches
-(runs) are counted from the kernels' plan, registers and bytes in flight of an SM are read from the machine
+are counted from the kernels' plan, registers and bytes in flight of an SM are read from the machine
 code, and the floor is the time of those bytes at {COPY_RATE / 1e12:.1f} TB/s, an assumption. a/b is
 forward/backward."""
 MEASURED_BY = "Measured with L2 cold; `NAME x` is how many times as long somebody else takes."
-TITLES = {"copy": "Copy, read and write rates", "step": "Training steps"}
 NETWORK = ["network", "norm", "dtype", "layout"]
 
 
@@ -41,23 +40,29 @@ def origins(found: pd.DataFrame) -> list[str]:
 # tables and pictures
 
 
+def titled(title: str, table: pd.DataFrame) -> None:
+    print(f"\n{title}\n{as_text(table)}", flush=True)
+
+
 def show_predicted(found: pd.DataFrame) -> None:
-    print("\nPREDICTED, not measured")
-    print(as_text(tables.predicted(found)), flush=True)
+    titled("PREDICTED, not measured", tables.predicted(found))
 
 
 def show_measured(found: pd.DataFrame) -> None:
     for direction in (*DIRECTIONS, "both"):
-        title = {"both": "forward and backward in a CUDA graph"}.get(direction, direction)
         for table in tables.measured(found, direction):
-            print(f"\nMEASURED, {title}")
-            print(as_text(table), flush=True)
-    table = tables.besides(found)
-    if len(table):
-        print("\nMEASURED, besides the GPU's time")
-        print(as_text(table), flush=True)
+            what = "forward and backward in a CUDA graph" if direction == "both" else direction
+            titled(f"MEASURED, {what}", table)
     for line in (*tables.who_ran(found), *tables.refusals(found)):
         paragraph(line)
+
+
+def show_steps(found: pd.DataFrame) -> None:
+    """A table for each batch size."""
+    for (network, *rest), own in found.groupby(["network", "shape", "dtype", "layout"], sort=False):
+        titled(f"{network}, {', '.join(rest)}", tables.steps(own))
+        for line in tables.refusals(own):
+            paragraph(f"Cannot: {line}")
 
 
 def show(found: pd.DataFrame, out: Path, lacking: Sequence[str]) -> None:
@@ -71,8 +76,11 @@ def show(found: pd.DataFrame, out: Path, lacking: Sequence[str]) -> None:
         if (own["status"] != PREDICTED).any():
             show_measured(own)
     for kind, rows in found[found["kind"] != "layer"].groupby("kind"):
-        section(TITLES.get(kind, kind))
-        print(as_text(tables.plain(rows)))
+        section({"copy": "Copy rates", "step": "Training steps"}.get(kind, kind))
+        if kind == "step":
+            show_steps(rows)
+        else:
+            print(as_text(tables.plain(rows)))
     if "matplotlib" not in lacking:
         draw(layers, out)
 
@@ -81,8 +89,7 @@ def draw(layers: pd.DataFrame, out: Path) -> None:
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as e:
-        why = f"{out} is no folder and cannot be made one: {e.strerror}"
-        raise Refused(f"argument --out: {why}") from None
+        raise Refused(f"argument --out: {out} is no folder and cannot be made one: {e.strerror}") from None
     pictures.roofline(out / "roofline.png", layers)
     for names, own in layers.groupby(NETWORK, sort=False):
         pictures.layers(out / f"{'-'.join(names).replace(' ', '-')}.png", own, ", ".join(names))
@@ -93,23 +100,18 @@ def draw(layers: pd.DataFrame, out: Path) -> None:
 
 
 def changes(before: pd.DataFrame, after: pd.DataFrame) -> pd.DataFrame:
-    """Of everything that is in both: what, before, after, ratio, sure. Times of what was measured: sure if
-    the quartiles of the two do not overlap. Of what is counted, what differs, which is sure."""
-    one, other = (each.drop_duplicates(IDENTITY, keep="last") for each in (before, after))
-    both = one.merge(other, on=IDENTITY, suffixes=("", " after"))
-    what = both.apply(name, axis=1) if len(both) else pd.Series(dtype=str)
-    counted = both["status"].eq(PREDICTED)
-    parts = []
-    for column in ("us", *COUNTED):
-        old, new = both[column], both[f"{column} after"]
-        taken, sure = counted & old.notna() & new.notna() & (old != new), True
-        if column == "us":
-            taken = both["status"].eq(MEASURED) & (old > 0) & (new > 0)
-            sure = (both["us_high"] < both["us_low after"]) | (both["us_high after"] < both["us_low"])
-        table = pd.DataFrame({"what": what + f", {column}", "before": old, "after": new, "sure": sure})
-        parts.append(table[taken])
-    found = pd.concat(parts, ignore_index=True)
-    return found.assign(ratio=(found["after"] / found["before"]).where(found["before"] > 0, math.inf))
+    """The times of everything that both have measured, the largest change first: what, before, after, ratio,
+    and whether it is sure, as the quartiles do not overlap."""
+    one, two = (
+        found[(found["status"] == MEASURED) & (found["us"] > 0)].drop_duplicates(IDENTITY, keep="last")
+        for found in (before, after)
+    )
+    both = one.merge(two, on=IDENTITY, suffixes=("", "_after"))
+    sure = (both["us_high"] < both["us_low_after"]) | (both["us_high_after"] < both["us_low"])
+    both = both.assign(
+        ratio=both["us_after"] / both["us"], sure=sure, what=[name(row) for _, row in both.iterrows()]
+    )
+    return both.loc[np.log(both["ratio"]).abs().sort_values(ascending=False, kind="stable").index]
 
 
 def name(row: pd.Series) -> str:
@@ -121,39 +123,34 @@ def name(row: pd.Series) -> str:
 
 
 def compare(before: pd.DataFrame, after: pd.DataFrame, top: int) -> int:
-    """Returns 1 if a figure of bnfast's got worse beyond the spread, else 0."""
+    """Returns 1 if a time of bnfast's got worse beyond the spread, else 0."""
     for which, found in (("before", before), ("after", after)):
         for line in origins(found):
             paragraph(f"{which}: {line}")
     differ = changes(before, after)
     if differ.empty:
-        paragraph("Nothing differs that both runs have.")
+        paragraph("Nothing was measured in both runs.")
         return 0
-    logs = differ["ratio"].map(lambda ratio: abs(math.log(ratio)) if ratio > 0 else math.inf)
-    first = differ.loc[logs.sort_values(ascending=False, kind="stable").index].head(top)
-    table = {
-        "what": first["what"], "before": [f"{value:.4g}" for value in first["before"]],
-        "after": [f"{value:.4g}" for value in first["after"]], "ratio": [f"{r:.3f}" for r in first["ratio"]],
+    first = differ.head(top)
+    print(as_text(pd.DataFrame({
+        "what": [*first["what"]], "before us": cells(first["us"], ".4g"),
+        "after us": cells(first["us_after"], ".4g"), "ratio": cells(first["ratio"], ".3f"),
         "sure": ["yes" if sure else "within spread" for sure in first["sure"]],
-    }  # fmt: skip
-    print(as_text(pd.DataFrame(table)))
-    ours = differ[differ["what"].str.startswith("bnfast")]
-    times = ours[ours["what"].str.endswith(", us")]["ratio"]
-    if len(times):
-        mean = math.exp(times.map(math.log).mean())
-        paragraph(f"bnfast's times, geometric mean of {len(times)} ratios: {mean:.3f}")
-    fewer = ours["what"].str.endswith("in_flight_KB")  # fewer bytes in flight are worse; of all else, more
-    worse = ours["sure"] & ((fewer & (ours["ratio"] < 1)) | (~fewer & (ours["ratio"] > 1)))
-    paragraph(f"{worse.sum()} of {len(differ)} figures are worse for sure.")
+    })))  # fmt: skip
+    ours = differ[differ["variant"] == "bnfast"]
+    worse = ours["sure"] & (ours["ratio"] > 1)
+    mean = np.exp(np.log(ours["ratio"]).mean())
+    paragraph(
+        f"bnfast: {worse.sum()} of {len(ours)} times are worse for sure; geometric mean of ratios: {mean:.3f}"
+    )
     return int(worse.any())
 
 
 def run(options: argparse.Namespace, lacking: list[str]) -> int:
     """Refused, which ends with 2, if there are no figures."""
     if len(options.paths) > 2:
-        raise Refused(
-            f"argument PATH: one run is shown, two are compared, and these are {len(options.paths)}"
-        )
+        count = len(options.paths)
+        raise Refused(f"argument PATH: one run is shown, two are compared, and these are {count}")
     try:
         found = [load([path]) for path in options.paths]
     except ValueError as e:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import platform
 import subprocess
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import datetime, timezone
 from typing import Any
 
@@ -38,29 +38,18 @@ def output(*command: str) -> str:
     return found.stdout.strip() if found.returncode == 0 else ""
 
 
-def number(text: str) -> float | None:
-    """Of nvidia-smi, which says "[N/A]" and the like where it has none."""
-    try:
-        return float(text)
-    except ValueError:
-        return None
-
-
 def clocks(device: torch.device) -> Clocks:
-    """nvidia-smi may be missing, slow, or not know everything. Nothing is known from anything but one line of
-    it: of several there is no telling whose they are. An idle GPU's clock is low."""
+    """nvidia-smi may be missing, or not know everything: it says "[N/A]" and the like. Nothing is known from
+    several lines of it, as there is no telling whose they are. An idle GPU's clock is low."""
+    gpu = timing.is_gpu(device)
     # CUDA's numbers of devices know CUDA_VISIBLE_DEVICES, and the driver's tools do not
-    uuid = getattr(torch.cuda.get_device_properties(device), "uuid", None) if timing.is_gpu(device) else None
+    uuid = getattr(torch.cuda.get_device_properties(device), "uuid", None) if gpu else None
     which = [] if uuid is None else [f"--id=GPU-{uuid}"]
     said = output("nvidia-smi", *which, f"--query-gpu={','.join(FIELDS)}", "--format=csv,noheader,nounits")
-    values = [value.strip() for value in said.strip().split(",")]
-    found = Clocks()
-    if len(values) == len(FIELDS):
-        name, driver = (None if value.startswith("[") else value for value in values[:2])
-        found = Clocks(name, driver, *map(number, values[2:]))
-    if found.name is None and timing.is_gpu(device):
-        return replace(found, name=torch.cuda.get_device_name(device))
-    return found
+    values = [None if value.startswith("[") else value for value in said.split(", ")]
+    name, driver, *numbers = values if len(values) == len(FIELDS) else [None] * len(FIELDS)
+    known = [float(number) if number and number.isdecimal() else None for number in numbers]
+    return Clocks(name or (torch.cuda.get_device_name(device) if gpu else None), driver, *known)
 
 
 def commit() -> str:

@@ -1,19 +1,9 @@
 """The job `step`: a training step of ResNet-50 (resnet.py), with torch.nn, torch.compile and bnfast: its
-time, its memory, what the norms take of it, and whether variants train alike.
+time, its memory, and whether variants train alike.
 
-Time: a round gives each variant, eager and as a graph, a few steps one after another between two events,
-behind one more step that is not timed, so that the clock never starts on an idle device; rounds go over
-all of them again and again, each time from another one on, so that a drift of clocks meets all alike. A
-sample begins with the weights before the first step. The figure is the median over rounds, per step.
-
-What the norms take: the same network with nn.Identity for each norm is one more variant (norm "none"), so
-the share is 1 - without / with, both from the same rounds. To add up kernels by name from a profiler fails
-where it matters: Inductor puts norms into kernels with other things, names change with versions, and a
-host that cannot keep up shows in no kernel. This way counts all that a network pays for having norms. So
-of a fused variant, whose norms do the activation and the add as well, it can be small or even negative.
-
-Memory: what a step adds at its peak to what was allocated before it, with parameters, buffers and
-momentum. The batch itself and other variants' weights are not in it. Of a graph: during its capture.
+Time: a sample begins with the weights before the first step and one step that is not timed, so that the clock
+never starts on an idle device; then a few steps run between two events. The variants of a stage, eager and as
+a graph, are sampled in turns. The figure is the median over rounds, per step.
 
 cuDNN may try algorithms (torch.backends.cudnn.benchmark), as it may where people train at one size."""
 
@@ -21,46 +11,41 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import gc
-import time
+import itertools
+import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
-from typing import TypeVar
+from time import monotonic
+from typing import Any
 
-import pandas as pd
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from benchmarks import records, resnet, timing
+from benchmarks import records, report, stamp, timing
 from benchmarks.records import CANNOT, MEASURED, Record
-from benchmarks.resnet import COMPILED, PLAIN, TORCH, Run, Step, Task, Variant, allowed, apart, curve
-from benchmarks.session import Session, as_text, begin, paragraph, progress, section
-from benchmarks.timing import Spread, Stopwatch, on_host, one_thread
+from benchmarks.resnet import COMPILED, PLAIN, TORCH, Task, Variant, network, wide
+from benchmarks.session import begin, paragraph, progress, section
+from benchmarks.timing import Spread, one_line
 from codegen.cases import NAMES
 
-T = TypeVar("T")
+Run = Callable[[], Tensor]  # one training step, its loss
+Stages = Sequence[Sequence[Variant]]
 BATCHES = (256, 64, 32)
 MODES = ("eager", "graph")
 FEWEST_ROUNDS = 3  # for quartiles to mean something, even if the time is up
-PART = "step"
-TIMES = ["variant", "mode", "ms", "quartiles", "of torch", "norms", "peak MB", "apart", "allowed"]
-LOSSES = ["variant", "mode", "apart", "allowed"]
+WARM_UP = 3  # steps: the first compiles and tries algorithms, the second has momentum to add to
+LEARNING_RATE, MOMENTUM = 0.01, 0.9
+FACTOR = 3.0
 ABOUT = (
     "Forward, loss, backward and a fused SGD with momentum; a graph has all of it in one CUDA graph. ms: the "
-    "median of a step. of torch: its time in those of torch, in the same mode. norms: the share that is gone "
-    "where nn.Identity stands for each norm."
+    "median of a step. of torch: its time in those of torch, in the same mode. peak MB: what a step adds to "
+    "weights, momentum and batch. apart: the largest relative difference of the losses from torch's eager "
+    "ones over 20 steps; allowed: three times what torch's own differ by when the batch is in another order."
 )
-ABOUT_LOSSES = (
-    "apart: the largest relative difference of the losses from torch's eager ones over 20 steps; allowed: "
-    "three times what torch's own differ by when the batch comes in another order."
-)
-ON_A_CPU = (
-    "Without a GPU there is no step time of ResNet-50, no peak memory, no CUDA graph, and nothing that "
-    "torch.compile, which takes minutes for it, could show. What can be shown is that a converted and a "
-    "fused network train as torch's does: a tiny one here, in fp64, where rounding hides nothing."
-)
-Stages = Sequence[Sequence[Variant]]
 
 
 @dataclass(frozen=True)
@@ -74,26 +59,121 @@ class Effort:
 
 
 STAGES, EFFORT = (PLAIN, COMPILED), Effort()
-TINY_BATCH, TINY_EFFORT = 8, Effort(rounds=3, steps=1)
 
 
-# variants at one batch size, made ready and measured together
+class Step:
+    """One training step: SGD with momentum, fused, on a batch that stays where it is, as a CUDA graph wants.
+
+    Called: trains one step, and returns the loss before it, a scalar on the device."""
+
+    def __init__(self, variant: Variant, task: Task, x: Tensor, labels: Tensor) -> None:
+        model = variant.change(network(task))
+        self._start = {name: t.clone() for name, t in model.state_dict().items()}  # on the CPU
+        model.to(x.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.model = model.train()
+        # dynamic=False, or the second batch size would be compiled for all sizes
+        self._network = torch.compile(self.model, dynamic=False) if variant.compiled else self.model
+        self._optimizer = torch.optim.SGD(model.parameters(), LEARNING_RATE, MOMENTUM, fused=True)
+        self._x, self._labels = x, labels
+
+    def __call__(self) -> Tensor:
+        self._optimizer.zero_grad(set_to_none=True)
+        y = self._network(self._x)
+        loss = F.cross_entropy(y.to(wide(y.dtype)), self._labels)
+        loss.backward()
+        self._optimizer.step()
+        return loss.detach()
+
+    def reset(self) -> None:
+        """Everything as before the first step, in the same memory."""
+        self.model.load_state_dict(self._start)
+        for state in self._optimizer.state.values():
+            state["momentum_buffer"].zero_()
+
+    def peak(self, work: Callable[[], Run]) -> tuple[int, Run]:
+        """The bytes that are allocated at the peak of `work`, and what it returns."""
+        self._optimizer.zero_grad(set_to_none=True)
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        result = work()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before, result
+
+    def eager(self, pool: Any) -> Run:
+        self()
+        return self
+
+    def graph(self, pool: Any) -> Run:
+        """The whole step, warmed up before, as a CUDA graph; call what is returned to replay it.
+
+        pool: memory that graphs share, since several steps' activations would not fit beside one another.
+        That is sound as long as they never run at once, and the loss of one is read before another runs."""
+        graph, loss = timing.captured(self, pool)
+
+        def replay() -> Tensor:
+            graph.replay()
+            return loss
+
+        return replay
+
+
+# losses
+
+
+def curve(step: Step, run: Run, steps: int) -> Tensor:
+    """The losses of the first steps, [steps], in their dtype, on the CPU. run: the step, or a graph of it."""
+    step.reset()
+    return torch.stack([run().clone() for _ in range(steps)]).cpu()
+
+
+def apart(losses: Tensor, reference: Tensor) -> float:
+    """The largest relative difference; NaN if there is any."""
+    theirs = reference.double()
+    return float(((losses.double() - theirs) / theirs).abs().max())
+
+
+def allowed(task: Task, x: Tensor, labels: Tensor, reference: Tensor, orders: int) -> float:
+    """What `apart` may be for losses on this batch, of which torch.nn's are `reference`.
+
+    Correct variants differ by rounding, and training magnifies it, by how much nobody can tell beforehand. So
+    torch.nn is held against itself: its batch in another order is the same problem but for rounding. What a
+    few orders differ by at most, times a factor since they are few, is what a variant may differ by. Seen on
+    a CPU with ResNet-50 of width 8 in bf16: an order was never beyond three times the largest of three
+    others; norm, add and ReLU rounded once were 0.6 to 1.6 times that, and a gradient of BatchNorm's weights
+    that is 20 % too large 6 to 20 times. Smaller faults are for the tests of the layers."""
+    generator = torch.Generator().manual_seed(0)
+    seen = [torch.finfo(reference.dtype).eps]
+    for _ in range(orders):
+        order = torch.randperm(len(x), generator=generator).to(x.device)
+        other = x[order].contiguous(memory_format=torch.channels_last)
+        step = Step(TORCH, task, other, labels[order])
+        seen.append(apart(curve(step, step, len(reference)), reference))
+    return FACTOR * float(torch.tensor(seen, dtype=torch.float64).max())  # NaN if any is
+
+
+# a stage: variants at one batch size, made ready and timed together
 
 
 @dataclass
 class Contestant:
-    """A variant in one mode, and what is known of it: peak in bytes, losses of the first steps, samples in
-    microseconds a step. failure: why it cannot be measured; then the rest says nothing."""
+    """A variant in one mode: losses of its first steps, and samples in microseconds a step. failure: why it
+    cannot be measured; then the rest says nothing."""
 
     variant: Variant
     mode: str
-    ran: str = ""
+    failure: str = ""
     step: Step | None = None
     run: Run | None = None
-    peak: int | None = None
+    peak: int = 0
     losses: Tensor | None = None
     samples: list[float] = field(default_factory=list)
-    failure: str = ""
+
+    def sample(self, steps: int) -> None:
+        if self.step is not None and self.run is not None:
+            self.step.reset()
+            self.run()
+            self.samples.append(stopwatch(timing.repeated(self.run, steps)) / steps)
 
 
 @contextlib.contextmanager
@@ -102,237 +182,101 @@ def excused(*contestants: Contestant) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        first = next(iter(str(error).splitlines()), "")
         for contestant in contestants:
-            contestant.failure = f"{type(error).__name__}: {first}"[:200]
-            contestant.step = contestant.run = None
+            contestant.failure, contestant.step, contestant.run = one_line(error), None, None
 
 
-def free(device: torch.device, compiled: bool = False) -> None:
-    """Gives back what is referred to no more; all that torch.compile has made as well, if `compiled`."""
-    if compiled:
-        torch.compiler.reset()
-    gc.collect()  # modules refer to one another in circles
-    if timing.is_gpu(device):
-        torch.cuda.empty_cache()
+def make_ready(
+    contestants: Sequence[Contestant], task: Task, batch: tuple[Tensor, Tensor], losses: int, pool: Any
+) -> None:
+    """Of one variant, in all modes."""
+    with excused(*contestants):
+        step = Step(contestants[0].variant, task, *batch)
+        timing.on_a_side_stream(timing.repeated(step, WARM_UP))  # as a capture wants it
+        free()  # what is cached for that stream is of no use to others
+        for contestant in contestants:
+            with excused(contestant):
+                contestant.peak, run = step.peak(partial(getattr(step, contestant.mode), pool))
+                contestant.losses = curve(step, run, losses)
+                contestant.step, contestant.run = step, run
 
 
-class Stage:
+def measure_stage(
+    task: Task, size: int, variants: Sequence[Variant], effort: Effort, end: float
+) -> list[Record]:
     """A failure of one contestant is its own. The first variant's eager losses are the reference of all."""
+    batch, pool, limit = task.batch(size), torch.cuda.graph_pool_handle(), None
+    contestants: list[Contestant] = []
+    for variant in progress(variants, desc=f"batch {size}, making ready"):
+        late = "no time left" * (monotonic() >= end)
+        own = [Contestant(variant, mode, late) for mode in MODES]
+        contestants += own
+        if not late:
+            make_ready(own, task, batch, effort.losses, pool)
+            free()
+    first = contestants[0]
+    if first.losses is not None:
+        with excused(first):
+            limit = allowed(task, *batch, first.losses, effort.orders)
+    for number in progress(range(effort.rounds), desc=f"batch {size}, rounds"):
+        if number >= FEWEST_ROUNDS and monotonic() >= end:
+            break
+        for contestant in reversed(contestants) if number % 2 else contestants:
+            with excused(contestant):
+                contestant.sample(effort.steps)
+    return [record(each, task, batch[0], first, limit) for each in contestants]
 
-    def __init__(
-        self, task: Task, batch: int, variants: Sequence[Variant], effort: Effort,
-        time_is_up: Callable[[], bool], tick: Callable[[], object],
-    ) -> None:  # fmt: skip
-        self.task, self.batch = task, batch
-        self.contestants = [Contestant(variant, mode) for variant in variants for mode in MODES]
-        self.allowed: float | None = None
-        self._effort, self._time_is_up, self._tick = effort, time_is_up, tick
-        self._gpu = timing.is_gpu(task.device)
 
-    def measure(self, stopwatch: Stopwatch) -> None:
-        """Fills in the contestants; those without samples or a failure were not reached."""
-        with excused(*self.contestants):
-            self._x, self._labels = resnet.batch_of(self.task, self.batch)
-            self._pool = torch.cuda.graph_pool_handle() if self._gpu else None
-        first = self.contestants[0]
-        for eager, graph in zip(self.contestants[::2], self.contestants[1::2], strict=True):
-            if self._time_is_up():
-                eager.failure = graph.failure = "no time left"
-            if not eager.failure:
-                self._prepare(eager, graph)
-            if eager is first and first.step is not None and first.losses is not None:
-                with excused(first):
-                    given = (first.step, self._x, self._labels, first.losses)
-                    self.allowed = allowed(*given, self._effort.orders)
-            self._tick()
-        self._time([each for each in self.contestants if not each.failure], stopwatch)
+def free() -> None:
+    """Gives back what is referred to no more."""
+    gc.collect()  # modules refer to one another in circles
+    torch.cuda.empty_cache()
 
-    def _prepare(self, eager: Contestant, graph: Contestant) -> None:
-        with excused(eager, graph):
-            step = Step(eager.variant, self.task, self._x, self._labels)
-            eager.ran = graph.ran = eager.variant.ran(self.task, self.batch)
-            step.warm_up()
-            with excused(eager):
-                eager.peak, _ = self._peak(step, step)
-                self._enter(eager, step, step)
-            with excused(graph):
-                graph.peak, replay = self._peak(step, lambda: resnet.captured(step, self._pool))
-                self._enter(graph, step, replay)
-        if eager.failure:
-            free(self.task.device)
 
-    def _enter(self, contestant: Contestant, step: Step, run: Run) -> None:
-        contestant.losses = curve(step, run, self._effort.losses)
-        contestant.step, contestant.run = step, run
-
-    def _peak(self, step: Step, work: Callable[[], T]) -> tuple[int | None, T]:
-        """Bytes, and what `work` returns."""
-        if not self._gpu:
-            return None, work()
-        step.drop_gradients()
-        torch.cuda.synchronize()
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        result = work()
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before + step.nbytes(), result
-
-    def _time(self, contestants: Sequence[Contestant], stopwatch: Stopwatch) -> None:
-        for number in range(self._effort.rounds):
-            if number >= FEWEST_ROUNDS and self._time_is_up():
-                return
-            for place in range(len(contestants)):
-                contestant = contestants[(number + place) % len(contestants)]
-                with excused(contestant):
-                    self._sample(contestant, stopwatch)
-            self._tick()
-
-    def _sample(self, contestant: Contestant, stopwatch: Stopwatch) -> None:
-        step, run = contestant.step, contestant.run
-        if step is None or run is None:  # failed in an earlier round
-            return
-
-        def steps() -> None:
-            for _ in range(self._effort.steps):
-                run()
-
-        step.reset()
-        run()
-        contestant.samples.append(stopwatch(steps) / self._effort.steps)
-
-    def record(self, it: Contestant) -> Record:
-        image, norms, reference = self.task.image, it.variant.norms, self.contestants[0].losses
-        record = Record(
-            "step", CANNOT, it.variant.name, network=str(self.task), norm="BatchNorm" if norms else "none",
-            shape=f"{self.batch}x3x{image}x{image}", dtype=NAMES[self.task.dtype], layout="channels_last",
-            activation="relu", direction="step", mode=it.mode,
-            note=it.failure or "stopped" * (not it.samples),
-        )  # fmt: skip
-        if record.note:
-            return record
-        comparable = (
-            norms and it.losses is not None and reference is not None and it is not self.contestants[0]
-        )
-        return replace(
-            record, status=MEASURED, ran=it.ran, **Spread.of(it.samples).columns(),
-            peak_MB=None if it.peak is None else it.peak / 1e6,
-            loss_apart=apart(it.losses, reference) if comparable else None,  # type: ignore[arg-type]
-            loss_allowed=self.allowed if norms else None,
-        )  # fmt: skip
+def record(it: Contestant, task: Task, x: Tensor, first: Contestant, limit: float | None) -> Record:
+    shared = Record(
+        "step", CANNOT, it.variant.name, network=str(task), norm="BatchNorm",
+        shape="x".join(map(str, x.shape)), dtype=NAMES[task.dtype], layout="channels_last",
+        activation="relu", direction="step", mode=it.mode, note=it.failure,
+    )  # fmt: skip
+    if it.failure:
+        return shared
+    comparable = it is not first and limit is not None
+    return dataclasses.replace(
+        shared, status=MEASURED, ran=it.variant.ran(x), **Spread.of(it.samples).columns(),
+        peak_MB=it.peak / 1e6,
+        loss_apart=apart(it.losses, first.losses) if comparable else None,  # type: ignore[arg-type]
+        loss_allowed=limit if comparable else None,
+    )  # fmt: skip
 
 
 def measure_steps(
     task: Task, batches: Sequence[int] = BATCHES, budget: float | None = None, stages: Stages = STAGES,
-    effort: Effort = EFFORT, stopwatch: Stopwatch | None = None,
-    clock: Callable[[], float] = time.monotonic, tick: Callable[[], object] = lambda: None,
+    effort: Effort = EFFORT,
 ) -> Iterator[Record]:  # fmt: skip
-    """A record for each variant, mode and batch size, as soon as it is there: stage by stage, in each the
-    batch sizes in the order given, all variants of a stage and a batch size at once. The first variant of a
-    stage is the reference, and so is measured in each.
-
-    budget: seconds, after which nothing new is begun: what was not begun is CANNOT, and what was is ended,
-    with few rounds. stopwatch: how long what it is given takes, in microseconds; by default the device's own.
-    tick: called `ticks` times, for a progress bar; less often if the time is up. KeyboardInterrupt comes
-    after the records of what was measured until then.
-    ValueError: no batch size, one that is no positive number, or a budget that is none."""
-    if not batches or any(batch < 1 for batch in batches):
-        raise ValueError(f"batches must be one or more positive numbers, and these are {list(batches)}")
-    if budget is not None and not budget > 0:
-        raise ValueError(f"budget must be a positive number of seconds, or None, and it is {budget}")
-    start = clock()
-
-    def time_is_up() -> bool:
-        return budget is not None and clock() - start >= budget
-
-    for variants in stages:
-        for batch in batches:
-            stage = Stage(task, batch, variants, effort, time_is_up, tick)
-            stopped = False
-            try:
-                with torch.backends.cudnn.flags(enabled=True, benchmark=True):
-                    stage.measure(stopwatch or watch(task.device))
-            except KeyboardInterrupt:
-                stopped = True
-            yield from [stage.record(contestant) for contestant in stage.contestants]
-            if stopped:
-                raise KeyboardInterrupt
-            del stage
-            free(task.device, compiled=any(variant.compiled for variant in variants))
+    """A record for each variant, mode and batch size, as soon as a stage is measured at a batch size. Each
+    stage has its number in `suite`. budget: seconds, after which nothing new is begun: what was not begun is
+    CANNOT, and what was is ended, with few rounds."""
+    end = math.inf if budget is None else monotonic() + budget
+    for (number, variants), size in itertools.product(enumerate(stages, 1), batches):
+        with torch.backends.cudnn.flags(enabled=True, benchmark=True):
+            found = measure_stage(task, size, variants, effort, end)
+        torch.compiler.reset()
+        free()
+        yield from (dataclasses.replace(each, suite=f"stage {number}") for each in found)
 
 
-def ticks(batches: Sequence[int], stages: Stages, effort: Effort) -> int:
-    """One for each variant that is made ready, and one a round."""
-    return len(batches) * sum(len(variants) + effort.rounds for variants in stages)
-
-
-def watch(device: torch.device) -> Stopwatch:
+def stopwatch(work: Callable[[], object]) -> float:
     """Unlike timing.on_gpu it neither waits for an idle device first nor gives the host a start."""
-
-    def by_events(work: Callable[[], object]) -> float:
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        work()
-        end.record()
-        end.synchronize()
-        return float(begin.elapsed_time(end)) * 1e3
-
-    return by_events if timing.is_gpu(device) else on_host
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    work()
+    end.record()
+    end.synchronize()
+    return float(begin.elapsed_time(end)) * 1e3
 
 
 # the job
-
-
-def plan(session: Session, batches: Sequence[int]) -> tuple[Task, Sequence[int], Stages, Effort]:
-    """What is trained here, in which stages, and how often."""
-    if session.gpu:
-        return Task(session.device), batches, STAGES, EFFORT
-    tiny = Task(session.device, torch.float64, width=8, classes=10, image=64)
-    return tiny, (TINY_BATCH,), (tuple(variant for variant in PLAIN if variant.norms),), TINY_EFFORT
-
-
-def rows(lines: Sequence[Record]) -> pd.DataFrame:
-    """Of one batch size, in the order measured, with the columns TIMES. Each is held against the torch before
-    it, as that was measured along with it, and against the network without norms of its own kind."""
-    bare = {(line.variant, line.mode): line.us for line in lines if line.norm == "none"}
-    torchs: dict[str, float] = {}
-    found = []
-    for line in lines:
-        row = {"variant": line.variant + ", no norms" * (line.norm == "none"), "mode": line.mode}
-        found.append(row)
-        if line.status != MEASURED or line.us is None:
-            row["ms"] = row["apart"] = "cannot"
-            continue
-        if line.variant == TORCH.name and line.norm != "none":
-            torchs[line.mode] = line.us
-        low, high = ((us or 0) / 1e3 for us in (line.us_low, line.us_high))
-        row |= {"ms": f"{line.us / 1e3:.4g}", "quartiles": f"{low:.4g}-{high:.4g}"}
-        if line.mode in torchs:
-            row["of torch"] = f"{line.us / torchs[line.mode]:.3f}"
-        without = bare.get(("torch.compile" if "torch.compile" in line.variant else TORCH.name, line.mode))
-        if without is not None and line.norm != "none":
-            row["norms"] = f"{1 - without / line.us:.1%}"
-        forms = {
-            "peak MB": (line.peak_MB, ".0f"),
-            "apart": (line.loss_apart, ".1e"),
-            "allowed": (line.loss_allowed, ".1e"),
-        }
-        row |= {name: format(value, form) for name, (value, form) in forms.items() if value is not None}
-    return pd.DataFrame([{**dict.fromkeys(TIMES, ""), **row} for row in found])
-
-
-def show(lines: Sequence[Record], headers: list[str]) -> None:
-    """A table for each batch size, with these of TIMES, and why what is not in it is not."""
-    for shape in dict.fromkeys(line.shape for line in lines):
-        own = [line for line in lines if line.shape == shape]
-        print(f"\n{own[0].network}, {shape}, {own[0].dtype}, {own[0].layout}")
-        print(as_text(rows(own)[headers]), flush=True)
-        reasons: dict[tuple[str, str], dict[str, None]] = {}
-        for line in own:
-            if line.note:
-                reasons.setdefault((line.mode, line.note), {})[line.variant] = None
-        for (mode, reason), names in reasons.items():
-            paragraph(f"Cannot ({mode}): {', '.join(names)}: {reason}")
 
 
 def disagreeing(lines: Sequence[Record]) -> list[str]:
@@ -346,36 +290,24 @@ def disagreeing(lines: Sequence[Record]) -> list[str]:
     ]  # fmt: skip
 
 
-def judge(session: Session, lines: Sequence[Record]) -> None:
-    measured = f"{sum(line.status == MEASURED for line in lines)} of {len(lines)} measured"
-    if not any(line.loss_apart is not None for line in lines if line.variant != TORCH.name):
-        session.note(PART, "NOT RUN", f"{measured}, and no losses of bnfast's to compare")
-        return
-    faults = disagreeing(lines)
-    size = "" if session.gpu else " (a tiny network; step times need a GPU)"
-    text = "; ".join(faults) or f"{measured}, all losses agree{size}"
-    session.note(PART, "FAIL" if faults else "PASS", text)
-
-
 def run(options: argparse.Namespace, lacking: list[str]) -> int:
-    """Each record is on the disk as soon as it is there; Ctrl-C shows what was measured until then."""
+    """Each stage is on the disk as soon as it is measured; Ctrl-C shows what was measured until then."""
     session = begin(options, lacking, "bnfast: a training step of ResNet-50")
-    task, batches, stages, effort = plan(session, options.batch)
-    section("A training step", ABOUT if session.gpu else ON_A_CPU)
-    paragraph(ABOUT_LOSSES)
-    lines: list[Record] = []
-    total = ticks(batches, stages, effort)
-    with (
-        progress(total=total, desc="training steps") as bar,
-        contextlib.nullcontext() if session.gpu else one_thread(),
-    ):
-        found = measure_steps(task, batches, options.budget, stages, effort, tick=partial(bar.update, 1))
-        try:
-            for line in found:
-                records.append(session.folder / "step.csv", [line])
-                lines.append(line)
-        except KeyboardInterrupt:
-            paragraph("Stopped: what follows is what was measured until then.")
-    show(lines, TIMES if session.gpu else LOSSES)
-    judge(session, lines)
+    if not session.gpu:
+        session.note("step", "NOT RUN", "needs a GPU")
+        return session.close()
+    section("A training step", ABOUT)
+    lines, shared = list[Record](), stamp.columns(session.device)
+    try:
+        for line in measure_steps(Task(session.device), options.batch, options.budget, STAGES, EFFORT):
+            lines.append(dataclasses.replace(line, **shared))
+            records.append(session.folder / "step.csv", lines[-1:])
+    except KeyboardInterrupt:
+        paragraph("Stopped: what follows is what was measured until then.")
+    report.show_steps(records.frame(lines))
+    faults, compared = disagreeing(lines), any(line.loss_apart is not None for line in lines)
+    text = f"{sum(line.status == MEASURED for line in lines)} of {len(lines)} measured, "
+    text += "all losses agree" if compared else "and no losses to compare"
+    state = "FAIL" if faults else "PASS" if compared else "NOT RUN"
+    session.note("step", state, "; ".join(faults) or text)
     return session.close()

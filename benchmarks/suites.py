@@ -22,9 +22,6 @@ class Shape:
     activation: str | None = None
     residual: bool = False
 
-    def __str__(self) -> str:
-        return f"{self.channels} x {'x'.join(map(str, self.size))}{self.after}"
-
     @property
     def after(self) -> str:
         """ " + z relu", " silu", or nothing."""
@@ -34,13 +31,9 @@ class Shape:
     def alone(self) -> Shape:
         return Shape(self.channels, self.size)
 
-    @property
-    def positions(self) -> int:
-        return prod(self.size)
-
     def bytes(self, batch: int, itemsize: int) -> int:
         """T: the size of the input."""
-        return batch * self.channels * self.positions * itemsize
+        return batch * self.channels * prod(self.size) * itemsize
 
 
 @dataclass(frozen=True)
@@ -78,20 +71,15 @@ def cube(channels: int, side: int, activation: str | None = None) -> Shape:
 
 
 def resnet(blocks: Sequence[int], image: int) -> tuple[Shape, ...]:
-    """In order; stages but the first begin by halving the image. The third norm of a block is followed by the
-    residual add."""
-    side = image // 2
-    found = [square(64, side, "relu")]
-    side //= 2  # max pooling
+    """In order; the second convolution of a stage, but for the first one, halves the image. The third norm of
+    a block is followed by the residual add; a stage's first block has one more, on its shortcut."""
+    found = [square(64, image // 2, "relu")]
     for stage, count in enumerate(blocks):
-        width = 64 * 2**stage
-        for block in range(count):
-            found.append(square(width, side, "relu"))
-            if stage > 0 and block == 0:
-                side //= 2
-            found += [square(width, side, "relu"), square(4 * width, side, "relu", residual=True)]
-            if block == 0:
-                found.append(square(4 * width, side))  # the way round, where the shape changes
+        width, side = 64 << stage, image >> (2 + stage)
+        first = square(width, 2 * side if stage else side, "relu")
+        inner, last = square(width, side, "relu"), square(4 * width, side, "relu", residual=True)
+        found += [first, inner, last, square(4 * width, side)]
+        found += [inner, inner, last] * (count - 1)
     return tuple(found)
 
 

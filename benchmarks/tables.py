@@ -3,8 +3,9 @@ was predicted are never in one table."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from math import prod
+from textwrap import shorten
 from typing import Any
 
 import pandas as pd
@@ -13,13 +14,12 @@ from benchmarks.records import CANNOT, MEASURED, PREDICTED
 from benchmarks.session import WIDTH, as_text
 from codegen.cases import DIRECTIONS
 
-COPY_RATE = 4.3e12  # bytes a second: assumed for an H200, and measured by nobody here
+COPY_RATE = 4.3e12  # bytes a second: assumed for an H200, not measured in this project
 FLOOR_LABEL = f"floor at {COPY_RATE / 1e12:.1f} TB/s, an assumption: the copy rate of an H200"
 BASELINES_A_TABLE = 4  # what fits a terminal
 SIZES = {"bf16": 2, "fp16": 2, "fp32": 4, "fp64": 8}
 KEY = ["network", "norm", "groups", "shape", "dtype", "layout", "activation", "residual"]
 IDENTITY = ["status", "kind", *KEY, "variant", "direction", "cache", "mode"]
-COUNTED = ("floor_bytes", "launches", "registers", "in_flight_KB")
 
 
 def floor(moved: Any) -> Any:
@@ -37,7 +37,7 @@ def label(shape: str, residual: float, activation: str) -> str:
 def select(found: pd.DataFrame, **columns: str) -> pd.DataFrame:
     """The records of layers that have these values, with `case`, which tells layers apart, and its `label`.
     Of several of one thing the last one counts: a later run replaces an earlier one."""
-    for name, value in columns.items():
+    for name, value in {"kind": "layer", **columns}.items():
         found = found[found[name] == value]
     found = found.drop_duplicates(IDENTITY, keep="last")
     labels = [label(*cells) for cells in found[["shape", "residual", "activation"]].to_numpy()]
@@ -55,79 +55,78 @@ def cells(values: Iterable[float], form: str) -> list[str]:
     return [format(value, form) if value == value else "-" for value in values]
 
 
-def predicted(found: pd.DataFrame) -> pd.DataFrame:
-    """Counted, without a GPU; forward and backward as a/b. The last row is of all layers: the sums, but the
-    most registers and the fewest bytes in flight. These two are left out where they are not known of any."""
-    ours = select(found, status=PREDICTED, kind="layer", variant="bnfast")
-    one = ours.drop_duplicates("case").set_index("case")
-    count = one["count"].fillna(1)
-    size = one["shape"].map(lambda shape: prod(map(int, shape.split("x")))) * one["dtype"].map(SIZES)
+def short(value: float) -> str:
+    return f"{value:.0f}" if value >= 10 else f"{value:.1f}"
 
-    def both(column: str, total: Callable[[pd.Series], float]) -> pd.DataFrame:
-        """A column forward and backward, with a last row of all."""
-        table = wide(ours, column, "direction")[list(DIRECTIONS)]
-        return pd.concat([table, table.apply(total).to_frame("all").T])
 
-    def added(values: pd.Series) -> float:
-        return float((values * count).sum())
-
-    moved, launches = both("floor_bytes", added), both("launches", added)
-    registers = both("registers", lambda values: values.max(skipna=False))
-    in_flight = both("in_flight_KB", lambda values: values.min(skipna=False))
-    t = pd.Series([*size, (size * count).sum()]) / 1e6
-    table = pd.DataFrame({
-        "C x size": [*one["label"], "all"], "layers": cells([*count, count.sum()], ".0f"),
-        "T MB": cells(t, ".1f"),
-        "fwd MB": cells(moved["forward"] / 1e6, ".0f"), "bwd MB": cells(moved["backward"] / 1e6, ".0f"),
-        "runs": pairs(launches, "+"), "regs": pairs(registers), "KB in flight": pairs(in_flight),
-        "floor us": ["/".join(map(short_us, row)) for row in floor(moved).to_numpy()],
-    })  # fmt: skip
+def known(table: pd.DataFrame) -> pd.DataFrame:
+    """Without the columns that say nothing."""
     return table.loc[:, [name for name in table if set(table[name]) != {"-"}]]
 
 
-def short_us(us: float) -> str:
-    return f"{us:.0f}" if us >= 10 else f"{us:.1f}"
+def predicted(found: pd.DataFrame) -> pd.DataFrame:
+    """Counted, without a GPU; forward and backward as a/b. The last row is of all layers: the sums, but the
+    most registers and the fewest bytes in flight. These two are left out where they are not known of any."""
+    ours = select(found, status=PREDICTED, variant="bnfast")
+    one = ours.drop_duplicates("case").set_index("case")
+    count = one["count"].fillna(1)
+    size = one["shape"].map(lambda shape: prod(map(int, shape.split("x")))) * one["dtype"].map(SIZES) / 1e6
 
+    def both(column: str, scale: float = 1, total: str = "sum") -> list[str]:
+        values = wide(ours, column, "direction")[list(DIRECTIONS)] * scale
+        added = values.mul(count, axis=0).sum()
+        values.loc["all"] = added if total == "sum" else values.agg(total, skipna=False)
+        show = short if scale != 1 else "{:.0f}".format
+        return ["-" if row.isna().any() else "/".join(map(show, row)) for _, row in values.iterrows()]
 
-def pairs(both: pd.DataFrame, between: str = "/") -> list[str]:
-    """ "a/b"; "-" where nothing is known."""
-    rows = zip(*(cells(both[name], ".0f") for name in both), strict=True)
-    return ["-" if row == ("-", "-") else between.join(row) for row in rows]
+    return known(pd.DataFrame({
+        "C x size": [*one["label"], "all"], "layers": cells([*count, count.sum()], ".0f"),
+        "T MB": cells([*size, (size * count).sum()], ".1f"),
+        "MB moved": both("floor_bytes", 1e-6), "launches": both("launches"),
+        "regs": both("registers", total="max"), "KB in flight": both("in_flight_KB", total="min"),
+        "floor us": both("floor_bytes", floor(1)),
+    }))  # fmt: skip
 
 
 def measured(found: pd.DataFrame, direction: str) -> list[pd.DataFrame]:
     """Ours in microseconds with L2 cold and warm and as a share of the copy rate of the same run; how many
-    times as long each of the others takes, L2 cold. More than one table if there are many others."""
+    times as long each of the others takes, L2 cold. More than one table if there are many others. The last
+    row is of all layers: no figure where one of them has none."""
     mode = "graph" if direction == "both" else "eager"
-    rows = select(found, status=MEASURED, kind="layer", direction=direction, mode=mode)
+    rows = select(found, status=MEASURED, direction=direction, mode=mode)
     cold, warm = rows[rows["cache"] == "cold"], rows[rows["cache"] == "warm"]
     if cold.empty:
         return []
     one = cold.drop_duplicates("case").set_index("case")
     count = one["count"].fillna(1)
-    times, nothing = wide(cold, "us"), pd.Series(float("nan"), one.index)
-    ours, rate = times.get("bnfast", nothing), wide(cold, "GBps").get("bnfast", nothing)
-    again = wide(warm, "us").reindex(one.index).get("bnfast", nothing) if len(warm) else nothing
-    others = [name for name in times if name != "bnfast"]
-
-    def total(values: pd.Series) -> float:
-        """Of all layers; NaN if one is not there."""
-        return float((values * count).sum(skipna=False))
-
-    def table(names: list[str]) -> pd.DataFrame:
-        columns = {
-            "C x size": [*one["label"], "all layers"], "layers": cells([*count, count.sum()], ".0f"),
-            "us": [*cells(ours, ".1f"), *cells([total(ours)], ".0f")],
-            "GB/s": [*cells(rate, ".0f"), ""],
-            "% of copy": [*cells(100 * rate / one["copy_GBps"], ".0f"), ""],
-            "warm us": [*cells(again, ".1f"), *cells([total(again)], ".0f")],
-        }  # fmt: skip
-        for name in names:
-            columns[f"{name} x"] = cells([*times[name] / ours, total(times[name]) / total(ours)], ".2f")
-        return pd.DataFrame(columns)
-
+    others = [name for name in cold["variant"].unique() if name != "bnfast"]
+    us = wide(cold, "us").reindex(columns=["bnfast", *others])
+    us["warm"] = wide(warm, "us").reindex(columns=["bnfast"])["bnfast"]
+    us.loc["all"] = us.mul(count, axis=0).sum(skipna=False)
+    rate = wide(cold, "GBps").reindex(us.index, columns=["bnfast"])["bnfast"]
+    left = pd.DataFrame({
+        "C x size": [*one["label"], "all layers"], "layers": cells([*count, count.sum()], ".0f"),
+        "us": cells(us["bnfast"], ".1f"), "GB/s": cells(rate, ".0f"),
+        "% of copy": cells(100 * rate / one["copy_GBps"].reindex(us.index), ".0f"),
+        "warm us": cells(us["warm"], ".1f"),
+    })  # fmt: skip
+    right = pd.DataFrame({f"{name} x": cells(us[name] / us["bnfast"], ".2f") for name in others})
     starts = range(0, max(1, len(others)), BASELINES_A_TABLE)
-    return [table(others[start : start + BASELINES_A_TABLE]) for start in starts]
+    return [left.join(right.iloc[:, start : start + BASELINES_A_TABLE]) for start in starts]
+
+
+def steps(found: pd.DataFrame) -> pd.DataFrame:
+    """Training steps, those that were measured. Each is held against torch's of its own stage, mode and size,
+    which took turns with it."""
+    found = found[found["status"] == MEASURED]
+    us, stage = found["us"], [found["shape"], found["suite"], found["mode"]]
+    theirs = us.where(found["variant"] == "torch").groupby(stage).transform("first")
+    return pd.DataFrame({
+        "variant": [*found["variant"]], "mode": [*found["mode"]], "ms": cells(us / 1e3, ".4g"),
+        "quartiles": [f"{low:.4g}-{high:.4g}" for low, high in found[["us_low", "us_high"]].to_numpy() / 1e3],
+        "of torch": cells(us / theirs, ".3f"), "peak MB": cells(found["peak_MB"], ".0f"),
+        "apart": cells(found["loss_apart"], ".1e"), "allowed": cells(found["loss_allowed"], ".1e"),
+    })  # fmt: skip
 
 
 def refusals(found: pd.DataFrame) -> list[str]:
@@ -143,32 +142,14 @@ def who_ran(found: pd.DataFrame) -> list[str]:
     return [f"{variant}: {', '.join(sorted(each))}" for variant, each in names.items()]
 
 
-def besides(found: pd.DataFrame) -> pd.DataFrame:
-    """A row for each variant. host us: of an eager call, the median of the cases; in a graph: of forward and
-    backward together, replayed. peak MB: of the case that takes most."""
-    rows = select(found, status=MEASURED, kind="layer", cache="cold")
-    rows = rows[rows["direction"].isin([*DIRECTIONS, "both"])]
-    host = rows.pivot_table("host_us", "variant", "direction", "median", sort=False, dropna=False)
-    peak = rows.pivot_table("peak_MB", "variant", "direction", "max", sort=False, dropna=False)
-    names = sorted(rows["variant"].unique(), key=lambda name: name != "bnfast")
-    ways = {"host us, fwd": "forward", "bwd": "backward", "both in a graph": "both"}
-    host, peak = (each.reindex(names, columns=[*DIRECTIONS, "both"]) for each in (host, peak))
-    table = {"": names, **{title: cells(host[way], ".1f") for title, way in ways.items()}}
-    peaks = {"peak MB, fwd": cells(peak["forward"], ".0f"), "bwd ": cells(peak["backward"], ".0f")}
-    return pd.DataFrame(table | peaks)
-
-
 def plain(found: pd.DataFrame) -> pd.DataFrame:
-    """A line a record, for what is no layer: bandwidths, probes, training steps, tile sweeps."""
-    where = [" ".join(filter(None, row)) for row in found[["direction", "cache", "mode"]].to_numpy()]
+    """A line a record, for what has no table of its own: bandwidths, probes, tile sweeps."""
     table = pd.DataFrame({
         "what": found["variant"], "size": found["shape"].where(found["shape"] != "", found["ran"]),
-        "where": where,
+        "where": [" ".join(filter(None, row)) for row in found[["direction", "cache", "mode"]].to_numpy()],
         "us": cells(found["host_us"].fillna(found["us"]), ".1f"), "GB/s": cells(found["GBps"], ".0f"),
-        "peak MB": cells(found["peak_MB"], ".0f"), "note": "",
+        "note": "",
     })  # fmt: skip
     # a note has what the others leave; the CSV file has all of it
-    room = WIDTH - (max(map(len, as_text(table).splitlines())) if len(table) else 0)
-    room = max(len("note"), room + len("note") - 1)
-    notes = [note if len(note) <= room else note[: room - 3] + "..." for note in found["note"]]
-    return table.assign(note=notes)
+    room = WIDTH - max(map(len, as_text(table).splitlines())) + len("note") - 1
+    return table.assign(note=[shorten(note, max(room, 4), placeholder="...") for note in found["note"]])

@@ -7,20 +7,19 @@ small and bnfast runs plain torch: that shows what layers cost on a CPU, and tha
 from __future__ import annotations
 
 import os
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 
-from benchmarks import measure
+from benchmarks import measure, timing
 from benchmarks.records import Record
 from codegen.cases import DIRECTIONS, Case
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 BATCH, SIDE = (64, 4) if DEVICE.type == "cuda" else (2, 1)
 COMPILED = ("compile", "compile-max")  # seconds each: only if asked for
-
-
 CASES = [
     Case(norm, (BATCH, c, side * SIDE, side * SIDE), groups, torch.bfloat16, last, activation, residual)
     for norm, c, side, groups, activation, residual, last in (
@@ -47,18 +46,15 @@ def test_layer(benchmark: Any, variant: str, case: Case, direction: str) -> None
     timed = calls.timed(direction, [0])
     benchmark.group = f"{case}, {direction}"
 
-    def prepare() -> None:
-        timed.clean()
-        timed.prepare()
-        wait()
+    def waited(*works: timing.Work) -> None:
+        for each in works:
+            each()
+        if DEVICE.type == "cuda":
+            torch.cuda.synchronize()
 
-    def work() -> None:
-        timed.work()
-        wait()
-
-    benchmark.pedantic(work, setup=prepare, rounds=20, warmup_rounds=3)
-
-
-def wait() -> None:
-    if DEVICE.type == "cuda":
-        torch.cuda.synchronize()
+    benchmark.pedantic(
+        partial(waited, timed.work),
+        setup=partial(waited, timed.clean, timed.prepare),
+        rounds=20,
+        warmup_rounds=3,
+    )

@@ -3,34 +3,32 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
+import functools
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-import bnfast
-from benchmarks import LAYERS, digits
+from benchmarks import LAYERS, digits, session
+from benchmarks.digits import LIMITS
 
 pytestmark = pytest.mark.slow
 
-SMALL = digits.Recipe(epochs=1, batch=8, width=4, steps=3)
-Examples = tuple[torch.Tensor, torch.Tensor]
-ALIKE = dict.fromkeys(("losses", "gradients", "parameters", "buffers", "accuracy"), 0.0)
+CPU = torch.device("cpu")
+train = functools.partial(digits.train, device=CPU, batch=8, width=4, steps=3)
 
 
-@pytest.fixture(scope="module")
-def images() -> Examples:
-    return digits.load(0, torch.device("cpu"))
-
-
-def test_training_repeats_itself_and_learns(images: Examples) -> None:
-    recipe = dataclasses.replace(SMALL, batch=64, width=8, epochs=2, steps=None)
-    first, second = (digits.train(nn.BatchNorm2d, images, recipe) for _ in range(2))
-    assert first.losses == second.losses
+def test_training_repeats_itself_and_learns() -> None:
+    first, second = (digits.train(nn.BatchNorm2d, CPU, epochs=2) for _ in range(2))
     assert len(first.losses) == 2 * (1438 // 64)
     assert first.accuracy > 0.8
-    assert digits.beyond(digits.compare(first, second), ALIKE) == []
+    assert (digits.compare(first, second, "fp64")["found"] == 0).all()
+
+
+def wrong(first: digits.Run, second: digits.Run, limits: str) -> list[str]:
+    table = digits.compare(first, second, limits)
+    return [*table["largest difference"][table["wrong"]]]
 
 
 class Biased(nn.BatchNorm2d):
@@ -50,56 +48,53 @@ class Forgetful(nn.BatchNorm2d):
         return y
 
 
-@pytest.mark.parametrize(("wrong", "named"), [(Biased, "losses"), (Forgetful, "buffers")])
-def test_a_wrong_layer_is_found_in_a_few_steps(
-    images: Examples, wrong: type[nn.BatchNorm2d], named: str
-) -> None:
-    right, run = (digits.train(norm, images, SMALL) for norm in (nn.BatchNorm2d, wrong))
-    found = digits.beyond(digits.compare(right, run), digits.FEW_STEPS)
-    assert any(fault.startswith(named) for fault in found)
+@pytest.mark.parametrize(("layer", "limits", "named"), [
+    (Biased, "kernels", "losses"), (Forgetful, "kernels", "buffers"), (Biased, "fp32", "gradients"),
+    (Biased, "fp64", "losses"), (Forgetful, "fp64", "buffers"),
+])  # fmt: skip
+def test_a_wrong_layer_is_found(layer: type[nn.BatchNorm2d], limits: str, named: str) -> None:
+    dtype = torch.float64 if limits == "fp64" else torch.float32
+    assert named in wrong(train(nn.BatchNorm2d, dtype=dtype), train(layer, dtype=dtype), limits)
 
 
-@pytest.mark.parametrize("dtype", digits.FULL)
-def test_a_wrong_layer_is_found_in_the_whole_training(images: Examples, dtype: torch.dtype) -> None:
-    recipe = dataclasses.replace(SMALL, dtype=dtype)
-    right, wrong = (digits.train(norm, images, recipe) for norm in (nn.BatchNorm2d, Biased))
-    assert digits.beyond(digits.compare(right, wrong), digits.FULL[dtype])
-
-
-@pytest.mark.parametrize("place", ["losses", "parameters", "buffers", "gradients"])
-def test_nan_is_within_no_limit(images: Examples, place: str) -> None:
-    right = digits.train(nn.BatchNorm2d, images, dataclasses.replace(SMALL, steps=1))
-    wrong = copy.deepcopy(right)
+@pytest.mark.parametrize("place", LIMITS["kernels"])
+def test_nan_is_within_no_limit(place: str) -> None:
+    right = train(nn.BatchNorm2d, steps=1)
+    other = copy.deepcopy(right)
     if place == "losses":
-        wrong.losses[0] = float("nan")
+        other.losses[0] = float("nan")
     else:
-        next(t for t in getattr(wrong, place).values() if t.is_floating_point()).view(-1)[0] = float("nan")
-    faults = digits.beyond(digits.compare(right, wrong), digits.FEW_STEPS)
-    assert any(fault.startswith(place) for fault in faults)
+        next(t for t in getattr(other, place).values() if t.is_floating_point()).view(-1)[0] = float("nan")
+    assert wrong(right, other, "kernels") == [place]
 
 
-def test_other_networks_cannot_be_compared(images: Examples) -> None:
-    one, other = (
-        digits.train(nn.BatchNorm2d, images, dataclasses.replace(SMALL, steps=1, width=width))
-        for width in (4, 5)
-    )
-    with pytest.raises(ValueError, match="same parameters"):
-        digits.compare(one, other)
-
-
-def test_kernels_that_were_not_launched_are_a_fault() -> None:
-    found = {"apart": dict.fromkeys(digits.FEW_STEPS, 0.0), "launches": 63, "calls": 63}
-    assert digits.kernel_faults(found) == []
-    assert "0 kernels" in digits.kernel_faults({**found, "launches": 0})[0]
+# the kernels
 
 
 @pytest.mark.parametrize("layer", LAYERS)
 def test_the_kernels_train_in_a_process_of_their_own(layer: str) -> None:
-    """Nine layers. Held cells, and rows, take one launch forward and two backward; channels two and two."""
-    found = digits.kernel_steps(layer, steps=1, batch=2, width=4)
-    assert digits.kernel_faults(found) == []
-    assert found["launches"] == 9 * (5 if layer.startswith("Batch") else 4)
-    assert found["calls"] == 9 * 3
+    """Six layers. Held cells, and rows, take one launch forward and two backward; channels two and two."""
+    theirs, ours, launches, calls = digits.kernel_steps(layer, steps=1, batch=2, width=4)
+    assert wrong(theirs, ours, "kernels") == []
+    assert (launches, calls) == (6 * (5 if layer == "BatchNorm" else 4), 6 * 3)
+
+
+def test_kernels_that_were_not_launched_or_are_wrong_fail_the_job(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    look = session.Session(tmp_path, CPU, ["matplotlib"])
+    monkeypatch.setattr(session.Session, "why_plain_torch", lambda self: "a test")
+    right, other = (train(norm, width=8) for norm in (nn.BatchNorm2d, Biased))
+    for found in ((right, right, 9, 9), (right, right, 0, 9), (right, other, 9, 9)):
+        monkeypatch.setattr(digits, "kernel_steps", lambda layer, found=found: found)
+        digits.train_with_kernels(look, "BatchNorm")
+    monkeypatch.setattr(digits, "kernel_steps", lambda layer: 1 / 0)
+    digits.train_with_kernels(look, "BatchNorm")
+    states, texts = zip(*((state, text) for _, state, text in look.summary), strict=True)
+    assert states == ("PASS", "FAIL", "FAIL", "FAIL")
+    assert "0 launches in 9 calls" in texts[1]
+    assert "beyond the limits: kernels losses" in texts[2]
+    assert "ZeroDivisionError" in texts[3]
 
 
 # the layers to train with
@@ -107,38 +102,7 @@ def test_the_kernels_train_in_a_process_of_their_own(layer: str) -> None:
 
 @pytest.mark.parametrize("layer", LAYERS)
 def test_pairs_are_of_torch_and_of_bnfast(layer: str) -> None:
-    theirs, ours = (make(8) for make in digits.pair(layer, 12))
+    theirs, ours = (make(8) for make in digits.pair(layer))
     assert any(type(m).__module__.startswith("bnfast.") for m in ours.modules())
     assert not any(type(m).__module__.startswith("bnfast.") for m in theirs.modules())
     assert theirs.state_dict().keys() == ours.state_dict().keys()
-
-
-def test_another_layer_is_refused() -> None:
-    with pytest.raises(ValueError, match="no layer 'BatchNorm3d'.*LayerNorm"):
-        digits.pair("BatchNorm3d", 12)
-
-
-@pytest.mark.parametrize("path", ["torch"], indirect=True)
-def test_batch_renorm_is_algorithm_1_and_its_limits_act(images: Examples, path: str) -> None:
-    recipe = dataclasses.replace(SMALL, steps=8, dtype=torch.float64)
-    norms = (*digits.pair("BatchRenorm", 8), nn.BatchNorm2d)
-    plain, ours, batch = (digits.train(norm, images, recipe) for norm in norms)
-    assert digits.beyond(digits.compare(plain, ours), digits.FULL[torch.float64]) == []
-    assert plain.losses[:2] == pytest.approx(batch.losses[:2], abs=1e-12)  # r = 1 and d = 0
-    unlimited = digits.schedule(8) | {"r_max": 100.0, "d_max": 100.0}
-    other = digits.train(lambda c: bnfast.BatchRenorm2d(c, **unlimited), images, recipe)
-    for run in (batch, other):
-        assert abs(run.losses[-1] - plain.losses[-1]) > 1e-3
-
-
-def test_layer_norm_is_over_channels() -> None:
-    y = digits.pair("LayerNorm", 1)[0](32)(torch.randn(2, 32, 3, 5) + 1)
-    assert y.shape == (2, 32, 3, 5)
-    torch.testing.assert_close(y.mean(1), torch.zeros(2, 3, 5), atol=1e-5, rtol=0)
-
-
-def test_networks_without_buffers_can_be_compared(images: Examples) -> None:
-    one, other = (digits.train(norm, images, SMALL) for norm in (nn.Identity, nn.Identity))
-    apart = digits.compare(one, other)
-    assert "buffers" not in apart
-    assert digits.beyond(apart, ALIKE) == []
