@@ -22,7 +22,7 @@ from codegen.cases import DIRECTIONS, Case
 # static tests' cases or shows itself slow here
 CANDIDATES: dict[str, tuple[tuple[int, int, int, int], ...]] = {
     "REDUCE": ((8, 2, 128, 8), (4, 4, 128, 8), (8, 3, 80, 4), (4, 6, 80, 4), (16, 1, 128, 8), (8, 4, 64, 4)),
-    "REDUCE_RUNS": ((8, 4, 64, 4), (4, 8, 64, 4), (8, 2, 128, 8), (16, 2, 64, 4)),
+    "REDUCE_NCHW": ((8, 4, 64, 4), (4, 8, 64, 4), (8, 2, 128, 8), (16, 2, 64, 4)),
     "MAPS": ((4, 7, 72, 4), (4, 8, 64, 4), (4, 6, 80, 4), (4, 4, 128, 8), (8, 4, 64, 4)),
 }
 KEEPS = 1.05  # a planned program this close to the best one stays
@@ -39,12 +39,12 @@ CASES = [
 @contextlib.contextmanager
 def planned_with(family: str, program: Sequence[int]) -> Iterator[None]:
     """Within, plans begin with this program; the smaller ones that small tensors get stay."""
-    from bnfast.kernels import plan, steps
+    from bnfast.kernels import launch_plan, plan
 
     def forget() -> None:
-        plan.reduce_sweep.cache_clear()
-        plan.map_sweep.cache_clear()
-        steps.forget_plans()
+        plan.plan_reduction.cache_clear()
+        plan.plan_elementwise.cache_clear()
+        launch_plan.forget_plans()
 
     chosen = plan.Program(*program)
     own: dict[str, Any] = {family: (chosen, *getattr(plan, family)[1:])}

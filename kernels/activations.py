@@ -12,9 +12,9 @@ import triton.language as tl
 class Affine(NamedTuple):
     """What a normalizer does to x: a * (x - p) + b."""
 
-    p: Any
-    a: Any
-    b: Any
+    mean: Any
+    scale: Any
+    shift: Any
 
 
 @triton.jit
@@ -133,12 +133,12 @@ def times_slope(g, v, ACT: tl.constexpr):
 
 
 @triton.jit
-def before_activation(g, x, k, z_ptr, offs, mask, ACT: tl.constexpr, ACC: tl.constexpr):
+def before_activation(g, x, k, residual_ptr, offs, mask, ACT: tl.constexpr, ACC: tl.constexpr):
     """The gradient g of act(v) -> that of v = a * (x - p) + b + z, recomputed from x; k: an Affine. z_ptr: of
     what offs count from, or None."""
-    v = k.a * (x.to(ACC) - k.p) + k.b
-    if z_ptr is not None:
-        v += tl.load(z_ptr + offs, mask=mask, other=0.0, eviction_policy="evict_first").to(ACC)
+    v = k.scale * (x.to(ACC) - k.mean) + k.shift
+    if residual_ptr is not None:
+        v += tl.load(residual_ptr + offs, mask=mask, other=0.0, eviction_policy="evict_first").to(ACC)
     return times_slope(g.to(ACC), v, ACT)
 
 

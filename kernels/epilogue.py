@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Hashable
+from functools import partial
 from numbers import Real
 from typing import Any, NamedTuple
 
@@ -21,42 +22,12 @@ PIECEWISE, SMOOTH = 1, 2  # what an activation costs in registers: see plan.py
 
 class Row(NamedTuple):
     """An activation of the table. slope: its derivative in plain torch, differentiable, with torch's choice
-    at corners. parameter: what it is if none is given; None: it takes none."""
+    at corners. parameter: its default; None: it has no parameter."""
 
     torch: Callable[..., Tensor]
     slope: Callable[..., Tensor]
     cost: int = SMOOTH
     parameter: float | None = None
-
-
-def _relu_slope(v: Tensor) -> Tensor:
-    return torch.where(v <= 0, 0.0, torch.ones_like(v))
-
-
-def _relu6_slope(v: Tensor) -> Tensor:
-    return torch.where((v <= 0) | (v >= 6), 0.0, torch.ones_like(v))
-
-
-def _leaky_relu_slope(v: Tensor, slope: float) -> Tensor:
-    return torch.where(v > 0, torch.ones_like(v), slope)
-
-
-def _elu_slope(v: Tensor, alpha: float) -> Tensor:
-    return torch.where(v <= 0, alpha * torch.exp(v.clamp(max=0)), 1.0)
-
-
-def _silu_slope(v: Tensor) -> Tensor:
-    s = torch.sigmoid(v)
-    return s * (1 + v * (1 - s))
-
-
-def _gelu_slope(v: Tensor) -> Tensor:
-    density = torch.exp(-0.5 * v * v) / math.sqrt(2 * math.pi)
-    return 0.5 * (1 + torch.erf(v * math.sqrt(0.5))) + v * density
-
-
-def _gelu_tanh(v: Tensor) -> Tensor:
-    return F.gelu(v, approximate="tanh")
 
 
 def _gelu_tanh_slope(v: Tensor) -> Tensor:
@@ -65,42 +36,37 @@ def _gelu_tanh_slope(v: Tensor) -> Tensor:
     return 0.5 * (1 + t) + 0.5 * v * (1 - t * t) * inner
 
 
-def _hardswish_slope(v: Tensor) -> Tensor:
-    return torch.where(v <= -3, 0.0, torch.where(v < 3, v / 3 + 0.5, 1.0))
-
-
-def _hardsigmoid_slope(v: Tensor) -> Tensor:
-    return torch.where((v > -3) & (v < 3), torch.ones_like(v) / 6, 0.0)
-
-
 def _mish_slope(v: Tensor) -> Tensor:
     t = torch.tanh(F.softplus(v))
     return t + v * torch.sigmoid(v) * (1 - t * t)
 
 
-def _sigmoid_slope(v: Tensor) -> Tensor:
-    s = torch.sigmoid(v)
-    return s * (1 - s)
+def _gelu_slope(v: Tensor) -> Tensor:
+    density = torch.exp(-0.5 * v * v) / math.sqrt(2 * math.pi)
+    return 0.5 * (1 + torch.erf(v * math.sqrt(0.5))) + v * density
 
 
-def _tanh_slope(v: Tensor) -> Tensor:
-    t = torch.tanh(v)
-    return 1 - t * t
+def _ones_where(condition: Tensor, v: Tensor, otherwise: float = 0.0) -> Tensor:
+    return torch.where(condition, torch.ones_like(v), otherwise)
 
 
 ACTIVATIONS = {
-    "relu": Row(F.relu, _relu_slope, PIECEWISE),
-    "relu6": Row(F.relu6, _relu6_slope, PIECEWISE),
-    "leaky_relu": Row(F.leaky_relu, _leaky_relu_slope, PIECEWISE, 0.01),  # torch.nn's default
-    "elu": Row(F.elu, _elu_slope, parameter=1.0),
-    "silu": Row(F.silu, _silu_slope),
+    "relu": Row(F.relu, lambda v: torch.where(v <= 0, 0.0, torch.ones_like(v)), PIECEWISE),
+    "relu6": Row(F.relu6, lambda v: torch.where((v <= 0) | (v >= 6), 0.0, torch.ones_like(v)), PIECEWISE),
+    "leaky_relu": Row(F.leaky_relu, lambda v, slope: _ones_where(v > 0, v, slope), PIECEWISE, 0.01),
+    "elu": Row(F.elu, lambda v, a: torch.where(v <= 0, a * torch.exp(v.clamp(max=0)), 1.0), parameter=1.0),
+    "silu": Row(F.silu, lambda v: torch.sigmoid(v) * (1 + v * (1 - torch.sigmoid(v)))),
     "gelu": Row(F.gelu, _gelu_slope),
-    "gelu_tanh": Row(_gelu_tanh, _gelu_tanh_slope),
-    "hardswish": Row(F.hardswish, _hardswish_slope, PIECEWISE),
-    "hardsigmoid": Row(F.hardsigmoid, _hardsigmoid_slope, PIECEWISE),
+    "gelu_tanh": Row(partial(F.gelu, approximate="tanh"), _gelu_tanh_slope),
+    "hardswish": Row(
+        F.hardswish,
+        lambda v: torch.where(v <= -3, 0.0, torch.where(v < 3, v / 3 + 0.5, 1.0)),
+        PIECEWISE,
+    ),
+    "hardsigmoid": Row(F.hardsigmoid, lambda v: _ones_where((v > -3) & (v < 3), v) / 6, PIECEWISE),
     "mish": Row(F.mish, _mish_slope),
-    "sigmoid": Row(F.sigmoid, _sigmoid_slope),
-    "tanh": Row(F.tanh, _tanh_slope),
+    "sigmoid": Row(F.sigmoid, lambda v: torch.sigmoid(v) * (1 - torch.sigmoid(v))),
+    "tanh": Row(F.tanh, lambda v: 1 - torch.tanh(v) ** 2),
 }
 NAMES = tuple(ACTIVATIONS)
 PARAMETERS = {name: row.parameter for name, row in ACTIVATIONS.items() if row.parameter is not None}

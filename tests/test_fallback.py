@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import bnfast
 from bnfast.checks.cases import placed
-from bnfast.kernels import plan, steps
+from bnfast.kernels import launch_plan, plan
 from tests.support import kernel_calls as kernels
 from tests.support.layers import both_modes, data
 
@@ -31,9 +31,9 @@ LIMIT = 4000
 
 def forget() -> None:
     """Plans are kept, by their sizes."""
-    plan.reduce_sweep.cache_clear()
-    plan.map_sweep.cache_clear()
-    steps.forget_plans()
+    plan.plan_reduction.cache_clear()
+    plan.plan_elementwise.cache_clear()
+    launch_plan.forget_plans()
 
 
 @pytest.fixture

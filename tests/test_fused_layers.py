@@ -19,10 +19,10 @@ every_layer = pytest.mark.parametrize("layer", LAYERS)
 LAYOUTS = ("contiguous", "channels_last")
 # both addressings and what does not fit them: odd channels, odd planes, runs in pieces, a value a channel
 SHAPES = {
-    "planes": (6, 16, 4, 6),
+    "nchw_packed": (6, 16, 4, 6),
     "7x7": (2, 16, 7, 7),
     "odd": (3, 12, 5, 3),
-    "runs": (1, 4, 64, 66),
+    "nchw": (1, 4, 64, 66),
     "rows": (24, 40),
     "3-D": (2, 8, 3, 4, 5),
 }
@@ -68,7 +68,7 @@ def test_every_way_through_memory(layer: str, shape: tuple[int, ...], layout: st
 @pytest.mark.parametrize("residual", [False, True], ids=["alone", "residual"])
 @every_layer
 def test_other_dtypes(layer: str, residual: bool, dtype: torch.dtype) -> None:
-    passes(SHAPES["planes"], dtype, layer, "channels_last", "relu", residual)
+    passes(SHAPES["nchw_packed"], dtype, layer, "channels_last", "relu", residual)
 
 
 @every_path

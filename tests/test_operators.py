@@ -44,7 +44,7 @@ CASES = {
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 def test_opcheck_train(case: Any, cumulative: bool) -> None:
     batches = torch.tensor(3) if cumulative else None
-    torch.library.opcheck(OPERATORS.batch_norm_train, (*arguments(*case), batches, cumulative, 0.1, 1e-5))
+    torch.library.opcheck(OPERATORS.batch_norm_train, (*arguments(*case), batches, cumulative, 0.1, 1e-5, True))
 
 
 @pytest.mark.parametrize("keep", [False, True], ids=["inference", "for backward"])
@@ -68,9 +68,9 @@ WANTED = {
 @pytest.mark.parametrize("name", ["all", "channels_last, bf16", "x alone, transposed", "2-D"])
 def test_opcheck_backward(name: str, wanted: tuple[Any, ...], training: bool) -> None:
     x, weight, bias, *_ = arguments(*CASES[name])
-    y, table, _ = OPERATORS.batch_norm_train(x, weight, bias, None, None, None, False, 0.1, 1e-5)
+    y, table, _ = OPERATORS.batch_norm_train(x, weight, bias, None, None, None, False, 0.1, 1e-5, True)
     dy = data(*y.shape, seed=5).to(y.dtype)  # contiguous, whatever y is
-    torch.library.opcheck(OPERATORS.batch_norm_backward, (x, dy, table, training, *wanted))
+    torch.library.opcheck(OPERATORS.batch_norm_backward, (x, dy, table, None, None, training, *wanted))
 
 
 def test_make_fx() -> None:
@@ -97,7 +97,7 @@ def test_opcheck_batch_renorm(momentum: float | None) -> None:
     x, mean, var = torch.randn(4, 3, 2, 2), torch.zeros(3), torch.ones(3)
     arguments = (
         x, torch.ones(3), None, mean, var, torch.tensor(5), momentum is None, 0.1, 1e-5,
-        [3.0, 5.0, 0.0, 9.0, 9.0], True,
+        [3.0, 5.0, 0.0, 9.0, 9.0], True, True,
     )  # fmt: skip
     torch.library.opcheck(torch.ops.bnfast.batch_renorm_train.default, arguments)
 
@@ -107,10 +107,10 @@ def test_opcheck_batch_renorm(momentum: float | None) -> None:
 def test_opcheck_group_norm(affine: bool, last: bool) -> None:
     case = cases.group_norm((2, 6, 3, 4), torch.float32, last, groups=3, affine=affine)
     g = cases.given(case, torch.device("cpu"))
-    torch.library.opcheck(OPERATORS.group_norm_forward, (g.x, 3, g.weight, g.bias, 1e-5))
-    _, table, _ = OPERATORS.group_norm_forward(g.x, 3, g.weight, g.bias, 1e-5)
+    torch.library.opcheck(OPERATORS.group_norm_forward, (g.x, g.weight, g.bias, 3, 1e-5, True))
+    _, table, _ = OPERATORS.group_norm_forward(g.x, g.weight, g.bias, 3, 1e-5, True)
     for wanted in ((True, torch.float32, torch.float32), (True, None, None), (False, None, torch.bfloat16)):
-        torch.library.opcheck(OPERATORS.group_norm_backward, (g.x, g.dy, table, g.weight, 3, *wanted))
+        torch.library.opcheck(OPERATORS.group_norm_backward, (g.x, g.dy, table, g.weight, None, 3, *wanted))
 
 
 LAYER_NORMS = {
@@ -130,7 +130,7 @@ def test_opcheck_layer_norm(shape: tuple[int, ...], dtype: torch.dtype, affine: 
             torch.library.opcheck(OPERATORS.layer_norm, (x, weight, bias, dims, 1e-5, keep))
         y, table, _ = OPERATORS.layer_norm(x, weight, bias, dims, 1e-5, True)
         for wanted in LAYER_WANTED:
-            given = (x, y.clone(), weight, table, dims, *wanted)
+            given = (x, y.clone(), table, weight, None, dims, *wanted)
             torch.library.opcheck(OPERATORS.layer_norm_backward, given)
 
 
@@ -141,16 +141,16 @@ def test_opcheck_with_activations_and_residuals(shape: tuple[int, ...], layout: 
     x, dy, z, weight, bias = (g[name] for name in ("x", "dy", "z", "weight", "bias"))
     wanted = (True, torch.float32, torch.float32)
     for name, after in (("relu", ("relu", 0.0, z, True)), ("silu", ("silu", 0.0, z, False))):
-        trained = (x, weight, bias, None, None, None, False, 0.1, 1e-5, *after)
+        trained = (x, weight, bias, None, None, None, False, 0.1, 1e-5, True, *after)
         torch.library.opcheck(OPERATORS.batch_norm_train, trained)
         _, table, signs = OPERATORS.batch_norm_train(*trained)
         kept = signs if signs.numel() else z
-        torch.library.opcheck(OPERATORS.batch_norm_backward, (x, dy, table, True, *wanted, name, 0.0, kept))
-        grouped = (x, 1, weight, bias, 1e-5, *after)
+        torch.library.opcheck(OPERATORS.batch_norm_backward, (x, dy, table, None, None, True, *wanted, name, 0.0, kept))
+        grouped = (x, weight, bias, 1, 1e-5, True, *after)
         torch.library.opcheck(OPERATORS.group_norm_forward, grouped)
         _, table, signs = OPERATORS.group_norm_forward(*grouped)
         kept = signs if signs.numel() else z
-        given_ = (x, dy, table, weight, 1, *wanted, bias, name, 0.0, kept)
+        given_ = (x, dy, table, weight, bias, 1, *wanted, name, 0.0, kept)
         torch.library.opcheck(OPERATORS.group_norm_backward, given_)
 
 

@@ -1,4 +1,4 @@
-"""BatchNorm and Batch Renormalization on the road of op.py."""
+"""BatchNorm and Batch Renormalization for op.py."""
 
 from __future__ import annotations
 
@@ -9,20 +9,21 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..dispatch import KERNELS, TRITON
-from ..kernels.layouts import format_in_batch_norm, ordered
-from ..kernels.records import BatchNormOptions
+from ..kernels.layouts import format_in_batch_norm, ordered, ordered_like
+from ..kernels.records import BatchNormOptions, Buffers, Forward, Renorm
 from ..reference import batchnorm as reference
 from ..reference.batchrenorm import refuse_recomputation
 from . import op
 from .arguments import vectors_fit
-from .op import NO_KERNELS, Call, Norm
+from .op import NO_KERNELS, Call, Kernels, Norm
+from .operators import Layout, Packing, backward_operator, forward_operator
 from .torch_batch_norm import torch_batch_norm, verify_batch_size
 
 _FLOAT_OR_NONE = (float, type(None))
 
 
 def batch_norm(call: Call) -> Tensor:
-    """A call with BatchNormOptions, checked."""
+    """Checks the options of a call, BatchNormOptions, and runs it."""
     training, momentum, eps, _ = call.options
     if type(training) is not bool or type(momentum) not in _FLOAT_OR_NONE or type(eps) is not float:
         training, momentum, eps = _as_torch_takes_them(training, momentum, eps)
@@ -35,9 +36,9 @@ def batch_norm(call: Call) -> Tensor:
 
 
 def batch_renorm(call: Call) -> Tensor:
-    """A call whose options have a Renorm, with limits that grow with the number of batches so far, read on
-    the device. momentum None collects statistics: r = 1, d = 0, cumulative average, and then no channel is
-    skipped for not being finite: it would need a count of its own."""
+    """batch_norm with a Renorm among the options. momentum None collects statistics: r = 1, d = 0 and the
+    cumulative average, in which no channel is skipped for not being finite, because it would need a count of
+    its own."""
     training, momentum, eps, renorm = call.options
     if not renorm.r_max >= 1:
         raise ValueError(f"batch_renorm r_max must be at least 1, but got {renorm.r_max}")
@@ -55,7 +56,7 @@ def batch_renorm(call: Call) -> Tensor:
 
 
 def _as_torch_takes_them(training: Any, momentum: Any, eps: Any) -> tuple[bool, float | None, float]:
-    """Integers and 0-d tensors, which torch.nn.functional.batch_norm takes for floats, or its TypeError."""
+    """Floats of the integers and 0-d tensors that F.batch_norm accepts for floats, or its TypeError."""
     x = torch.ones(2, 1)
     F.batch_norm(x, x[0], x[1], None, None, training, 0.0 if momentum is None else momentum, eps)
     return training, None if momentum is None else float(momentum), float(eps)
@@ -89,27 +90,27 @@ def _ordered(x: Tensor) -> Tensor:
     return ordered(x, format_in_batch_norm)
 
 
-def _statistics(table: Tensor, options: BatchNormOptions) -> tuple[Any, Any]:
+def _statistics(stats: Tensor, options: BatchNormOptions) -> tuple[Any, Any]:
     """What the reference asks for: given mean and rstd, or None in training; r and d, or None."""
-    correction = (table[4], table[5]) if table.shape[0] == 6 else None
-    return None if options.training else (table[0], table[3]), correction
+    correction = (stats[4], stats[5]) if stats.shape[0] == 6 else None
+    return None if options.training else (stats[0], stats[3]), correction
 
 
 def _reference(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, table: Tensor, options: BatchNormOptions
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, stats: Tensor, options: BatchNormOptions
 ) -> Tensor:
-    return reference.normalized(x, weight, bias, options.eps, *_statistics(table, options))
+    return reference.normalized(x, weight, bias, options.eps, *_statistics(stats, options))
 
 
 def _reference_backward(
-    dy: Tensor, x: Tensor, weight: Tensor | None, table: Tensor, options: BatchNormOptions
+    dy: Tensor, x: Tensor, weight: Tensor | None, stats: Tensor, options: BatchNormOptions
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return reference.batch_norm_backward(dy, x, weight, options.eps, *_statistics(table, options))
+    return reference.batch_norm_backward(dy, x, weight, options.eps, *_statistics(stats, options))
 
 
 class BatchNorm(torch.autograd.Function):
-    """Saves the coefficient table, and nothing that a later step changes: the running buffers are not among
-    it, so a training step between an eval forward and its backward leaves the gradient alone."""
+    """Saves stats, but no running statistics: a training step between an eval forward and its backward does
+    not change the gradient."""
 
     forward = staticmethod(op.record)
 
@@ -120,14 +121,79 @@ class BatchNorm(torch.autograd.Function):
 
 _kernels = NO_KERNELS
 if TRITON:
-    from . import batch_norm_operators
+    from ..kernels import batch_norm as kernels
 
-    _kernels = batch_norm_operators.KERNELS
+    _layout = Layout(_ordered, lambda x: ordered_like(x, format_in_batch_norm))
+    _BUFFERS = "Tensor(a!)? running_mean, Tensor(b!)? running_var, Tensor(c!)? batches"
+    _OPTIONS = "bool cumulative, float momentum, float eps"
+
+    def _unpack(options: BatchNormOptions) -> tuple[Any, ...]:
+        return options.momentum is None, options.momentum or 0.0, options.eps
+
+    def _pack(
+        x: Tensor, cumulative: bool, momentum: float, eps: float, limits: Any = None, guarded: bool = True
+    ) -> BatchNormOptions:
+        renorm = None if limits is None else Renorm(*limits)._replace(guarded=guarded)
+        return BatchNormOptions(True, None if cumulative else momentum, eps, renorm)
+
+    def _renorm_forward(*given: Any) -> Forward:
+        refuse_recomputation()
+        return kernels.forward(*given)
+
+    _train = forward_operator(
+        "batch_norm_train",
+        kernels.forward,
+        _layout,
+        Packing(_OPTIONS, _pack, _unpack),
+        lambda x, options, keep: (4, x.shape[1]),
+        _BUFFERS,
+    )
+    _train_renorm = forward_operator(
+        "batch_renorm_train",
+        _renorm_forward,
+        _layout,
+        Packing(
+            f"{_OPTIONS}, float[] limits, bool guarded",
+            _pack,
+            lambda options: (*_unpack(options), list(options.renorm[:5]), options.renorm.guarded),
+        ),
+        lambda x, options, keep: (6, x.shape[1]),
+        _BUFFERS,
+    )
+    _eval = forward_operator(
+        "batch_norm_eval",
+        kernels.forward,
+        _layout,
+        Packing(
+            "float eps", lambda x, eps: BatchNormOptions(False, 0.0, eps), lambda options: (options.eps,)
+        ),
+        lambda x, options, keep: (4, x.shape[1]) if keep else (0,),
+        "Tensor running_mean, Tensor running_var",
+    )
+
+    def _operator(
+        x: Tensor, weight: Tensor | None, bias: Tensor | None, buffers: Buffers, options: BatchNormOptions,
+        *rest: Any,
+    ) -> Forward:  # fmt: skip
+        operator = _eval if not options.training else _train if options.renorm is None else _train_renorm
+        return operator(x, weight, bias, buffers, options, *rest)
+
+    _kernels = Kernels(
+        kernels.forward,
+        kernels.backward,
+        _operator,
+        backward_operator(
+            "batch_norm_backward",
+            kernels.backward,
+            _layout,
+            Packing("bool training", lambda x, t: BatchNormOptions(t, 0.0, 0.0), lambda o: (o.training,)),
+        ),
+    )
 
 
 def _written(call: Call, route: int) -> None:
-    """Whoever has saved the buffers for a backward is to know that the kernels have written to them.
-    Operators say so themselves."""
+    """Tells autograd that the kernels have written to the buffers, which others may have saved for a
+    backward. Operators do so themselves."""
     if route == KERNELS and call.options.training and not torch.is_inference_mode_enabled():
         torch._C._increment_version([t for t in call.buffers if t is not None])
 

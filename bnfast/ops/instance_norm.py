@@ -1,4 +1,4 @@
-"""InstanceNorm on the road of op.py: GroupNorm with as many groups as channels, and running statistics."""
+"""InstanceNorm for op.py: GroupNorm with as many groups as channels, and running statistics."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..dispatch import KERNELS, TORCH, path, refuse_dtensor
+from ..dispatch import KERNELS, TORCH, choose_route, refuse_dtensor
 from ..kernels.layouts import format_in_instance_norm, ordered
 from ..kernels.records import BatchNormOptions
 from ..reference.batchnorm import wide
@@ -26,12 +26,13 @@ from .arguments import (
 from .batch_norm import batch_norm
 from .op import Call, Norm
 
-# more than one value a channel and sample, or torch's ValueError
+# raises torch's ValueError if a channel of a sample has a single value
 verify_spatial_size: Callable[[torch.Size], None] = getattr(F, "_verify_spatial_size")  # noqa: B009
 
 
 class InstanceNormOptions(NamedTuple):
-    """groups: x's channels. use_input_stats: else the running statistics."""
+    """groups: the number of channels. use_input_stats: whether to use the input's statistics or the running
+    ones."""
 
     groups: int
     eps: float
@@ -40,14 +41,14 @@ class InstanceNormOptions(NamedTuple):
 
 
 def instance_norm(call: Call) -> Tensor:
-    """A call with InstanceNormOptions, checked."""
+    """Checks the options of a call, InstanceNormOptions, and runs it."""
     groups, eps, use_input_stats, momentum = call.options
     if type(momentum) is not float or type(eps) is not float or type(use_input_stats) is not bool:
         momentum, eps = _as_torch_takes_them(use_input_stats, momentum, eps)
         call = call._replace(options=InstanceNormOptions(groups, eps, use_input_stats, momentum))
     # torch's batch_norm refuses a negative eps, and its instance_norm does not
     if not use_input_stats and call.buffers[0] is not None and eps >= 0.0:
-        route = path(call.x)
+        route = choose_route(call.x)
         if route != TORCH and _fit(route, call):
             options = BatchNormOptions(False, momentum, eps)
             return batch_norm(call._replace(x=_ordered(call.x), options=options))
@@ -55,8 +56,7 @@ def instance_norm(call: Call) -> Tensor:
 
 
 def _as_torch_takes_them(use_input_stats: Any, momentum: Any, eps: Any) -> tuple[float, float]:
-    """Integers and 0-d tensors, which torch.nn.functional.instance_norm takes for floats, or its
-    TypeError."""
+    """Floats of the integers and 0-d tensors that F.instance_norm accepts for floats, or its TypeError."""
     x = torch.ones(1, 1, 2)
     F.instance_norm(x, x[0, :, 0], x[0, :, 1], None, None, use_input_stats, momentum, eps)
     return float(momentum), float(eps)
@@ -71,14 +71,16 @@ def _fit(route: int, call: Call) -> bool:
         return mean is variance
     if (mean.requires_grad or variance.requires_grad) and torch.is_grad_enabled():
         return False
-    if route == KERNELS and not torch.is_inference_mode_enabled():  # nothing updates inference tensors there
+    if (
+        route == KERNELS and not torch.is_inference_mode_enabled()
+    ):  # inference tensors can be updated in inference mode only
         return not (mean.is_inference() or variance.is_inference())
     return True
 
 
 def _supports(route: int, call: Call) -> bool:
     x = call.x
-    # one value a channel: torch's ValueError
+    # with one value a channel, torch raises its ValueError
     return call.options.use_input_stats and _fit(route, call) and x.numel() != x.size(0) * x.size(1)
 
 
@@ -94,9 +96,9 @@ def _update(call: Call, route: int) -> None:
 
 @torch.no_grad()
 def _track(x: Tensor, running_mean: Tensor, running_var: Tensor, momentum: float) -> None:
-    """One update. It reads x once more, in launches of torch's own: the kernels' table has a mean, but of the
-    variance only 1 / sqrt(variance + eps), which knows nothing of a variance far below eps. Half precision
-    is copied to fp32 for it, as torch would round the moments to x's type."""
+    """Updates the running statistics, in plain torch, which reads x once more: the kernels return 1 /
+    sqrt(variance + eps), from which a variance far below eps cannot be recovered. Half precision is copied to
+    fp32, since torch would round the moments to x's dtype."""
     variance, mean = torch.var_mean(wide(x), list(range(2, x.dim())), correction=1)
     for running, statistic in ((running_mean, mean.mean(0)), (running_var, variance.mean(0))):
         old = running.to(torch.promote_types(running.dtype, statistic.dtype))
@@ -104,7 +106,7 @@ def _track(x: Tensor, running_mean: Tensor, running_var: Tensor, momentum: float
 
 
 def _torch(call: Call) -> Tensor:
-    """torch's own instance_norm, with a result as the kernels' is."""
+    """F.instance_norm, with the dtype and memory format that the kernels' result has."""
     x, weight, bias, (mean, variance, _) = call.x, call.weight, call.bias, call.buffers
     _, eps, use_input_stats, momentum = call.options
     refuse_dtensor(x, mean, variance, weight, bias)
@@ -113,7 +115,7 @@ def _torch(call: Call) -> Tensor:
         given = (x.float(), mean, variance, as_float(weight), as_float(bias))
     if x.dim() > 3 and (wants_gradient(x, weight, bias) or seen_as_graph()):
         if use_input_stats:
-            verify_spatial_size(x.size())  # of x as it came
+            verify_spatial_size(x.size())
         y = F.instance_norm(flat(given[0]), *given[1:], *rest).view_as(x)
     else:
         y = F.instance_norm(*given, *rest)

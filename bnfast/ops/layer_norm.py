@@ -1,4 +1,4 @@
-"""LayerNorm on the road of op.py."""
+"""LayerNorm for op.py."""
 
 from __future__ import annotations
 
@@ -14,18 +14,19 @@ from ..kernels.records import LayerNormOptions
 from ..reference import layernorm as reference
 from . import op
 from .arguments import as_float, needs_float
-from .op import NO_KERNELS, Call, Norm
+from .op import NO_KERNELS, Call, Kernels, Norm
+from .operators import Layout, Packing, backward_operator, forward_operator
 
 _INTEGERS = (int, torch.SymInt)
 
 
 def layer_norm(call: Call) -> Tensor:
-    """A call with LayerNormOptions, checked."""
+    """Checks the options of a call, LayerNormOptions, and runs it."""
     shape, eps = call.options
     if type(shape) is not tuple or type(eps) is not float:
-        if type(eps) is not float:  # integers and 0-d tensors, which torch takes for floats, or its TypeError
+        if type(eps) is not float:  # F.layer_norm accepts integers and 0-d tensors, or raises its TypeError
             F.layer_norm(torch.ones(1, 1), (1,), None, None, eps)
-        if isinstance(shape, list):  # the caller's, who may change it before the backward
+        if isinstance(shape, list):  # the caller may change it before the backward
             shape = tuple(shape)
         call = call._replace(options=LayerNormOptions(shape, float(eps)))
     return op.run(call, NORM)
@@ -54,7 +55,7 @@ def _supports(route: int, call: Call) -> bool:
 
 
 def _torch(call: Call) -> Tensor:
-    """torch's own layer_norm, in fp32 where its result would have another dtype than the kernels' has."""
+    """F.layer_norm, in fp32 where its result would not have the dtype that the kernels' result has."""
     x, weight, bias, (shape, eps) = call.x, call.weight, call.bias, call.options
     refuse_dtensor(x, weight, bias)
     if not needs_float(x, weight, bias):
@@ -63,13 +64,13 @@ def _torch(call: Call) -> Tensor:
 
 
 def _reference(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, table: Tensor, options: LayerNormOptions
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, stats: Tensor, options: LayerNormOptions
 ) -> Tensor:
     return reference.layer_norm(x, weight, bias, len(options.shape), options.eps)
 
 
 def _reference_backward(
-    dy: Tensor, x: Tensor, weight: Tensor | None, table: Tensor, options: LayerNormOptions
+    dy: Tensor, x: Tensor, weight: Tensor | None, stats: Tensor, options: LayerNormOptions
 ) -> tuple[Tensor, Tensor, Tensor]:
     return reference.layer_norm_backward(dy, x, weight, len(options.shape), options.eps)
 
@@ -84,10 +85,47 @@ class LayerNorm(torch.autograd.Function):
         return op.gradients(ctx, grads[0], NORM)
 
 
+def _contiguous_like(x: Tensor) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _rows(x: Tensor, dims: int) -> int:
+    rows = 1
+    for size in x.shape[:-dims]:
+        rows = rows * size
+    return rows
+
+
 _kernels = NO_KERNELS
 if TRITON:
-    from . import layer_norm_operators
+    from ..kernels import layer_norm as kernels
 
-    _kernels = layer_norm_operators.KERNELS
+    _layout = Layout(
+        contiguous, _contiguous_like, _contiguous_like, lambda x, options: options.shape,
+        lambda epilogue: epilogue.activation.name != "none", masks=False,
+    )  # fmt: skip
+    _kernels = Kernels(
+        kernels.forward,
+        kernels.backward,
+        forward_operator(
+            "layer_norm",
+            kernels.forward,
+            _layout,
+            Packing(
+                "int dims, float eps",
+                lambda x, dims, eps: LayerNormOptions(x.shape[-dims:], eps),
+                lambda o: (len(o.shape), o.eps),
+            ),
+            lambda x, options, keep: (2, _rows(x, len(options.shape))) if keep else (0,),
+        ),
+        backward_operator(
+            "layer_norm_backward",
+            kernels.backward,
+            _layout,
+            Packing(
+                "int dims", lambda x, dims: LayerNormOptions(x.shape[-dims:], 0.0), lambda o: (len(o.shape),)
+            ),
+        ),
+    )
 
 NORM = Norm(_supports, contiguous, _torch, _kernels, _reference, _reference_backward, LayerNorm)

@@ -13,16 +13,15 @@ import bnfast
 from bnfast.checks import one_step
 from bnfast.checks.cases import Case, batch_renorm, group_norm, instance_norm, layer_norm
 from bnfast.kernels import (
-    cell_plan,
     column_sums,
-    gradients,
+    elementwise,
+    group_plan,
     launch,
-    one_read,
+    launch_plan,
+    one_pass,
     plan,
+    reduce,
     row_plan,
-    statistics,
-    steps,
-    transform,
 )
 from tests.gpu import parity
 from tests.support.buffers import bit_identical
@@ -84,18 +83,23 @@ def test_forgetting_everything_gives_the_same_bits(case: Case) -> None:
     """Nothing that is cached between calls, plans, counters or compiled kernels, has a say in the result."""
     tensors = parity.given(case)
     first = one_step.run(case, bnfast, tensors)
-    steps.forget_plans()
+    launch_plan.forget_plans()
     launch._workspaces.clear()
-    for planned in (plan.reduce_sweep, plan.map_sweep, cell_plan.cell_sweep, row_plan.column_sums):
+    for planned in (
+        plan.plan_reduction,
+        plan.plan_elementwise,
+        group_plan.plan_one_pass,
+        row_plan.column_sums,
+    ):
         planned.cache_clear()
     for kernel in (
-        one_read.group_norm_kernel,
-        one_read.group_norm_gradients_kernel,
+        one_pass.group_norm_kernel,
+        one_pass.group_norm_gradients_kernel,
         column_sums.column_sums_kernel,
-        statistics.statistics_kernel,
-        transform.transform_kernel,
-        gradients.gradient_sums_kernel,
-        gradients.gradient_transform_kernel,
+        reduce.statistics_kernel,
+        elementwise.transform_kernel,
+        reduce.gradient_sums_kernel,
+        elementwise.gradient_transform_kernel,
     ):
         kernel.device_caches.clear()
     for _ in range(2):  # the first compiles and binds, the second runs what was bound

@@ -14,7 +14,7 @@ from torch.profiler import ProfilerActivity, profile
 import bnfast
 from bnfast.checks import one_step
 from bnfast.checks.cases import Case, batch_renorm, group_norm, instance_norm
-from bnfast.kernels import steps
+from bnfast.kernels import launch_plan
 from bnfast.kernels.launch import Launch
 from tests.gpu import parity
 from tests.support.buffers import bit_identical
@@ -60,10 +60,10 @@ every_way = pytest.mark.parametrize(
 @pytest.fixture
 def nothing_known() -> Iterator[dict]:
     """The table of steps, emptied for the test."""
-    known = dict(steps._steps)
-    steps._steps.clear()
-    yield steps._steps
-    steps._steps.update(known)
+    known = dict(launch_plan._plans)
+    launch_plan._plans.clear()
+    yield launch_plan._plans
+    launch_plan._plans.update(known)
 
 
 def launches_of(known: Iterable[Any]) -> list[Launch]:

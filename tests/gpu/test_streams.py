@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import bnfast
 from bnfast.checks import one_step
 from bnfast.checks.cases import Case, Given, batch_renorm, group_norm, instance_norm
-from bnfast.kernels.steps import forget_plans
+from bnfast.kernels.launch_plan import forget_plans
 from tests.gpu import parity
 from tests.support.buffers import bit_identical
 from tests.support.families import layouts

@@ -15,7 +15,7 @@ from tests.support.buffers import bit_identical, nan_filled_allocations
 from tests.support.layers import every_path
 
 SHAPES = {
-    "planes": ((6, 13, 5, 5), torch.contiguous_format),
+    "nchw_packed": ((6, 13, 5, 5), torch.contiguous_format),
     "rows": ((6, 24, 3, 4), torch.channels_last),
     "odd rows": ((4, 13, 3, 3), torch.channels_last),
     "a run in pieces": ((2, 3, 70, 66), torch.contiguous_format),
@@ -125,7 +125,7 @@ def test_without_limits_it_is_batch_norm(path: str) -> None:
 
 @every_path
 def test_unclipped_training_equals_eval_before_the_update(path: str) -> None:
-    t = given(*SHAPES["planes"], torch.float64)
+    t = given(*SHAPES["nchw_packed"], torch.float64)
     arguments = (t["weight"], t["bias"])
     evaluated = batch_renorm(t["x"], t["running_mean"], t["running_var"], *arguments)
     trained = batch_renorm(

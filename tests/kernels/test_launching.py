@@ -12,7 +12,7 @@ from torch import Tensor
 
 import bnfast
 from bnfast.functional import batch_norm
-from bnfast.kernels import launch, steps
+from bnfast.kernels import launch, launch_plan
 from tests.support import kernel_calls
 from tests.support.buffers import bit_identical
 from tests.support.layers import data
@@ -29,9 +29,9 @@ def offset(t: Tensor, elements: int = 1) -> Tensor:
 @pytest.fixture
 def nothing_known() -> Iterator[dict]:
     """The table of steps, emptied for the test."""
-    steps.forget_plans()
-    yield steps._steps
-    steps.forget_plans()
+    launch_plan.forget_plans()
+    yield launch_plan._plans
+    launch_plan.forget_plans()
 
 
 def run(x: Tensor, dy: Tensor, vectors: list[Tensor], training: bool) -> list[Tensor]:
@@ -146,7 +146,7 @@ def train(seed: int, start: threading.Barrier | None = None) -> dict[str, Tensor
 def test_host_threads_at_once() -> None:
     """At the first call too, in which all of them plan."""
     expected = [train(seed) for seed in range(THREADS)]
-    steps.forget_plans()
+    launch_plan.forget_plans()
     start = threading.Barrier(THREADS)
     with ThreadPoolExecutor(THREADS) as pool:
         found = list(pool.map(lambda seed: train(seed, start), range(THREADS)))

@@ -147,5 +147,5 @@ def test_a_channel_is_split_over_programs(shape: tuple[int, ...]) -> None:
     n, c, s = shape[0], shape[1], shape[2] * shape[3]
     large = 64 if s > 1 else 2048
     for last in (True, False):
-        sweep = plan.reduce_sweep(Problem(n * large, c, s * 64, 2, last), 1)
+        sweep = plan.plan_reduction(Problem(n * large, c, s * 64, 2, last), 1)
         assert sweep.programs >= 0.75 * 132

@@ -7,8 +7,8 @@ import itertools
 import pytest
 
 from bnfast.activation import NAMES, Activation
-from bnfast.kernels.one_read import group_norm_gradients_kernel, group_norm_kernel
-from bnfast.kernels.records import CellTile
+from bnfast.kernels.one_pass import group_norm_gradients_kernel, group_norm_kernel
+from bnfast.kernels.records import OnePassTile
 from codegen.sass import bytes_in_flight_per_sm
 from tests.support.compiled import compiled
 from tests.support.kernel_cases import After, Shape, call, compiled_held
@@ -75,16 +75,20 @@ def test_relu_keeps_bytes_in_flight(kind: str, shape: Shape, after: After) -> No
     "kernel", [group_norm_kernel, group_norm_gradients_kernel], ids=["forward", "backward"]
 )
 def test_held_groups(kernel: object, name: str, residual: str) -> None:
-    """As many tiles as cell_plan.py lets a program hold of bf16, 16 warps."""
+    """As many tiles as group_plan.py lets a program hold of bf16, 16 warps."""
     if residual == "signs" and name != "relu":
         return
     forward = kernel is group_norm_kernel
-    tile = CellTile(vec=8, groups=1, channels=4, span=128, pieces=1, tiles=8 if forward else 4)
+    tile = OnePassTile(vec=8, groups=1, channels=4, span=128, pieces=1, tiles=8 if forward else 4)
     constexprs = {"T": tile, "ACT": Activation(name)}
     if not forward and (residual == "z" or name == "gelu"):
         return  # swept
-    absent = {"signs_ptr", "z_ptr"} - {f"{residual}_ptr"} - ({"z_ptr"} if forward and residual else set())
-    absent |= {"dz_ptr"} if not residual else set()
+    absent = (
+        {"relu_mask_ptr", "residual_ptr"}
+        - {f"{residual}_ptr"}
+        - ({"residual_ptr"} if forward and residual else set())
+    )
+    absent |= {"dresidual_ptr"} if not residual else set()
     report = compiled_held(kernel, constexprs, absent, "bf16", 16, 128)
     assert (report.spills, report.stack) == (0, 0)
 

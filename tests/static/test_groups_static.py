@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 
-from bnfast.kernels import cell_plan, one_read
+from bnfast.kernels import group_plan, one_pass
 from bnfast.kernels.epilogue import IDENTITY
 from tests.static.test_kernels_static import check_code, variants
 from tests.support.compiled import compiled
@@ -53,19 +53,19 @@ def test_other_targets(kind: str, shape: Shape, dtype: str, target: str) -> None
     assert compiled(call(kind, shape, dtype), target).spills == 0
 
 
-def held() -> list[tuple[cell_plan.CellSweep, int, str]]:
+def held() -> list[tuple[group_plan.OnePassPlan, int, str]]:
     """What of HELD a program holds, forward (1) and backward (2); the rest is swept twice."""
     cases = [(size, inputs, dtype) for size in HELD for inputs in (1, 2) for dtype in ("bf16", "fp32")]
-    sweeps = [(cell_plan.cell_sweep(*s, ITEMSIZES[d], True, i), i, d) for s, i, d in cases]
+    sweeps = [(group_plan.plan_one_pass(*s, ITEMSIZES[d], True, i), i, d) for s, i, d in cases]
     return [(sweep, inputs, dtype) for sweep, inputs, dtype in sweeps if sweep is not None]
 
 
 @pytest.mark.parametrize(("sweep", "inputs", "dtype"), held(), ids=str)
-def test_held_cells(sweep: cell_plan.CellSweep, inputs: int, dtype: str) -> None:
+def test_held_cells(sweep: group_plan.OnePassPlan, inputs: int, dtype: str) -> None:
     """All that a program holds is loaded before any of it is used, in whole vectors where sizes allow it."""
-    kernel = one_read.group_norm_kernel if inputs == 1 else one_read.group_norm_gradients_kernel
+    kernel = one_pass.group_norm_kernel if inputs == 1 else one_pass.group_norm_gradients_kernel
     constexprs = {"T": sweep.tile, "ACT": IDENTITY}
-    absent = {"z_ptr", "signs_ptr", "dz_ptr"} | ({"bias_ptr"} if inputs == 2 else set())
+    absent = {"residual_ptr", "relu_mask_ptr", "dresidual_ptr"} | ({"bias_ptr"} if inputs == 2 else set())
     report = compiled_held(kernel, constexprs, absent, dtype, sweep.warps, sweep.registers)
     assert report.spills == 0
     assert report.registers <= sweep.registers
@@ -78,5 +78,5 @@ def test_what_is_held() -> None:
     for positions in (64, 256, 1024, 4096):
         for kilobytes, inputs in ((64, 1), (32, 2)):
             group = kilobytes * 1024 // 2 // positions
-            assert cell_plan.cell_sweep(2, 4, group, positions, 2, True, inputs) is not None
-            assert cell_plan.cell_sweep(2, 4, 4 * group, positions, 2, True, inputs) is None
+            assert group_plan.plan_one_pass(2, 4, group, positions, 2, True, inputs) is not None
+            assert group_plan.plan_one_pass(2, 4, 4 * group, positions, 2, True, inputs) is None

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 import bnfast
-from bnfast.kernels import steps
+from bnfast.kernels import launch_plan
 from codegen import budgets
 from codegen.fake_driver import FakeDriver, host_microseconds
 from codegen.launches import as_on_a_gpu
@@ -95,6 +95,6 @@ def test_launch_binds_once() -> None:
     x = torch.randn(2, 4, 2, 2)
     for _ in range(2):
         kernels.batch_norm_train(x)
-    known = list(steps._steps.values())
+    known = list(launch_plan._plans.values())
     assert len(known) == 1
     assert all(step.first._bound and step.second._bound for step in known)

@@ -151,9 +151,12 @@ def epilogue(c: Call, report: Report) -> float:
     assert report.epilogue_instructions is not None
     assert report.repeated_instructions is not None
     view = c.sweep.view
-    held = {"planes": view.width // view.inner, "cycles": view.channels, "rows": view.lanes, "runs": 1}[
-        view.mode
-    ]
+    held = {
+        "nchw_packed": view.width // view.inner,
+        "nhwc_packed": view.channels,
+        "rows": view.lanes,
+        "nchw": 1,
+    }[view.mode]
     turns = plan.ceil_div(held, c.sweep.fold) if report.epilogue_loops else 1
     return report.epilogue_instructions + (turns - 1) * report.repeated_instructions
 

@@ -13,7 +13,7 @@ import torch
 import triton
 
 from benchmarks import machine
-from bnfast.kernels import steps
+from bnfast.kernels import launch_plan
 from bnfast.kernels.launch import Launch
 from codegen.fake_driver import FakeDriver, fake_driver
 from codegen.launches import as_on_a_gpu
@@ -38,7 +38,7 @@ def forward(columns: int = 2) -> None:
 
 
 def known() -> list[Launch]:
-    return [launch for step in steps._steps.values() for launch in (step.first, step.second)]
+    return [launch for step in launch_plan._plans.values() for launch in (step.first, step.second)]
 
 
 def launch_them_all() -> None:
@@ -151,7 +151,7 @@ def test_a_launch_keeps_its_code_loaded(driver: FakeDriver) -> None:
     gc.collect()
     assert len(kernels) == 2
     assert all(kernel() is not None for kernel in kernels)
-    steps.forget_plans()
+    launch_plan.forget_plans()
     gc.collect()
     assert not any(kernel() for kernel in kernels)
 

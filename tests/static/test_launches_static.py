@@ -68,11 +68,16 @@ def test_predictions() -> None:
 @pytest.fixture
 def worse(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A plan of kernels that keep a quarter of the loads under way, and of twice the programs that reduce."""
-    maps = plan.Program(plan.MAP.warps, plan.MAP.an_sm, plan.MAP.registers, plan.MAP.loads // 4)
+    maps = plan.Program(
+        plan.ELEMENTWISE.warps,
+        plan.ELEMENTWISE.per_sm,
+        plan.ELEMENTWISE.registers,
+        plan.ELEMENTWISE.loads // 4,
+    )
     reduce = plan.Program(8, 4, 128, 8)
     monkeypatch.setattr(plan, "MAPS", (maps, *plan.MAPS[1:]))
     monkeypatch.setattr(plan, "REDUCE", (reduce, *plan.REDUCE[1:]))
-    caches = (plan.map_sweep, plan.reduce_sweep)
+    caches = (plan.plan_elementwise, plan.plan_reduction)
     for cached in caches:
         cached.cache_clear()
     yield

@@ -7,7 +7,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from bnfast.kernels import gradients, one_read, plan, statistics, transform
+from bnfast.kernels import elementwise, one_pass, plan, reduce
 from bnfast.kernels.epilogue import Activation
 from bnfast.kernels.group_plan import swept
 from bnfast.kernels.normalizers.batch_norm import BATCH_NORM
@@ -19,14 +19,14 @@ from codegen.sass import Report, compile_kernel
 
 KINDS = ("statistics", "transform", "gradient_sums", "gradient_transform")
 KERNELS = {
-    "statistics": statistics.statistics_kernel,
-    "transform": transform.transform_kernel,
-    "gradient_sums": gradients.gradient_sums_kernel,
-    "gradient_transform": gradients.gradient_transform_kernel,
+    "statistics": reduce.statistics_kernel,
+    "transform": elementwise.transform_kernel,
+    "gradient_sums": reduce.gradient_sums_kernel,
+    "gradient_transform": elementwise.gradient_transform_kernel,
 }
 ITEMSIZES = {"fp16": 2, "bf16": 2, "fp32": 4, "fp64": 8}
 # pointers to x's type; the rest point to fp32 (fp64 for fp64), to counters, or are None
-DATA = {"x_ptr", "y_ptr", "dy_ptr", "dx_ptr", "z_ptr", "dz_ptr"}
+DATA = {"x_ptr", "y_ptr", "dy_ptr", "dx_ptr", "residual_ptr", "dresidual_ptr"}
 
 
 @dataclass(frozen=True)
@@ -47,11 +47,11 @@ class After:
         """Pointers that a kernel is not given. A backward keeps z or signs, a forward has z in any case."""
         gone = set()
         if kind == "transform":
-            gone |= {"z_ptr"} if not self.residual else set()
-            gone |= {"signs_ptr"} if self.residual != "signs" else set()
+            gone |= {"residual_ptr"} if not self.residual else set()
+            gone |= {"relu_mask_ptr"} if self.residual != "signs" else set()
         elif kind == "gradient_sums":
             gone |= {f"{name}_ptr" for name in ("z", "signs") if name != self.residual}
-            gone |= {"dz_ptr"} if not self.residual else set()
+            gone |= {"dresidual_ptr"} if not self.residual else set()
         if not within or self.name == "none":
             gone.add("bias_ptr")
         return gone
@@ -83,14 +83,14 @@ class Shape:
             return replace(BATCH_RENORM, guarded=True) if self.renorm else BATCH_NORM
         return CHANNELS if self.by_group(kind) or self.groups == self.c else GROUPS
 
-    def sweep(self, kind: str, dtype: str, after: After) -> plan.Sweep:
+    def sweep(self, kind: str, dtype: str, after: After) -> plan.PassPlan:
         if self.groups or after != After():
             reduces = kind in ("statistics", "gradient_sums")
             inputs = 2 if kind.startswith("gradient") else 1
             inputs += kind == "gradient_sums" and after.residual == "z"
             inputs += kind == "transform" and after.residual != ""
             name = "none" if kind == "statistics" else after.called(kind)
-            make = plan.reduce_sweep if reduces else plan.map_sweep
+            make = plan.plan_reduction if reduces else plan.plan_elementwise
             x = Problem(self.n, self.c, self.s, ITEMSIZES[dtype], self.channels_last)
             if not self.groups:
                 return make(x, inputs, activation=name)
@@ -138,7 +138,7 @@ def call(kind: str, shape: Shape, dtype: str, evaluating: bool = False, after: A
         constexprs |= {"NORM": shape.norm(kind)}
         absent = {"dx_ptr", "dweight_ptr", "dbias_ptr"} if within else {"weight_ptr", "sums_ptr"}
         if not within:
-            absent |= {"gradients_ptr" if evaluating else "dx_ptr"}
+            absent |= {"dx_coeffs_ptr" if evaluating else "dx_ptr"}
     else:
         constexprs |= {"NORM": shape.norm(kind)}
         absent = set() if within else {"weight_ptr"}
@@ -156,17 +156,17 @@ def call(kind: str, shape: Shape, dtype: str, evaluating: bool = False, after: A
             signature[name] = None
         elif name in DATA:
             signature[name] = f"*{dtype}"
-        elif name == "signs_ptr":
+        elif name == "relu_mask_ptr":
             signature[name] = "*u8"
-        elif name == "arrivals_ptr":
+        elif name == "semaphores_ptr":
             signature[name] = "*i32"
         elif name == "batches_ptr":
             signature[name] = "*i64"
         elif name.endswith("_ptr"):
             signature[name] = f"*{accumulator}"
         else:
-            signature[name] = "i32" if name in statistics.SIZES else "fp64"
-    anywhere = {*statistics.PARAMETERS}
+            signature[name] = "i32" if name in reduce.SIZES else "fp64"
+    anywhere = {*reduce.PARAMETERS}
     aligned = tuple(
         n for n, t in signature.items() if isinstance(t, str) and t.startswith("*") and n not in anywhere
     )
@@ -176,14 +176,14 @@ def call(kind: str, shape: Shape, dtype: str, evaluating: bool = False, after: A
 def compiled_held(
     kernel: Any, constexprs: dict[str, Any], absent: set[str], dtype: str, warps: int, registers: int
 ) -> Report:
-    """A kernel of one_read.py, which holds whole groups."""
-    kinds = {"signs_ptr": "*u8", "eps": "fp64", **dict.fromkeys(DATA, f"*{dtype}")}
+    """A kernel of one_pass.py, which holds whole groups."""
+    kinds = {"relu_mask_ptr": "*u8", "eps": "fp64", **dict.fromkeys(DATA, f"*{dtype}")}
     names = [name for name in kernel.arg_names if name not in constexprs]
     signature = {
         name: None if name in absent else kinds.get(name, "*fp32" if name.endswith("_ptr") else "i32")
         for name in names
     }
-    vectors = (n for n in names if n.endswith("_ptr") and n not in (*one_read.PARAMETERS, *absent))
+    vectors = (n for n in names if n.endswith("_ptr") and n not in (*one_pass.PARAMETERS, *absent))
     return compile_kernel(
         kernel, signature, constexprs, aligned=tuple(vectors), num_warps=warps, maxnreg=registers
     )

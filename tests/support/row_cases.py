@@ -26,9 +26,9 @@ def call(
     and beta, by default the accumulator's. wanted: whose gradients, gamma ("w"), beta ("b"). activation,
     z: what follows, in the forward and in the launch of a backward that is for it."""
     size, accumulator = sized(rows, width, dtype), "fp64" if dtype == "fp64" else "fp32"
-    absent: set[str] = set() if z else {"z_ptr"}
+    absent: set[str] = set() if z else {"residual_ptr"}
     flags: tuple[Any, ...] = ("w" in wanted, "b" in wanted)
-    sweep: row_plan.RowSweep | None
+    sweep: row_plan.RowPlan | None
     if kind == "forward":
         form, sweep = row_plan.forward(size)
         kernel = row_norm.row_norm_kernel if form == "held" else row_norm.long_row_norm_kernel
