@@ -18,7 +18,7 @@ from . import row_plan
 from .column_sums import column_sums_kernel
 from .elementwise import gradient_transform_kernel, transform_kernel
 from .epilogue import IDENTITY, NO_EPILOGUE, Activation, Epilogue
-from .group_plan import one_pass
+from .group_plan import OnePassPlan, one_pass
 from .launch import Launch, workspace
 from .launch_plan import LaunchPlan, Signature, address, device_and_stream, launch_plan
 from .layouts import dense, dense_like
@@ -35,25 +35,35 @@ _BACKWARD = (
 )  # fmt: skip
 
 
-def _normalizer(signature: Signature) -> Normalizer:
+# The policies for groups of one channel, and for others, by GroupNormOptions.kind. The one-pass kernels are
+# GroupNorm's alone.
+NORMALIZERS = {"group_norm": (CHANNELS, GROUPS)}
+
+
+def _normalizer(signature: Signature, kind: str) -> Normalizer:
     """The policy for kernels that reduce channel by channel."""
-    return CHANNELS if signature.groups == signature.x.c else GROUPS
+    return NORMALIZERS[kind][signature.groups != signature.x.c]
+
+
+def _one_pass(signature: Signature, kind: str, *how: Any) -> OnePassPlan | None:
+    return one_pass(signature.x, signature.groups, *how) if kind == "group_norm" else None
 
 
 def _forward(
-    signature: Signature, groups: int, activation: Activation, relu_mask: bool, residual: bool, *rest: Any
+    signature: Signature, groups: int, kind: str, activation: Activation, relu_mask: bool, residual: bool,
+    *rest: Any,
 ) -> LaunchPlan:  # fmt: skip
     signature.groups = groups
     act = {"ACT": activation}
-    plan = one_pass(signature.x, groups, 1, activation.name, "mask" if relu_mask else "")
+    plan = _one_pass(signature, kind, 1, activation.name, "mask" if relu_mask else "")
     if plan is not None:
         only = Launch(group_norm_kernel, plan, _FORWARD, act, signature.aligned)
         return LaunchPlan(only, only, signature.acc_like)
     transform = signature.elementwise(
-        transform_kernel, 1 + residual, _FORWARD, {"NORM": GROUPS, "CENTRED": True, **act}
+        transform_kernel, 1 + residual, _FORWARD, {"NORM": NORMALIZERS[kind][1], "CENTRED": True, **act}
     )  # fmt: skip
     by_group = not signature.x.channels_last
-    constants = {"NORM": CHANNELS if by_group else _normalizer(signature)}
+    constants = {"NORM": NORMALIZERS[kind][0] if by_group else _normalizer(signature, kind)}
     without = ("weight", "bias")
     return signature.reduction(
         statistics_kernel, 1, _FORWARD, constants, transform, by_group, without=without
@@ -67,7 +77,7 @@ def forward(
     """One launch and one read of x if a group fits in a program's registers, else two. There are no
     buffers."""
     index, stream = device_and_stream(x)
-    groups, eps = options.groups, options.eps
+    groups, eps, kind = options.groups, options.eps, options.kind
     residual, relu_mask = epilogue.in_forward(x)
     given = (x, weight, bias)
     addresses = [None if t is None else t.data_ptr() for t in given]
@@ -75,8 +85,8 @@ def forward(
     residual_at, relu_mask_at = address(residual), address(relu_mask)
     vectors = x.data_ptr() | (residual_at or 0)
     plan = launch_plan(
-        _forward, x, index, vectors, groups, epilogue.activation, relu_mask is not None, residual is not None,
-        *dtypes,
+        _forward, x, index, vectors, groups, kind, epilogue.activation, relu_mask is not None,
+        residual is not None, *dtypes,
     )  # fmt: skip
     y = torch.empty_like(x)
     all_groups = x.shape[0] * groups
@@ -109,8 +119,8 @@ class _Gradients:
 
 
 def _backward(
-    signature: Signature, groups: int, need_dx: bool, need_parameters: bool, activation: Activation,
-    has_residual: bool, relu_mask: bool, residual: bool, *rest: Any,
+    signature: Signature, groups: int, kind: str, need_dx: bool, need_parameters: bool,
+    activation: Activation, has_residual: bool, relu_mask: bool, residual: bool, *rest: Any,
 ) -> _Gradients:  # fmt: skip
     signature.groups = groups
     parameters, act = None, {"ACT": activation}
@@ -120,7 +130,7 @@ def _backward(
         parameters = Launch(column_sums_kernel, columns, _BACKWARD, {}, signature.aligned, rename=rename)
     without = [] if need_parameters else ["sums"]
     kept = "mask" if relu_mask else "residual" if residual else ""
-    held = one_pass(signature.x, groups, 2, activation.name, kept) if need_dx else None
+    held = _one_pass(signature, kind, 2, activation.name, kept) if need_dx else None
     if held is not None:
         only = Launch(
             group_norm_gradients_kernel, held, _BACKWARD, act, signature.aligned, without=without
@@ -128,11 +138,11 @@ def _backward(
         return _Gradients(only, parameters, None, True, signature.acc_like)
     transform = None
     if need_dx:
-        constants = {"NORM": _normalizer(signature), "ACT": IDENTITY if has_residual else activation}
+        constants = {"NORM": _normalizer(signature, kind), "ACT": IDENTITY if has_residual else activation}
         rename = {"dy": "dresidual"} if has_residual else {}
         transform = signature.elementwise(gradient_transform_kernel, 2, _BACKWARD, constants, rename=rename)
     without += ["dx", "dweight", "dbias"] + ([] if need_dx else ["dx_coeffs"])
-    constants = {"NORM": _normalizer(signature), **act}
+    constants = {"NORM": _normalizer(signature, kind), **act}
     plan = signature.reduction(gradient_sums_kernel, 2 + residual, _BACKWARD, constants, without=without)
     return _Gradients(
         plan.first, parameters, transform, False, signature.acc_like, plan.partials, plan.semaphores
@@ -145,7 +155,7 @@ def backward(
 ) -> Gradients:  # fmt: skip
     """bias is read only if there is an activation."""
     index, stream = device_and_stream(x)
-    groups, (need_dx, weight_dtype, bias_dtype) = options.groups, wanted
+    groups, kind, (need_dx, weight_dtype, bias_dtype) = options.groups, options.kind, wanted
     # hooks of saved tensors may return them in another memory order
     x, stats = dense(x), stats.contiguous()
     weight = None if weight is None else weight.contiguous()
@@ -165,8 +175,8 @@ def backward(
     dtypes = (dy.dtype, *(None if t is None else t.dtype for t in (weight, bias)), weight_dtype, bias_dtype)
     vectors = x.data_ptr() | dy.data_ptr() | stats.data_ptr() | (address(residual) or 0)
     plan = launch_plan(
-        _backward, x, index, vectors, groups, need_dx, dweight is not None, epilogue.activation, has_residual,
-        relu_mask is not None, residual is not None, dtypes,
+        _backward, x, index, vectors, groups, kind, need_dx, dweight is not None, epilogue.activation,
+        has_residual, relu_mask is not None, residual is not None, dtypes,
     )  # fmt: skip
     sums = None if plan.parameters is None else stats.new_empty((n, 2, c))
     partials = semaphores = dx_coeffs = None

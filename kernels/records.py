@@ -152,8 +152,11 @@ class BatchNormOptions(NamedTuple):
 
 
 class GroupNormOptions(NamedTuple):
+    """kind: which of group_norm.NORMALIZERS."""
+
     groups: int
     eps: float
+    kind: str = "group_norm"
 
 
 class LayerNormOptions(NamedTuple):

@@ -44,7 +44,9 @@ CASES = {
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 def test_opcheck_train(case: Any, cumulative: bool) -> None:
     batches = torch.tensor(3) if cumulative else None
-    torch.library.opcheck(OPERATORS.batch_norm_train, (*arguments(*case), batches, cumulative, 0.1, 1e-5, True))
+    torch.library.opcheck(
+        OPERATORS.batch_norm_train, (*arguments(*case), batches, cumulative, 0.1, 1e-5, True)
+    )
 
 
 @pytest.mark.parametrize("keep", [False, True], ids=["inference", "for backward"])
@@ -107,10 +109,12 @@ def test_opcheck_batch_renorm(momentum: float | None) -> None:
 def test_opcheck_group_norm(affine: bool, last: bool) -> None:
     case = cases.group_norm((2, 6, 3, 4), torch.float32, last, groups=3, affine=affine)
     g = cases.given(case, torch.device("cpu"))
-    torch.library.opcheck(OPERATORS.group_norm_forward, (g.x, g.weight, g.bias, 3, 1e-5, True))
-    _, table, _ = OPERATORS.group_norm_forward(g.x, g.weight, g.bias, 3, 1e-5, True)
+    torch.library.opcheck(OPERATORS.group_norm_forward, (g.x, g.weight, g.bias, 3, 1e-5, "group_norm", True))
+    _, table, _ = OPERATORS.group_norm_forward(g.x, g.weight, g.bias, 3, 1e-5, "group_norm", True)
     for wanted in ((True, torch.float32, torch.float32), (True, None, None), (False, None, torch.bfloat16)):
-        torch.library.opcheck(OPERATORS.group_norm_backward, (g.x, g.dy, table, g.weight, None, 3, *wanted))
+        torch.library.opcheck(
+            OPERATORS.group_norm_backward, (g.x, g.dy, table, g.weight, None, 3, "group_norm", *wanted)
+        )
 
 
 LAYER_NORMS = {
@@ -145,12 +149,14 @@ def test_opcheck_with_activations_and_residuals(shape: tuple[int, ...], layout: 
         torch.library.opcheck(OPERATORS.batch_norm_train, trained)
         _, table, signs = OPERATORS.batch_norm_train(*trained)
         kept = signs if signs.numel() else z
-        torch.library.opcheck(OPERATORS.batch_norm_backward, (x, dy, table, None, None, True, *wanted, name, 0.0, kept))
-        grouped = (x, weight, bias, 1, 1e-5, True, *after)
+        torch.library.opcheck(
+            OPERATORS.batch_norm_backward, (x, dy, table, None, None, True, *wanted, name, 0.0, kept)
+        )
+        grouped = (x, weight, bias, 1, 1e-5, "group_norm", True, *after)
         torch.library.opcheck(OPERATORS.group_norm_forward, grouped)
         _, table, signs = OPERATORS.group_norm_forward(*grouped)
         kept = signs if signs.numel() else z
-        given_ = (x, dy, table, weight, bias, 1, *wanted, name, 0.0, kept)
+        given_ = (x, dy, table, weight, bias, 1, "group_norm", *wanted, name, 0.0, kept)
         torch.library.opcheck(OPERATORS.group_norm_backward, given_)
 
 
