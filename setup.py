@@ -11,7 +11,7 @@ from setuptools import setup
 
 HERE = Path(__file__).resolve().parent
 PARTS = (
-    "checks", "functional", "fusing", "kernels", "kernels.normalizers", "modules", "ops", "reference",
+    "checks", "fusing", "kernels", "kernels.normalizers", "modules", "ops", "reference",
 )  # fmt: skip
 
 

@@ -23,7 +23,7 @@ Program = tuple[
 # Each is spill-free in the static tests' cases or shows itself slow here.
 CANDIDATES: dict[str, tuple[Program, ...]] = {
     "REDUCE": ((8, 2, 128, 8), (4, 4, 128, 8), (8, 3, 80, 4), (4, 6, 80, 4), (16, 1, 128, 8), (8, 4, 64, 4)),
-    "REDUCE_RUNS": ((8, 4, 64, 4), (4, 8, 64, 4), (8, 2, 128, 8), (16, 2, 64, 4)),
+    "REDUCE_NCHW": ((8, 4, 64, 4), (4, 8, 64, 4), (8, 2, 128, 8), (16, 2, 64, 4)),
     "MAPS": ((4, 7, 72, 4), (4, 8, 64, 4), (4, 6, 80, 4), (4, 4, 128, 8), (8, 4, 64, 4)),
 }
 EVERY = [(family, each) for family, several in CANDIDATES.items() for each in several]
@@ -42,12 +42,12 @@ CASES = [
 def planned_with(family: str, program: Program) -> Iterator[bool]:
     """Within, plans begin with this program; the smaller ones that small tensors get stay. Gives whether that
     is plan.py's own."""
-    from bnfast.kernels import plan, steps
+    from bnfast.kernels import launch_plan, plan
 
     def forget() -> None:
-        plan.reduce_sweep.cache_clear()
-        plan.map_sweep.cache_clear()
-        steps.forget_plans()
+        plan.plan_reduction.cache_clear()
+        plan.plan_elementwise.cache_clear()
+        launch_plan.forget_plans()
 
     chosen, planned = plan.Program(*program), getattr(plan, family)
     own: dict[str, Any] = {family: (chosen, *planned[1:])}

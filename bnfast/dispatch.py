@@ -62,11 +62,11 @@ def carries(kind: type) -> bool:
     )
 
 
-def ordinary(way: int, *tensors: torch.Tensor | None) -> list[Any] | None:
+def ordinary(route: int, *tensors: torch.Tensor | None) -> list[Any] | None:
     """Returns these tensors as ordinary ones. None if they are ordinary already, if the first would take the
     plain-torch path as an ordinary one too, and in torch.compile, which handles __torch_function__ itself.
-    way: what path() returned for the first as it is."""
-    if way == TORCH and type(tensors[0]) in PLAIN:
+    route: the route of the first as it is."""
+    if route == TORCH and type(tensors[0]) in PLAIN:
         return None
     subclasses = [t for t in tensors if t is not None and type(t) not in PLAIN]
     if not subclasses or torch.compiler.is_compiling() or not any(carries(type(t)) for t in subclasses):
@@ -75,7 +75,7 @@ def ordinary(way: int, *tensors: torch.Tensor | None) -> list[Any] | None:
         found: list[Any] = [
             t.as_subclass(torch.Tensor) if t is not None and carries(type(t)) else t for t in tensors
         ]
-        return None if path(found[0]) == TORCH else found
+        return None if choose_route(found[0]) == TORCH else found
 
 
 @functools.lru_cache
@@ -118,12 +118,12 @@ def reason_for_torch(x: torch.Tensor) -> str | None:
     )
 
 
-TORCH, OPERATORS, KERNELS = range(3)  # what path() returns
+TORCH, OPERATORS, KERNELS = range(3)  # the routes
 
 _suitable: dict[tuple[torch.dtype, torch.device, torch.layout], bool] = {}
 
 
-def path(x: torch.Tensor) -> int:
+def choose_route(x: torch.Tensor) -> int:
     """Returns what a call on x runs. TORCH: plain torch (exported and traced graphs must hold aten operators
     only). OPERATORS: the kernels as operators, because a dispatch mode or a subclass intercepts operators.
     KERNELS: the kernels themselves, which is 4 us faster.

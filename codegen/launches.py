@@ -16,25 +16,25 @@ from torch import Tensor, nn
 
 import bnfast
 from bnfast import dispatch
-from bnfast.kernels import launch, steps
+from bnfast.kernels import launch, launch_plan
 from codegen import SMS
 from codegen.cases import Case
 from codegen.fake_driver import fake_driver
 
 # The tensors whose bytes count. Parameters, running statistics and counters are few.
-DATA = {"x_ptr", "y_ptr", "z_ptr", "signs_ptr", "dy_ptr", "dx_ptr", "dz_ptr"}
+DATA = {"x_ptr", "y_ptr", "residual_ptr", "relu_mask_ptr", "dy_ptr", "dx_ptr", "dresidual_ptr"}
 HANDED = {"partials_ptr", "shares_ptr", "sums_ptr"}
 # These count where they have two values a cell or row, not as BatchNorm's, which have a few a channel.
-TABLES = {"table_ptr", "gradients_ptr"}
+TABLES = {"stats_ptr", "dx_coeffs_ptr"}
 # How often a launch moves one of them, where that is not once.
 TIMES = {
     ("statistics_kernel", "partials_ptr"): 2,  # out, and back to the last program
     ("gradient_sums_kernel", "partials_ptr"): 2,
     ("long_row_norm_kernel", "x_ptr"): 2,
     # counted once, for the launch beside them that reads it as well
-    ("gradient_transform_kernel", "table_ptr"): 0,
-    ("row_activation_kernel", "table_ptr"): 0,
-    ("wide_gradients_kernel", "table_ptr"): 0,
+    ("gradient_transform_kernel", "stats_ptr"): 0,
+    ("row_activation_kernel", "stats_ptr"): 0,
+    ("wide_gradients_kernel", "stats_ptr"): 0,
 }
 
 
@@ -61,12 +61,12 @@ class Launched:
 
     def _merged(self) -> int:
         """What the last program of a sample leaves of each channel, and reads again to merge the groups."""
-        group = self.arguments.get("group", 1)
+        group = self.arguments.get("group_size", 1)
         if group == 1 or "partials_ptr" not in self.arguments:
             return 0
         values = 3 if self.kernel == "statistics_kernel" else 2
         wide = self.arguments["partials_ptr"].itemsize
-        return 2 * values * wide * group * int(self.arguments["cells"])
+        return 2 * values * wide * group * int(self.arguments["groups"])
 
 
 @contextlib.contextmanager
@@ -79,11 +79,11 @@ def as_on_a_gpu(target: str = "sm_90") -> Iterator[Any]:
         mock.patch.object(launch, "is_capturing", bool),  # False
         contextlib.nullcontext() if launch.INTERPRET else fake_driver(target) as driver,
     ):
-        steps.forget_plans()
+        launch_plan.forget_plans()
         try:
             yield driver
         finally:
-            steps.forget_plans()
+            launch_plan.forget_plans()
 
 
 @contextlib.contextmanager

@@ -1,7 +1,8 @@
-"""Activations, each with its derivative: elementwise functions of v = a * (x - p) + b + z, in v's own type.
+"""Activations and their derivatives: elementwise functions of v = scale * (x - mean) + shift + residual, in
+v's type.
 
-ACT is an epilogue.Activation at compile time: one of its NAMES, with leaky_relu's slope or elu's alpha. At
-their corners, and at NaN, they do as torch does."""
+ACT is an epilogue.Activation, a compile-time constant. At corners and at NaN they return what torch
+returns."""
 
 from typing import Any, NamedTuple
 
@@ -10,16 +11,17 @@ import triton.language as tl
 
 
 class Affine(NamedTuple):
-    """What a normalizer does to x: a * (x - p) + b."""
+    """The coefficients of scale * (x - mean) + shift."""
 
-    p: Any
-    a: Any
-    b: Any
+    mean: Any
+    scale: Any
+    shift: Any
 
 
 @triton.jit
 def tanh(v):
-    """Near 0 a rational function (Cephes), which keeps the digits that 1 - 2 / (exp(2 v) + 1) loses there."""
+    """Near 0 this is a rational function (Cephes), which keeps the digits that 1 - 2 / (exp(2 v) + 1)
+    loses."""
     s = v * v
     above = (-0.964399179425052238628 * s - 99.2877231001918586564) * s - 1614.68768441708447952
     below = ((s + 112.811678491632931402) * s + 2235.48839060100448583) * s + 4844.06305325125486048
@@ -35,7 +37,7 @@ def sigmoid(v):
 
 @triton.jit
 def exp_minus_1(v):
-    """For v <= 0. Near 0 the series, which keeps the digits that exp(v) - 1 loses there."""
+    """For v <= 0. Near 0 this is a series, which keeps the digits that exp(v) - 1 loses."""
     TERMS: tl.constexpr = 15 if v.dtype == tl.float64 else 8  # the next is below half a unit of the first
     near = 1.0 + v * (1.0 / TERMS)
     for k in tl.static_range(TERMS - 1, 1, -1):
@@ -97,8 +99,8 @@ def activate(v, ACT: tl.constexpr):
 
 @triton.jit
 def times_slope(g, v, ACT: tl.constexpr):
-    """The gradient of `activate` at v, g of its result being given. Where the slope is 0 it is 0 whatever g
-    is, an infinity too, as in torch."""
+    """g times the slope of `activate` at v. Where the slope is 0 the result is 0 even if g is infinite, as in
+    torch."""
     if ACT.name == "relu":
         d = tl.where(v <= 0, 0.0, g)
     elif ACT.name == "relu6":
@@ -133,18 +135,18 @@ def times_slope(g, v, ACT: tl.constexpr):
 
 
 @triton.jit
-def before_activation(g, x, k, z_ptr, offs, mask, ACT: tl.constexpr, ACC: tl.constexpr):
-    """The gradient g of act(v) -> that of v = a * (x - p) + b + z, recomputed from x; k: an Affine. z_ptr: of
-    what offs count from, or None."""
-    v = k.a * (x.to(ACC) - k.p) + k.b
-    if z_ptr is not None:
-        v += tl.load(z_ptr + offs, mask=mask, other=0.0, eviction_policy="evict_first").to(ACC)
+def before_activation(g, x, affine, residual_ptr, offs, mask, ACT: tl.constexpr, ACC: tl.constexpr):
+    """g, the gradient of act(v) -> that of v, which is recomputed from x. affine: an Affine. residual_ptr:
+    the address that offs count from, or None."""
+    v = affine.scale * (x.to(ACC) - affine.mean) + affine.shift
+    if residual_ptr is not None:
+        v += tl.load(residual_ptr + offs, mask=mask, other=0.0, eviction_policy="evict_first").to(ACC)
     return times_slope(g.to(ACC), v, ACT)
 
 
 @triton.jit
 def pack(positive):
-    """[R, LANES] of truth -> [R, LANES // 8] bytes, the first element in the lowest bit."""
+    """[R, LANES] of booleans -> [R, LANES // 8] bytes, the first element in the lowest bit."""
     bits = tl.reshape(positive.to(tl.int32), (positive.shape[0], positive.shape[1] // 8, 8))
     return tl.sum(bits << tl.arange(0, 8)[None, None, :], 2).to(tl.uint8)
 

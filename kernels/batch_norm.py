@@ -1,9 +1,9 @@
-"""BatchNorm on dense tensors: allocate, pick the plan, launch. Knows sizes and pointers, nothing of
-autograd or modules.
+"""BatchNorm and Batch Renormalization on dense tensors: allocates, looks up the launch plan, launches. This
+module sees sizes and pointers; it knows nothing of autograd or of modules.
 
-x is contiguous, channels_last or channels_last_3d (see `dense`) and dy in the same order, fp16, bf16, fp32
-or fp64; parameters and running statistics are contiguous and of any floating dtype; everything is on one
-device. The caller has checked all that."""
+x is contiguous, channels_last or channels_last_3d (see layouts.dense), dy has the same memory order, and both
+are fp16, bf16, fp32 or fp64. Parameters and running statistics are contiguous and of any floating dtype. All
+tensors are on one device. The caller has checked all of this."""
 
 from __future__ import annotations
 
@@ -13,90 +13,99 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .elementwise import gradient_transform_kernel, transform_kernel
 from .epilogue import IDENTITY, NO_EPILOGUE, Activation, Epilogue
-from .gradients import gradient_sums_kernel, gradient_transform_kernel
 from .launch import workspace
+from .launch_plan import LaunchPlan, Signature, address, device_and_stream, launch_plan
 from .layouts import dense, dense_like
 from .normalizers.batch_norm import BATCH_NORM
 from .normalizers.batch_renorm import BATCH_RENORM
 from .normalizers.moments import MOMENTS
 from .records import BatchNormOptions, Buffers, Forward, Gradients, Wanted
-from .statistics import statistics_kernel
-from .steps import Sizes, Step, address, step_for, where
-from .transform import transform_kernel
+from .reduce import gradient_sums_kernel, statistics_kernel
 
 _NO_LIMITS = (0.0, 0.0, 0.0, 0.0, 0.0)
-# the tensors that launches pick from, by the names that kernels know them by
+# the names of the tensors that a call hands to its launches, which find theirs by the kernels' parameters
 _FORWARD = (
-    "x", "weight", "bias", "running_mean", "running_var", "batches", "y", "table", "partials", "arrivals",
-    "z", "signs", "none",
+    "x", "weight", "bias", "running_mean", "running_var", "batches", "y", "stats", "partials", "semaphores",
+    "residual", "relu_mask", "none",
 )  # fmt: skip
-_INFERENCE = ("x", "weight", "bias", "running_mean", "running_var", "y", "table", "z", "signs", "none")
+_INFERENCE = (
+    "x", "weight", "bias", "running_mean", "running_var", "y", "stats", "residual", "relu_mask", "none",
+)  # fmt: skip
 _BACKWARD = (
-    "x", "dy", "dx", "dweight", "dbias", "table", "z", "signs", "dz", "partials", "arrivals", "gradients",
-    "none",
+    "x", "dy", "dx", "dweight", "dbias", "stats", "residual", "relu_mask", "dresidual", "partials",
+    "semaphores", "dx_coeffs", "none",
 )  # fmt: skip
-_OF_CHANNELS = ("weight", "bias", "running_mean", "running_var")
+_PARAMETERS = ("weight", "bias", "running_mean", "running_var")
 
 
 def _train(
-    sizes: Sizes, cumulative: bool, renorm: bool, guarded: bool, activation: Activation, z: bool, *rest: Any,
-) -> Step:  # fmt: skip
+    signature: Signature, cumulative: bool, renorm: bool, guarded: bool, activation: Activation,
+    residual: bool, *rest: Any,
+) -> LaunchPlan:  # fmt: skip
     constants = {"NORM": BATCH_NORM, "CENTRED": True, "ACT": activation}
-    transform = sizes.mapping(transform_kernel, 1 + z, _FORWARD, constants, without=_OF_CHANNELS)
-    # read by the first, for the cumulative average and Batch Renorm's schedule, counted by the second
+    transform = signature.elementwise(
+        transform_kernel, 1 + residual, _FORWARD, constants, without=_PARAMETERS
+    )
+    # The first launch reads the counter, for the cumulative average and for Batch Renorm's schedule; the
+    # second increments it.
     without = () if cumulative or renorm else ("batches",)
     norm = replace(BATCH_RENORM if renorm else BATCH_NORM, cumulative=cumulative, guarded=guarded)
-    return sizes.reducing(statistics_kernel, 1, _FORWARD, {"NORM": norm}, transform, without=without)
+    return signature.reduction(statistics_kernel, 1, _FORWARD, {"NORM": norm}, transform, without=without)
 
 
-def _moments(sizes: Sizes) -> Step:
-    without = (*_OF_CHANNELS, "batches")
-    return sizes.reducing(statistics_kernel, 1, _FORWARD, {"NORM": MOMENTS}, without=without)
+def _moments(signature: Signature) -> LaunchPlan:
+    without = (*_PARAMETERS, "batches")
+    return signature.reduction(statistics_kernel, 1, _FORWARD, {"NORM": MOMENTS}, without=without)
 
 
-def _eval(sizes: Sizes, keep: bool, activation: Activation, z: bool, *rest: Any) -> Step:
+def _eval(signature: Signature, keep: bool, activation: Activation, residual: bool, *rest: Any) -> LaunchPlan:
     constants = {"NORM": None, "CENTRED": True, "ACT": activation}
-    without = () if keep else ("table",)
-    transform = sizes.mapping(transform_kernel, 1 + z, _INFERENCE, constants, without=without)
-    return Step(transform, transform, sizes.seed)
+    without = () if keep else ("stats",)
+    transform = signature.elementwise(transform_kernel, 1 + residual, _INFERENCE, constants, without=without)
+    return LaunchPlan(transform, transform, signature.acc_like)
 
 
-def _scale(sizes: Sizes, *dtypes: Any) -> Step:
+def _scale(signature: Signature, *dtypes: Any) -> LaunchPlan:
     constants = {"NORM": BATCH_NORM, "CENTRED": False, "ACT": IDENTITY}
-    transform = sizes.mapping(transform_kernel, 1, _BACKWARD, constants, rename={"x": "dy", "y": "dx"})
-    return Step(transform, transform, sizes.seed)
+    transform = signature.elementwise(
+        transform_kernel, 1, _BACKWARD, constants, rename={"x": "dy", "y": "dx"}
+    )
+    return LaunchPlan(transform, transform, signature.acc_like)
 
 
 def _gradients(
-    sizes: Sizes, training: bool, renorm: bool, need_dx: bool, activation: Activation, residual: bool,
-    z: bool, *rest: Any,
-) -> Step:  # fmt: skip
+    signature: Signature, training: bool, renorm: bool, need_dx: bool, activation: Activation,
+    has_residual: bool, residual: bool, *rest: Any,
+) -> LaunchPlan:  # fmt: skip
     transform = None
     if training and need_dx:
-        constants = {"NORM": BATCH_NORM, "ACT": IDENTITY if residual else activation}
-        rename = {"dy": "dz"} if residual else {}
-        transform = sizes.mapping(gradient_transform_kernel, 2, _BACKWARD, constants, rename=rename)
-    without = [] if training and need_dx else ["gradients"]
+        constants = {"NORM": BATCH_NORM, "ACT": IDENTITY if has_residual else activation}
+        rename = {"dy": "dresidual"} if has_residual else {}
+        transform = signature.elementwise(gradient_transform_kernel, 2, _BACKWARD, constants, rename=rename)
+    without = [] if training and need_dx else ["dx_coeffs"]
     if training:
         without.append("dx")
     constants = {"NORM": BATCH_RENORM if renorm else BATCH_NORM, "ACT": activation}
-    return sizes.reducing(gradient_sums_kernel, 2 + z, _BACKWARD, constants, transform, without=without)
+    return signature.reduction(
+        gradient_sums_kernel, 2 + residual, _BACKWARD, constants, transform, without=without
+    )
 
 
 def forward(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, buffers: Buffers, options: BatchNormOptions,
     epilogue: Epilogue = NO_EPILOGUE, keep: bool = True, private: bool = False,
 ) -> Forward:  # fmt: skip
-    """The table is [4, C], [6, C] for Batch Renormalization. In training two launches, which update the
-    running statistics and the batch counter in place; in eval one, and an empty table unless `keep`, for a
-    backward. private: see launch.workspace."""
+    """Training takes two launches, which update the running statistics and the batch counter in place. Eval
+    takes one. stats is [4, C], for Batch Renormalization [6, C], and in eval empty unless `keep`: whether a
+    backward will follow. private: see launch.workspace."""
     if not options.training:
         return _inference(x, weight, bias, buffers, options.eps, epilogue, keep)
-    index, stream = where(x)
+    index, stream = device_and_stream(x)
     running_mean, running_var, batches = buffers
     _, momentum, eps, renorm = options
-    # on the path of every call, so one by one: a comprehension costs a third of a microsecond
+    # Every call runs this, so one by one: a comprehension would cost a third of a microsecond.
     x_at = x.data_ptr()
     weight_at, weight_type = (None, None) if weight is None else (weight.data_ptr(), weight.dtype)
     bias_at, bias_type = (None, None) if bias is None else (bias.data_ptr(), bias.dtype)
@@ -108,103 +117,105 @@ def forward(
     limits, guarded = _NO_LIMITS, False
     if renorm is not None:
         limits, guarded = renorm[:5], renorm.guarded
-    z = mask = z_at = mask_at = None
+    residual = relu_mask = residual_at = mask_at = None
     vectors = x_at
     if epilogue is not NO_EPILOGUE:
-        z, mask = epilogue.in_forward(x)
-        z_at, mask_at = address(z), address(mask)
-        vectors |= z_at or 0
-    step = step_for(
+        residual, relu_mask = epilogue.in_forward(x)
+        residual_at, mask_at = address(residual), address(relu_mask)
+        vectors |= residual_at or 0
+    plan = launch_plan(
         _train, x, index, vectors, momentum is None, renorm is not None, guarded, epilogue.activation,
-        z is not None, mask is None, weight_type, bias_type, mean_type, var_type, batches is None,
+        residual is not None, relu_mask is None, weight_type, bias_type, mean_type, var_type, batches is None,
     )  # fmt: skip
     y = torch.empty_like(x)
     channels = x.shape[1]
     rows = 4 if renorm is None else 6
-    table = step.seed.new_empty_strided((rows, channels), (channels, 1))  # half of new_empty's host time
-    partials, counters = workspace(index, stream, step.seed, step.partials, step.counters, private)
+    stats = plan.acc_like.new_empty_strided((rows, channels), (channels, 1))  # half of new_empty's host time
+    partials, semaphores = workspace(index, stream, plan.acc_like, plan.partials, plan.semaphores, private)
     tensors = (
-        x, weight, bias, running_mean, running_var, batches, y, table, partials, counters, z, mask, None
+        x, weight, bias, running_mean, running_var, batches, y, stats, partials, semaphores, residual,
+        relu_mask, None,
     )  # fmt: skip
     addresses = (
         x_at, weight_at, bias_at, mean_at, var_at, batches_at,
-        y.data_ptr(), table.data_ptr(), partials.data_ptr(), counters.data_ptr(), z_at, mask_at, None,
+        y.data_ptr(), stats.data_ptr(), partials.data_ptr(), semaphores.data_ptr(), residual_at,
+        mask_at, None,
     )  # fmt: skip
-    step.first(stream, tensors, addresses, eps, 0.0 if momentum is None else momentum, *limits)
-    step.second(stream, tensors, addresses, eps)
-    return y, table, mask
+    plan.first(stream, tensors, addresses, eps, 0.0 if momentum is None else momentum, *limits)
+    plan.second(stream, tensors, addresses, eps)
+    return y, stats, relu_mask
 
 
 def _inference(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, buffers: Buffers, eps: float, epilogue: Epilogue,
     keep: bool,
 ) -> Forward:  # fmt: skip
-    index, stream = where(x)
-    z, mask = epilogue.in_forward(x)
+    index, stream = device_and_stream(x)
+    residual, relu_mask = epilogue.in_forward(x)
     given = (x, weight, bias, buffers[0], buffers[1])
     addresses = [address(t) for t in given]
     dtypes = [None if t is None else t.dtype for t in given]
-    vectors = x.data_ptr() | (address(z) or 0)
-    after = (epilogue.activation, z is not None, mask is None)
-    step = step_for(_eval, x, index, vectors, keep, *after, *dtypes)
+    vectors = x.data_ptr() | (address(residual) or 0)
+    kinds = (epilogue.activation, residual is not None, relu_mask is None)
+    plan = launch_plan(_eval, x, index, vectors, keep, *kinds, *dtypes)
     y = torch.empty_like(x)
-    table = step.seed.new_empty((4, x.shape[1]) if keep else 0)
-    tensors = (*given, y, table, z, mask, None)
-    addresses += (y.data_ptr(), table.data_ptr(), address(z), address(mask), None)
-    step.first(stream, tensors, addresses, eps)
-    return y, table, mask
+    stats = plan.acc_like.new_empty((4, x.shape[1]) if keep else 0)
+    tensors = (*given, y, stats, residual, relu_mask, None)
+    addresses += (y.data_ptr(), stats.data_ptr(), address(residual), address(relu_mask), None)
+    plan.first(stream, tensors, addresses, eps)
+    return y, stats, relu_mask
 
 
 def moments(x: Tensor, private: bool = False) -> Tensor:
-    """[3, C]: mean, M2 (the sum of squared deviations from it) and count of each channel. One launch."""
-    index, stream = where(x)
-    step = step_for(_moments, x, index, x.data_ptr())
-    table = step.seed.new_empty((3, x.shape[1]))
-    partials, counters = workspace(index, stream, step.seed, step.partials, step.counters, private)
+    """Mean, M2 (the sum of squared deviations from the mean) and count of each channel, [3, C]. One
+    launch."""
+    index, stream = device_and_stream(x)
+    plan = launch_plan(_moments, x, index, x.data_ptr())
+    stats = plan.acc_like.new_empty((3, x.shape[1]))
+    partials, semaphores = workspace(index, stream, plan.acc_like, plan.partials, plan.semaphores, private)
     none = (None,) * 6
-    tensors = (x, *none, table, partials, counters, None, None, None)
+    tensors = (x, *none, stats, partials, semaphores, None, None, None)
     addresses = [address(t) for t in tensors]
-    step.first(stream, tensors, addresses, 0.0, 0.0, *_NO_LIMITS)
-    return table
+    plan.first(stream, tensors, addresses, 0.0, 0.0, *_NO_LIMITS)
+    return stats
 
 
 def backward(
-    x: Tensor, dy: Tensor, table: Tensor, weight: Tensor | None, bias: Tensor | None,
+    x: Tensor, dy: Tensor, stats: Tensor, weight: Tensor | None, bias: Tensor | None,
     options: BatchNormOptions, wanted: Wanted, epilogue: Epilogue = NO_EPILOGUE, private: bool = False,
 ) -> Gradients:  # fmt: skip
-    """gamma and beta are in the table: weight and bias are not read.
-
-    Two launches in training, one where dx is not wanted; one in eval, which reads x only if a parameter
-    needs a gradient, or an activation its slope."""
-    index, stream = where(x)
+    """Training takes two launches, one if dx is not wanted. Eval takes one, which reads x only if a parameter
+    needs a gradient or an activation needs its slope. weight and bias are not read: stats contains gamma and
+    beta."""
+    index, stream = device_and_stream(x)
     training, (need_dx, weight_dtype, bias_dtype) = options.training, wanted
-    # saved tensors come back from their hooks in any shape of memory
-    x, table = dense(x), table.contiguous()
+    # hooks of saved tensors may return them in another memory order
+    x, stats = dense(x), stats.contiguous()
     dy = dense_like(dy, x)
     channels, dtypes = x.shape[1], (dy.dtype, weight_dtype, bias_dtype)
-    z, mask = epilogue.in_backward(x)
-    residual = z is not None or mask is not None
+    residual, relu_mask = epilogue.in_backward(x)
+    has_residual = residual is not None or relu_mask is not None
     dx = torch.empty_like(x) if need_dx else None
-    dz = torch.empty_like(x) if residual else None
-    dweight = None if weight_dtype is None else table.new_empty(channels, dtype=weight_dtype)
-    dbias = None if bias_dtype is None else table.new_empty(channels, dtype=bias_dtype)
-    given = (x, dy, dx, dweight, dbias, table, z, mask, dz)
+    dresidual = torch.empty_like(x) if has_residual else None
+    dweight = None if weight_dtype is None else stats.new_empty(channels, dtype=weight_dtype)
+    dbias = None if bias_dtype is None else stats.new_empty(channels, dtype=bias_dtype)
+    given = (x, dy, dx, dweight, dbias, stats, residual, relu_mask, dresidual)
     addresses = [None if t is None else t.data_ptr() for t in given]
-    vectors = x.data_ptr() | dy.data_ptr() | table.data_ptr() | (addresses[6] or 0)
+    vectors = x.data_ptr() | dy.data_ptr() | stats.data_ptr() | (addresses[6] or 0)
     if not training and dweight is None and dbias is None and epilogue is NO_EPILOGUE:
-        step = step_for(_scale, x, index, vectors, dtypes)
-        step.first(stream, (*given, None, None, None, None), (*addresses, None, None, None, None), 0.0)
+        plan = launch_plan(_scale, x, index, vectors, dtypes)
+        plan.first(stream, (*given, None, None, None, None), (*addresses, None, None, None, None), 0.0)
         return dx, None, None, None
-    renorm = table.shape[0] == 6
-    step = step_for(
-        _gradients, x, index, vectors, training, renorm, need_dx, epilogue.activation, residual,
-        z is not None, dtypes,
+    renorm = stats.shape[0] == 6
+    plan = launch_plan(
+        _gradients, x, index, vectors, training, renorm, need_dx, epilogue.activation, has_residual,
+        residual is not None, dtypes,
     )  # fmt: skip
-    gradients = table.new_empty_strided((3, channels), (channels, 1)) if training and need_dx else None
-    partials, counters = workspace(index, stream, step.seed, step.partials, step.counters, private)
-    tensors = (*given, partials, counters, gradients, None)
-    addresses += [None if t is None else t.data_ptr() for t in (partials, counters, gradients, None)]
-    step.first(stream, tensors, addresses, x.numel() / channels)
-    if gradients is not None:
-        step.second(stream, tensors, addresses)
-    return dx, dweight, dbias, dz
+    dx_coeffs = stats.new_empty_strided((3, channels), (channels, 1)) if training and need_dx else None
+    partials, semaphores = workspace(index, stream, plan.acc_like, plan.partials, plan.semaphores, private)
+    tensors = (*given, partials, semaphores, dx_coeffs, None)
+    addresses += [None if t is None else t.data_ptr() for t in (partials, semaphores, dx_coeffs, None)]
+    plan.first(stream, tensors, addresses, x.numel() / channels)
+    if dx_coeffs is not None:
+        plan.second(stream, tensors, addresses)
+    return dx, dweight, dbias, dresidual

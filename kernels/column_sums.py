@@ -1,5 +1,5 @@
-"""Merging what programs, or samples, have to say about each column: [rows, columns] -> [columns]. Always in
-the same order, so that the same input gives the same bits."""
+"""Sums the partial results of programs, or of samples, over rows: [rows, columns] -> [columns]. The order is
+fixed, so that the same input gives the same bits."""
 
 import triton
 import triton.language as tl
@@ -7,7 +7,7 @@ import triton.language as tl
 from .normalizers.common import store_as
 
 SIZES = ["rows", "columns", "blocks"]
-# of the caller or cut from one of his tensors: stored as well without alignment
+# the caller's tensors, which need no alignment
 RESULTS = ["first_ptr", "second_ptr"]
 
 
@@ -17,9 +17,8 @@ def column_sums_kernel(
     rows, columns, blocks,
     T: tl.constexpr,
 ):  # fmt: skip
-    """partials: [rows, 2, columns], whose halves are summed into first and second [columns], or [rows, 1,
-    columns] where only one of these is given. A program sums `lanes` columns of one half, `rows` rows a
-    step (see RowTile)."""
+    """partials: [rows, 2, columns], whose halves are summed to first and second, [columns] each; [rows, 1,
+    columns] if only one of these is given. A program sums `lanes` columns of one half, `rows` rows a step."""
     R: tl.constexpr = T.rows
     LANES: tl.constexpr = T.lanes
     HALVES: tl.constexpr = (first_ptr is not None) + (second_ptr is not None)

@@ -1,11 +1,12 @@
-"""The epilogue: what a layer does to what it has normalized, in the same kernels, act(normalized + residual).
+"""The epilogue act(normalized + residual), which runs in the kernels that normalize.
 
-One table has all that is known of an activation but for its kernels, which activations.py has."""
+One table describes the activations; activations.py has their device functions."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Hashable
+from functools import partial
 from numbers import Real
 from typing import Any, NamedTuple
 
@@ -16,47 +17,17 @@ from torch import Tensor, nn
 from .layouts import dense_like, is_channels_last
 from .views import packs
 
-PIECEWISE, SMOOTH = 1, 2  # what an activation costs in registers: see plan.py
+PIECEWISE, SMOOTH = 1, 2  # the cost of an activation in registers: see plan.py
 
 
 class Row(NamedTuple):
     """An activation of the table. slope: its derivative in plain torch, differentiable, with torch's choice
-    at corners. parameter: what it is if none is given; None: it takes none."""
+    at corners. parameter: its default; None: it has no parameter."""
 
     torch: Callable[..., Tensor]
     slope: Callable[..., Tensor]
     cost: int = SMOOTH
     parameter: float | None = None
-
-
-def _relu_slope(v: Tensor) -> Tensor:
-    return torch.where(v <= 0, 0.0, torch.ones_like(v))
-
-
-def _relu6_slope(v: Tensor) -> Tensor:
-    return torch.where((v <= 0) | (v >= 6), 0.0, torch.ones_like(v))
-
-
-def _leaky_relu_slope(v: Tensor, slope: float) -> Tensor:
-    return torch.where(v > 0, torch.ones_like(v), slope)
-
-
-def _elu_slope(v: Tensor, alpha: float) -> Tensor:
-    return torch.where(v <= 0, alpha * torch.exp(v.clamp(max=0)), 1.0)
-
-
-def _silu_slope(v: Tensor) -> Tensor:
-    s = torch.sigmoid(v)
-    return s * (1 + v * (1 - s))
-
-
-def _gelu_slope(v: Tensor) -> Tensor:
-    density = torch.exp(-0.5 * v * v) / math.sqrt(2 * math.pi)
-    return 0.5 * (1 + torch.erf(v * math.sqrt(0.5))) + v * density
-
-
-def _gelu_tanh(v: Tensor) -> Tensor:
-    return F.gelu(v, approximate="tanh")
 
 
 def _gelu_tanh_slope(v: Tensor) -> Tensor:
@@ -65,58 +36,53 @@ def _gelu_tanh_slope(v: Tensor) -> Tensor:
     return 0.5 * (1 + t) + 0.5 * v * (1 - t * t) * inner
 
 
-def _hardswish_slope(v: Tensor) -> Tensor:
-    return torch.where(v <= -3, 0.0, torch.where(v < 3, v / 3 + 0.5, 1.0))
-
-
-def _hardsigmoid_slope(v: Tensor) -> Tensor:
-    return torch.where((v > -3) & (v < 3), torch.ones_like(v) / 6, 0.0)
-
-
 def _mish_slope(v: Tensor) -> Tensor:
     t = torch.tanh(F.softplus(v))
     return t + v * torch.sigmoid(v) * (1 - t * t)
 
 
-def _sigmoid_slope(v: Tensor) -> Tensor:
-    s = torch.sigmoid(v)
-    return s * (1 - s)
+def _gelu_slope(v: Tensor) -> Tensor:
+    density = torch.exp(-0.5 * v * v) / math.sqrt(2 * math.pi)
+    return 0.5 * (1 + torch.erf(v * math.sqrt(0.5))) + v * density
 
 
-def _tanh_slope(v: Tensor) -> Tensor:
-    t = torch.tanh(v)
-    return 1 - t * t
+def _ones_where(condition: Tensor, v: Tensor, otherwise: float = 0.0) -> Tensor:
+    return torch.where(condition, torch.ones_like(v), otherwise)
 
 
 ACTIVATIONS = {
-    "relu": Row(F.relu, _relu_slope, PIECEWISE),
-    "relu6": Row(F.relu6, _relu6_slope, PIECEWISE),
-    "leaky_relu": Row(F.leaky_relu, _leaky_relu_slope, PIECEWISE, 0.01),  # torch.nn's default
-    "elu": Row(F.elu, _elu_slope, parameter=1.0),
-    "silu": Row(F.silu, _silu_slope),
+    "relu": Row(F.relu, lambda v: torch.where(v <= 0, 0.0, torch.ones_like(v)), PIECEWISE),
+    "relu6": Row(F.relu6, lambda v: torch.where((v <= 0) | (v >= 6), 0.0, torch.ones_like(v)), PIECEWISE),
+    "leaky_relu": Row(F.leaky_relu, lambda v, slope: _ones_where(v > 0, v, slope), PIECEWISE, 0.01),
+    "elu": Row(F.elu, lambda v, a: torch.where(v <= 0, a * torch.exp(v.clamp(max=0)), 1.0), parameter=1.0),
+    "silu": Row(F.silu, lambda v: torch.sigmoid(v) * (1 + v * (1 - torch.sigmoid(v)))),
     "gelu": Row(F.gelu, _gelu_slope),
-    "gelu_tanh": Row(_gelu_tanh, _gelu_tanh_slope),
-    "hardswish": Row(F.hardswish, _hardswish_slope, PIECEWISE),
-    "hardsigmoid": Row(F.hardsigmoid, _hardsigmoid_slope, PIECEWISE),
+    "gelu_tanh": Row(partial(F.gelu, approximate="tanh"), _gelu_tanh_slope),
+    "hardswish": Row(
+        F.hardswish,
+        lambda v: torch.where(v <= -3, 0.0, torch.where(v < 3, v / 3 + 0.5, 1.0)),
+        PIECEWISE,
+    ),
+    "hardsigmoid": Row(F.hardsigmoid, lambda v: _ones_where((v > -3) & (v < 3), v) / 6, PIECEWISE),
     "mish": Row(F.mish, _mish_slope),
-    "sigmoid": Row(F.sigmoid, _sigmoid_slope),
-    "tanh": Row(F.tanh, _tanh_slope),
+    "sigmoid": Row(F.sigmoid, lambda v: torch.sigmoid(v) * (1 - torch.sigmoid(v))),
+    "tanh": Row(F.tanh, lambda v: 1 - torch.tanh(v) ** 2),
 }
 NAMES = tuple(ACTIVATIONS)
 PARAMETERS = {name: row.parameter for name, row in ACTIVATIONS.items() if row.parameter is not None}
 _SPELLINGS = {name.replace("_", ""): name for name in NAMES} | {"swish": "silu"}
-# Kernels compute in fp32, so there it must be a number too. Either sign is right: forward and backward find
-# from x, not from the output, which side of 0 an element is on.
+# Kernels compute in fp32, where a parameter must be finite too. Any sign is allowed: forward and backward
+# decide from x, not from the output, on which side of 0 an element is.
 _LARGEST = torch.finfo(torch.float32).max
 _RANGE = "between -3.4e38 and 3.4e38"
 
 
 class Activation(NamedTuple):
-    """An activation that the kernels apply: what a layer holds as `activation`.
+    """An activation that the kernels apply; the type of a layer's attribute `activation`.
 
     The names are relu, relu6, leaky_relu, elu, silu, gelu, gelu_tanh, hardswish, hardsigmoid, mish, sigmoid
-    and tanh. `Activation.of(value)` makes one of all that an `activation=` argument takes, and raises
-    ValueError for anything else.
+    and tanh. `Activation.of(value)` makes one of anything that an `activation=` argument accepts, and raises
+    ValueError for other values.
 
     Args:
         name (str): One of bnfast.activation.NAMES.
@@ -138,8 +104,8 @@ class Activation(NamedTuple):
 
     @classmethod
     def of(cls, value: Any) -> Activation | None:
-        """What an `activation=` argument means: None; a name, in torch.nn's spelling too; a name with a
-        number, as in ("leaky_relu", 0.2); torch's module, class or function of the activation. Raises
+        """The activation that an `activation=` argument means: None; a name, in torch.nn's spelling too; a
+        name with a number, such as ("leaky_relu", 0.2); torch's module, class or function. Raises
         ValueError for anything else."""
         if value is None:
             return None
@@ -173,25 +139,25 @@ class Activation(NamedTuple):
         return ACTIVATIONS[self.name].torch(x, *rest)
 
     def slope(self, v: Tensor) -> Tensor:
-        """Its derivative at v, likewise."""
+        """The derivative at v, in plain torch."""
         rest = (self.parameter,) if self.name in PARAMETERS else ()
         return ACTIVATIONS[self.name].slope(v, *rest)
 
 
-IDENTITY = Activation("none")  # to kernels and plans
+IDENTITY = Activation("none")  # only kernels and plans see it
 
 
 class Epilogue(NamedTuple):
-    """The epilogue of a call. mask: whether relu's backward may have a bit for each element, 1 where it lets
-    it through, in place of the residual. To a backward, residual is what the forward kept: the residual or
-    these bits."""
+    """The epilogue of a call. mask: whether relu's backward may use a mask of one bit an element, 1 where
+    relu lets it through, in place of the residual. In a backward, residual is what the forward has kept:
+    the residual or this mask."""
 
     activation: Activation = IDENTITY
     residual: Tensor | None = None
     mask: bool = False
 
     def in_forward(self, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """(the residual in x's order, room for the mask where there is to be one)."""
+        """(the residual in x's memory order, an empty tensor for the mask if there will be one)."""
         if self.residual is None:
             return None, None
         s = x.numel() // max(1, x.shape[0] * x.shape[1])
@@ -201,7 +167,7 @@ class Epilogue(NamedTuple):
         return dense_like(self.residual, x), mask
 
     def in_backward(self, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """(the residual in x's order, None) or (None, the mask)."""
+        """(the residual in x's memory order, None) or (None, the mask)."""
         kept = self.residual
         if kept is None:
             return None, None
@@ -212,8 +178,8 @@ NO_EPILOGUE = Epilogue()
 
 
 class EpiloguePlan(NamedTuple):
-    """What an epilogue adds to a plan of a training step. mask: the backward has one in place of the
-    residual."""
+    """The epilogue as the plan of a training step sees it. mask: whether the backward uses relu's mask in
+    place of the residual."""
 
     activation: str = "none"
     residual: bool = False
@@ -221,29 +187,30 @@ class EpiloguePlan(NamedTuple):
 
     @classmethod
     def of(cls, activation: str, residual: bool, c: int, s: int, memory: tuple[int, bool]) -> EpiloguePlan:
-        """With a mask, where relu's backward has one. activation: its name, or "none"; memory: itemsize and
+        """With a mask if relu's backward uses one. activation: its name, or "none". memory: itemsize and
         channels_last, as in plan.batch_norm."""
         return cls(activation, residual, residual and activation == "relu" and packs(c, s, *memory))
 
     @property
     def kept(self) -> str:
-        """What the backward reads of the residual: "residual", "mask" or, as without an activation, "" (the
-        residual's gradient is dy)."""
+        """What the backward reads for the residual: "residual", "mask" or, without an activation, "", since
+        the residual's gradient is dy."""
         if not self.residual or self.activation == "none":
             return ""
         return "mask" if self.mask else "residual"
 
     @property
     def activation_of_dx(self) -> str:
-        """Whose slope the last pass of a backward takes: with a residual it reads dz, which has it."""
+        """The activation whose slope the last pass of a backward computes. With a residual it reads
+        dresidual, which contains the slope."""
         return "none" if self.kept else self.activation
 
     def forward_bytes(self, elements: int, itemsize: int) -> int:
-        """The residual read, and the mask written."""
+        """The residual is read and the mask written."""
         return self.residual * elements * itemsize + self._mask_bytes(elements)
 
     def backward_bytes(self, elements: int, itemsize: int) -> int:
-        """The residual or the mask read, and dz written; dz is then read in dy's place."""
+        """The residual or the mask is read and dresidual written, which is then read in place of dy."""
         each = elements * itemsize
         return {"": 0, "residual": 2 * each, "mask": each}[self.kept] + self._mask_bytes(elements)
 
@@ -253,7 +220,7 @@ class EpiloguePlan(NamedTuple):
 
 NO_EPILOGUE_PLAN = EpiloguePlan()
 
-# what `activation=` takes
+# the type of an argument `activation=`
 ActivationLike = (
     str | tuple[str, float] | nn.Module | type[nn.Module] | Callable[..., Tensor] | Activation | None
 )
@@ -265,8 +232,8 @@ def _with_parameter(name: str, value: Any) -> Activation | None:
 
 
 class Form:
-    """What an activation of torch's is set by, a module's attributes and a function's arguments after its
-    input, with their defaults; and what that makes, None being none of NAMES."""
+    """A kind of activation in torch. parameters: a module's attributes, and a function's arguments after its
+    input, with their defaults. make: the Activation that these mean, or None."""
 
     def __init__(self, make: Callable[..., Activation | None], **parameters: Any) -> None:
         self.make, self.parameters = make, parameters
@@ -302,7 +269,7 @@ MODULES: dict[type, Form] = {
     nn.Sigmoid: _SIGMOID,
     nn.Tanh: _TANH,
 }
-# and methods of Tensor, by name
+# strings are names of Tensor's methods
 FUNCTIONS: dict[Any, Form] = {
     **dict.fromkeys((F.relu, F.relu_, torch.relu, torch.relu_, "relu", "relu_"), _RELU),
     **dict.fromkeys((F.sigmoid, torch.sigmoid, torch.sigmoid_, "sigmoid", "sigmoid_"), _SIGMOID),
@@ -320,18 +287,18 @@ FUNCTIONS: dict[Any, Form] = {
 
 
 def of_module(module: object) -> Activation | None:
-    """The activation that calling a module is, as its attributes stand now; None for all other modules,
-    subclasses of torch.nn's included."""
+    """The activation that a module computes with its present attributes; None for other modules, among them
+    subclasses of torch.nn's."""
     form = MODULES.get(type(module))
     if form is None:
         return None
-    if form.fixed is not None:  # with every call of a fused block
+    if form.fixed is not None:  # every call of a fused block asks
         return form.fixed
     return form.make(*[getattr(module, name) for name in form.parameters])
 
 
 def _of_torch(value: Any) -> Activation | None:
-    """What a module, class or function of torch is; None where it is, or does, anything else."""
+    """The activation of torch's module, class or function; None if it is, or does, anything else."""
     if isinstance(value, nn.Module):
         held = value.__dict__
         hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")

@@ -1,9 +1,10 @@
-"""GroupNorm on dense tensors, and InstanceNorm, which is as many groups as channels.
+"""GroupNorm on dense tensors, and InstanceNorm, which is GroupNorm with as many groups as channels.
 
-Contiguous cells that a program can hold are read once (one_read.py). Others are swept twice: contiguous ones
-as runs of memory, channels_last ones channel by channel, merged by the last of a sample's programs.
+A contiguous group that fits in a program's registers is read once (one_pass.py). Other groups are read twice:
+contiguous ones as runs of memory; channels_last ones channel by channel, and the last program of a sample
+merges the channels of each group.
 
-x as in batch_norm.py. A table is [2, N * groups] mean and rstd, in fp32 (fp64 for fp64)."""
+x is as in batch_norm.py. stats is [2, N * groups], mean and rstd, in fp32 (fp64 for fp64 input)."""
 
 from __future__ import annotations
 
@@ -14,140 +15,149 @@ import torch
 from torch import Tensor
 
 from . import row_plan
-from .cell_plan import CellSweep
 from .column_sums import column_sums_kernel
+from .elementwise import gradient_transform_kernel, transform_kernel
 from .epilogue import IDENTITY, NO_EPILOGUE, Activation, Epilogue
-from .gradients import gradient_sums_kernel, gradient_transform_kernel
-from .group_plan import held
+from .group_plan import OnePassPlan, one_pass
 from .launch import Launch, workspace
+from .launch_plan import LaunchPlan, Signature, address, device_and_stream, launch_plan
 from .layouts import dense, dense_like
 from .normalizers.common import Normalizer
 from .normalizers.group_norm import CHANNELS, GROUPS
-from .one_read import group_norm_gradients_kernel, group_norm_kernel
+from .one_pass import group_norm_gradients_kernel, group_norm_kernel
 from .records import Buffers, Forward, Gradients, GroupNormOptions, Wanted
-from .statistics import statistics_kernel
-from .steps import Sizes, Step, address, step_for, where
-from .transform import transform_kernel
+from .reduce import gradient_sums_kernel, statistics_kernel
 
-_FORWARD = ("x", "weight", "bias", "y", "table", "z", "signs", "partials", "arrivals", "none")
+_FORWARD = ("x", "weight", "bias", "y", "stats", "residual", "relu_mask", "partials", "semaphores", "none")
 _BACKWARD = (
-    "x", "dy", "dx", "weight", "table", "dweight", "dbias", "bias", "z", "signs", "dz", "sums", "partials",
-    "arrivals", "gradients", "none",
+    "x", "dy", "dx", "weight", "stats", "dweight", "dbias", "bias", "residual", "relu_mask", "dresidual",
+    "sums", "partials", "semaphores", "dx_coeffs", "none",
 )  # fmt: skip
 
 
-def _merged(sizes: Sizes) -> Normalizer:
-    """How cells are merged, where the kernel sees channels."""
-    return CHANNELS if sizes.groups == sizes.x.c else GROUPS
+# The policies for groups of one channel, and for others, by GroupNormOptions.kind. The one-pass kernels are
+# GroupNorm's alone.
+NORMALIZERS = {"group_norm": (CHANNELS, GROUPS)}
 
 
-def _held(sizes: Sizes, groups: int, inputs: int, activation: str, kept: str) -> CellSweep | None:
-    return held(sizes.x, groups, inputs, activation, kept)
+def _normalizer(signature: Signature, kind: str) -> Normalizer:
+    """The policy for kernels that reduce channel by channel."""
+    return NORMALIZERS[kind][signature.groups != signature.x.c]
 
 
-def _forward(sizes: Sizes, groups: int, activation: Activation, signs: bool, z: bool, *rest: Any) -> Step:
-    sizes.groups = groups
+def _one_pass(signature: Signature, kind: str, *how: Any) -> OnePassPlan | None:
+    return one_pass(signature.x, signature.groups, *how) if kind == "group_norm" else None
+
+
+def _forward(
+    signature: Signature, groups: int, kind: str, activation: Activation, relu_mask: bool, residual: bool,
+    *rest: Any,
+) -> LaunchPlan:  # fmt: skip
+    signature.groups = groups
     act = {"ACT": activation}
-    cells = _held(sizes, groups, 1, activation.name, "mask" if signs else "")
-    if cells is not None:
-        only = Launch(group_norm_kernel, cells, _FORWARD, act, sizes.aligned)
-        return Step(only, only, sizes.seed)
-    transform = sizes.mapping(
-        transform_kernel, 1 + z, _FORWARD, {"NORM": GROUPS, "CENTRED": True, **act}
+    plan = _one_pass(signature, kind, 1, activation.name, "mask" if relu_mask else "")
+    if plan is not None:
+        only = Launch(group_norm_kernel, plan, _FORWARD, act, signature.aligned)
+        return LaunchPlan(only, only, signature.acc_like)
+    transform = signature.elementwise(
+        transform_kernel, 1 + residual, _FORWARD, {"NORM": NORMALIZERS[kind][1], "CENTRED": True, **act}
     )  # fmt: skip
-    by_group = not sizes.x.channels_last
-    constants = {"NORM": CHANNELS if by_group else _merged(sizes)}
+    by_group = not signature.x.channels_last
+    constants = {"NORM": NORMALIZERS[kind][0] if by_group else _normalizer(signature, kind)}
     without = ("weight", "bias")
-    return sizes.reducing(statistics_kernel, 1, _FORWARD, constants, transform, by_group, without=without)
+    return signature.reduction(
+        statistics_kernel, 1, _FORWARD, constants, transform, by_group, without=without
+    )
 
 
 def forward(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, buffers: Buffers, options: GroupNormOptions,
     epilogue: Epilogue = NO_EPILOGUE, keep: bool = True, private: bool = False,
 ) -> Forward:  # fmt: skip
-    """The table, which comes by the way, is [2, N * groups]. There are no buffers. One launch and one read of
-    x where a cell fits a program, else two."""
-    index, stream = where(x)
-    groups, eps = options.groups, options.eps
-    z, signs = epilogue.in_forward(x)
+    """One launch and one read of x if a group fits in a program's registers, else two. There are no
+    buffers."""
+    index, stream = device_and_stream(x)
+    groups, eps, kind = options.groups, options.eps, options.kind
+    residual, relu_mask = epilogue.in_forward(x)
     given = (x, weight, bias)
     addresses = [None if t is None else t.data_ptr() for t in given]
     dtypes = [None if t is None else t.dtype for t in given]
-    z_at, signs_at = address(z), address(signs)
-    vectors = x.data_ptr() | (z_at or 0)
-    step = step_for(
-        _forward, x, index, vectors, groups, epilogue.activation, signs is not None, z is not None, *dtypes
+    residual_at, relu_mask_at = address(residual), address(relu_mask)
+    vectors = x.data_ptr() | (residual_at or 0)
+    plan = launch_plan(
+        _forward, x, index, vectors, groups, kind, epilogue.activation, relu_mask is not None,
+        residual is not None, *dtypes,
     )  # fmt: skip
     y = torch.empty_like(x)
-    cells = x.shape[0] * groups
-    table = step.seed.new_empty_strided((2, cells), (cells, 1))
-    made = (*given, y, table, z, signs)
-    addresses += (y.data_ptr(), table.data_ptr(), z_at, signs_at)
-    if step.second is step.first:
-        step.first(stream, made, addresses, eps)
-        return y, table, signs
-    partials, counters = workspace(index, stream, step.seed, step.partials, step.counters, private)
-    tensors = (*made, partials, counters, None)
-    addresses += (partials.data_ptr(), counters.data_ptr(), None)
-    step.first(stream, tensors, addresses, eps, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
-    step.second(stream, tensors, addresses, eps)
-    return y, table, signs
+    all_groups = x.shape[0] * groups
+    stats = plan.acc_like.new_empty_strided((2, all_groups), (all_groups, 1))
+    made = (*given, y, stats, residual, relu_mask)
+    addresses += (y.data_ptr(), stats.data_ptr(), residual_at, relu_mask_at)
+    if plan.second is plan.first:
+        plan.first(stream, made, addresses, eps)
+        return y, stats, relu_mask
+    partials, semaphores = workspace(index, stream, plan.acc_like, plan.partials, plan.semaphores, private)
+    tensors = (*made, partials, semaphores, None)
+    addresses += (partials.data_ptr(), semaphores.data_ptr(), None)
+    plan.first(stream, tensors, addresses, eps, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
+    plan.second(stream, tensors, addresses, eps)
+    return y, stats, relu_mask
 
 
 @dataclass(frozen=True)
 class _Gradients:
-    """Up to three launches: the sums (or, `held`, all of dx), those of parameters over samples, and dx."""
+    """Up to three launches: the gradient sums (with one_pass, all of dx), the parameters' sums over samples,
+    and dx."""
 
     sums: Launch
     parameters: Launch | None
     transform: Launch | None
-    held: bool
-    seed: Tensor
+    one_pass: bool
+    acc_like: Tensor
     partials: int = 0
-    counters: int = 0
+    semaphores: int = 0
 
 
 def _backward(
-    sizes: Sizes, groups: int, need_dx: bool, need_parameters: bool, activation: Activation,
-    residual: bool, signs: bool, z: bool, *rest: Any,
+    signature: Signature, groups: int, kind: str, need_dx: bool, need_parameters: bool,
+    activation: Activation, has_residual: bool, relu_mask: bool, residual: bool, *rest: Any,
 ) -> _Gradients:  # fmt: skip
-    sizes.groups = groups
+    signature.groups = groups
     parameters, act = None, {"ACT": activation}
     if need_parameters:
-        columns, rename = (
-            row_plan.column_sums(sizes.x.n, sizes.x.c, 2),
-            {"first": "dweight", "second": "dbias"},
-        )
-        rename["partials"] = "sums"
-        parameters = Launch(column_sums_kernel, columns, _BACKWARD, {}, sizes.aligned, rename=rename)
+        columns = row_plan.column_sums(signature.x.n, signature.x.c, 2)
+        rename = {"first": "dweight", "second": "dbias", "partials": "sums"}
+        parameters = Launch(column_sums_kernel, columns, _BACKWARD, {}, signature.aligned, rename=rename)
     without = [] if need_parameters else ["sums"]
-    kept = "mask" if signs else "residual" if z else ""
-    cells = _held(sizes, groups, 2, activation.name, kept) if need_dx else None
-    if cells is not None:
+    kept = "mask" if relu_mask else "residual" if residual else ""
+    held = _one_pass(signature, kind, 2, activation.name, kept) if need_dx else None
+    if held is not None:
         only = Launch(
-            group_norm_gradients_kernel, cells, _BACKWARD, act, sizes.aligned, without=without
+            group_norm_gradients_kernel, held, _BACKWARD, act, signature.aligned, without=without
         )  # fmt: skip
-        return _Gradients(only, parameters, None, True, sizes.seed)
+        return _Gradients(only, parameters, None, True, signature.acc_like)
     transform = None
     if need_dx:
-        constants = {"NORM": _merged(sizes), "ACT": IDENTITY if residual else activation}
-        rename = {"dy": "dz"} if residual else {}
-        transform = sizes.mapping(gradient_transform_kernel, 2, _BACKWARD, constants, rename=rename)
-    without += ["dx", "dweight", "dbias"] + ([] if need_dx else ["gradients"])
-    constants = {"NORM": _merged(sizes), **act}
-    step = sizes.reducing(gradient_sums_kernel, 2 + z, _BACKWARD, constants, without=without)
-    return _Gradients(step.first, parameters, transform, False, sizes.seed, step.partials, step.counters)
+        constants = {"NORM": _normalizer(signature, kind), "ACT": IDENTITY if has_residual else activation}
+        rename = {"dy": "dresidual"} if has_residual else {}
+        transform = signature.elementwise(gradient_transform_kernel, 2, _BACKWARD, constants, rename=rename)
+    without += ["dx", "dweight", "dbias"] + ([] if need_dx else ["dx_coeffs"])
+    constants = {"NORM": _normalizer(signature, kind), **act}
+    plan = signature.reduction(gradient_sums_kernel, 2 + residual, _BACKWARD, constants, without=without)
+    return _Gradients(
+        plan.first, parameters, transform, False, signature.acc_like, plan.partials, plan.semaphores
+    )
 
 
 def backward(
-    x: Tensor, dy: Tensor, table: Tensor, weight: Tensor | None, bias: Tensor | None,
+    x: Tensor, dy: Tensor, stats: Tensor, weight: Tensor | None, bias: Tensor | None,
     options: GroupNormOptions, wanted: Wanted, epilogue: Epilogue = NO_EPILOGUE, private: bool = False,
 ) -> Gradients:  # fmt: skip
-    """bias: read where there is an activation."""
-    index, stream = where(x)
-    groups, (need_dx, weight_dtype, bias_dtype) = options.groups, wanted
-    # saved tensors come back from their hooks in any shape of memory
-    x, table = dense(x), table.contiguous()
+    """bias is read only if there is an activation."""
+    index, stream = device_and_stream(x)
+    groups, kind, (need_dx, weight_dtype, bias_dtype) = options.groups, options.kind, wanted
+    # hooks of saved tensors may return them in another memory order
+    x, stats = dense(x), stats.contiguous()
     weight = None if weight is None else weight.contiguous()
     bias = None if bias is None else bias.contiguous()
     dy = dense_like(dy, x)
@@ -155,33 +165,35 @@ def backward(
     dx = torch.empty_like(x) if need_dx else None
     dweight = dbias = None
     if weight_dtype is not None or bias_dtype is not None:  # both come from one launch
-        dweight = table.new_empty(c, dtype=weight_dtype or table.dtype)
-        dbias = table.new_empty(c, dtype=bias_dtype or table.dtype)
-    z, signs = epilogue.in_backward(x)
-    residual = z is not None or signs is not None
-    dz = torch.empty_like(x) if residual else None
-    given = (x, dy, dx, weight, table, dweight, dbias, bias, z, signs, dz)
+        dweight = stats.new_empty(c, dtype=weight_dtype or stats.dtype)
+        dbias = stats.new_empty(c, dtype=bias_dtype or stats.dtype)
+    residual, relu_mask = epilogue.in_backward(x)
+    has_residual = residual is not None or relu_mask is not None
+    dresidual = torch.empty_like(x) if has_residual else None
+    given = (x, dy, dx, weight, stats, dweight, dbias, bias, residual, relu_mask, dresidual)
     addresses = [None if t is None else t.data_ptr() for t in given]
     dtypes = (dy.dtype, *(None if t is None else t.dtype for t in (weight, bias)), weight_dtype, bias_dtype)
-    vectors = x.data_ptr() | dy.data_ptr() | table.data_ptr() | (address(z) or 0)
-    step = step_for(
-        _backward, x, index, vectors, groups, need_dx, dweight is not None, epilogue.activation, residual,
-        signs is not None, z is not None, dtypes,
+    vectors = x.data_ptr() | dy.data_ptr() | stats.data_ptr() | (address(residual) or 0)
+    plan = launch_plan(
+        _backward, x, index, vectors, groups, kind, need_dx, dweight is not None, epilogue.activation,
+        has_residual, relu_mask is not None, residual is not None, dtypes,
     )  # fmt: skip
-    sums = None if step.parameters is None else table.new_empty((n, 2, c))
-    partials = counters = gradients = None
-    if not step.held:
-        partials, counters = workspace(index, stream, step.seed, step.partials, step.counters, private)
-        gradients = torch.empty_like(table) if need_dx else None
-    made = (sums, partials, counters, gradients, None)
+    sums = None if plan.parameters is None else stats.new_empty((n, 2, c))
+    partials = semaphores = dx_coeffs = None
+    if not plan.one_pass:
+        partials, semaphores = workspace(
+            index, stream, plan.acc_like, plan.partials, plan.semaphores, private
+        )  # fmt: skip
+        dx_coeffs = torch.empty_like(stats) if need_dx else None
+    made = (sums, partials, semaphores, dx_coeffs, None)
     tensors = (*given, *made)
     addresses += [None if t is None else t.data_ptr() for t in made]
-    if step.held:
-        step.sums(stream, tensors, addresses)
+    if plan.one_pass:
+        plan.sums(stream, tensors, addresses)
     else:
-        step.sums(stream, tensors, addresses, x.numel() / (n * groups))
-    if step.parameters is not None:
-        step.parameters(stream, tensors, addresses)
-    if step.transform is not None:
-        step.transform(stream, tensors, addresses)
-    return dx, dweight if weight_dtype else None, dbias if bias_dtype else None, dz
+        plan.sums(stream, tensors, addresses, x.numel() / (n * groups))
+    if plan.parameters is not None:
+        plan.parameters(stream, tensors, addresses)
+    if plan.transform is not None:
+        plan.transform(stream, tensors, addresses)
+    return dx, dweight if weight_dtype else None, dbias if bias_dtype else None, dresidual

@@ -1,10 +1,9 @@
 """Launching compiled kernels with little host time, and the memory that outlives a launch.
 
-`kernel[grid](...)` spends 10 us of Python a launch on binding arguments. A `Launch` belongs to one plan,
-one set of dtypes and one device, so it binds once and then calls the compiled kernel's launcher directly
-(about 1 us). That call is private to Triton: where it does not look as expected, and while anybody wants to
-be told of launches (Triton's launch hooks), the public one is used.
-"""
+`kernel[grid](...)` takes 10 us of Python a launch to bind arguments. A `Launch` belongs to one plan, one
+set of dtypes and one device, so it binds once and then calls the compiled kernel's launcher directly (about
+1 us). That call is private to Triton. The public one is used where the private one does not look as
+expected, and while Triton's launch hooks are set."""
 
 from __future__ import annotations
 
@@ -22,12 +21,12 @@ from torch import Tensor
 from triton.runtime import driver
 
 INTERPRET: bool = triton.knobs.runtime.interpret
-# Products may be contracted into sums. Said at every launch, since Triton's own default changes with versions
-# and environments: a backward that recomputes which elements relu let through rounds as the forward did.
+# Products may be contracted into sums. Every launch says so, because Triton's default changes with versions
+# and environments, and a backward that recomputes relu's input must round as the forward did.
 FP_FUSION = True
 _runtime = triton.knobs.runtime
-# What there is to see of hooks, at the price of three truth values a launch: the functions in Triton's two
-# chains, and all that was put in place of a default, a chain perhaps. Triton changes each of them in place.
+# Whether hooks may be set costs three truth values a launch: the functions in Triton's two chains, and what
+# has replaced a default, perhaps a chain. Triton changes each of these in place.
 _enter, _exit = type(_runtime).launch_enter_hook.calls, type(_runtime).launch_exit_hook.calls
 _replaced = vars(_runtime)
 _interpreting = threading.Lock()  # the interpreter patches Triton's language for all threads
@@ -45,8 +44,8 @@ def is_capturing() -> bool:
 @contextlib.contextmanager
 def _loading_allowed() -> Iterator[None]:
     """Lets this thread load a kernel's code while it captures a graph, which the default capture mode
-    forbids: a first call may well be a captured one. Loading enqueues nothing, so the graph is none the
-    wiser."""
+    forbids: the first call may be a captured one. Loading enqueues nothing, so the graph does not contain
+    it."""
     if torch.version.cuda is None or not is_capturing():
         yield
         return
@@ -75,38 +74,38 @@ def _calling_convention_known() -> bool:
 
 
 def hooked() -> bool:
-    """Whether somebody, a profiler say, asked Triton to be told of launches. A hook is a chain of functions,
-    which may be empty, or what was put in its place."""
+    """Whether a launch hook is set, by a profiler for example. A hook is a chain of functions, which may be
+    empty, or what has replaced it."""
     hooks = (_runtime.launch_enter_hook, _runtime.launch_exit_hook)
     return any(hook is not None and getattr(hook, "calls", True) for hook in hooks)
 
 
 class Planned(Protocol):
-    """What a launch needs to know of a plan: plan.Sweep, cell_plan.CellSweep, row_plan.RowSweep."""
+    """A plan as a launch sees it: PassPlan, OnePassPlan or RowPlan."""
 
     @property
     def programs(self) -> int: ...
     @property
     def tile(self) -> Any: ...  # the kernel's T
     @property
-    def geometry(self) -> Any: ...  # a NamedTuple that has the kernel's integer arguments
+    def geometry(self) -> Any: ...  # a NamedTuple of the kernel's integer arguments
     @property
     def warps(self) -> int: ...
     @property
-    def registers(self) -> int: ...  # a thread, at most
+    def registers(self) -> int: ...  # of a thread, at most
 
 
 class Launch:
-    """One kernel with its grid, sizes and compile-time constants fixed. Called with the current stream's
-    handle, the tensors (or None), their addresses, and the kernel's scalars, in its order.
+    """One kernel with its grid, sizes and compile-time constants fixed. It is called with the current
+    stream's handle, the tensors (or None), their addresses, and the kernel's scalars, in its order.
 
-    A kernel finds its arguments by its parameters' names: x_ptr is the tensor "x" of `tensors`, T the plan's
-    tile, an integer the size of this name in the plan's geometry, a constant that of `constants`.
+    A kernel finds its arguments by its parameters' names: x_ptr is the tensor "x" of `tensors`, T is the
+    plan's tile, an integer is the size of this name in the plan's geometry, a constant is in `constants`.
 
-    tensors: the names of what a call hands over, of which the last, "none", is None. rename: what the kernel
-    knows by another name, {its own: the call's}. without: what it is not given, nor what `tensors` does not
-    name. bind_once: the caller vouches that dtypes, None-ness and 16-byte alignment of all tensors are those
-    of the first call."""
+    tensors: the names of what a call hands over; the last one, "none", is None. rename: what the kernel calls
+    otherwise, {its name: the call's}. without: the names of tensors that the kernel is not given; nor is it
+    given what `tensors` does not name. bind_once: the caller promises that all later calls have the dtypes,
+    the Nones and the 16-byte alignment of the first."""
 
     __slots__ = ("_bind_once", "_bound", "_grid", "_kernel", "_options", "_pick", "_tail")
 
@@ -156,8 +155,8 @@ class Launch:
         run(grid, 1, 1, stream, function, metadata, None, None, None, *pick(addresses), *scalars, *tail)
 
     def _publicly(self, args: tuple[Any, ...]) -> None:
-        """By Triton's own launch, after which there is one without it. Not while hooks are set: the code that
-        they ask for may be none to keep."""
+        """Launches as Triton's users do, and binds, so that later launches are direct. It does not bind
+        while hooks are set, because the code that they make Triton compile may not be the code to keep."""
         if INTERPRET:
             with _interpreting:
                 self._kernel[(self._grid,)](*args)
@@ -165,33 +164,35 @@ class Launch:
         with _loading_allowed():
             compiled = self._kernel[(self._grid,)](*args, **self._options)
         if self._bind_once and self._bound is None and not hooked() and _calling_convention_known():
-            # compiled is there to stay: with it, Triton 3.8 and newer would unload the function
+            # compiled is kept alive: without it, Triton 3.8 and newer would unload the function
             function, metadata = compiled.function, compiled.packed_metadata
             self._bound = (compiled.run, self._grid, compiled, function, metadata, self._pick, self._tail)
 
 
-KEPT = (
-    1 << 22
-)  # values: a step over x as it should be hands over some 1e5; tiny samples in great number, more
+# The partial results that a kept workspace has room for: large tensors need some 1e5, very many tiny samples
+# more.
+KEPT = 1 << 22
 _workspaces: dict[tuple[int, int, torch.dtype], tuple[Tensor, Tensor]] = {}
 
 
 def workspace(
-    index: int, stream: int, seed: Tensor, partials: int, blocks: int, own: bool
+    index: int, stream: int, acc_like: Tensor, partials: int, blocks: int, private: bool
 ) -> tuple[Tensor, Tensor]:
-    """What programs of one launch hand each other: room for `partials` values of seed's dtype, on its device,
-    and `blocks` zeroed int32 counters, which kernels leave at zero.
+    """The memory that programs of one launch share: room for `partials` values of acc_like's dtype, on its
+    device, and `blocks` int32 semaphores, which are 0, and which kernels leave at 0.
 
     Launches on one stream do not overlap, so one workspace serves them all, whichever host thread they come
-    from. A captured graph may be replayed on any stream, beside anything: it gets its own, zeroed in it, as
-    does a caller that asks for its `own`, and one whose workspace is too large to keep."""
-    # in the interpreter, a program that fails would leave a kept one dirty
-    if own or partials > KEPT or INTERPRET or is_capturing():
-        return seed.new_empty(partials), torch.zeros(blocks, dtype=torch.int32, device=seed.device)
-    cached = _workspaces.get((index, stream, seed.dtype))
+    from. A captured graph may be replayed on any stream, beside anything: it gets a workspace of its own, set
+    to 0 in the graph. So does a caller that asks for a private one, and one whose workspace is too large to
+    keep."""
+    # in the interpreter, a program that fails would leave counts in a kept workspace
+    if private or partials > KEPT or INTERPRET or is_capturing():
+        return acc_like.new_empty(partials), torch.zeros(blocks, dtype=torch.int32, device=acc_like.device)
+    cached = _workspaces.get((index, stream, acc_like.dtype))
     if cached is None or cached[0].numel() < partials or cached[1].numel() < blocks:
-        if cached is not None:  # never smaller than it was, or two layers would take turns to replace it
+        if cached is not None:  # never smaller than before, or two layers would replace it in turns
             partials, blocks = max(partials, cached[0].numel()), max(blocks, cached[1].numel())
-        counters = torch.zeros(max(blocks, 1024), dtype=torch.int32, device=seed.device)
-        cached = _workspaces[index, stream, seed.dtype] = (seed.new_empty(max(partials, 65536)), counters)
+        semaphores = torch.zeros(max(blocks, 1024), dtype=torch.int32, device=acc_like.device)
+        cached = (acc_like.new_empty(max(partials, 65536)), semaphores)
+        _workspaces[index, stream, acc_like.dtype] = cached
     return cached

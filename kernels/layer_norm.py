@@ -1,9 +1,9 @@
-"""LayerNorm on contiguous tensors: allocate, pick the plan, launch. Knows sizes and pointers, nothing of
-autograd or modules.
+"""LayerNorm on contiguous tensors: allocates, looks up the launch plan, launches. This module sees sizes and
+pointers; it knows nothing of autograd or of modules.
 
-x and dy are contiguous, fp16, bf16, fp32 or fp64, and normalized over their last `dims` dimensions; weight
-and bias are contiguous, have the shape of these dimensions and any floating dtype; everything is on one
-device. The caller has checked all that."""
+x and dy are contiguous, of fp16, bf16, fp32 or fp64, and normalized over their last dimensions. weight and
+bias are contiguous, of the shape of these dimensions and of any floating dtype. All tensors are on one
+device. The caller has checked all of this."""
 
 from __future__ import annotations
 
@@ -18,38 +18,39 @@ from . import row_plan
 from .column_sums import column_sums_kernel
 from .epilogue import NO_EPILOGUE, Activation, Epilogue
 from .launch import Launch
+from .launch_plan import address, device_and_stream, launch_plan, multiprocessors
 from .layouts import accumulator, dense_like
 from .plan import VECTOR_BYTES
 from .records import Buffers, Forward, Gradients, LayerNormOptions, Wanted
 from .row_activation import row_activation_kernel
 from .row_gradients import column_gradients_kernel, row_gradients_kernel, wide_gradients_kernel
 from .row_norm import long_row_norm_kernel, row_norm_kernel
-from .steps import address, multiprocessors, step_for, where
 
-_FORWARD = ("x", "y", "table", "weight", "bias", "z", "none")
+_FORWARD = ("x", "y", "stats", "weight", "bias", "residual", "none")
 _BACKWARD = (
-    "x", "dy", "dx", "dweight", "dbias", "table", "weight", "bias", "z", "dz", "shares", "partials", "none",
+    "x", "dy", "dx", "dweight", "dbias", "stats", "weight", "bias", "residual", "dresidual", "shares",
+    "partials", "none",
 )  # fmt: skip
 
 
 @dataclass(frozen=True)
-class RowStep:
-    """Launches, one after another, and what they need allocated, in elements of the accumulator's type."""
+class RowLaunchPlan:
+    """Launches in their order, and the workspace they need, in elements of the accumulator's type."""
 
     launches: tuple[Launch, ...]
-    seed: Tensor  # empty, of the accumulator's dtype, on x's device: for allocating in less time
+    acc_like: Tensor  # as in launch_plan.LaunchPlan
     rows: int
     shares: int = 0
     partials: int = 0
 
 
-class RowSizes:
-    """What a signature says of x, seen as rows of its last dimensions."""
+class RowSignature:
+    """Shape and dtype of x, which is seen as rows of its last dimensions."""
 
     def __init__(self, x: Tensor, index: int, aligned: bool) -> None:
         self._shape, self._of_memory = x.shape, (x.element_size(), aligned, multiprocessors(index))
         self.aligned = aligned
-        self.seed = torch.empty(0, dtype=accumulator(x), device=x.device)
+        self.acc_like = torch.empty(0, dtype=accumulator(x), device=x.device)
 
     def rows(self, dims: int) -> row_plan.Rows:
         rows, width = prod(self._shape[:-dims]), prod(self._shape[-dims:])
@@ -57,121 +58,122 @@ class RowSizes:
 
 
 def _forward(
-    sizes: RowSizes, dims: int, keep: bool, parameters_aligned: bool, activation: Activation, *rest: Any
-) -> RowStep:
-    size = sizes.rows(dims)
-    kind, sweep = row_plan.forward(size)
-    kernel = row_norm_kernel if kind == "held" else long_row_norm_kernel
-    act, bound = {"ACT": activation}, sizes.aligned and parameters_aligned
-    launch = Launch(kernel, sweep, _FORWARD, act, bound, without=() if keep else ("table",))
-    return RowStep((launch,), sizes.seed, size.rows)
+    signature: RowSignature, dims: int, keep: bool, parameters_aligned: bool, activation: Activation,
+    *rest: Any,
+) -> RowLaunchPlan:  # fmt: skip
+    size = signature.rows(dims)
+    kind, plan = row_plan.forward(size)
+    kernel = row_norm_kernel if kind == "one_pass" else long_row_norm_kernel
+    act, bound = {"ACT": activation}, signature.aligned and parameters_aligned
+    launch = Launch(kernel, plan, _FORWARD, act, bound, without=() if keep else ("stats",))
+    return RowLaunchPlan((launch,), signature.acc_like, size.rows)
 
 
 def _backward(
-    sizes: RowSizes, dims: int, need_dx: bool, weight: bool, bias: bool, parameters_aligned: bool,
+    signature: RowSignature, dims: int, need_dx: bool, weight: bool, bias: bool, parameters_aligned: bool,
     activation: Activation, *rest: Any,
-) -> RowStep:  # fmt: skip
+) -> RowLaunchPlan:  # fmt: skip
     """weight, bias: whether their gradients are wanted."""
-    size, halves = sizes.rows(dims), weight + bias
-    bound = sizes.aligned and parameters_aligned
+    size, halves = signature.rows(dims), weight + bias
+    bound = signature.aligned and parameters_aligned
     rows = row_plan.gradients(size) if need_dx else None
     shares, launches, rename = 0, [], {}
     wanted, without = {"WEIGHT": weight, "BIAS": bias}, () if halves else ("partials",)
     if activation.name != "none":
-        rename, sweep = {"dy": "dz"}, row_plan.activation(size)
-        launches.append(Launch(row_activation_kernel, sweep, _BACKWARD, {"ACT": activation}, bound))
+        rename, plan = {"dy": "dresidual"}, row_plan.activation(size)
+        launches.append(Launch(row_activation_kernel, plan, _BACKWARD, {"ACT": activation}, bound))
     if rows is not None:
         partials = rows.partials
         launches.append(
             Launch(row_gradients_kernel, rows, _BACKWARD, wanted, bound, rename=rename, without=without)
         )
     else:
-        sweep = row_plan.column_gradients(size)
-        partials = sweep.partials
+        plan = row_plan.column_gradients(size)
+        partials = plan.partials
         without = without if need_dx else (*without, "weight", "shares")
         launches.append(
-            Launch(column_gradients_kernel, sweep, _BACKWARD, wanted, bound, rename=rename, without=without)
+            Launch(column_gradients_kernel, plan, _BACKWARD, wanted, bound, rename=rename, without=without)
         )
         if need_dx:
-            shares = sweep.geometry.blocks * 2 * size.rows
+            shares = plan.geometry.blocks * 2 * size.rows
             wide = row_plan.wide_gradients(size)
             launches.append(Launch(wide_gradients_kernel, wide, _BACKWARD, {}, bound, rename=rename))
     if halves:
-        sums, rename = row_plan.column_sums(partials, size.width, halves), {"first": "dweight"}
-        rename["second"] = "dbias"
+        sums = row_plan.column_sums(partials, size.width, halves)
+        rename = {"first": "dweight", "second": "dbias"}
         without = () if halves == 2 else ("second",) if weight else ("first",)
         launches.append(
             Launch(column_sums_kernel, sums, _BACKWARD, {}, bound, rename=rename, without=without)
         )
-    return RowStep(tuple(launches), sizes.seed, size.rows, shares, partials * halves * size.width)
+    partials *= halves * size.width
+    return RowLaunchPlan(tuple(launches), signature.acc_like, size.rows, shares, partials)
 
 
 def forward(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, buffers: Buffers, options: LayerNormOptions,
     epilogue: Epilogue = NO_EPILOGUE, keep: bool = True, private: bool = False,
 ) -> Forward:  # fmt: skip
-    """The table is [2, rows] of mean and rstd if `keep`, for a backward, else an empty one; there are no
-    buffers, no mask and no workspace. One launch."""
-    index, stream = where(x)
+    """One launch. stats is [2, rows], mean and rstd, if `keep`: whether a backward will follow; else it is
+    empty. There are no buffers, no mask of relu and no workspace."""
+    index, stream = device_and_stream(x)
     shape, eps = options
-    # on the path of every call, so without what costs tenths of microseconds
+    # Every call runs this: no comprehension, no property, nothing that costs a tenth of a microsecond.
     x_at = x.data_ptr()
     weight_at, weight_dtype = (None, None) if weight is None else (weight.data_ptr(), weight.dtype)
     bias_at, bias_dtype = (None, None) if bias is None else (bias.data_ptr(), bias.dtype)
     aligned = ((weight_at or 0) | (bias_at or 0)) % VECTOR_BYTES == 0
-    activation, z, _ = epilogue
-    z_at = None
-    if z is not None:
-        z = dense_like(z, x)
-        z_at = z.data_ptr()
-    step = step_for(
-        _forward, x, index, x_at | (z_at or 0), len(shape), keep, aligned, activation, z is None,
-        weight_dtype, bias_dtype, sizes=RowSizes,
+    activation, residual, _ = epilogue
+    residual_at = None
+    if residual is not None:
+        residual = dense_like(residual, x)
+        residual_at = residual.data_ptr()
+    plan = launch_plan(
+        _forward, x, index, x_at | (residual_at or 0), len(shape), keep, aligned, activation,
+        residual is None, weight_dtype, bias_dtype, signature=RowSignature,
     )  # fmt: skip
     y = torch.empty_like(x)
-    table = step.seed.new_empty_strided((2, step.rows), (step.rows, 1)) if keep else step.seed
-    tensors = (x, y, table, weight, bias, z, None)
-    addresses = (x_at, y.data_ptr(), table.data_ptr() if keep else None, weight_at, bias_at, z_at, None)
-    step.launches[0](stream, tensors, addresses, eps)
-    return y, table, None
+    stats = plan.acc_like.new_empty_strided((2, plan.rows), (plan.rows, 1)) if keep else plan.acc_like
+    tensors = (x, y, stats, weight, bias, residual, None)
+    stats_at = stats.data_ptr() if keep else None
+    addresses = (x_at, y.data_ptr(), stats_at, weight_at, bias_at, residual_at, None)
+    plan.launches[0](stream, tensors, addresses, eps)
+    return y, stats, None
 
 
 def backward(
-    x: Tensor, dy: Tensor, table: Tensor, weight: Tensor | None, bias: Tensor | None,
+    x: Tensor, dy: Tensor, stats: Tensor, weight: Tensor | None, bias: Tensor | None,
     options: LayerNormOptions, wanted: Wanted, epilogue: Epilogue = NO_EPILOGUE, private: bool = False,
 ) -> Gradients:  # fmt: skip
-    """bias: read where there is an activation.
-
-    One launch for dx, one more where a parameter wants its gradient, one more for rows too wide for the
-    registers, and one for an activation. dy and x are read once, by dx of such wide rows twice, and once more
-    through an activation."""
-    index, stream = where(x)
+    """One launch for dx, one more if a parameter needs its gradient, one more for rows too wide for the
+    registers, and one more for an activation. dy and x are read once; twice for rows too wide for the
+    registers; and once more for an activation. bias is read only if there is an activation."""
+    index, stream = device_and_stream(x)
     dims, (need_dx, weight_dtype, bias_dtype) = len(options.shape), wanted
-    # saved tensors come back from their hooks in any shape of memory
-    x, table = x.contiguous(), table.contiguous()
+    # hooks of saved tensors may return them in another memory order
+    x, stats = x.contiguous(), stats.contiguous()
     through = epilogue is not NO_EPILOGUE
     weight = weight.contiguous() if weight is not None and (need_dx or through) else None
     bias = bias.contiguous() if bias is not None and through else None
-    z = None if epilogue.residual is None else dense_like(epilogue.residual, x)
-    dz = torch.empty_like(x) if through else None
+    residual = None if epilogue.residual is None else dense_like(epilogue.residual, x)
+    dresidual = torch.empty_like(x) if through else None
     dy = dense_like(dy, x)
     shape = x.shape[-dims:]
     dx = torch.empty_like(x) if need_dx else None
-    dweight = None if weight_dtype is None else table.new_empty(shape, dtype=weight_dtype)
-    dbias = None if bias_dtype is None else table.new_empty(shape, dtype=bias_dtype)
-    given = (x, dy, dx, dweight, dbias, table, weight, bias, z, dz)
+    dweight = None if weight_dtype is None else stats.new_empty(shape, dtype=weight_dtype)
+    dbias = None if bias_dtype is None else stats.new_empty(shape, dtype=bias_dtype)
+    given = (x, dy, dx, dweight, dbias, stats, weight, bias, residual, dresidual)
     addresses = [None if t is None else t.data_ptr() for t in given]
-    vectors = x.data_ptr() | dy.data_ptr() | table.data_ptr() | (address(z) or 0)
+    vectors = x.data_ptr() | dy.data_ptr() | stats.data_ptr() | (address(residual) or 0)
     aligned = ((addresses[6] or 0) | (addresses[7] or 0)) % VECTOR_BYTES == 0
-    step = step_for(
+    plan = launch_plan(
         _backward, x, index, vectors, dims, need_dx, dweight is not None, dbias is not None, aligned,
-        epilogue.activation, z is None, dy.dtype, weight_dtype, bias_dtype,
-        *(None if t is None else t.dtype for t in (weight, bias)), sizes=RowSizes,
+        epilogue.activation, residual is None, dy.dtype, weight_dtype, bias_dtype,
+        *(None if t is None else t.dtype for t in (weight, bias)), signature=RowSignature,
     )  # fmt: skip
-    shares = step.seed.new_empty(step.shares) if step.shares else None
-    partials = step.seed.new_empty(step.partials) if step.partials else None
+    shares = plan.acc_like.new_empty(plan.shares) if plan.shares else None
+    partials = plan.acc_like.new_empty(plan.partials) if plan.partials else None
     addresses += [None if t is None else t.data_ptr() for t in (shares, partials)]
     tensors, addresses = (*given, shares, partials, None), [*addresses, None]
-    for launch in step.launches:
+    for launch in plan.launches:
         launch(stream, tensors, addresses)
-    return dx, dweight, dbias, dz
+    return dx, dweight, dbias, dresidual

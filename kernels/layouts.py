@@ -1,4 +1,4 @@
-"""Memory orders of dense tensors: which the kernels take, and what results come in."""
+"""Memory orders of dense tensors: those that the kernels take, and those of results."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
 def is_channels_last(x: torch.Tensor) -> bool:
-    """Whether C is the fastest dimension of a dense x. Where both layouts describe it, the one that suits
-    the kernels: a plane of one position is a row; a single channel is a run."""
+    """Whether C is the fastest dimension of a dense x. If both layouts describe x, the answer is the one that
+    suits the kernels: channels_last with one position, contiguous with one channel."""
     if x.dim() == 2 or prod(x.shape[2:]) == 1:
         return True
     return not x.is_contiguous()
 
 
 def suggested(x: torch.Tensor) -> torch.memory_format:
-    """The format that x's strides ask for: ATen's suggest_memory_format. Where sizes of 1 leave two formats
-    to choose from it goes by the strides of these too, and takes contiguous in doubt."""
+    """The format that x's strides suggest, as ATen's suggest_memory_format. Where sizes of 1 leave two
+    formats possible, their strides decide too; in doubt it is contiguous."""
     memory_format = FORMATS.get(x.dim())
     sizes, strides = x.shape, x.stride()
     if memory_format is None or strides[1] == 0:
@@ -34,8 +34,8 @@ def suggested(x: torch.Tensor) -> torch.memory_format:
 
 
 def format_in_batch_norm(x: torch.Tensor) -> torch.memory_format:
-    """The format of what torch's batch_norm makes of x: on a CPU any that its memory is in already, else, as
-    of cuDNN's, the one that its strides ask for."""
+    """The format of the result of torch's batch_norm: on a CPU the one that x is in, if any; else, as with
+    cuDNN, the one that its strides suggest."""
     if x.is_cpu:
         if x.is_contiguous():
             return torch.contiguous_format
@@ -45,7 +45,7 @@ def format_in_batch_norm(x: torch.Tensor) -> torch.memory_format:
 
 
 def format_in_instance_norm(x: torch.Tensor) -> torch.memory_format:
-    """channels_last for what is that and nothing else. torch's instance_norm makes everything contiguous."""
+    """channels_last if x is that and not contiguous too. torch's instance_norm returns contiguous tensors."""
     memory_format = suggested(x)
     if x.is_contiguous() or not x.is_contiguous(memory_format=memory_format):
         return torch.contiguous_format
@@ -55,8 +55,8 @@ def format_in_instance_norm(x: torch.Tensor) -> torch.memory_format:
 def ordered(
     x: torch.Tensor, format_of: Callable[[torch.Tensor], torch.memory_format] = suggested
 ) -> torch.Tensor:  # fmt: skip
-    """x itself where it is in its format, with that format's strides throughout; else a view, where only
-    strides of sizes of 1 differ, or a copy."""
+    """x itself if it has the strides of its format in every dimension; a view if only strides of sizes of 1
+    differ; else a copy."""
     if 1 in x.shape:
         return x if _is_in_order(x) else _with_own_strides(x, format_of(x))
     return x if _is_dense(x) else x.contiguous(memory_format=format_of(x))
@@ -65,21 +65,22 @@ def ordered(
 def ordered_like(
     x: torch.Tensor, format_of: Callable[[torch.Tensor], torch.memory_format] = suggested
 ) -> torch.Tensor:  # fmt: skip
-    """An empty tensor for what the kernels make of x, ordered."""
+    """An empty tensor for the kernels' result, in the memory order of ordered(x)."""
     if 1 not in x.shape and _is_dense(x):
         return torch.empty_like(x)
     return torch.empty_like(x, memory_format=format_of(x))
 
 
 def contiguous(x: torch.Tensor) -> torch.Tensor:
-    """x.contiguous(), with the strides of that throughout: see `ordered`."""
+    """x.contiguous(), with these strides in every dimension: see `ordered`."""
     if 1 not in x.shape:
         return x.contiguous()
     return x if _is_in_order(x) else _with_own_strides(x, torch.contiguous_format)
 
 
 def _is_in_order(x: torch.Tensor) -> bool:
-    """Whether x has the strides of a contiguous tensor throughout: they ask for no other format."""
+    """Whether x has the strides of a contiguous tensor in every dimension, so that they suggest no other
+    format."""
     step = 1
     for size, stride in zip(x.shape[::-1], x.stride()[::-1], strict=True):
         if stride != step:
@@ -114,8 +115,8 @@ def _is_dense(x: torch.Tensor) -> bool:
 
 
 def dense(x: torch.Tensor) -> torch.Tensor:
-    """x itself where it is contiguous, channels_last or channels_last_3d; else a copy in the format that its
-    strides ask for."""
+    """x itself if it is contiguous, channels_last or channels_last_3d; else a copy in the format that its
+    strides suggest."""
     return x if _is_dense(x) else x.contiguous(memory_format=suggested(x))
 
 
@@ -125,9 +126,8 @@ def out_like(x: torch.Tensor) -> torch.Tensor:
 
 
 def dense_like(dy: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """dy in the memory order of a dense x. Gradients come expanded (`y.sum()`), transposed, sliced: then it
-    is copied.
-    """
+    """dy in the memory order of a dense x. Gradients may be expanded (`y.sum()`), transposed or sliced;
+    those are copied."""
     if dy.is_neg() or dy._is_zerotensor():  # lazy: their memory does not hold their values
         dy = torch.zeros_like(x) if dy._is_zerotensor() else dy.resolve_neg()
     if dy.stride() == x.stride():

@@ -13,9 +13,8 @@ import triton.language as tl
 
 @triton.jit
 def finite_or_zero(value):
-    """A pivot that is not finite would turn a whole program's sums into NaN where only one value is; 0 is
-    always legal.
-    """
+    """A pivot that is not finite would turn all of a program's sums into NaN where only one value is; 0 is
+    always a valid pivot."""
     return tl.where(tl.abs(value) < float("inf"), value, 0.0)
 
 
@@ -27,18 +26,19 @@ def not_negative(value):
 
 @triton.jit
 def product(a, b):
-    """a * b, to be summed over lanes: rounded before it is added to another lane's. The compiler may contract
-    a * b + c to one operation, and where c is the partner's product, either lane of a pair would round the
-    other's product and not its own: two lanes that hold the same sum would differ in the last bit. Of an fma
-    nothing is contracted, and no compiler drops its 0.0, which turns -0.0 into 0.0."""
+    """a * b, to be summed over lanes, rounded before it is added to another lane's product.
+
+    The compiler may contract a * b + c to one operation. Where c is the partner lane's product, each lane
+    of a pair would round the other's product and not its own, and the two copies of their sum would differ
+    in the last bit. An fma is not contracted, and no compiler drops its 0.0, which turns -0.0 into 0.0."""
     return tl.fma(a, b, 0.0)
 
 
 @triton.jit
 def product_in_tile(a, b, VEC: tl.constexpr, THREADS: tl.constexpr = 32):
-    """a * b of a tile, to be summed along its rows. A thread that holds several neighbours of a row adds up
-    its own first, and products may go into that; others have `product`. VEC: neighbours that are loaded at
-    once, where there are so many for each thread. THREADS: of the smallest program."""
+    """a * b of a tile, to be summed along its rows. A thread that holds several neighbours of a row sums its
+    own first, and products may be contracted into that; otherwise this is `product`. VEC: the neighbours that
+    one load brings. THREADS: those of the smallest program."""
     if VEC == 1 or a.shape[0] * a.shape[1] < THREADS * VEC:
         result = product(a, b)
     else:
@@ -47,7 +47,7 @@ def product_in_tile(a, b, VEC: tl.constexpr, THREADS: tl.constexpr = 32):
 
 
 class Moments(NamedTuple):
-    """Of `count` values: their mean, pivot + shift, and M2."""
+    """The count of some values, their mean, pivot + shift, and M2, the sum of squared deviations from it."""
 
     count: Any
     pivot: Any
@@ -57,14 +57,14 @@ class Moments(NamedTuple):
 
 @triton.jit
 def no_moments(ROWS: tl.constexpr, COLUMNS: tl.constexpr, ACC: tl.constexpr):
-    """Moments of no values, [ROWS, COLUMNS] of them."""
+    """Moments of no values, [ROWS, COLUMNS]."""
     zeros = tl.zeros((ROWS, COLUMNS), ACC)
     return Moments(zeros, zeros, zeros, zeros)
 
 
 @triton.jit
 def from_pivoted_sums(count, total, squares):
-    """(shift, M2) from sums of (x - pivot) and (x - pivot)^2 over `count` values; zeros where count is 0."""
+    """(shift, M2) from the sums of x - pivot and (x - pivot)^2 over `count` values; zeros if count is 0."""
     some = count > 0
     shift = tl.where(some, total / tl.where(some, count, 1.0), 0.0)
     return shift, tl.where(some, not_negative(squares - total * shift), 0.0)
@@ -72,21 +72,21 @@ def from_pivoted_sums(count, total, squares):
 
 @triton.jit
 def merge(a, b):
-    """Two sets of moments into one."""
+    """The moments of two sets of values together."""
     total = a.count + b.count
     share = b.count / tl.where(total > 0, total, 1.0)
     pivot = tl.where(a.count > 0, a.pivot, b.pivot)
     delta = tl.where(b.count > 0, (b.pivot - pivot) + (b.shift - a.shift), 0.0)
     shift = a.shift + delta * share
-    # (delta * (count * share)) * delta, in this order: delta^2 alone overflows for means near 1e20 while
-    # count is 0
+    # In this order, (delta * (count * share)) * delta: delta^2 alone overflows for means near 1e20 where
+    # count is 0.
     return Moments(total, pivot, shift, a.m2 + b.m2 + (delta * (a.count * share)) * delta)
 
 
 @triton.jit
 def merge_along(m, AXIS: tl.constexpr):
-    """All sets of moments along an axis into one. Two steps, both about a value close to the mean, so that
-    nothing cancels."""
+    """The moments of all sets along an axis together, in two steps, both about a value close to the mean, so
+    that nothing cancels."""
     some = m.count > 0
     total = tl.sum(m.count, AXIS)
     centre = finite_or_zero(tl.max(tl.where(some, m.pivot, float("-inf")), AXIS))
@@ -98,18 +98,18 @@ def merge_along(m, AXIS: tl.constexpr):
 
 
 @triton.jit
-def store_channels(to_ptr, offs_c, mask_c, g, pivot, shift, m2):
-    """[3, channels]."""
-    tl.store(to_ptr + offs_c, pivot, mask=mask_c)
-    tl.store(to_ptr + g.channels + offs_c, shift, mask=mask_c)
-    tl.store(to_ptr + 2 * g.channels + offs_c, m2, mask=mask_c)
+def store_channels(ptr, offs_c, mask_c, g, pivot, shift, m2):
+    """Stores channels of [3, channels]."""
+    tl.store(ptr + offs_c, pivot, mask=mask_c)
+    tl.store(ptr + g.channels + offs_c, shift, mask=mask_c)
+    tl.store(ptr + 2 * g.channels + offs_c, m2, mask=mask_c)
 
 
 @triton.jit
-def load_channels(from_ptr, mask, g):
-    """What store_channels has left of channels: (pivot, shift, M2)."""
-    # .cg: written by other programs of this launch, so never from L1
-    pivot = tl.load(from_ptr, mask=mask, other=0.0, cache_modifier=".cg")
-    shift = tl.load(from_ptr + g.channels, mask=mask, other=0.0, cache_modifier=".cg")
-    m2 = tl.load(from_ptr + 2 * g.channels, mask=mask, other=0.0, cache_modifier=".cg")
+def load_channels(ptr, mask, g):
+    """(pivot, shift, M2) of channels that store_channels has stored."""
+    # .cg: other programs of this launch have written them, so they must not come from L1
+    pivot = tl.load(ptr, mask=mask, other=0.0, cache_modifier=".cg")
+    shift = tl.load(ptr + g.channels, mask=mask, other=0.0, cache_modifier=".cg")
+    m2 = tl.load(ptr + 2 * g.channels, mask=mask, other=0.0, cache_modifier=".cg")
     return pivot, shift, m2

@@ -1,7 +1,8 @@
-"""The records that travel: what a call asks of the kernels, and what a plan hands to them. Needs no Triton.
+"""The records that travel: what a call asks of the kernels, and what a plan tells them. Needs no Triton.
 
-A Geometry has the sizes of a walk over x: a kernel is launched with them one by one, for Triton specializes
-the members of a tuple, and packs them again in its first line. A Tile is what it is compiled for."""
+A Geometry has the sizes of a pass over x. A kernel takes them one by one, because Triton would specialize
+the members of a tuple, and packs them again in its first line. A Tile has the constants that it is compiled
+with."""
 
 from __future__ import annotations
 
@@ -14,72 +15,72 @@ from torch import Tensor
 
 
 class Problem(NamedTuple):
-    """What a plan starts from: x of n samples, c channels and s positions (1 for 2-D input)."""
+    """The sizes that a plan starts from: x of n samples, c channels and s positions (1 for 2-D input)."""
 
     n: int
     c: int
     s: int
-    itemsize: int  # bytes an element
-    channels_last: bool  # C is the fastest dimension; 2-D input counts as that
+    itemsize: int  # bytes of an element
+    channels_last: bool  # C is the fastest dimension, as it is in 2-D input
     aligned: bool = True  # every tensor starts on 16 bytes
-    sms: int = 132  # of the GPU; an H200's
+    sms: int = 132  # the GPU's number of SMs; an H200 has 132
 
 
 class Geometry(NamedTuple):
-    """x as geometry.py walks over it. Units of `_v`: vectors of Tile.vec elements."""
+    """x as geometry.py walks over it. What ends in _v counts vectors of Tile.vec elements."""
 
     rows: Any
     pitch_v: Any  # from one row to the next
     width_v: Any  # of a block
-    inner: Any  # S, where lanes are positions of channels
+    inner: Any  # S, if lanes are positions of channels
     channels: Any
     tiles: Any  # of a block
-    pieces: Any  # "runs": rows that the S positions of a channel are cut into
-    total_v: Any  # all of x where its end is no multiple of a row; a sample where cells lie within one
+    pieces: Any  # nchw: rows that the S positions of a channel are cut into
+    total_v: Any  # all of x, if it need not end with a row; one sample, if groups lie within samples
     blocks: Any
     splits: Any  # programs that share the tiles of a block
-    group: Any  # channels a cell
-    cells: Any  # in all
+    group_size: Any  # channels of a group
+    groups: Any  # of all samples
 
 
 @dataclass(frozen=True)
 class Tile:
-    """A tile of x is [unroll * rows, lanes]. What follows `step` is for reductions."""
+    """A tile of x is [unroll * rows, lanes]. The fields after channel_align are for reductions."""
 
-    mode: str  # "rows", "cycles", "planes" or "runs": see geometry.py
-    vec: int  # elements a load instruction
-    unroll: int  # loads that a thread has under way of each input
-    rows: int  # that share one of them
+    mode: str  # "nhwc", "nhwc_packed", "nchw" or "nchw_packed": see geometry.py
+    vec: int  # elements of a load instruction
+    unroll: int  # loads that a thread has in flight of each input
+    rows: int  # that one load of all threads covers
     lanes: int
-    step: int = 1  # channels begin on multiples of so many lanes
-    channels: int = 1  # that a block is answerable for, as a power of two
-    fold: int = 1  # channels that are summed over their lanes at a time
-    positions: int = 1  # lanes of a block that hold the same channel, as a power of two
-    merge: int = 1  # splits that the last program merges at a time
-    groups: int = 1  # groups of channels that the last program of a sample merges at a time
-    members: int = 1  # channels of each group that it merges at a time
+    channel_align: int = 1  # channels begin on multiples of so many lanes
+    channels: int = 1  # that a block reduces, as a power of two
+    channels_per_iter: int = 1  # that are reduced over their lanes at a time
+    lanes_per_channel: int = 1  # of a block, as a power of two
+    partials_per_iter: int = 1  # that the last program of a block merges at a time
+    groups_per_iter: int = 1  # that the last program of a sample merges at a time
+    members_per_iter: int = 1  # channels of each of these groups
 
     @property
     def tile_rows(self) -> int:
         return self.unroll * self.rows
 
 
-class CellGeometry(NamedTuple):
-    """Contiguous cells, of `group` channels of inner_v vectors each: see one_read.py."""
+class GroupGeometry(NamedTuple):
+    """Contiguous groups of group_size channels of inner_v vectors each: see one_pass.py."""
 
-    cells: Any  # in all
-    group: Any
+    groups: Any  # of all samples
+    group_size: Any
     inner_v: Any
-    in_sample: Any  # cells a sample
+    groups_per_sample: Any
 
 
 @dataclass(frozen=True)
-class CellTile:
+class OnePassTile:
     """A tile is groups * channels * span vectors."""
 
-    vec: int  # elements a vector
-    groups: int  # cells a program
-    channels: int  # of each cell, in a tile
+    vec: int  # elements of a vector
+    groups: int  # of a program
+    channels: int  # of each group, in a tile
     span: int  # vectors of a channel, in a tile
     pieces: int  # tiles that a channel is cut into
     tiles: int
@@ -90,11 +91,11 @@ class CellTile:
 
 
 class RowGeometry(NamedTuple):
-    """Rows that are normalized each by itself. A kernel takes those of these sizes that it needs."""
+    """Rows that are normalized each by itself. A kernel takes the sizes that it needs."""
 
     rows: Any
     width_v: Any
-    groups: Any = 0  # of rows that a program takes at a time
+    groups: Any = 0  # of rows, of which a program takes one at a time
     programs: Any = 0  # that share the rows of a block
     blocks: Any = 0  # of columns
     splits: Any = 0  # programs that share a row
@@ -102,16 +103,15 @@ class RowGeometry(NamedTuple):
 
 @dataclass(frozen=True)
 class RowTile:
-    """A tile is [unroll * rows, lanes] or, of one row that is too long to be held, [unroll, lanes] of its
-    elements."""
+    """A tile is [unroll * rows, lanes] or, of a row that does not fit in registers, [unroll, lanes] of it."""
 
-    vec: int  # elements a load instruction
+    vec: int  # elements of a load instruction
     rows: int
     lanes: int
     unroll: int = 1
     parts: int = 1  # tiles across the width
-    whole: bool = False  # the last of them is as full as the others
-    merge: int = 1  # shares of a row that are merged at a time
+    even: bool = False  # the last part is as full as the others
+    partials_per_iter: int = 1  # shares of a row that are merged at a time
 
 
 class ColumnGeometry(NamedTuple):
@@ -122,17 +122,17 @@ class ColumnGeometry(NamedTuple):
     blocks: Any
 
 
-# A NamedTuple in half the time that calling its class takes: new(Wanted, (dx, weight, bias)).
+# Makes a NamedTuple in half the time that calling its class takes: new(Wanted, (dx, weight, bias)).
 new: Any = tuple.__new__
 
-# What training updates in place: running_mean, running_var and num_batches_tracked, or None.
+# The tensors that training updates in place: running_mean, running_var and num_batches_tracked, or None.
 Buffers = tuple[Tensor | None, Tensor | None, Tensor | None]
 NO_BUFFERS: Buffers = (None, None, None)
 
 
 class Renorm(NamedTuple):
-    """Batch Renormalization's limits and their schedule in batches (see renorm.py). guarded: a channel that
-    is not finite leaves its running statistics alone."""
+    """Batch Renormalization's limits and their schedule in batches (see normalizers/batch_renorm.py).
+    guarded: a channel whose batch statistics are not finite keeps its running statistics."""
 
     r_max: float
     d_max: float
@@ -152,26 +152,31 @@ class BatchNormOptions(NamedTuple):
 
 
 class GroupNormOptions(NamedTuple):
+    """kind: which of group_norm.NORMALIZERS."""
+
     groups: int
     eps: float
+    kind: str = "group_norm"
 
 
 class LayerNormOptions(NamedTuple):
-    """shape: of the last dimensions, which are normalized over."""
+    """shape: the sizes of the last dimensions, which are normalized over."""
 
     shape: Sequence[int]
     eps: float
 
 
 class Wanted(NamedTuple):
-    """Which gradients a backward is to compute: x's or not, and the parameters' by dtype (None: not)."""
+    """The gradients that a backward has to compute: whether x's, and the dtypes of the parameters', or
+    None."""
 
     dx: bool
     weight: torch.dtype | None
     bias: torch.dtype | None
 
 
-# what a forward returns: y, what it saves of the statistics, relu's mask if there is one
+# what a forward returns: y, the statistics for a backward, relu's mask if there is one
 Forward = tuple[Tensor, Tensor, Tensor | None]
-# of x, gamma, beta and the residual; None for what is not wanted, and for the residual where it is dy
+# what a backward returns: dx, dweight, dbias and dresidual; None if not wanted, or, for the residual, if it
+# is dy
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]

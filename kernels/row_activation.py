@@ -1,19 +1,20 @@
-"""Backward of LayerNorm through an activation, its first launch: dz = dy * act'(v), where v = xhat * gamma +
-beta + z. The others go on with dz for dy: their registers are full as they are (see row_plan.py)."""
+"""Backward of LayerNorm through an activation, first launch: dresidual = dy * act'(v), where v = xhat *
+gamma + beta + residual. The other launches read dresidual in place of dy, because their registers are full
+(see row_plan.py)."""
 
 import triton
 import triton.language as tl
 
 from .activations import times_slope
 from .row_gradients import load_statistics
-from .row_norm import TABLES, group_of_rows, normalized
+from .row_norm import STATS, group_of_rows, normalized
 
 SIZES = ["rows", "width_v", "splits"]
 
 
-@triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=TABLES)
+@triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=STATS)
 def row_activation_kernel(
-    dy_ptr, x_ptr, z_ptr, dz_ptr, table_ptr, weight_ptr, bias_ptr,
+    dy_ptr, x_ptr, residual_ptr, dresidual_ptr, stats_ptr, weight_ptr, bias_ptr,
     rows, width_v, splits,
     T: tl.constexpr, ACT: tl.constexpr,
 ):  # fmt: skip
@@ -24,16 +25,16 @@ def row_activation_kernel(
     width = width_v * T.vec
     first = tl.program_id(0) // splits * R
     base, row, lane, inside = group_of_rows(first, rows, width, R, LANES)
-    mean, rstd = load_statistics(table_ptr, rows, first, row, inside)
+    mean, rstd = load_statistics(stats_ptr, rows, first, row, inside)
     for piece in tl.range(tl.program_id(0) % splits, tl.cdiv(width, LANES), splits):
         column = piece * LANES + lane
         exists = column < width
         offs, mask = base + (row * width + column), inside & exists
-        g = tl.load(dy_ptr + offs, mask=mask, other=0.0, eviction_policy="evict_first").to(ACC)
+        dy = tl.load(dy_ptr + offs, mask=mask, other=0.0, eviction_policy="evict_first").to(ACC)
         x = tl.load(x_ptr + offs, mask=mask, other=0.0, eviction_policy="evict_last").to(ACC)
         wide = tl.broadcast_to(column, (R, LANES))
         v = normalized(x - mean, rstd, wide, exists, weight_ptr, bias_ptr, ACC)
-        if z_ptr is not None:
-            v += tl.load(z_ptr + offs, mask=mask, other=0.0, eviction_policy="evict_first").to(ACC)
-        g = times_slope(g, v, ACT)
-        tl.store(dz_ptr + offs, g.to(dz_ptr.dtype.element_ty), mask=mask)
+        if residual_ptr is not None:
+            v += tl.load(residual_ptr + offs, mask=mask, other=0.0, eviction_policy="evict_first").to(ACC)
+        dy = times_slope(dy, v, ACT)
+        tl.store(dresidual_ptr + offs, dy.to(dresidual_ptr.dtype.element_ty), mask=mask)

@@ -1,36 +1,36 @@
-"""Backward of a normalization whose cell is a row: with xhat = (x - mean) * rstd and g = dy * gamma,
+"""Backward of LayerNorm. With xhat = (x - mean) * rstd and wdy = dy * gamma,
 
-    dx = rstd * (g - mean of g - xhat * mean of g * xhat),    dgamma = sum of dy * xhat,    dbeta = sum of dy
+    dx = rstd * (wdy - mean of wdy - xhat * mean of wdy * xhat)
+    dgamma = sum of dy * xhat,    dbeta = sum of dy
 
-the means over a row, the sums over all rows. A program that holds whole rows reads dy and x once and keeps
-the sums of all columns in registers, over the rows it visits (row_gradients_kernel). Rows too wide for that
-are read twice: first by programs that own a block of columns each, add up its columns and leave what each row
-contributes (column_gradients_kernel), then element by element (wide_gradients_kernel). Parameter gradients
-alone are the first of these two.
+where means are over a row and sums over all rows. A program that can hold whole rows reads dy and x once
+and keeps the sums of all columns in registers, over the rows it visits (row_gradients_kernel). Rows too
+wide for that are read twice: first by programs that each take a block of columns, sum it and store what
+each row contributes (column_gradients_kernel), then element by element (wide_gradients_kernel). If only
+parameters need gradients, the first of these two is all.
 
-Every program leaves its sums in partials, [programs, 1 or 2, width]: see column_sums.py."""
+Every program stores its sums in partials, [programs, 1 or 2, width]; column_sums.py adds them up."""
 
 import triton
 import triton.language as tl
 
 from .moments import product_in_tile
-from .row_norm import TABLES, columns, group_of_rows
+from .row_norm import STATS, columns, group_of_rows
 
 SIZES = ["rows", "width_v", "groups", "programs", "blocks", "splits"]
 
 
 @triton.jit
-def load_statistics(table_ptr, rows, first, row, inside):
-    """(mean, rstd) of a group's rows, shaped as `row`."""
-    mean = tl.load(table_ptr + first + row, mask=inside, other=0.0)
-    return mean, tl.load(table_ptr + rows + first + row, mask=inside, other=0.0)
+def load_statistics(stats_ptr, rows, first, row, inside):
+    """(mean, rstd) of a group's rows, of row's shape."""
+    mean = tl.load(stats_ptr + first + row, mask=inside, other=0.0)
+    return mean, tl.load(stats_ptr + rows + first + row, mask=inside, other=0.0)
 
 
 @triton.jit
 def gamma_of(weight_ptr, column, exists, ACC: tl.constexpr, AGAIN: tl.constexpr):
-    """Gamma of columns, or 1 where there is none. AGAIN: it has been loaded before, and shall be again rather
-    than stay in registers, of which there are none to spare: a load that differs is not taken for the same.
-    """
+    """gamma of columns, or 1 if there is none. AGAIN: reload gamma instead of keeping it in registers. The
+    different eviction policy stops the compiler from merging the two loads."""
     if weight_ptr is None:
         gamma = tl.full(column.shape, 1.0, ACC)
     else:
@@ -44,14 +44,14 @@ def gamma_of(weight_ptr, column, exists, ACC: tl.constexpr, AGAIN: tl.constexpr)
 
 @triton.jit
 def over_rows(values, U: tl.constexpr):
-    """[U * R, LANES] -> [R, LANES]: rows that lie R apart, which one thread holds, are added up."""
+    """[U * R, LANES] -> [R, LANES]: sums rows that lie R apart, which one thread holds."""
     R: tl.constexpr = values.shape[0] // U
     return tl.sum(tl.reshape(values, (U, R, values.shape[1])), 0)
 
 
 @triton.jit
 def by_vector(values, VEC: tl.constexpr):
-    """[R, LANES] -> [R, LANES // VEC]: neighbours, which one thread holds, are added up: fewer registers."""
+    """[R, LANES] -> [R, LANES // VEC]: sums neighbours, which one thread holds, to save registers."""
     return tl.sum(tl.reshape(values, (values.shape[0], values.shape[1] // VEC, VEC)), 2)
 
 
@@ -67,7 +67,7 @@ def one_row(values):
 def store_sums(
     partials_ptr, program, column, exists, width, sum_w, sum_b, WEIGHT: tl.constexpr, BIAS: tl.constexpr
 ):  # fmt: skip
-    """sums: [R, LANES], of dy * xhat and of dy. WEIGHT, BIAS: which of them are wanted."""
+    """Stores one program's sums of dy * xhat and of dy, [R, LANES] each. WEIGHT, BIAS: which are wanted."""
     mine_ptr = partials_ptr + tl.cast(program, tl.int64) * (width * (WEIGHT + BIAS))
     if WEIGHT:
         tl.store(mine_ptr + column, one_row(sum_w), mask=exists)
@@ -75,9 +75,9 @@ def store_sums(
         tl.store(mine_ptr + WEIGHT * width + column, one_row(sum_b), mask=exists)
 
 
-@triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=TABLES)
+@triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=STATS)
 def row_gradients_kernel(
-    dy_ptr, x_ptr, dx_ptr, table_ptr, weight_ptr, partials_ptr,
+    dy_ptr, x_ptr, dx_ptr, stats_ptr, weight_ptr, partials_ptr,
     rows, width_v, groups, programs,
     T: tl.constexpr, WEIGHT: tl.constexpr, BIAS: tl.constexpr,
 ):  # fmt: skip
@@ -88,7 +88,7 @@ def row_gradients_kernel(
     R: tl.constexpr = T.rows
     LANES: tl.constexpr = T.lanes
     PARTS: tl.constexpr = T.parts
-    WHOLE: tl.constexpr = T.whole
+    EVEN: tl.constexpr = T.even
     width = width_v * VEC
     count = width.to(ACC)
     sums_w = ()
@@ -100,62 +100,62 @@ def row_gradients_kernel(
     for group in tl.range(tl.program_id(0), groups, programs):
         first = group * (U * R)
         base, row, lane, inside = group_of_rows(first, rows, width, U * R, LANES)
-        held_g = ()
-        held_x = ()
+        dys = ()
+        xs = ()
         for part in tl.static_range(PARTS):
-            column, exists = columns(part, lane, width, WHOLE or part < PARTS - 1)
+            column, exists = columns(part, lane, width, EVEN or part < PARTS - 1)
             offs, mask = row * width + column, inside & exists
-            held_g += (tl.load(dy_ptr + base + offs, mask=mask, other=0.0, eviction_policy="evict_first"),)
-            held_x += (tl.load(x_ptr + base + offs, mask=mask, other=0.0, eviction_policy="evict_first"),)
-        mean, rstd = load_statistics(table_ptr, rows, first, row, inside)
-        mean_g = tl.zeros((U * R, LANES // VEC), ACC)
-        mean_gx = tl.zeros((U * R, LANES // VEC), ACC)
+            dys += (tl.load(dy_ptr + base + offs, mask=mask, other=0.0, eviction_policy="evict_first"),)
+            xs += (tl.load(x_ptr + base + offs, mask=mask, other=0.0, eviction_policy="evict_first"),)
+        mean, rstd = load_statistics(stats_ptr, rows, first, row, inside)
+        mean_wdy = tl.zeros((U * R, LANES // VEC), ACC)
+        mean_wdy_xhat = tl.zeros((U * R, LANES // VEC), ACC)
         new_w = ()
         new_b = ()
         for part in tl.static_range(PARTS):
-            column, exists = columns(part, lane, width, WHOLE or part < PARTS - 1)
+            column, exists = columns(part, lane, width, EVEN or part < PARTS - 1)
             if R == 1 and part > 0:
-                # or the gamma of all parts is loaded in advance, and its registers are then missing elsewhere
+                # without it, the gamma of all parts is loaded in advance, into registers needed elsewhere
                 tl.debug_barrier()
-            g = held_g[part].to(ACC)
-            gx = g * ((held_x[part].to(ACC) - mean) * rstd)  # 0 in lanes that are not there: g is
+            dy = dys[part].to(ACC)
+            dy_xhat = dy * ((xs[part].to(ACC) - mean) * rstd)  # 0 in lanes out of bounds, where dy is 0
             if WEIGHT:
-                new_w += (sums_w[part] + over_rows(gx, U),)
+                new_w += (sums_w[part] + over_rows(dy_xhat, U),)
             if BIAS:
-                new_b += (sums_b[part] + over_rows(g, U),)
+                new_b += (sums_b[part] + over_rows(dy, U),)
             gamma = gamma_of(weight_ptr, tl.broadcast_to(column, (U * R, LANES)), exists, ACC, False)
-            mean_g += by_vector(product_in_tile(g, gamma, VEC), VEC)
-            mean_gx += by_vector(product_in_tile(gx, gamma, VEC), VEC)
+            mean_wdy += by_vector(product_in_tile(dy, gamma, VEC), VEC)
+            mean_wdy_xhat += by_vector(product_in_tile(dy_xhat, gamma, VEC), VEC)
         sums_w = new_w
         sums_b = new_b
-        mean_g = (tl.sum(mean_g, 1) / count)[:, None]
-        mean_gx = (tl.sum(mean_gx, 1) / count)[:, None]
+        mean_wdy = (tl.sum(mean_wdy, 1) / count)[:, None]
+        mean_wdy_xhat = (tl.sum(mean_wdy_xhat, 1) / count)[:, None]
         for part in tl.static_range(PARTS):
-            column, exists = columns(part, lane, width, WHOLE or part < PARTS - 1)
+            column, exists = columns(part, lane, width, EVEN or part < PARTS - 1)
             gamma = gamma_of(weight_ptr, tl.broadcast_to(column, (U * R, LANES)), exists, ACC, True)
-            xhat = (held_x[part].to(ACC) - mean) * rstd
-            dx = rstd * (held_g[part].to(ACC) * gamma - mean_g - xhat * mean_gx)
+            xhat = (xs[part].to(ACC) - mean) * rstd
+            dx = rstd * (dys[part].to(ACC) * gamma - mean_wdy - xhat * mean_wdy_xhat)
             tl.store(
                 dx_ptr + base + (row * width + column), dx.to(dx_ptr.dtype.element_ty), mask=inside & exists,
                 eviction_policy="evict_first",
             )  # fmt: skip
     lanes = tl.arange(0, LANES)[None, :]
     for part in tl.static_range(PARTS if WEIGHT or BIAS else 0):
-        column, exists = columns(part, lanes, width, WHOLE or part < PARTS - 1)
+        column, exists = columns(part, lanes, width, EVEN or part < PARTS - 1)
         store_sums(
             partials_ptr, tl.program_id(0), column, exists, width,
             sums_w[part] if WEIGHT else None, sums_b[part] if BIAS else None, WEIGHT, BIAS,
         )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=TABLES)
+@triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=STATS)
 def column_gradients_kernel(
-    dy_ptr, x_ptr, table_ptr, weight_ptr, shares_ptr, partials_ptr,
+    dy_ptr, x_ptr, stats_ptr, weight_ptr, shares_ptr, partials_ptr,
     rows, width_v, groups, programs, blocks,
     T: tl.constexpr, WEIGHT: tl.constexpr, BIAS: tl.constexpr,
 ):  # fmt: skip
-    """Program (block, p) takes the groups p, p + programs ... of unroll * rows rows, and of them a block of
-    columns. shares, where given: [blocks, 2, rows], each block's part of a row's sums of g and g * xhat."""
+    """Program (block, p) takes a block of columns of the groups p, p + programs ... of unroll * rows rows.
+    shares, if given, receives each block's part of a row's sums of wdy and wdy * xhat, [blocks, 2, rows]."""
     ACC: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
     U: tl.constexpr = T.unroll
     R: tl.constexpr = T.rows
@@ -171,60 +171,60 @@ def column_gradients_kernel(
         first = group * (U * R)
         base, row, _, inside = group_of_rows(first, rows, width, U * R, LANES)
         offs, mask = row * width + column, inside & exists
-        g = tl.load(dy_ptr + base + offs, mask=mask, other=0.0, eviction_policy="evict_last").to(ACC)
+        dy = tl.load(dy_ptr + base + offs, mask=mask, other=0.0, eviction_policy="evict_last").to(ACC)
         if BIAS:
-            sum_b += over_rows(g, U)
+            sum_b += over_rows(dy, U)
         if WEIGHT or shares_ptr is not None:
             x = tl.load(x_ptr + base + offs, mask=mask, other=0.0, eviction_policy="evict_last").to(ACC)
-            mean, rstd = load_statistics(table_ptr, rows, first, row, inside)
-            gx = g * ((x - mean) * rstd)
+            mean, rstd = load_statistics(stats_ptr, rows, first, row, inside)
+            dy_xhat = dy * ((x - mean) * rstd)
             if WEIGHT:
-                sum_w += over_rows(gx, U)
+                sum_w += over_rows(dy_xhat, U)
             if shares_ptr is not None:
                 gamma = gamma_of(weight_ptr, tl.broadcast_to(column, (U * R, LANES)), exists, ACC, False)
                 mine_ptr = shares_ptr + tl.cast(block, tl.int64) * 2 * rows + first + row
-                tl.store(mine_ptr, tl.sum(g * gamma, 1)[:, None], mask=inside)
-                tl.store(mine_ptr + rows, tl.sum(gx * gamma, 1)[:, None], mask=inside)
+                tl.store(mine_ptr, tl.sum(dy * gamma, 1)[:, None], mask=inside)
+                tl.store(mine_ptr + rows, tl.sum(dy_xhat * gamma, 1)[:, None], mask=inside)
     if WEIGHT or BIAS:
         store_sums(partials_ptr, program, column, exists, width, sum_w, sum_b, WEIGHT, BIAS)
 
 
-@triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=TABLES)
+@triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=STATS)
 def wide_gradients_kernel(
-    dy_ptr, x_ptr, dx_ptr, table_ptr, weight_ptr, shares_ptr,
+    dy_ptr, x_ptr, dx_ptr, stats_ptr, weight_ptr, shares_ptr,
     rows, width_v, blocks, splits,
     T: tl.constexpr,
 ):  # fmt: skip
-    """dx of row r by programs (r, split), each of which takes the pieces split, split + splits ... of
-    unroll * lanes elements, from the row's end: that is what the sweep before left in L2."""
+    """dx of row r, by programs (r, split), each of which takes the pieces split, split + splits ... of
+    unroll * lanes elements, from the row's end, which the launch before has left in L2."""
     ACC: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
     U: tl.constexpr = T.unroll
     LANES: tl.constexpr = T.lanes
-    MERGE: tl.constexpr = T.merge
+    MERGE: tl.constexpr = T.partials_per_iter
     width = width_v * T.vec
     row = tl.program_id(0) // splits
     split = tl.program_id(0) % splits
     base = tl.cast(row, tl.int64) * width
-    mean = tl.load(table_ptr + row)
-    rstd = tl.load(table_ptr + rows + row)
-    sum_g = tl.zeros((MERGE,), ACC)
-    sum_gx = tl.zeros((MERGE,), ACC)
+    mean = tl.load(stats_ptr + row)
+    rstd = tl.load(stats_ptr + rows + row)
+    sum_wdy = tl.zeros((MERGE,), ACC)
+    sum_wdy_xhat = tl.zeros((MERGE,), ACC)
     for start in tl.range(0, blocks, MERGE):
         block = start + tl.arange(0, MERGE)
         theirs_ptr = shares_ptr + tl.cast(block, tl.int64) * 2 * rows + row
-        sum_g += tl.load(theirs_ptr, mask=block < blocks, other=0.0)
-        sum_gx += tl.load(theirs_ptr + rows, mask=block < blocks, other=0.0)
-    mean_g = tl.sum(sum_g, 0) / width.to(ACC)
-    mean_gx = tl.sum(sum_gx, 0) / width.to(ACC)
+        sum_wdy += tl.load(theirs_ptr, mask=block < blocks, other=0.0)
+        sum_wdy_xhat += tl.load(theirs_ptr + rows, mask=block < blocks, other=0.0)
+    mean_wdy = tl.sum(sum_wdy, 0) / width.to(ACC)
+    mean_wdy_xhat = tl.sum(sum_wdy_xhat, 0) / width.to(ACC)
     offs = tl.arange(0, U)[:, None] * LANES + tl.arange(0, LANES)[None, :]
     pieces = tl.cdiv(width, U * LANES)
     for step in tl.range(split, pieces, splits):
         column = (pieces - 1 - step) * (U * LANES) + offs
         exists = column < width
-        g = tl.load(dy_ptr + base + column, mask=exists, other=0.0, eviction_policy="evict_first").to(ACC)
+        dy = tl.load(dy_ptr + base + column, mask=exists, other=0.0, eviction_policy="evict_first").to(ACC)
         x = tl.load(x_ptr + base + column, mask=exists, other=0.0, eviction_policy="evict_first").to(ACC)
         gamma = gamma_of(weight_ptr, column, exists, ACC, False)
-        dx = rstd * (g * gamma - mean_g - ((x - mean) * rstd) * mean_gx)
+        dx = rstd * (dy * gamma - mean_wdy - ((x - mean) * rstd) * mean_wdy_xhat)
         tl.store(
             dx_ptr + base + column, dx.to(dx_ptr.dtype.element_ty), mask=exists, eviction_policy="evict_first"
         )

@@ -1,10 +1,9 @@
 """Sizes -> what to launch, for a normalization of rows: x is [rows, width], statistics are of each row. Pure
 Python, as plan.py.
 
-A row is seen in units of 512 bytes, what one load of every thread of a warp brings. A number of warps share
-a row, and each thread holds PARTS vectors of it; where these are fewer warps than the program has, it holds
-several rows. What fits in registers without spills was read off compiled kernels, of Triton 3.6.0 and 3.7.1
-alike [sass]."""
+One load of a warp brings 512 bytes of a row. Some warps share a row, of which each thread holds `parts`
+vectors; where these are fewer warps than the program has, it holds several rows. What fits in registers
+without spills was read from compiled kernels, and is the same for Triton 3.6.0 and 3.7.1 [sass]."""
 
 from __future__ import annotations
 
@@ -18,48 +17,48 @@ from .views import VECTOR_BYTES, ceil_div, power_of_two
 
 LINE = WARP * VECTOR_BYTES  # bytes that a warp loads at once
 
-# Forward: vectors of a row that a thread may hold, by warps to a row. 8 of 16-bit numbers take 96 to 128
-# registers, as they are widened early: 64 to 80 KB in flight an SM; with 16 warps, at the limit of 128, two
-# spill on Triton 3.7.1, and 7 do not. fp32 takes 66 [sass]. Loaded one by one, 16-bit numbers take a register
-# each.
+# Forward, by itemsize: the vectors of a row that a thread may hold, by the warps that share a row. 8
+# vectors of 16-bit numbers take 96 to 128 registers, since they are widened early, and bring 64 to 80 KB in
+# flight an SM. With 16 warps, at the limit of 128 registers, Triton 3.7.1 spills two of 8 vectors, and none
+# of 7. fp32 takes 66 registers [sass]. 16-bit numbers that are loaded one by one take a register each.
 HELD = {2: {1: 8, 2: 8, 4: 8, 8: 8, 16: 7}, 4: dict.fromkeys((1, 2, 4, 8, 16), 8)}
 HELD[8] = HELD[4]
 HELD_SINGLES = dict.fromkeys((1, 2, 4, 8, 16), 4)
-LOADS = 4  # under way at a time, at least: from several rows, where one has fewer
+LOADS = 4  # in flight at least: from several rows, where one has fewer
 FORWARD_WARPS, FORWARD_REGISTERS = 4, 128
-# A longer row: 4 loads a thread. 80 registers make that 3 programs an SM, 48 KB in flight [sass].
+# Longer rows: 4 loads a thread. With 80 registers, 3 programs share an SM and have 48 KB in flight [sass].
 LONG_WARPS, LONG_LOADS = 8, 4
 LONG_REGISTERS = {2: 80, 4: 80, 8: 128}
 
-# Backward: dy and x, and two sums for each column that a thread holds: 16 registers a vector of 16-bit
-# numbers. Warps: (programs an SM, registers). 3 programs of 4 warps have up to 48 KB in flight, and leave
-# fewer partials than many small ones would [sass].
+# Backward, by warps: (programs an SM, registers). dy, x and two sums for each column take 16 registers for a
+# vector of 16-bit numbers. 3 programs of 4 warps have up to 48 KB in flight, and leave fewer partial results
+# than many small ones would [sass].
 GRADIENTS = {4: (3, 168), 8: (2, 128), 16: (1, 128)}
-# Vectors of a row that a thread holds, by warps to a row: 4 of 16-bit numbers fit where 168 registers do, and
-# all threads are in step; 2 where they are loaded element by element.
+# The vectors of a row that a thread holds, by itemsize and by the warps that share a row: 4 of 16-bit numbers
+# fit into 168 registers if all threads are in step, and 2 if they are loaded element by element.
 GRADIENT_SINGLES = dict.fromkeys((1, 2, 4, 8, 16), 2)
 GRADIENT_PARTS = {2: {1: 3, 2: 3, 4: 4, 8: 3, 16: 3}, 4: dict.fromkeys((1, 2, 4, 8, 16), 4)}
 GRADIENT_PARTS[8] = GRADIENT_PARTS[4]
-# By columns, for rows too wide for that and for parameter gradients alone: 4 loads a thread and input.
-COLUMN_WARPS, COLUMN_LOADS, COLUMN_AN_SM, COLUMN_REGISTERS = 8, 4, 2, 128
-WIDE_WARPS, WIDE_LOADS, WIDE_AN_SM, WIDE_REGISTERS = 8, 2, 4, 64
-WIDE_SPLITS = 32  # each program of a row merges all shares of it: with more, that would show
+# By columns, for rows too wide for that, or if only parameters need gradients: 4 loads a thread and input.
+COLUMN_WARPS, COLUMN_LOADS, COLUMN_PER_SM, COLUMN_REGISTERS = 8, 4, 2, 128
+WIDE_WARPS, WIDE_LOADS, WIDE_PER_SM, WIDE_REGISTERS = 8, 2, 4, 64
+WIDE_SPLITS = 32  # each program of a row merges all of its shares, so there may not be many
 MERGE = 256
-# Merging partials: a step is 128 bytes of each of 128 rows, 4 loads a thread.
+# The sum of partial results takes 128 bytes of each of 128 rows at a time, 4 loads a thread.
 SUM_WARPS, SUM_TILE, SUM_ROWS, SUM_REGISTERS = 8, 4096, 128, 128
 
 
 @dataclass(frozen=True)
-class RowSweep:
-    """One kernel's walk over rows: what a Launch needs to know of it."""
+class RowPlan:
+    """One kernel's pass over rows."""
 
     programs: int
     tile: RowTile
     geometry: RowGeometry | ColumnGeometry
     warps: int
     registers: int
-    partials: int = 0  # rows of partial sums that it leaves, one or two values a column in each
-    loads: int = 0  # vectors that a thread has under way at a time, over all inputs
+    partials: int = 0  # rows of partial sums that it stores, one or two values a column in each
+    loads: int = 0  # vectors that a thread has in flight, over all inputs
 
     @property
     def vec(self) -> int:
@@ -68,7 +67,8 @@ class RowSweep:
 
 @dataclass(frozen=True)
 class Rows:
-    """What all plans start from. aligned: every tensor starts on 16 bytes. sms: of the GPU."""
+    """The sizes that all plans start from. aligned: every tensor starts on 16 bytes. sms: the GPU's
+    number."""
 
     rows: int
     width: int
@@ -78,7 +78,7 @@ class Rows:
 
     @property
     def vec(self) -> int:
-        """Elements a load instruction: of 16 bytes, what divides the width, for rows follow each other."""
+        """Elements of a load instruction: as many of 16 bytes as divide the width."""
         return gcd(VECTOR_BYTES // self.itemsize if self.aligned else 1, self.width)
 
     @property
@@ -87,12 +87,12 @@ class Rows:
 
     @property
     def line(self) -> int:
-        """Elements that a warp loads at once."""
+        """Elements that one load of a warp brings."""
         return LINE // self.itemsize
 
     def shared_by(self, most: dict[int, int]) -> tuple[int, int, int] | None:
-        """(warps to a row, LANES, PARTS) with the fewest warps for which a thread holds no more vectors of a
-        row than `most` allows that many warps; None where no program is large enough."""
+        """(warps that share a row, lanes, parts) with the fewest warps for which a thread holds at most the
+        vectors of a row that `most` allows; None if no program is large enough."""
         for warps, limit in most.items():
             lanes = min(warps * self.line, power_of_two(self.width))
             parts = ceil_div(self.width, lanes)
@@ -100,14 +100,14 @@ class Rows:
                 return warps, lanes, parts
         return None
 
-    def whole(self, lanes: int, parts: int) -> bool:
+    def even(self, lanes: int, parts: int) -> bool:
         return lanes * parts == self.width
 
     def geometry(self, **more: int) -> RowGeometry:
         return RowGeometry(self.rows, self.width // self.vec, **more)
 
     def check(self, programs: int, rows_at_once: int, step: int) -> None:
-        """Raises TooLarge where a number does not fit the 32 bits that the kernels have for it."""
+        """Raises TooLarge if a number does not fit the 32 bits that kernels use for it."""
         within = max(self.width * max(2, rows_at_once), 2 * self.width + step)
         if max(programs, self.rows + rows_at_once, within) >= INT32:
             raise TooLarge(f"{self.rows} rows of {self.width} are too many for 32-bit offsets or grids")
@@ -119,102 +119,102 @@ def _warps(lanes: int, rows: int, itemsize: int, most: int) -> int:
 
 
 @lru_cache(maxsize=4096)
-def forward(size: Rows) -> tuple[str, RowSweep]:
-    """The plan of the forward: ("held" or "long", sweep)."""
+def forward(size: Rows) -> tuple[str, RowPlan]:
+    """("one_pass" or "two_pass", the plan of the forward)."""
     shared = size.shared_by(HELD[size.itemsize] if size.vectors else HELD_SINGLES)
     if shared is None:
         lanes = LONG_WARPS * size.line
         size.check(size.rows, 1, LONG_LOADS * lanes)
         registers = LONG_REGISTERS[size.itemsize] if size.vectors else 128
         tile = RowTile(size.vec, 1, lanes, LONG_LOADS)
-        return "long", RowSweep(size.rows, tile, size.geometry(), LONG_WARPS, registers, loads=LONG_LOADS)
+        return "two_pass", RowPlan(size.rows, tile, size.geometry(), LONG_WARPS, registers, loads=LONG_LOADS)
     across, lanes, parts = shared
     at_once = max(1, max(FORWARD_WARPS, across) * size.line // lanes)
-    unroll = max(1, LOADS // parts) if size.vectors else 1  # short vectors are several loads already
+    unroll = max(1, LOADS // parts) if size.vectors else 1  # narrow loads are several already
     while unroll > 1 and ceil_div(size.rows, unroll * at_once) < 2 * size.sms:
         unroll //= 2
     group = min(unroll * at_once, power_of_two(size.rows))
     programs = ceil_div(size.rows, group)
     size.check(programs, group, lanes)
     warps = _warps(lanes, group, size.itemsize, max(FORWARD_WARPS, across))
-    tile = RowTile(size.vec, group, lanes, parts=parts, whole=size.whole(lanes, parts))
+    tile = RowTile(size.vec, group, lanes, parts=parts, even=size.even(lanes, parts))
     loads = parts * max(1, group // at_once)
-    return "held", RowSweep(programs, tile, size.geometry(), warps, FORWARD_REGISTERS, loads=loads)
+    return "one_pass", RowPlan(programs, tile, size.geometry(), warps, FORWARD_REGISTERS, loads=loads)
 
 
 @lru_cache(maxsize=4096)
-def gradients(size: Rows) -> RowSweep | None:
-    """The plan of the backward that reads once; None for rows too wide for it."""
+def gradients(size: Rows) -> RowPlan | None:
+    """The plan of the backward that reads rows once; None if they are too wide for it."""
     shared = size.shared_by(GRADIENT_PARTS[size.itemsize] if size.vectors else GRADIENT_SINGLES)
     if shared is None:
         return None
     across, lanes, parts = shared
     warps = max(4, across)
-    an_sm, registers = GRADIENTS[warps]
+    per_sm, registers = GRADIENTS[warps]
     group = min(max(1, warps * size.line // lanes), power_of_two(size.rows))
-    whole = size.whole(lanes, parts)
+    even = size.even(lanes, parts)
     unroll = {1: 4, 2: 2}.get(parts, 1)
-    if not size.vectors or (warps > 4 and not whole):  # masks take the registers that are left
+    if not size.vectors or (warps > 4 and not even):  # masks take the remaining registers
         unroll = 1
-    while unroll > 1 and ceil_div(size.rows, unroll * group) < an_sm * size.sms:
+    while unroll > 1 and ceil_div(size.rows, unroll * group) < per_sm * size.sms:
         unroll //= 2
     groups = ceil_div(size.rows, unroll * group)
-    programs = _evened(groups, an_sm * size.sms)
+    programs = _evened(groups, per_sm * size.sms)
     size.check(programs, unroll * group, lanes)
     warps = _warps(lanes, group, size.itemsize, warps)
-    tile = RowTile(size.vec, group, lanes, unroll, parts, whole)
+    tile = RowTile(size.vec, group, lanes, unroll, parts, even)
     geometry = size.geometry(groups=groups, programs=programs)
-    return RowSweep(programs, tile, geometry, warps, registers, programs, loads=2 * parts * unroll)
+    return RowPlan(programs, tile, geometry, warps, registers, programs, loads=2 * parts * unroll)
 
 
 @lru_cache(maxsize=4096)
-def column_gradients(size: Rows) -> RowSweep:
-    """The plan of the sweep by columns: parameter gradients, and each block's share of its rows' sums."""
+def column_gradients(size: Rows) -> RowPlan:
+    """The plan of the pass by columns: parameter gradients, and each block's share of its rows' sums."""
     lanes = min(size.line, power_of_two(size.width))
     group = min(COLUMN_WARPS * size.line // lanes, power_of_two(size.rows))
     unroll = min(COLUMN_LOADS if size.vectors else 1, power_of_two(ceil_div(size.rows, group)))
     blocks = ceil_div(size.width, lanes)
     groups = ceil_div(size.rows, unroll * group)
-    programs = _evened(groups, ceil_div(COLUMN_AN_SM * size.sms, blocks))
+    programs = _evened(groups, ceil_div(COLUMN_PER_SM * size.sms, blocks))
     size.check(blocks * programs, unroll * group, lanes)
     warps = _warps(lanes, group, size.itemsize, COLUMN_WARPS)
     tile = RowTile(size.vec, group, lanes, unroll)
     geometry = size.geometry(groups=groups, programs=programs, blocks=blocks)
-    return RowSweep(
+    return RowPlan(
         blocks * programs, tile, geometry, warps, COLUMN_REGISTERS, programs, loads=2 * unroll
     )  # fmt: skip
 
 
 @lru_cache(maxsize=4096)
-def wide_gradients(size: Rows) -> RowSweep:
-    """The plan of dx from the shares that column_gradients left."""
+def wide_gradients(size: Rows) -> RowPlan:
+    """The plan of dx from the shares that the pass by columns has stored."""
     blocks = column_gradients(size).geometry.blocks
     lanes = WIDE_WARPS * size.line
     pieces = ceil_div(size.width, WIDE_LOADS * lanes)
-    splits = max(1, min(pieces, WIDE_SPLITS, ceil_div(WIDE_AN_SM * size.sms, size.rows)))
+    splits = max(1, min(pieces, WIDE_SPLITS, ceil_div(WIDE_PER_SM * size.sms, size.rows)))
     size.check(size.rows * splits, 1, WIDE_LOADS * lanes)
-    tile = RowTile(size.vec, 1, lanes, WIDE_LOADS, merge=MERGE)
+    tile = RowTile(size.vec, 1, lanes, WIDE_LOADS, partials_per_iter=MERGE)
     geometry = size.geometry(blocks=blocks, splits=splits)
     registers = WIDE_REGISTERS if size.vectors and size.itemsize < 8 else 128
-    return RowSweep(size.rows * splits, tile, geometry, WIDE_WARPS, registers, loads=2 * WIDE_LOADS)
+    return RowPlan(size.rows * splits, tile, geometry, WIDE_WARPS, registers, loads=2 * WIDE_LOADS)
 
 
 @lru_cache(maxsize=4096)
-def activation(size: Rows) -> RowSweep:
-    """The plan of dz, element by element."""
+def activation(size: Rows) -> RowPlan:
+    """The plan of dresidual, element by element."""
     lanes = min(WIDE_WARPS * size.line, power_of_two(size.width))
     group = min(max(1, WIDE_WARPS * size.line // lanes), power_of_two(size.rows))
     groups = ceil_div(size.rows, group)
-    splits = max(1, min(ceil_div(size.width, lanes), ceil_div(WIDE_AN_SM * size.sms, groups)))
+    splits = max(1, min(ceil_div(size.width, lanes), ceil_div(WIDE_PER_SM * size.sms, groups)))
     size.check(groups * splits, group, lanes)
     warps = _warps(lanes, group, size.itemsize, WIDE_WARPS)
     tile = RowTile(size.vec, group, lanes)
-    return RowSweep(groups * splits, tile, size.geometry(splits=splits), warps, FORWARD_REGISTERS, loads=2)
+    return RowPlan(groups * splits, tile, size.geometry(splits=splits), warps, FORWARD_REGISTERS, loads=2)
 
 
 @lru_cache(maxsize=4096)
-def column_sums(rows: int, columns: int, halves: int) -> RowSweep:
-    """The plan of the merge of [rows, halves, columns] over rows."""
+def column_sums(rows: int, columns: int, halves: int) -> RowPlan:
+    """The plan of the sum of [rows, halves, columns] over rows."""
     at_once = min(SUM_ROWS, power_of_two(rows))
     lanes = min(SUM_TILE // at_once, 1024, power_of_two(columns))
     blocks = ceil_div(columns, lanes)
@@ -222,15 +222,15 @@ def column_sums(rows: int, columns: int, halves: int) -> RowSweep:
         raise TooLarge(f"{rows} partial sums of {columns} columns are too many for 32-bit offsets")
     warps = max(1, min(SUM_WARPS, at_once * lanes // (4 * WARP)))
     tile, geometry = RowTile(1, at_once, lanes), ColumnGeometry(rows, columns, blocks)
-    return RowSweep(halves * blocks, tile, geometry, warps, SUM_REGISTERS)
+    return RowPlan(halves * blocks, tile, geometry, warps, SUM_REGISTERS)
 
 
 def launches(size: Rows) -> tuple[int, int]:
-    """Of a training step, forward and backward, where all gradients are wanted: the last one of the backward
-    is column_sums."""
+    """The launches of a training step, (forward, backward), if all gradients are wanted. The last one of the
+    backward is column_sums."""
     return 1, 3 if gradients(size) is None else 2
 
 
 def _evened(groups: int, most: int) -> int:
-    """At most `most` programs, and as few as give the same number of rounds."""
+    """At most `most` programs, and the fewest with the same number of rounds."""
     return ceil_div(groups, ceil_div(groups, max(1, min(groups, most))))

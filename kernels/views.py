@@ -1,5 +1,5 @@
-"""How each layout is seen by geometry.py, before tiles are chosen: which matrix, which strips of it, which
-lanes hold which channel. Pure Python."""
+"""The matrix that geometry.py walks over, for each layout, before tiles are chosen: its rows, the strips of
+it that are blocks, and the channel that each lane holds. Pure Python."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ VECTOR_BYTES = 16
 
 
 def packs(c: int, s: int, itemsize: int, channels_last: bool) -> bool:
-    """Whether all that plan.py makes of an address is a multiple of 8 elements, whatever programs it chooses:
-    then each byte of signs (activations.py) belongs to one tile. In planes of s positions, blocks begin on
-    multiples of 16 bytes only, and only where they hold several channels."""
+    """Whether every part of an address is a multiple of 8 elements, whatever plan.py chooses, so that each
+    byte of relu's mask belongs to one tile. In nchw_packed, blocks begin on multiples of 16 bytes only, and
+    only if they hold several channels."""
     if channels_last:
         return c % 8 == 0
     if s % 8 == 0:
@@ -37,7 +37,7 @@ def floor_power_of_two(n: int) -> int:
 
 @dataclass(frozen=True)
 class View:
-    """How a layout is seen by geometry.py, before tiles are chosen. Sizes in elements."""
+    """A layout as geometry.py sees it. Sizes are in elements."""
 
     mode: str
     rows: int
@@ -48,80 +48,77 @@ class View:
     lanes: int
     total: int
     pieces: int = 1
-    channels_a_block: int = 1  # what a block is answerable for, as a power of two
-    positions: int = 1  # lanes of a block that hold the same channel, as a power of two
+    channels_per_block: int = 1  # that a block reduces, as a power of two
+    lanes_per_channel: int = 1  # of a block, as a power of two
 
     @property
     def blocks(self) -> int:
-        return self.channels if self.mode == "runs" else ceil_div(self.pitch, self.width)
+        return self.channels if self.mode == "nchw" else ceil_div(self.pitch, self.width)
 
     @property
     def used(self) -> float:
-        """Share of the lanes that carry data."""
-        if self.mode == "runs":
+        """The share of lanes that hold data."""
+        if self.mode == "nchw":
             return self.width / (self.pieces * self.lanes)
         return self.pitch / (self.blocks * self.lanes)
 
     def vector(self, itemsize: int, aligned: bool) -> int:
-        """Elements a load instruction: the largest power of two up to 16 bytes that divides all that an
-        address is made of.
-        """
+        """Elements of a load instruction: the largest power of two, up to 16 bytes, that divides every part
+        of an address."""
         vec = gcd(VECTOR_BYTES // itemsize if aligned else 1, gcd(self.pitch, self.width))
-        return gcd(vec, self.total) if self.mode == "cycles" else vec
+        return gcd(vec, self.total) if self.mode == "nhwc_packed" else vec
 
 
-def rows_view(m: int, c: int, itemsize: int) -> View:
-    """[m, c]: channels_last and 2-D input. Blocks of 128 bytes a row, whole DRAM bursts; wider ones where C
-    divides badly.
-    """
+def nhwc_view(m: int, c: int, itemsize: int) -> View:
+    """[m, c]: channels_last and 2-D input. Blocks take 128 bytes of a row, which are whole DRAM bursts, or
+    more where C is a little larger."""
     lanes = 128 // itemsize
     if c % lanes and c <= 2 * lanes:
         lanes = power_of_two(c)
-    return View("rows", m, c, lanes, 1, c, lanes, m * c, channels_a_block=lanes)
+    return View("nhwc", m, c, lanes, 1, c, lanes, m * c, channels_per_block=lanes)
 
 
-def cycles_view(m: int, c: int, itemsize: int, lanes: int) -> View | None:
-    """[m, c] with rows that are not whole vectors: as many rows taken as one as make it so. None: too wide
-    for a tile.
-    """
-    step = (VECTOR_BYTES // itemsize) // gcd(c, VECTOR_BYTES // itemsize)
-    if step * c > lanes:
+def nhwc_packed_view(m: int, c: int, itemsize: int, lanes: int) -> View | None:
+    """[m, c] with rows that are not whole vectors: so many rows are taken as one that they are. None: that is
+    too wide for a tile."""
+    fewest = (VECTOR_BYTES // itemsize) // gcd(c, VECTOR_BYTES // itemsize)  # rows that make whole vectors
+    if fewest * c > lanes:
         return None
-    taken = min(lanes // (step * c) * step, ceil_div(m, step) * step)
+    taken = min(lanes // (fewest * c) * fewest, ceil_div(m, fewest) * fewest)
     return View(
-        "cycles", ceil_div(m, taken), taken * c, taken * c, 1, c, power_of_two(taken * c), m * c,
-        channels_a_block=power_of_two(c), positions=power_of_two(taken),
+        "nhwc_packed", ceil_div(m, taken), taken * c, taken * c, 1, c, power_of_two(taken * c), m * c,
+        channels_per_block=power_of_two(c), lanes_per_channel=power_of_two(taken),
     )  # fmt: skip
 
 
-def planes_view(n: int, c: int, s: int, itemsize: int, lanes: int) -> View:
-    """[n, c * s], a block of whole channels, starting on a vector where the sizes allow one at all."""
-    step = (VECTOR_BYTES // itemsize) // gcd(s, VECTOR_BYTES // itemsize)
-    held = lanes // s
-    held = c if held >= c else (held // step * step or held)
+def nchw_packed_view(n: int, c: int, s: int, itemsize: int, lanes: int) -> View:
+    """[n, c * s] in blocks of whole channels, which start on a vector if the sizes allow it."""
+    fewest = (VECTOR_BYTES // itemsize) // gcd(
+        s, VECTOR_BYTES // itemsize
+    )  # channels that make whole vectors
+    taken = lanes // s
+    taken = c if taken >= c else (taken // fewest * fewest or taken)
     return View(
-        "planes",
+        "nchw_packed",
         n,
         c * s,
-        held * s,
+        taken * s,
         s,
         c,
-        min(lanes, power_of_two(held * s)),
+        min(lanes, power_of_two(taken * s)),
         n * c * s,
-        channels_a_block=power_of_two(held),
-        positions=power_of_two(s) if held > 1 else min(lanes, power_of_two(s)),
+        channels_per_block=power_of_two(taken),
+        lanes_per_channel=power_of_two(s) if taken > 1 else min(lanes, power_of_two(s)),
     )
 
 
-def strips_view(n: int, c: int, s: int, lanes: int) -> View:
-    """[n, c * s] in strips that ignore where channels begin: nothing is reduced, so a lane only needs to
-    know its channel.
-    """
+def nchw_strips_view(n: int, c: int, s: int, lanes: int) -> View:
+    """[n, c * s] in strips that ignore where channels begin, for elementwise kernels."""
     lanes = min(lanes, power_of_two(c * s))
-    return View("planes", n, c * s, lanes, s, c, lanes, n * c * s)
+    return View("nchw_packed", n, c * s, lanes, s, c, lanes, n * c * s)
 
 
-def runs_view(n: int, c: int, s: int, lanes: int) -> View:
-    """One channel a block, its runs of s positions cut into pieces of a tile's width."""
+def nchw_view(n: int, c: int, s: int, lanes: int) -> View:
+    """[n, c * s], one channel a block, its s positions of each sample cut into pieces of a tile's width."""
     pieces = ceil_div(s, lanes)
-    return View("runs", n * pieces, c * s, s, 1, c, lanes, n * c * s, pieces, positions=lanes)
+    return View("nchw", n * pieces, c * s, s, 1, c, lanes, n * c * s, pieces, lanes_per_channel=lanes)

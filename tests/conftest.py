@@ -91,23 +91,23 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 @pytest.fixture
 def nothing_known() -> Iterator[dict]:
     """The table of steps, emptied for the test."""
-    from bnfast.kernels import steps
+    from bnfast.kernels import launch_plan
 
-    steps.forget_plans()
-    yield steps._steps
-    steps.forget_plans()
+    launch_plan.forget_plans()
+    yield launch_plan._plans
+    launch_plan.forget_plans()
 
 
 @pytest.fixture
 def several_programs(monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
     """The number of multiprocessors of the interpreter: enough that channels are split and blocks share rows,
     few enough to be quick."""
-    from bnfast.kernels import steps
+    from bnfast.kernels import launch_plan
 
     monkeypatch.setenv("BNFAST_INTERPRETER_SMS", "3")
-    steps.forget_plans()
+    launch_plan.forget_plans()
     yield 3
-    steps.forget_plans()
+    launch_plan.forget_plans()
 
 
 @pytest.fixture

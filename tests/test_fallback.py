@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import bnfast
 from bnfast.checks.cases import placed
-from bnfast.kernels import plan, steps
+from bnfast.kernels import launch_plan, plan
 from tests.support import kernel_calls as kernels
 from tests.support.layers import BY_NAME, assert_same, both_modes, data, step
 
@@ -33,9 +33,9 @@ def limit(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> It
     """Lowers the limit of the kernels' arithmetic, so that small sizes stand for those that fill a GPU."""
 
     def forget() -> None:  # plans are kept, by their sizes
-        plan.reduce_sweep.cache_clear()
-        plan.map_sweep.cache_clear()
-        steps.forget_plans()
+        plan.plan_reduction.cache_clear()
+        plan.plan_elementwise.cache_clear()
+        launch_plan.forget_plans()
 
     forget()
     monkeypatch.setattr(plan, "INT32", request.param)

@@ -127,7 +127,7 @@ def test_where_there_are_signs_no_byte_is_two_programs(
         return
     x = Problem(1 if group else n, c, s, itemsize, last, aligned, sms)
     rest = (n, c) if group else ()
-    for sweep in (plan.map_sweep(x, 2, *rest), plan.reduce_sweep(x, 2, *rest)):
+    for sweep in (plan.plan_elementwise(x, 2, *rest), plan.plan_reduction(x, 2, *rest)):
         view = sweep.view
-        numbers = [view.pitch, view.width, view.lanes] + [view.total] * (view.mode == "cycles" or group)
+        numbers = [view.pitch, view.width, view.lanes] + [view.total] * (view.mode == "nhwc_packed" or group)
         assert not any(number % 8 for number in numbers), sweep

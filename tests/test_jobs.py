@@ -162,11 +162,11 @@ def test_every_candidate_takes_the_place_of_the_planned_one() -> None:
         with tile_sweep.planned_with(family, program) as is_planned:
             planned += [family] * is_planned
             assert getattr(plan, family)[0] == plan.Program(*program)
-            sweep = plan.map_sweep(x, 1) if family == "MAPS" else plan.reduce_sweep(x, 1)
-            if family != "REDUCE_RUNS":
+            sweep = plan.plan_elementwise(x, 1) if family == "MAPS" else plan.plan_reduction(x, 1)
+            if family != "REDUCE_NCHW":
                 assert (sweep.warps, sweep.registers) == (program[0], program[2])
     assert planned == [*tile_sweep.CANDIDATES]
-    assert plan.reduce_sweep(x, 1).warps == plan.REDUCE[0].warps
+    assert plan.plan_reduction(x, 1).warps == plan.REDUCE[0].warps
 
 
 def test_a_better_tile_is_named() -> None:

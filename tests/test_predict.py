@@ -15,7 +15,7 @@ from benchmarks.cases import of_network
 from benchmarks.records import PREDICTED
 from benchmarks.suites import SUITES, Network, Shape, cube, square
 from bnfast import dispatch
-from bnfast.kernels import steps
+from bnfast.kernels import launch_plan
 from codegen import launches
 from codegen.cases import DIRECTIONS, Case
 from codegen.figures import Figures
@@ -44,9 +44,9 @@ def several_programs(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """As many SMs for those that run as for those that are recorded, few enough to be quick."""
     monkeypatch.setattr(launches, "SMS", 2)
     monkeypatch.setenv("BNFAST_INTERPRETER_SMS", "2")
-    steps.forget_plans()
+    launch_plan.forget_plans()
     yield
-    steps.forget_plans()
+    launch_plan.forget_plans()
 
 
 def moved(t: Trace, norm: str) -> int:

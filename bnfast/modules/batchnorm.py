@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..kernels.epilogue import Activation, ActivationLike
 from ..kernels.records import BatchNormOptions, new
-from ..ops.batch_norm import batch_norm
+from ..ops.batch_norm import run_batch_norm
 from ..ops.op import Call
 from .drop_in import OptionalBias, says_what_it_takes
 from .replaceable import Replaceable
@@ -50,7 +50,7 @@ class _Kernels(Replaceable, OptionalBias, nn.modules.batchnorm._BatchNorm):
         training = self.training or (self.running_mean is None and self.running_var is None)
         options = new(BatchNormOptions, (training, momentum, self.eps, None))
         call = (input, self.weight, self.bias, residual, activation, options, (mean, variance, batches))
-        return batch_norm(new(Call, call))
+        return run_batch_norm(new(Call, call))
 
 
 class BatchNorm1d(_Kernels, nn.BatchNorm1d):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..kernels.epilogue import Activation, ActivationLike
 from ..kernels.records import BatchNormOptions, Renorm, new
-from ..ops.batch_norm import batch_renorm
+from ..ops.batch_renorm import run_batch_renorm
 from ..ops.op import Call
 from .drop_in import OptionalBias, says_what_it_takes
 from .replaceable import TO_SYNC, Replaceable
@@ -85,7 +85,7 @@ class _BatchRenorm(Replaceable, OptionalBias, nn.modules.batchnorm._BatchNorm):
         renorm = new(Renorm, (*limits, self.skip_nonfinite))
         options = BatchNormOptions(self.training, self.momentum, self.eps, renorm)
         buffers = (mean, variance, self.num_batches_tracked if self.training else None)
-        return batch_renorm(Call(input, self.weight, self.bias, residual, activation, options, buffers))
+        return run_batch_renorm(Call(input, self.weight, self.bias, residual, activation, options, buffers))
 
     def extra_repr(self) -> str:
         shown = [super().extra_repr(), *(f"{name}={getattr(self, name)}" for name in _LIMITS)]

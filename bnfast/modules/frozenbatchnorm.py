@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..kernels.epilogue import Activation, ActivationLike
 from ..kernels.records import BatchNormOptions
-from ..ops.batch_norm import batch_norm
+from ..ops.batch_norm import run_batch_norm
 from ..ops.op import Call
 from .drop_in import DropIn, says_what_it_takes
 
@@ -147,4 +147,4 @@ class FrozenBatchNorm2d(DropIn, TorchFrozenBatchNorm2d):
             input, residual = self.widened(input, residual)
             mean, variance, weight, bias = (t.to(input.dtype) for t in (mean, variance, weight, bias))
         options, buffers = BatchNormOptions(False, 0.0, self.eps), (mean, variance, None)
-        return batch_norm(Call(input, weight, bias, residual, activation, options, buffers))
+        return run_batch_norm(Call(input, weight, bias, residual, activation, options, buffers))

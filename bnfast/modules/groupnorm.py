@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..functional.groupnorm import group_norm
 from ..kernels.epilogue import Activation, ActivationLike
+from ..ops.group_norm import group_norm
 from .drop_in import DropIn, OptionalBias, says_what_it_takes
 
 

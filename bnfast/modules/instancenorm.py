@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..functional.instancenorm import instance_norm
 from ..kernels.epilogue import Activation, ActivationLike
 from ..ops.arguments import check_residual
+from ..ops.instance_norm import instance_norm
 from .drop_in import DropIn, OptionalBias, says_what_it_takes
 
 

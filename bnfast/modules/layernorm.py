@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..functional.layernorm import layer_norm
 from ..kernels.epilogue import Activation, ActivationLike
+from ..ops.layer_norm import layer_norm
 from .drop_in import DropIn, says_what_it_takes
 
 

@@ -1,4 +1,4 @@
-"""BatchNorm and Batch Renormalization on the road of op.py."""
+"""BatchNorm and Batch Renormalization for op.py."""
 
 from __future__ import annotations
 
@@ -7,22 +7,108 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from ..dispatch import KERNELS, TRITON
-from ..kernels.layouts import format_in_batch_norm, ordered
-from ..kernels.records import BatchNormOptions
+from ..kernels.epilogue import Activation, ActivationLike
+from ..kernels.layouts import format_in_batch_norm, ordered, ordered_like
+from ..kernels.records import BatchNormOptions, Buffers, Forward, Renorm, new
 from ..reference import batchnorm as reference
 from ..reference.batchrenorm import refuse_recomputation
 from . import op
 from .arguments import vectors_fit
-from .op import NO_KERNELS, Call, Norm
+from .op import NO_KERNELS, Call, Kernels, Norm
+from .operators import Layout, Packing, backward_operator, forward_operator
 from .torch_batch_norm import torch_batch_norm, verify_batch_size
 
 _FLOAT_OR_NONE = (float, type(None))
 
 
-def batch_norm(call: Call) -> Tensor:
-    """A call with BatchNormOptions, checked."""
+def batch_norm(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    *,
+    activation: ActivationLike = None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """Batch normalization as torch.nn.functional.batch_norm, and act(normalized + residual) with it.
+
+    y = activation((x - mean) / sqrt(variance + eps) * weight + bias + residual)
+
+    Statistics are computed in fp32, for fp64 input in fp64. With `training`, mean and variance of each
+    channel are the batch's, and the running statistics, where given, are updated in place: new = (1 -
+    momentum) * old + momentum * statistic of the batch, with the unbiased variance. Otherwise the running
+    statistics are used.
+
+    Args:
+        input (Tensor): What is normalized.
+        running_mean (Tensor or None): [C], of any floating dtype. Required unless training.
+        running_var (Tensor or None): [C], of any floating dtype. Required unless training.
+        weight (Tensor, optional): The scale of each channel, [C], of any floating dtype. Default: None, which
+            is 1.
+        bias (Tensor, optional): The shift of each channel, [C], of any floating dtype. Default: None, which
+            is 0.
+        training (bool): Whether to normalize with the batch's statistics. Default: False.
+        momentum (float): The weight of the batch in the running statistics. Default: 0.1.
+        eps (float): The number that is added to the variance under the root. Default: 1e-5.
+        activation: The activation that is applied in the same kernels, after the residual: None, a name such
+            as ``"relu"``, a name and its number such as ``("leaky_relu", 0.2)``, or torch's own module, class
+            or function, such as ``nn.ReLU()``, ``nn.ReLU`` or ``F.relu``. bnfast.activation.NAMES lists the
+            names. Keyword only. Default: None.
+        residual (Tensor, optional): What is added to the normalized values before the activation, of input's
+            shape, dtype and device, in any strides. Keyword only. Default: None.
+
+    Shape:
+        - input: (N, C, *), of fp16, bf16, fp32 or fp64, in any strides.
+        - residual: as input.
+        - output: as input. Contiguous, channels_last and channels_last_3d inputs give outputs of the same
+          memory format, others contiguous ones.
+
+    Returns:
+        A tensor of input's shape and dtype.
+
+    Raises:
+        ValueError: In training, a channel has a single value or eps is not positive; the activation is
+            unknown; or the residual's shape, dtype or device differs from the input's. All before anything is
+            updated.
+        RuntimeError: Sizes or devices do not match, as in torch.nn.functional.batch_norm.
+        TypeError: The residual is not a tensor, or an argument has a type that torch refuses.
+
+    Example:
+        >>> x, mean, variance = torch.randn(8, 16, 4, 4), torch.zeros(16), torch.ones(16)
+        >>> y = bnfast.functional.batch_norm(x, mean, variance, training=True, activation="relu")
+        >>> torch.allclose(mean, 0.1 * x.mean((0, 2, 3)), atol=1e-6)
+        True
+
+    References:
+        Ioffe and Szegedy 2015, "Batch Normalization: Accelerating Deep Network Training by Reducing Internal
+        Covariate Shift", arXiv 1502.03167.
+    """
+    if (
+        has_torch_function_variadic(input, running_mean, running_var, weight, bias, residual)
+        and not torch.compiler.is_compiling()
+    ):
+        return handle_torch_function(
+            batch_norm, (input, running_mean, running_var, weight, bias, residual), input, running_mean,
+            running_var, weight=weight, bias=bias, training=training, momentum=momentum, eps=eps,
+            activation=activation, residual=residual,
+        )  # fmt: skip
+    if momentum is None or not isinstance(input, Tensor):  # torch's TypeError
+        return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+    activation = None if activation is None else Activation.of(activation)
+    options = new(BatchNormOptions, (training, momentum, eps, None))
+    buffers = (running_mean, running_var, None)
+    return run_batch_norm(new(Call, (input, weight, bias, residual, activation, options, buffers)))
+
+
+def run_batch_norm(call: Call) -> Tensor:
+    """Checks the options of a call, BatchNormOptions, and runs it."""
     training, momentum, eps, _ = call.options
     if type(training) is not bool or type(momentum) not in _FLOAT_OR_NONE or type(eps) is not float:
         training, momentum, eps = _as_torch_takes_them(training, momentum, eps)
@@ -34,28 +120,8 @@ def batch_norm(call: Call) -> Tensor:
     return op.run(call, NORM)
 
 
-def batch_renorm(call: Call) -> Tensor:
-    """A call whose options have a Renorm, with limits that grow with the number of batches so far, read on
-    the device. momentum None collects statistics: r = 1, d = 0, cumulative average, and then no channel is
-    skipped for not being finite: it would need a count of its own."""
-    training, momentum, eps, renorm = call.options
-    if not renorm.r_max >= 1:
-        raise ValueError(f"batch_renorm r_max must be at least 1, but got {renorm.r_max}")
-    if not renorm.d_max >= 0:
-        raise ValueError(f"batch_renorm d_max must be at least 0, but got {renorm.d_max}")
-    if not training:
-        return batch_norm(call._replace(options=BatchNormOptions(False, momentum or 0.0, eps)))
-    if call.buffers[0] is None or call.buffers[1] is None:
-        raise ValueError("batch_renorm needs running_mean and running_var: it corrects towards them")
-    if not torch.compiler.is_compiling():
-        refuse_recomputation()
-    if momentum is None:
-        call = call._replace(options=call.options._replace(renorm=renorm._replace(guarded=False)))
-    return batch_norm(call)
-
-
 def _as_torch_takes_them(training: Any, momentum: Any, eps: Any) -> tuple[bool, float | None, float]:
-    """Integers and 0-d tensors, which torch.nn.functional.batch_norm takes for floats, or its TypeError."""
+    """Floats of the integers and 0-d tensors that F.batch_norm accepts for floats, or its TypeError."""
     x = torch.ones(2, 1)
     F.batch_norm(x, x[0], x[1], None, None, training, 0.0 if momentum is None else momentum, eps)
     return training, None if momentum is None else float(momentum), float(eps)
@@ -89,27 +155,27 @@ def _ordered(x: Tensor) -> Tensor:
     return ordered(x, format_in_batch_norm)
 
 
-def _statistics(table: Tensor, options: BatchNormOptions) -> tuple[Any, Any]:
+def _statistics(stats: Tensor, options: BatchNormOptions) -> tuple[Any, Any]:
     """What the reference asks for: given mean and rstd, or None in training; r and d, or None."""
-    correction = (table[4], table[5]) if table.shape[0] == 6 else None
-    return None if options.training else (table[0], table[3]), correction
+    correction = (stats[4], stats[5]) if stats.shape[0] == 6 else None
+    return None if options.training else (stats[0], stats[3]), correction
 
 
 def _reference(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, table: Tensor, options: BatchNormOptions
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, stats: Tensor, options: BatchNormOptions
 ) -> Tensor:
-    return reference.normalized(x, weight, bias, options.eps, *_statistics(table, options))
+    return reference.normalized(x, weight, bias, options.eps, *_statistics(stats, options))
 
 
 def _reference_backward(
-    dy: Tensor, x: Tensor, weight: Tensor | None, table: Tensor, options: BatchNormOptions
+    dy: Tensor, x: Tensor, weight: Tensor | None, stats: Tensor, options: BatchNormOptions
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return reference.batch_norm_backward(dy, x, weight, options.eps, *_statistics(table, options))
+    return reference.batch_norm_backward(dy, x, weight, options.eps, *_statistics(stats, options))
 
 
 class BatchNorm(torch.autograd.Function):
-    """Saves the coefficient table, and nothing that a later step changes: the running buffers are not among
-    it, so a training step between an eval forward and its backward leaves the gradient alone."""
+    """Saves stats, but no running statistics: a training step between an eval forward and its backward does
+    not change the gradient."""
 
     forward = staticmethod(op.record)
 
@@ -120,14 +186,79 @@ class BatchNorm(torch.autograd.Function):
 
 _kernels = NO_KERNELS
 if TRITON:
-    from . import batch_norm_operators
+    from ..kernels import batch_norm as kernels
 
-    _kernels = batch_norm_operators.KERNELS
+    _layout = Layout(_ordered, lambda x: ordered_like(x, format_in_batch_norm))
+    _BUFFERS = "Tensor(a!)? running_mean, Tensor(b!)? running_var, Tensor(c!)? batches"
+    _OPTIONS = "bool cumulative, float momentum, float eps"
+
+    def _unpack(options: BatchNormOptions) -> tuple[Any, ...]:
+        return options.momentum is None, options.momentum or 0.0, options.eps
+
+    def _pack(
+        x: Tensor, cumulative: bool, momentum: float, eps: float, limits: Any = None, guarded: bool = True
+    ) -> BatchNormOptions:
+        renorm = None if limits is None else Renorm(*limits)._replace(guarded=guarded)
+        return BatchNormOptions(True, None if cumulative else momentum, eps, renorm)
+
+    def _renorm_forward(*given: Any) -> Forward:
+        refuse_recomputation()
+        return kernels.forward(*given)
+
+    _train = forward_operator(
+        "batch_norm_train",
+        kernels.forward,
+        _layout,
+        Packing(_OPTIONS, _pack, _unpack),
+        lambda x, options, keep: (4, x.shape[1]),
+        _BUFFERS,
+    )
+    _train_renorm = forward_operator(
+        "batch_renorm_train",
+        _renorm_forward,
+        _layout,
+        Packing(
+            f"{_OPTIONS}, float[] limits, bool guarded",
+            _pack,
+            lambda options: (*_unpack(options), list(options.renorm[:5]), options.renorm.guarded),
+        ),
+        lambda x, options, keep: (6, x.shape[1]),
+        _BUFFERS,
+    )
+    _eval = forward_operator(
+        "batch_norm_eval",
+        kernels.forward,
+        _layout,
+        Packing(
+            "float eps", lambda x, eps: BatchNormOptions(False, 0.0, eps), lambda options: (options.eps,)
+        ),
+        lambda x, options, keep: (4, x.shape[1]) if keep else (0,),
+        "Tensor running_mean, Tensor running_var",
+    )
+
+    def _operator(
+        x: Tensor, weight: Tensor | None, bias: Tensor | None, buffers: Buffers, options: BatchNormOptions,
+        *rest: Any,
+    ) -> Forward:  # fmt: skip
+        operator = _eval if not options.training else _train if options.renorm is None else _train_renorm
+        return operator(x, weight, bias, buffers, options, *rest)
+
+    _kernels = Kernels(
+        kernels.forward,
+        kernels.backward,
+        _operator,
+        backward_operator(
+            "batch_norm_backward",
+            kernels.backward,
+            _layout,
+            Packing("bool training", lambda x, t: BatchNormOptions(t, 0.0, 0.0), lambda o: (o.training,)),
+        ),
+    )
 
 
 def _written(call: Call, route: int) -> None:
-    """Whoever has saved the buffers for a backward is to know that the kernels have written to them.
-    Operators say so themselves."""
+    """Tells autograd that the kernels have written to the buffers, which others may have saved for a
+    backward. Operators do so themselves."""
     if route == KERNELS and call.options.training and not torch.is_inference_mode_enabled():
         torch._C._increment_version([t for t in call.buffers if t is not None])
 

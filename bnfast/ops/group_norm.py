@@ -1,4 +1,4 @@
-"""GroupNorm on the road of op.py."""
+"""GroupNorm for op.py."""
 
 from __future__ import annotations
 
@@ -7,40 +7,106 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from ..dispatch import TRITON, refuse_dtensor
-from ..kernels.layouts import ordered, suggested
-from ..kernels.records import GroupNormOptions
+from ..kernels.epilogue import Activation, ActivationLike
+from ..kernels.layouts import ordered, ordered_like, suggested
+from ..kernels.records import NO_BUFFERS, GroupNormOptions, new
 from ..reference import groupnorm as reference
 from . import op
 from .arguments import as_float, in_format_of, needs_float, vectors_fit
-from .op import NO_KERNELS, Call, Norm
+from .op import NO_KERNELS, Call, Kernels, Norm
+from .operators import Layout, Packing, backward_operator, forward_operator
 
 
-def group_norm(call: Call) -> Tensor:
-    """A call with GroupNormOptions, checked."""
-    if type(call.options.eps) is not float:
-        # integers and 0-d tensors, which torch's function takes for floats, or its TypeError
-        F.group_norm(torch.ones(2, 1), 1, None, None, call.options.eps)
-        call = call._replace(options=call.options._replace(eps=float(call.options.eps)))
-    return op.run(call, NORM)
+def group_norm(
+    input: Tensor,
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    activation: ActivationLike = None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """Group normalization as torch.nn.functional.group_norm, and act(normalized + residual) with it.
+
+    y = activation((x - mean) / sqrt(variance + eps) * weight + bias + residual)
+
+    Mean and variance are those of each group of a sample, C / num_groups neighbouring channels, and are
+    computed in fp32, for fp64 input in fp64.
+
+    Args:
+        input (Tensor): What is normalized.
+        num_groups (int): The number of groups, a divisor of C.
+        weight (Tensor, optional): The scale of each channel, [C], of any floating dtype. Default: None, which
+            is 1.
+        bias (Tensor, optional): The shift of each channel, [C], of any floating dtype. Default: None, which
+            is 0.
+        eps (float): The number that is added to the variance under the root. Default: 1e-5.
+        activation: The activation that is applied in the same kernels, after the residual: None, a name such
+            as ``"relu"``, a name and its number such as ``("leaky_relu", 0.2)``, or torch's own module, class
+            or function, such as ``nn.ReLU()``, ``nn.ReLU`` or ``F.relu``. bnfast.activation.NAMES lists the
+            names. Keyword only. Default: None.
+        residual (Tensor, optional): What is added to the normalized values before the activation, of input's
+            shape, dtype and device, in any strides. Keyword only. Default: None.
+
+    Shape:
+        - input: (N, C, *), of fp16, bf16, fp32 or fp64, in any strides.
+        - residual: as input.
+        - output: as input. Contiguous, channels_last and channels_last_3d inputs give outputs of the same
+          memory format, others contiguous ones.
+
+    Returns:
+        A tensor of input's shape and dtype, under autocast too: on GPUs torch's own returns fp32 for fp16 and
+        bf16 input there, and takes twice the memory.
+
+    Raises:
+        ValueError: The whole batch has a single value for each group, the activation is unknown, or the
+            residual's shape, dtype or device differs from the input's.
+        RuntimeError: Sizes or devices do not match, as in torch.nn.functional.group_norm.
+        TypeError: The residual is not a tensor, or an argument has a type that torch refuses.
+
+    Example:
+        >>> x, shortcut = torch.randn(8, 16, 4, 4), torch.randn(8, 16, 4, 4)
+        >>> y = bnfast.functional.group_norm(x, 4, activation="silu", residual=shortcut)
+        >>> torch.allclose(y, F.silu(F.group_norm(x, 4) + shortcut), atol=1e-5)
+        True
+
+    References:
+        Wu and He 2018, "Group Normalization", arXiv 1803.08494.
+    """
+    if has_torch_function_variadic(input, weight, bias, residual) and not torch.compiler.is_compiling():
+        return handle_torch_function(
+            group_norm, (input, weight, bias, residual), input, num_groups, weight=weight, bias=bias, eps=eps,
+            activation=activation, residual=residual,
+        )  # fmt: skip
+    if not isinstance(input, Tensor):  # torch's error
+        return F.group_norm(input, num_groups, weight, bias, eps)
+    activation = None if activation is None else Activation.of(activation)
+    if type(eps) is not float:  # torch takes integers and 0-d tensors, and raises for others
+        F.group_norm(torch.ones(2, 1), 1, None, None, eps)
+        eps = float(eps)
+    options = new(GroupNormOptions, (num_groups, eps, "group_norm"))
+    return op.run(new(Call, (input, weight, bias, residual, activation, options, NO_BUFFERS)), NORM)
 
 
-def _supports(route: int, call: Call) -> bool:
+def supports(route: int, call: Call) -> bool:
     x, groups = call.x, call.options.groups
     return not (
         type(groups) is not int
         or not 2 <= x.dim() <= 5
         or groups <= 0
         or x.size(1) % groups
-        or x.numel() in (0, groups)  # one value a group: torch's ValueError; newer ones' for none
+        or x.numel() in (0, groups)  # torch raises for one value a group, newer versions for none too
         or not vectors_fit(route, x, call.weight, call.bias)
     )
 
 
 def _torch(call: Call) -> Tensor:
-    """torch's own group_norm, with a result as the kernels' is."""
-    x, weight, bias, (groups, eps) = call.x, call.weight, call.bias, call.options
+    """F.group_norm, with the dtype and memory format that the kernels' result has."""
+    x, weight, bias, (groups, eps, _) = call.x, call.weight, call.bias, call.options
     refuse_dtensor(x, weight, bias)
     if not needs_float(x, weight, bias):
         return in_format_of(x, F.group_norm(x, groups, weight, bias, eps), suggested)
@@ -49,13 +115,13 @@ def _torch(call: Call) -> Tensor:
 
 
 def _reference(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, table: Tensor, options: GroupNormOptions
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, stats: Tensor, options: GroupNormOptions
 ) -> Tensor:
     return reference.group_norm(x, weight, bias, options.groups, options.eps)
 
 
 def _reference_backward(
-    dy: Tensor, x: Tensor, weight: Tensor | None, table: Tensor, options: GroupNormOptions
+    dy: Tensor, x: Tensor, weight: Tensor | None, stats: Tensor, options: GroupNormOptions
 ) -> tuple[Tensor, Tensor, Tensor]:
     return reference.group_norm_backward(dy, x, weight, options.groups, options.eps)
 
@@ -72,8 +138,33 @@ class GroupNorm(torch.autograd.Function):
 
 _kernels = NO_KERNELS
 if TRITON:
-    from . import group_norm_operators
+    from ..kernels import group_norm as kernels
 
-    _kernels = group_norm_operators.KERNELS
+    _layout = Layout(ordered, ordered_like)
+    _kernels = Kernels(
+        kernels.forward,
+        kernels.backward,
+        forward_operator(
+            "group_norm_forward",
+            kernels.forward,
+            _layout,
+            Packing(
+                "int groups, float eps, str kind",
+                lambda x, *given: GroupNormOptions(*given),
+                lambda o: (o.groups, o.eps, o.kind),
+            ),
+            lambda x, options, keep: (2, x.shape[0] * options.groups),
+        ),
+        backward_operator(
+            "group_norm_backward",
+            kernels.backward,
+            _layout,
+            Packing(
+                "int groups, str kind",
+                lambda x, groups, kind: GroupNormOptions(groups, 0.0, kind),
+                lambda o: (o.groups, o.kind),
+            ),
+        ),
+    )
 
-NORM = Norm(_supports, ordered, _torch, _kernels, _reference, _reference_backward, GroupNorm)
+NORM = Norm(supports, ordered, _torch, _kernels, _reference, _reference_backward, GroupNorm)

@@ -1,4 +1,4 @@
-"""InstanceNorm on the road of op.py: GroupNorm with as many groups as channels, and running statistics."""
+"""InstanceNorm for op.py: GroupNorm with as many groups as channels, and running statistics."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from ..dispatch import KERNELS, TORCH, path, refuse_dtensor
+from ..dispatch import KERNELS, TORCH, choose_route, refuse_dtensor
+from ..kernels.epilogue import Activation, ActivationLike
 from ..kernels.layouts import format_in_instance_norm, ordered
 from ..kernels.records import BatchNormOptions
 from ..reference.batchnorm import wide
@@ -23,40 +25,119 @@ from .arguments import (
     vectors_fit,
     wants_gradient,
 )
-from .batch_norm import batch_norm
+from .batch_norm import run_batch_norm
 from .op import Call, Norm
 
-# more than one value a channel and sample, or torch's ValueError
+# raises torch's ValueError if a channel of a sample has a single value
 verify_spatial_size: Callable[[torch.Size], None] = getattr(F, "_verify_spatial_size")  # noqa: B009
 
 
 class InstanceNormOptions(NamedTuple):
-    """groups: x's channels. use_input_stats: else the running statistics."""
+    """groups: the number of channels. use_input_stats: whether to use the input's statistics or the running
+    ones."""
 
     groups: int
     eps: float
     use_input_stats: bool
     momentum: float
+    kind: str = "group_norm"
 
 
-def instance_norm(call: Call) -> Tensor:
-    """A call with InstanceNormOptions, checked."""
-    groups, eps, use_input_stats, momentum = call.options
+def instance_norm(
+    input: Tensor,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    use_input_stats: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    *,
+    activation: ActivationLike = None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """Instance normalization as torch.nn.functional.instance_norm, and act(normalized + residual) with it.
+
+    y = activation((x - mean) / sqrt(variance + eps) * weight + bias + residual)
+
+    With `use_input_stats`, mean and variance are those of each channel of a sample, and the running
+    statistics, where given, are updated in place: new = (1 - momentum) * old + momentum * the samples'
+    average of the statistic, with the unbiased variance. Without, the running statistics are what input is
+    normalized with. Statistics are computed in fp32, for fp64 input in fp64.
+
+    Args:
+        input (Tensor): What is normalized.
+        running_mean (Tensor, optional): [C], of any floating dtype. Required without use_input_stats.
+        running_var (Tensor, optional): [C], of any floating dtype. Required without use_input_stats.
+        weight (Tensor, optional): The scale of each channel, [C], of any floating dtype. Default: None, which
+            is 1.
+        bias (Tensor, optional): The shift of each channel, [C], of any floating dtype. Default: None, which
+            is 0.
+        use_input_stats (bool): Whether to normalize with the statistics of the input. Default: True.
+        momentum (float): The weight of the batch in the running statistics. Default: 0.1.
+        eps (float): The number that is added to the variance under the root. Default: 1e-5.
+        activation: The activation that is applied in the same kernels, after the residual: None, a name such
+            as ``"relu"``, a name and its number such as ``("leaky_relu", 0.2)``, or torch's own module, class
+            or function, such as ``nn.ReLU()``, ``nn.ReLU`` or ``F.relu``. bnfast.activation.NAMES lists the
+            names. Keyword only. Default: None.
+        residual (Tensor, optional): What is added to the normalized values before the activation, of input's
+            shape, dtype and device, in any strides. Keyword only. Default: None.
+
+    Shape:
+        - input: (N, C, *), of fp16, bf16, fp32 or fp64, in any strides.
+        - residual: as input.
+        - output: as input. Contiguous, channels_last and channels_last_3d inputs give outputs of the same
+          memory format, where torch's are contiguous.
+
+    Returns:
+        A tensor of input's shape and dtype, under autocast too.
+
+    Raises:
+        ValueError: A channel of a sample has a single value, the activation is unknown, or the residual's
+            shape, dtype or device differs from the input's. All before anything is updated.
+        RuntimeError: Sizes or devices do not match, as in torch.nn.functional.instance_norm.
+        TypeError: The residual is not a tensor, or an argument has a type that torch refuses.
+
+    Example:
+        >>> x = torch.randn(8, 16, 4, 4)
+        >>> y = bnfast.functional.instance_norm(x, activation=("leaky_relu", 0.2))
+        >>> torch.allclose(y, F.leaky_relu(F.instance_norm(x), 0.2), atol=1e-5)
+        True
+
+    References:
+        Ulyanov, Vedaldi and Lempitsky 2016, "Instance Normalization: The Missing Ingredient for Fast
+        Stylization", arXiv 1607.08022.
+    """
+    if (
+        has_torch_function_variadic(input, running_mean, running_var, weight, bias, residual)
+        and not torch.compiler.is_compiling()
+    ):
+        return handle_torch_function(
+            instance_norm, (input, running_mean, running_var, weight, bias, residual), input,
+            running_mean=running_mean, running_var=running_var, weight=weight, bias=bias,
+            use_input_stats=use_input_stats, momentum=momentum, eps=eps, activation=activation,
+            residual=residual,
+        )  # fmt: skip
+    if not isinstance(input, Tensor):  # torch's error
+        return F.instance_norm(input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
+    activation = None if activation is None else Activation.of(activation)
+    channels = input.size(1) if input.dim() > 1 else 0
     if type(momentum) is not float or type(eps) is not float or type(use_input_stats) is not bool:
         momentum, eps = _as_torch_takes_them(use_input_stats, momentum, eps)
-        call = call._replace(options=InstanceNormOptions(groups, eps, use_input_stats, momentum))
+    options = InstanceNormOptions(channels, eps, use_input_stats, momentum)
+    buffers = (running_mean, running_var, None)
+    call = Call(input, weight, bias, residual, activation, options, buffers)
     # torch's batch_norm refuses a negative eps, and its instance_norm does not
-    if not use_input_stats and call.buffers[0] is not None and eps >= 0.0:
-        route = path(call.x)
+    if not use_input_stats and running_mean is not None and eps >= 0.0:
+        route = choose_route(input)
         if route != TORCH and _fit(route, call):
-            options = BatchNormOptions(False, momentum, eps)
-            return batch_norm(call._replace(x=_ordered(call.x), options=options))
+            evaluated = BatchNormOptions(False, momentum, eps)
+            return run_batch_norm(call._replace(x=_ordered(input), options=evaluated))
     return op.run(call, NORM)
 
 
 def _as_torch_takes_them(use_input_stats: Any, momentum: Any, eps: Any) -> tuple[float, float]:
-    """Integers and 0-d tensors, which torch.nn.functional.instance_norm takes for floats, or its
-    TypeError."""
+    """Floats of the integers and 0-d tensors that F.instance_norm accepts for floats, or its TypeError."""
     x = torch.ones(1, 1, 2)
     F.instance_norm(x, x[0, :, 0], x[0, :, 1], None, None, use_input_stats, momentum, eps)
     return float(momentum), float(eps)
@@ -71,14 +152,16 @@ def _fit(route: int, call: Call) -> bool:
         return mean is variance
     if (mean.requires_grad or variance.requires_grad) and torch.is_grad_enabled():
         return False
-    if route == KERNELS and not torch.is_inference_mode_enabled():  # nothing updates inference tensors there
+    if (
+        route == KERNELS and not torch.is_inference_mode_enabled()
+    ):  # inference tensors can be updated in inference mode only
         return not (mean.is_inference() or variance.is_inference())
     return True
 
 
 def _supports(route: int, call: Call) -> bool:
     x = call.x
-    # one value a channel: torch's ValueError
+    # with one value a channel, torch raises its ValueError
     return call.options.use_input_stats and _fit(route, call) and x.numel() != x.size(0) * x.size(1)
 
 
@@ -94,9 +177,9 @@ def _update(call: Call, route: int) -> None:
 
 @torch.no_grad()
 def _track(x: Tensor, running_mean: Tensor, running_var: Tensor, momentum: float) -> None:
-    """One update. It reads x once more, in launches of torch's own: the kernels' table has a mean, but of the
-    variance only 1 / sqrt(variance + eps), which knows nothing of a variance far below eps. Half precision
-    is copied to fp32 for it, as torch would round the moments to x's type."""
+    """Updates the running statistics, in plain torch, which reads x once more: the kernels return 1 /
+    sqrt(variance + eps), from which a variance far below eps cannot be recovered. Half precision is copied to
+    fp32, since torch would round the moments to x's dtype."""
     variance, mean = torch.var_mean(wide(x), list(range(2, x.dim())), correction=1)
     for running, statistic in ((running_mean, mean.mean(0)), (running_var, variance.mean(0))):
         old = running.to(torch.promote_types(running.dtype, statistic.dtype))
@@ -104,16 +187,16 @@ def _track(x: Tensor, running_mean: Tensor, running_var: Tensor, momentum: float
 
 
 def _torch(call: Call) -> Tensor:
-    """torch's own instance_norm, with a result as the kernels' is."""
+    """F.instance_norm, with the dtype and memory format that the kernels' result has."""
     x, weight, bias, (mean, variance, _) = call.x, call.weight, call.bias, call.buffers
-    _, eps, use_input_stats, momentum = call.options
+    _, eps, use_input_stats, momentum, _ = call.options
     refuse_dtensor(x, mean, variance, weight, bias)
     given, rest = (x, mean, variance, weight, bias), (use_input_stats, momentum, eps)
     if needs_float(x, weight, bias):
         given = (x.float(), mean, variance, as_float(weight), as_float(bias))
     if x.dim() > 3 and (wants_gradient(x, weight, bias) or seen_as_graph()):
         if use_input_stats:
-            verify_spatial_size(x.size())  # of x as it came
+            verify_spatial_size(x.size())
         y = F.instance_norm(flat(given[0]), *given[1:], *rest).view_as(x)
     else:
         y = F.instance_norm(*given, *rest)

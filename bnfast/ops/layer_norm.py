@@ -1,34 +1,100 @@
-"""LayerNorm on the road of op.py."""
+"""LayerNorm for op.py."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from ..dispatch import KERNEL_DTYPES, KERNELS, PLAIN, TRITON, refuse_dtensor
+from ..kernels.epilogue import Activation, ActivationLike
 from ..kernels.layouts import contiguous
-from ..kernels.records import LayerNormOptions
+from ..kernels.records import NO_BUFFERS, LayerNormOptions, new
 from ..reference import layernorm as reference
 from . import op
 from .arguments import as_float, needs_float
-from .op import NO_KERNELS, Call, Norm
+from .op import NO_KERNELS, Call, Kernels, Norm
+from .operators import Layout, Packing, backward_operator, forward_operator
 
 _INTEGERS = (int, torch.SymInt)
 
 
-def layer_norm(call: Call) -> Tensor:
-    """A call with LayerNormOptions, checked."""
-    shape, eps = call.options
-    if type(shape) is not tuple or type(eps) is not float:
-        if type(eps) is not float:  # integers and 0-d tensors, which torch takes for floats, or its TypeError
-            F.layer_norm(torch.ones(1, 1), (1,), None, None, eps)
-        if isinstance(shape, list):  # the caller's, who may change it before the backward
-            shape = tuple(shape)
-        call = call._replace(options=LayerNormOptions(shape, float(eps)))
-    return op.run(call, NORM)
+def layer_norm(
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    activation: ActivationLike = None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """Layer normalization as torch.nn.functional.layer_norm, and act(normalized + residual) with it.
+
+    y = activation((x - mean) / sqrt(variance + eps) * weight + bias + residual)
+
+    Mean and variance are those of each row, that is over the last dimensions, and are computed in fp32, for
+    fp64 input in fp64.
+
+    Args:
+        input (Tensor): What is normalized.
+        normalized_shape (sequence of int): The sizes of the last dimensions, which are normalized together.
+        weight (Tensor, optional): The scale, of shape normalized_shape and any floating dtype. Default: None,
+            which is 1.
+        bias (Tensor, optional): The shift, of shape normalized_shape and any floating dtype. Default: None,
+            which is 0.
+        eps (float): The number that is added to the variance under the root. Default: 1e-5.
+        activation: The activation that is applied in the same kernels, after the residual: None, a name such
+            as ``"relu"``, a name and its number such as ``("leaky_relu", 0.2)``, or torch's own module, class
+            or function, such as ``nn.ReLU()``, ``nn.ReLU`` or ``F.relu``. bnfast.activation.NAMES lists the
+            names. Keyword only. Default: None.
+        residual (Tensor, optional): What is added to the normalized values before the activation, of input's
+            shape, dtype and device, in any strides. Keyword only. Default: None.
+
+    Shape:
+        - input: (*, *normalized_shape), of fp16, bf16, fp32 or fp64, in any strides.
+        - residual: as input.
+        - output: as input, contiguous.
+
+    Returns:
+        A contiguous tensor of input's shape and dtype, under autocast too: torch's own returns fp32 for fp16
+        and bf16 input there, and takes twice the memory.
+
+    Raises:
+        RuntimeError: Shapes or devices do not match, or normalized_shape is empty, as in
+            torch.nn.functional.layer_norm.
+        ValueError: The activation is unknown, or the residual's shape, dtype or device differs from the
+            input's.
+        TypeError: The residual is not a tensor, or an argument has a type that torch refuses.
+
+    Example:
+        >>> x, shortcut = torch.randn(8, 10, 32), torch.randn(8, 10, 32)
+        >>> y = bnfast.functional.layer_norm(x, (32,), activation="gelu", residual=shortcut)
+        >>> torch.allclose(y, F.gelu(F.layer_norm(x, (32,)) + shortcut), atol=1e-5)
+        True
+
+    References:
+        Ba, Kiros and Hinton 2016, "Layer Normalization", arXiv 1607.06450.
+    """
+    if has_torch_function_variadic(input, weight, bias, residual) and not torch.compiler.is_compiling():
+        return handle_torch_function(
+            layer_norm, (input, weight, bias, residual), input, normalized_shape, weight=weight, bias=bias,
+            eps=eps, activation=activation, residual=residual,
+        )  # fmt: skip
+    if not isinstance(input, Tensor):
+        return F.layer_norm(input, normalized_shape, weight, bias, eps)  # torch's TypeError
+    activation = None if activation is None else Activation.of(activation)
+    if type(eps) is not float:  # torch takes integers and 0-d tensors, and raises for others
+        F.layer_norm(torch.ones(1, 1), (1,), None, None, eps)
+        eps = float(eps)
+    if isinstance(normalized_shape, list):  # the caller may change it before the backward
+        normalized_shape = tuple(normalized_shape)
+    options = new(LayerNormOptions, (normalized_shape, eps))
+    return op.run(new(Call, (input, weight, bias, residual, activation, options, NO_BUFFERS)), NORM)
 
 
 def _supports(route: int, call: Call) -> bool:
@@ -54,7 +120,7 @@ def _supports(route: int, call: Call) -> bool:
 
 
 def _torch(call: Call) -> Tensor:
-    """torch's own layer_norm, in fp32 where its result would have another dtype than the kernels' has."""
+    """F.layer_norm, in fp32 where its result would not have the dtype that the kernels' result has."""
     x, weight, bias, (shape, eps) = call.x, call.weight, call.bias, call.options
     refuse_dtensor(x, weight, bias)
     if not needs_float(x, weight, bias):
@@ -63,13 +129,13 @@ def _torch(call: Call) -> Tensor:
 
 
 def _reference(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, table: Tensor, options: LayerNormOptions
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, stats: Tensor, options: LayerNormOptions
 ) -> Tensor:
     return reference.layer_norm(x, weight, bias, len(options.shape), options.eps)
 
 
 def _reference_backward(
-    dy: Tensor, x: Tensor, weight: Tensor | None, table: Tensor, options: LayerNormOptions
+    dy: Tensor, x: Tensor, weight: Tensor | None, stats: Tensor, options: LayerNormOptions
 ) -> tuple[Tensor, Tensor, Tensor]:
     return reference.layer_norm_backward(dy, x, weight, len(options.shape), options.eps)
 
@@ -84,10 +150,47 @@ class LayerNorm(torch.autograd.Function):
         return op.gradients(ctx, grads[0], NORM)
 
 
+def _contiguous_like(x: Tensor) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _rows(x: Tensor, dims: int) -> int:
+    rows = 1
+    for size in x.shape[:-dims]:
+        rows = rows * size
+    return rows
+
+
 _kernels = NO_KERNELS
 if TRITON:
-    from . import layer_norm_operators
+    from ..kernels import layer_norm as kernels
 
-    _kernels = layer_norm_operators.KERNELS
+    _layout = Layout(
+        contiguous, _contiguous_like, _contiguous_like, lambda x, options: options.shape,
+        lambda epilogue: epilogue.activation.name != "none", masks=False,
+    )  # fmt: skip
+    _kernels = Kernels(
+        kernels.forward,
+        kernels.backward,
+        forward_operator(
+            "layer_norm",
+            kernels.forward,
+            _layout,
+            Packing(
+                "int dims, float eps",
+                lambda x, dims, eps: LayerNormOptions(x.shape[-dims:], eps),
+                lambda o: (len(o.shape), o.eps),
+            ),
+            lambda x, options, keep: (2, _rows(x, len(options.shape))) if keep else (0,),
+        ),
+        backward_operator(
+            "layer_norm_backward",
+            kernels.backward,
+            _layout,
+            Packing(
+                "int dims", lambda x, dims: LayerNormOptions(x.shape[-dims:], 0.0), lambda o: (len(o.shape),)
+            ),
+        ),
+    )
 
 NORM = Norm(_supports, contiguous, _torch, _kernels, _reference, _reference_backward, LayerNorm)

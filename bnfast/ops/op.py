@@ -1,10 +1,10 @@
-"""The road of a call: check, route, run on the kernels, as operators or in plain torch, and record it for
-autograd. It is written once, here. A normalizer brings a Norm: what its kernels take, and its forward and
-backward on each of the three.
+"""The way of every call: check, choose a route, run it on the kernels, as operators or in plain torch, and
+record it for autograd. A normalizer provides a Norm: what its kernels can take, and its forward and
+backward on each route.
 
-Every normalizer computes act(norm(x) + residual). Its forward returns a table of statistics beside y; a
-backward is given x, gamma, beta and that table. What a backward saves: x, gamma and the table, and, where an
-activation follows, beta and what its slope is found from, the residual or relu's mask."""
+Every normalizer computes act(norm(x) + residual). Its forward returns y and stats, a table of statistics; its
+backward takes x, gamma, beta and stats. A backward saves x, gamma and stats, and with an activation also beta
+and the residual or relu's mask, from which the slope is found."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from ..dispatch import KERNELS, TORCH, batched, elsewhere, ordinary, path, watched
+from ..dispatch import KERNELS, TORCH, batched, choose_route, elsewhere, ordinary, watched
 from ..kernels.epilogue import IDENTITY, NO_EPILOGUE, Activation, Epilogue
 from ..kernels.plan import TooLarge
 from ..kernels.records import NO_BUFFERS, Buffers, Forward, Gradients, Wanted, new
@@ -27,7 +27,7 @@ from .arguments import check_residual, followed_by, residual_fits
 
 
 class Call(NamedTuple):
-    """The arguments of a call. options: the normalizer's own, as its kernels take them."""
+    """The arguments of a call. options: the normalizer's, as its kernels take them."""
 
     x: Tensor
     weight: Tensor | None
@@ -41,15 +41,15 @@ class Call(NamedTuple):
         return self.x, self.weight, self.bias, self.residual, *self.buffers
 
     def holding(self, tensors: Any) -> Call:
-        """The same call of other tensors."""
+        """The same call with other tensors."""
         x, weight, bias, residual, *buffers = tensors
         return Call(x, weight, bias, residual, self.activation, self.options, tuple(buffers))
 
 
 class Kernels(NamedTuple):
-    """A normalizer's kernels, called themselves and as operators: forward(x, weight, bias, buffers, options,
-    epilogue, keep) and backward(x, dy, table, weight, bias, options, wanted, epilogue). keep: whether a
-    backward will follow."""
+    """A normalizer's kernels, and its operators with the same signatures: forward(x, weight, bias, buffers,
+    options, epilogue, keep) and backward(x, dy, stats, weight, bias, options, wanted, epilogue). keep:
+    whether a backward will follow."""
 
     forward: Callable[..., Forward]
     backward: Callable[..., Gradients]
@@ -58,7 +58,7 @@ class Kernels(NamedTuple):
 
 
 def _none(*_: Any) -> Any:
-    raise AssertionError("there is no Triton, and dispatch.path knows it")
+    raise AssertionError("without Triton, dispatch.choose_route chooses plain torch")
 
 
 NO_KERNELS = Kernels(_none, _none, _none, _none)
@@ -66,15 +66,15 @@ NO_KERNELS = Kernels(_none, _none, _none, _none)
 
 @dataclass(frozen=True, eq=False)
 class Norm:
-    """What a normalizer brings.
+    """What a normalizer provides.
 
-    supports(route, call): whether the kernels can take a call; what they cannot take goes to torch, which
-    raises its own errors. ordered: x in an order of memory that they take. plain: the call in plain torch,
-    but for the epilogue.
+    supports(route, call): whether the kernels can take a call; other calls go to torch, which raises its
+    own errors. ordered(x): x in a memory order that the kernels take. plain(call): the call in plain torch,
+    without the epilogue.
 
-    reference(x, weight, bias, table, options) is what the epilogue is applied to, and reference_backward(dy,
-    x, weight, table, options) its gradients, both in plain torch and differentiable. function: records the
-    kernels for autograd, see `record`."""
+    reference(x, weight, bias, stats, options) is the normalized value that the epilogue is applied to, and
+    reference_backward(dy, x, weight, stats, options) its gradients, both in plain torch and differentiable.
+    function: the autograd Function that records the kernels (see `record`)."""
 
     supports: Callable[[int, Call], bool]
     ordered: Callable[[Tensor], Tensor]
@@ -83,12 +83,12 @@ class Norm:
     reference: Callable[..., Tensor]
     reference_backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
     function: type[torch.autograd.Function]
-    then: Callable[[Call, int], None] | None = None  # after the kernels have run, by this route
+    then: Callable[[Call, int], None] | None = None  # runs after the kernels, with the route
 
     @cached_property
     def quick_apply(self) -> Any:
-        """function.apply without what it does for functorch, which dispatch has ruled out where the kernels
-        are called themselves: 4 us of 40."""
+        """function.apply without its support of functorch, which takes 4 us of 40, and which dispatch has
+        ruled out where the kernels are called directly."""
         return super(torch.autograd.Function, self.function).apply  # type: ignore[misc]
 
 
@@ -97,7 +97,7 @@ def run(call: Call, norm: Norm) -> Tensor:
     x, residual = call.x, call.residual
     if residual is not None:
         check_residual(x, residual)
-    route = path(x)
+    route = choose_route(x)
     if route == KERNELS and x.is_cuda and elsewhere(x):
         with torch.cuda.device(x.device):
             return run(call, norm)
@@ -108,20 +108,20 @@ def run(call: Call, norm: Norm) -> Tensor:
     tensors = call.tensors()
     bare = ordinary(route, *tensors)
     if bare is not None:
-        if has_torch_function_variadic(*tensors):  # a layer's call: a function's has been handled
+        if has_torch_function_variadic(*tensors):  # the call of a layer; functions have handled it
             return handle_torch_function(_again, tensors, *tensors, call, norm)
         return run(call.holding(bare), norm)
     return followed_by(norm.plain(call), call.activation, residual)
 
 
 def _again(*given: Any) -> Tensor:
-    """run, with the tensors one by one, as subclasses look for themselves among a function's arguments."""
+    """run, with the tensors as arguments, among which subclasses look for themselves."""
     *tensors, call, norm = given
     return run(call.holding(tensors), norm)
 
 
 def on_kernels(call: Call, norm: Norm, route: int) -> Tensor | None:
-    """The output, recorded where a gradient is wanted; None where the kernels cannot after all."""
+    """The output, recorded if a gradient is wanted; None if the kernels cannot run this call after all."""
     x, weight, bias, residual, activation, options, buffers = call
     x = norm.ordered(x)
     forward = norm.kernels.forward if route == KERNELS else norm.kernels.operator
@@ -152,7 +152,7 @@ def on_kernels(call: Call, norm: Norm, route: int) -> Tensor | None:
 
 
 def epilogue_of(activation: Activation | None, residual: Tensor | None, keep: bool) -> Epilogue:
-    """What the kernels are told of it."""
+    """The kernels' Epilogue. keep: whether a backward will follow."""
     if activation is None:
         return Epilogue(IDENTITY, residual)
     return Epilogue(activation, residual, keep and activation.name == "relu")
@@ -161,44 +161,45 @@ def epilogue_of(activation: Activation | None, residual: Tensor | None, keep: bo
 def record(
     ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, how: Any
 ) -> Tensor:
-    """The forward of a normalizer's autograd Function, which its backward continues in `gradients`. how: the
-    rest of a Call, and the forward to run."""
+    """The forward of a normalizer's autograd Function, whose backward is `gradients`. how: the rest of the
+    Call, and the forward to run."""
     activation, options, buffers, forward = how
     bias_dtype = None if bias is None else bias.dtype
     if activation is None:
         epilogue = NO_EPILOGUE if residual is None else Epilogue(IDENTITY, residual)
-        y, table, _ = forward(x, weight, bias, buffers, options, epilogue, True)
+        y, stats, _ = forward(x, weight, bias, buffers, options, epilogue, True)
         ctx.fixed = (options, bias_dtype, None, residual is not None, None)
-        ctx.save_for_backward(x, weight, table)
+        ctx.save_for_backward(x, weight, stats)
     else:
         epilogue = epilogue_of(activation, residual, True)
-        y, table, mask = forward(x, weight, bias, buffers, options, epilogue, True)
+        y, stats, mask = forward(x, weight, bias, buffers, options, epilogue, True)
         order = None if mask is None else x.stride()
         ctx.fixed = (options, bias_dtype, activation, residual is not None, order)
-        ctx.save_for_backward(x, weight, table, bias, residual if mask is None else mask)
+        ctx.save_for_backward(x, weight, stats, bias, residual if mask is None else mask)
     return y
 
 
 def gradients(ctx: Any, dy: Tensor, norm: Norm) -> tuple[Tensor | None, ...]:
-    """The gradients of x, weight, bias and residual, None where not needed, and None for the last of what
-    `record` is given.
+    """The gradients of x, weight, bias and residual, or None if not needed, and None for how.
 
-    They come in plain torch, and differentiable, with create_graph=True, for a vmap over the backward, and
-    where dy is too much for the kernels (huge, and without whole vectors)."""
-    x, weight, table, *rest = ctx.saved_tensors
+    They are computed in plain torch, and differentiable, with create_graph=True, for a vmap over the
+    backward, and where dy is too large for the kernels (huge, and without whole vectors)."""
+    x, weight, stats, *rest = ctx.saved_tensors
     bias, kept = rest or (None, None)
     options, bias_dtype, activation, residual, order = ctx.fixed
-    if order is not None and x.stride() != order:  # hooks of saved tensors; the mask has x's old order
+    if (
+        order is not None and x.stride() != order
+    ):  # a hook of saved tensors has changed it, and the mask has the old order
         x = x.new_empty_strided(x.shape, order).copy_(x)
-    need_dx, need_dweight, need_dbias, need_dz = ctx.needs_input_grad[:4]
+    need_dx, need_dweight, need_dbias, need_dresidual = ctx.needs_input_grad[:4]
     wanted = new(
         Wanted, (need_dx, weight.dtype if need_dweight else None, bias_dtype if need_dbias else None)
     )
-    dz = dy if residual and activation is None else None
+    dresidual = dy if residual and activation is None else None
     found: Any = None
     if not (torch.is_grad_enabled() or batched(dy)):
         epilogue = NO_EPILOGUE if activation is None else Epilogue(activation, kept)
-        arguments = (x, dy, table, weight, bias, options, wanted, epilogue)
+        arguments = (x, dy, stats, weight, bias, options, wanted, epilogue)
         if activation is None and not (need_dx or need_dweight or need_dbias):
             found = (None, None, None, None)
         elif watched(x) or type(dy) is not Tensor:
@@ -209,8 +210,8 @@ def gradients(ctx: Any, dy: Tensor, norm: Norm) -> tuple[Tensor | None, ...]:
     if found is None:
         g = dy
         if activation is not None:
-            g = wide(dy) * _slope(x, weight, bias, table, kept, activation, options, norm)
-        dx, dweight, dbias = norm.reference_backward(g, x, weight, table, options)
+            g = wide(dy) * _slope(x, weight, bias, stats, kept, activation, options, norm)
+        dx, dweight, dbias = norm.reference_backward(g, x, weight, stats, options)
         dweight, dbias = dweight.to(wanted.weight or dx.dtype), dbias.to(wanted.bias or dx.dtype)
         found = (dx, dweight, dbias, g.to(dy.dtype))
     dx, dweight, dbias, made = found
@@ -218,7 +219,7 @@ def gradients(ctx: Any, dy: Tensor, norm: Norm) -> tuple[Tensor | None, ...]:
         dx if need_dx else None,
         dweight if need_dweight else None,
         dbias if need_dbias else None,
-        (made if dz is None else dz) if need_dz else None,
+        (made if dresidual is None else dresidual) if need_dresidual else None,
         None,
     )
 
@@ -231,12 +232,12 @@ def _on_its_device(function: Callable[..., Gradients], x: Tensor, *rest: Any) ->
 
 
 def _slope(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, table: Tensor, kept: Tensor | None,
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, stats: Tensor, kept: Tensor | None,
     activation: Activation, options: Any, norm: Norm,
 ) -> Tensor:  # fmt: skip
-    """The activation's derivative, differentiable, and wide."""
+    """The activation's derivative, differentiable, in the accumulator's dtype."""
     if kept is not None and kept.dtype == torch.uint8:
         bits = (kept[:, None] >> torch.arange(8, device=x.device, dtype=torch.uint8)) & 1
         return bits.flatten().as_strided(x.shape, x.stride())
-    v = norm.reference(x, weight, bias, table, options)
+    v = norm.reference(x, weight, bias, stats, options)
     return activation.slope(v if kept is None else v + wide(kept))

@@ -1,16 +1,14 @@
-"""The operators that stand for kernels in graphs, torch.ops.bnfast.*: for everything that looks at graphs,
-as torch.compile, make_fx and opcheck do.
+"""The operators torch.ops.bnfast.*, which stand for kernels in graphs: torch.compile, make_fx and opcheck
+look at graphs. A normalizer describes its own to `forward_operator` and `backward_operator`.
 
-They hold no autograd: a Function around bare operators costs half of what registered autograd costs. Their
-workspaces are their own: torch.compile's CUDA graphs (reduce-overhead) keep all that is allocated in their
-warm-up in a pool, which a cached workspace must not live in.
-
-What implements an operator packs the arguments of its schema in its first line: each ends with those of
-FORWARD or BACKWARD."""
+They have no autograd: a Function around bare operators costs half of what registered autograd costs. They
+use private workspaces: torch.compile's CUDA graphs (reduce-overhead) keep everything allocated in their
+warm-up in a pool, and a cached workspace must not live there."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,17 +16,129 @@ from torch import Tensor
 from ..dispatch import elsewhere
 from ..kernels import layouts, views
 from ..kernels.epilogue import NO_EPILOGUE, Activation, Epilogue
-from ..kernels.records import Wanted
+from ..kernels.records import Buffers, Forward, Gradients, Wanted
 
-# of every operator, after its own arguments. signs: whether to return relu's mask, see Epilogue.mask
-FORWARD = 'str activation="none", float parameter=0.0, Tensor? residual=None, bool signs=False'
-# kept: the residual, or relu's mask
-BACKWARD = 'str activation="none", float parameter=0.0, Tensor? kept=None'
-WANTED = "bool need_dx, ScalarType? weight_dtype, ScalarType? bias_dtype"
+# The last arguments of every forward and backward. relu_mask: whether to return relu's mask (see
+# Epilogue.mask). kept: the residual or relu's mask.
+_ACTIVATION = 'str activation="none", float parameter=0.0'
+_FORWARD = f"bool keep, {_ACTIVATION}, Tensor? residual=None, bool relu_mask=False"
+_WANTED = "bool need_dx, ScalarType? weight_dtype, ScalarType? bias_dtype"
+_BACKWARD = f"{_WANTED}, {_ACTIVATION}, Tensor? kept=None"
 _library = torch.library.Library("bnfast", "DEF")
 
 
-def define(schema: str, real: Any, fake: Any) -> Any:
+class Layout(NamedTuple):
+    """The memory formats and shapes of a normalizer's results.
+
+    ordered(x): x in a memory order that the kernels take. y_like(x), dx_like(x): empty tensors for results.
+    parameters(x, options): the shape of weight and bias. has_dresidual(epilogue): whether a backward
+    returns a gradient of the residual. masks: whether a forward returns relu's mask."""
+
+    ordered: Callable[[Tensor], Tensor]
+    y_like: Callable[[Tensor], Tensor]
+    dx_like: Callable[[Tensor], Tensor] = layouts.out_like
+    parameters: Callable[[Tensor, Any], Any] = lambda x, options: x.shape[1]
+    has_dresidual: Callable[[Epilogue], bool] = lambda epilogue: epilogue.residual is not None
+    masks: bool = True
+
+
+class Packing(NamedTuple):
+    """How a normalizer's options appear in a schema: the arguments' declaration, pack(x, *arguments) ->
+    options, and unpack(options) -> arguments."""
+
+    schema: str
+    pack: Callable[..., Any]
+    unpack: Callable[[Any], tuple[Any, ...]]
+
+    def split(self, x: Tensor, given: tuple[Any, ...]) -> tuple[Any, tuple[Any, ...]]:
+        """(options, the arguments after them)."""
+        count = self.schema.count(",") + 1
+        return self.pack(x, *given[:count]), given[count:]
+
+
+def forward_operator(
+    name: str, kernel: Callable[..., Forward], layout: Layout, packing: Packing,
+    stats_shape: Callable[[Tensor, Any, bool], tuple[Any, ...]], buffers: str = "",
+) -> Callable[..., Forward]:  # fmt: skip
+    """Defines bnfast::name(x, weight, bias, *buffers, *options, keep, *epilogue) for a kernel's forward, and
+    returns it with the kernel's signature. stats_shape(x, options, keep): the shape of stats. buffers: their
+    declaration."""
+    count = buffers.count(",") + 1 if buffers else 0
+
+    def arguments(x: Tensor, weight: Any, bias: Any, *rest: Any) -> tuple[Any, ...]:
+        held, (options, (keep, *after)) = rest[:count], packing.split(x, rest[count:])
+        return weight, bias, (*held, *(None,) * (3 - count)), options, _epilogue(*after), keep
+
+    def real(x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+        y, stats, mask = kernel(layout.ordered(x), *arguments(x, *rest), True)
+        stats = stats if stats.numel() else stats.new_empty(0)  # which may be one tensor for all calls
+        return y, stats, y.new_empty(0, dtype=torch.uint8) if mask is None else mask
+
+    def fake(x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+        *_, options, epilogue, keep = arguments(x, *rest)
+        y = layout.y_like(x)
+        stats = x.new_empty(stats_shape(x, options, keep), dtype=layouts.accumulator(x))
+        masked = layout.masks and epilogue.mask and epilogue.residual is not None and _packs(y)
+        return y, stats, y.new_empty(y.numel() // 8 if masked else 0, dtype=torch.uint8)
+
+    more = "".join(f"{part}, " for part in (buffers, packing.schema) if part)
+    schema = f"{name}(Tensor x, Tensor? weight, Tensor? bias, {more}{_FORWARD}) -> (Tensor, Tensor, Tensor)"
+    operator = _define(schema, real, fake)
+
+    def call(
+        x: Tensor, weight: Tensor | None, bias: Tensor | None, held: Buffers, options: Any,
+        epilogue: Epilogue, keep: bool,
+    ) -> Forward:  # fmt: skip
+        after = (*epilogue.activation, epilogue.residual, epilogue.mask)
+        y, stats, mask = operator(x, weight, bias, *held[:count], *packing.unpack(options), keep, *after)
+        return y, stats, mask if mask.numel() else None
+
+    return call
+
+
+def backward_operator(
+    name: str, kernel: Callable[..., Gradients], layout: Layout, packing: Packing
+) -> Callable[..., Gradients]:
+    """Defines bnfast::name(x, dy, stats, weight, bias, *options, *wanted, *epilogue) for a kernel's backward,
+    and returns it with the kernel's signature. Empty tensors stand for None, which an operator cannot
+    return."""
+
+    def arguments(x: Tensor, rest: tuple[Any, ...]) -> tuple[Any, Wanted, Epilogue]:
+        options, after = packing.split(x, rest)
+        return options, Wanted(*after[:3]), _epilogue(*after[3:])
+
+    def real(x: Tensor, dy: Tensor, stats: Tensor, weight: Any, bias: Any, *rest: Any) -> tuple[Tensor, ...]:
+        made = kernel(x, dy, stats, weight, bias, *arguments(x, rest), True)
+        return tuple(x.new_empty(0) if t is None else t for t in made)
+
+    def fake(x: Tensor, dy: Tensor, stats: Tensor, weight: Any, bias: Any, *rest: Any) -> tuple[Tensor, ...]:
+        options, wanted, epilogue = arguments(x, rest)
+        dx, shape = layout.dx_like(x), layout.parameters(x, options)
+        return (
+            dx if wanted.dx else dx.new_empty(0),
+            dx.new_empty(0) if wanted.weight is None else dx.new_empty(shape, dtype=wanted.weight),
+            dx.new_empty(0) if wanted.bias is None else dx.new_empty(shape, dtype=wanted.bias),
+            torch.empty_like(dx) if layout.has_dresidual(epilogue) else dx.new_empty(0),
+        )
+
+    schema = (
+        f"{name}(Tensor x, Tensor dy, Tensor stats, Tensor? weight, Tensor? bias, {packing.schema}, "
+        f"{_BACKWARD}) -> (Tensor, Tensor, Tensor, Tensor)"
+    )
+    operator = _define(schema, real, fake)
+
+    def call(
+        x: Tensor, dy: Tensor, stats: Tensor, weight: Any, bias: Any, options: Any, wanted: Wanted,
+        epilogue: Epilogue,
+    ) -> Gradients:  # fmt: skip
+        after = (*epilogue.activation, epilogue.residual)
+        found: Gradients = operator(x, dy, stats, weight, bias, *packing.unpack(options), *wanted, *after)
+        return found
+
+    return call
+
+
+def _define(schema: str, real: Any, fake: Any) -> Any:
     """Registers an operator for CPU (the interpreter) and CUDA; returns it."""
 
     def on_its_device(x: Tensor, *rest: Any) -> Any:
@@ -45,51 +155,17 @@ def define(schema: str, real: Any, fake: Any) -> Any:
     return getattr(torch.ops.bnfast, name).default
 
 
-def packed(
-    activation: str = "none", parameter: float = 0.0, residual: Tensor | None = None, signs: bool = False
+def _epilogue(
+    activation: str = "none", parameter: float = 0.0, residual: Tensor | None = None, relu_mask: bool = False
 ) -> Epilogue:
-    """The Epilogue that FORWARD's or BACKWARD's arguments make."""
     if activation == "none" and residual is None:
         return NO_EPILOGUE
-    return Epilogue(Activation(activation, parameter), residual, signs)
+    return Epilogue(Activation(activation, parameter), residual, relu_mask)
 
 
-def flat(epilogue: Epilogue) -> tuple[Any, ...]:
-    """FORWARD's arguments."""
-    return *epilogue.activation, epilogue.residual, epilogue.mask
-
-
-def present(x: Tensor, made: tuple[Tensor | None, ...]) -> tuple[Tensor, ...]:
-    """An operator cannot return None."""
-    return tuple(x.new_empty(0) if t is None else t for t in made)
-
-
-def with_mask(made: tuple[Tensor, Tensor, Tensor | None]) -> tuple[Tensor, Tensor, Tensor]:
-    y, table, mask = made
-    return y, table, y.new_empty(0, dtype=torch.uint8) if mask is None else mask
-
-
-def without_mask(made: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor | None]:
-    """What an operator returns, in which an empty tensor stands for no mask."""
-    y, table, mask = made
-    return y, table, mask if mask.numel() else None
-
-
-def mask_like(y: Tensor, epilogue: Epilogue) -> Tensor:
-    """As Epilogue.in_forward decides it, which is given x in y's order."""
+def _packs(y: Tensor) -> bool:
+    """Whether Epilogue.in_forward makes a mask for an x in y's memory order."""
     c, s = y.shape[1], 1
     for size in y.shape[2:]:
         s = s * size
-    last = layouts.is_channels_last(y)
-    there = epilogue.mask and epilogue.residual is not None and views.packs(c, s, y.element_size(), last)
-    return y.new_empty(y.numel() // 8 if there else 0, dtype=torch.uint8)
-
-
-def gradients_like(dx: Tensor, shape: Any, wanted: Wanted, residual: bool) -> tuple[Tensor, ...]:
-    """Of x (dx: an empty tensor like it), of parameters of this shape, and of the residual."""
-    return (
-        dx if wanted.dx else dx.new_empty(0),
-        dx.new_empty(0) if wanted.weight is None else dx.new_empty(shape, dtype=wanted.weight),
-        dx.new_empty(0) if wanted.bias is None else dx.new_empty(shape, dtype=wanted.bias),
-        torch.empty_like(dx) if residual else dx.new_empty(0),
-    )
+    return views.packs(c, s, y.element_size(), layouts.is_channels_last(y))

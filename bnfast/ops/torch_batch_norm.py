@@ -1,5 +1,5 @@
-"""torch's own batch_norm as the layers need it: with the batch counted, Batch Renormalization, and
-right gradients."""
+"""F.batch_norm as the layers need it: it counts the batch, takes Batch Renormalization, and has right
+gradients."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from ..reference.batchrenorm import batch_renorm
 from .arguments import flat, seen_as_graph, wants_gradient
 from .op import Call
 
-# more than one value a channel, or torch's ValueError
+# raises torch's ValueError if a channel has a single value
 verify_batch_size: Callable[[torch.Size], None] = getattr(F, "_verify_batch_size")  # noqa: B009
 
 
 def _verify_renormalized(x: Tensor, **vectors: Tensor | None) -> None:
-    """What torch.nn.functional.batch_norm finds out of itself, before plain formulas would broadcast it."""
+    """Raises for what F.batch_norm would refuse, and plain formulas would broadcast."""
     if not (x.is_floating_point() and x.dtype.itemsize > 1):
         raise TypeError(f"batch_renorm takes floating point input of 16 bits or more, but got {x.dtype}")
     if x.dim() < 2:
@@ -42,9 +42,7 @@ def _verify_renormalized(x: Tensor, **vectors: Tensor | None) -> None:
 
 
 def torch_batch_norm(call: Call) -> Tensor:
-    """torch's own batch_norm. A rejected batch leaves no trace, neither in the counter nor in the
-    statistics.
-    """
+    """F.batch_norm. A batch that it refuses changes neither the counter nor the statistics."""
     x, weight, bias = call.x, call.weight, call.bias
     running_mean, running_var, batches = call.buffers
     training, momentum, eps, renorm = call.options
@@ -56,7 +54,7 @@ def torch_batch_norm(call: Call) -> Tensor:
         ("running_mean", running_mean),
         ("running_var", running_var),
     ):
-        # torch finds out after it has updated the statistics
+        # torch raises this after it has updated the statistics
         if isinstance(t, Tensor) and t.device != device:
             raise RuntimeError(
                 f"Tensor on device {t.device} is not on the expected device {x.device}! "
@@ -67,14 +65,14 @@ def torch_batch_norm(call: Call) -> Tensor:
         return batch_renorm(x, running_mean, running_var, weight, bias, momentum, eps, renorm, batches)
     watched = torch.compiler.is_compiling() or torch.jit.is_tracing()
     if training and not watched and isinstance(bias, Tensor) and bias.dtype != x.dtype == torch.float32:
-        # And after that it finds out about this. A batch that is nobody's has no statistics to update.
+        # torch raises for these dtypes after the update too; this call without statistics raises before it.
         F.batch_norm(torch.ones(2, bias.numel(), device=x.device), None, None, weight, bias, True)
     if momentum is None and training and batches is not None and watched:
         return _torch_cumulative(x, running_mean, running_var, weight, bias, eps, batches)
     if batches is not None:
         if not watched and batches.is_inference():
             batches.add_(0)  # outside inference mode it raises, as add_(1) would, but that adds before
-        batches.add_(1)  # first, as torch does: checkpointing may stop a recomputation within batch_norm
+        batches.add_(1)  # before batch_norm, as in torch: checkpointing may stop a recomputation within it
     if watched:
         momentum = 0.0 if momentum is None else momentum
         return _batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
@@ -98,9 +96,9 @@ def _batch_norm(
     momentum: float,
     eps: float,
 ) -> Tensor:
-    """F.batch_norm, but for what `flat` says of its gradients, and for statistics that change before them,
-    as torch's backward is handed these again. Graphs to keep stay as they are, for what looks for batch_norm
-    behind convolutions in them."""
+    """F.batch_norm with right gradients: for memory formats (see `flat`), and for statistics that change
+    before the backward, to which torch hands them again. Graphs that are kept are not changed, because
+    other tools look in them for batch_norm after a convolution."""
     rest = (weight, bias, training, momentum, eps)
     recorded, graph = wants_gradient(x, weight, bias), seen_as_graph()
     if not (recorded or graph) or (graph and _kept()):
@@ -111,10 +109,10 @@ def _batch_norm(
         if not training:
             mean, variance = mean.clone(), variance.clone()
         elif not (
-            (graph and (torch.compiler.is_compiling() or transforming()))  # which see what torch sees
+            (graph and (torch.compiler.is_compiling() or transforming()))  # there torch sees them change too
             or mean.requires_grad
             or variance.requires_grad
-            or mean.is_inference()  # not to be written to, as torch finds
+            or mean.is_inference()  # torch raises
             or variance.is_inference()
         ):
             # the same memory, but torch's backward, which does not read it, does not see it change
@@ -124,19 +122,19 @@ def _batch_norm(
     planes = len(shape) > 3 and 1 in shape
     if planes and ((graph and transforming()) or x.is_contiguous()):
         if training and x.numel() == shape[1]:
-            verify_batch_size(shape)  # of x as it came
+            verify_batch_size(shape)
         y = F.batch_norm(flat(x), mean, variance, *rest).view_as(x)  # quicker than view(shape)
     else:
-        if planes and dense(x) is x:  # channels_last: in strides that cannot pass for contiguous ones
+        if planes and dense(x) is x:  # channels_last: in strides that are not contiguous ones too
             x = ordered(x, format_in_batch_norm)
         y = F.batch_norm(x, mean, variance, *rest)
     if written is not None:
-        torch.autograd.graph.increment_version(written)  # for whoever else has saved them
+        torch.autograd.graph.increment_version(written)  # others may have saved them
     return y
 
 
 def _kept() -> bool:
-    """Whether this call goes into a graph to keep, or autograd is off."""
+    """Whether this call is recorded in a graph that is kept, or autograd is off."""
     return not torch.is_grad_enabled() or torch.jit.is_tracing() or is_exporting()
 
 

@@ -1,1 +1,1 @@
-"""The same maths in plain torch, a file for each normalization: oracle, and what is differentiated again."""
+"""The formulas in plain torch: the tests' oracle, and the way to higher derivatives."""

@@ -1,8 +1,7 @@
-"""GroupNorm in plain torch, any dtype: the oracle of the tests and the path to higher derivatives.
+"""GroupNorm in plain torch, any dtype: the oracle of the tests and the way to higher derivatives.
 
-x, dy: [N, C, *], parameters [C], cells the C / groups channels of a group of a sample. InstanceNorm has as
-many groups as channels. Half precision computes in fp32.
-"""
+x, dy: [N, C, *], parameters [C]. A group is C / groups channels of a sample. InstanceNorm has as many
+groups as channels. Half precision computes in fp32."""
 
 from __future__ import annotations
 
@@ -20,10 +19,10 @@ def in_groups(t: Tensor, groups: int) -> Tensor:
 
 def normalized(x: Tensor, groups: int, eps: float) -> tuple[Tensor, Tensor]:
     """(xhat [N, groups, C / groups, *], rstd [N, groups, 1 ...]) (Wu and He 2018, eq. 1 and 2), wide."""
-    cells = in_groups(wide(x), groups)
-    variance, mean = torch.var_mean(cells, list(range(2, cells.dim())), correction=0, keepdim=True)
+    grouped = in_groups(wide(x), groups)
+    variance, mean = torch.var_mean(grouped, list(range(2, grouped.dim())), correction=0, keepdim=True)
     rstd = torch.rsqrt(variance + eps)
-    return (cells - mean) * rstd, rstd
+    return (grouped - mean) * rstd, rstd
 
 
 def group_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, groups: int, eps: float) -> Tensor:
@@ -37,9 +36,9 @@ def group_norm_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dx, dweight, dbias), differentiable in dy, x and weight."""
     xhat, rstd = normalized(x, groups, eps)
-    cell, dims = list(range(2, xhat.dim())), reduced_dims(x)
+    group_dims, dims = list(range(2, xhat.dim())), reduced_dims(x)
     dy = wide(dy)
     dbias, dweight = dy.sum(dims), (dy * xhat.reshape(x.shape)).sum(dims)
     g = in_groups(dy if weight is None else dy * by_channel(wide(weight), x), groups)
-    dx = rstd * (g - g.mean(cell, True) - xhat * (g * xhat).mean(cell, True))
+    dx = rstd * (g - g.mean(group_dims, True) - xhat * (g * xhat).mean(group_dims, True))
     return dx.reshape(x.shape).to(x.dtype), dweight, dbias

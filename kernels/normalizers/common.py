@@ -1,10 +1,12 @@
-"""What a normalizer hands to the kernels that reduce x and map it, and what normalizers share.
+"""What a normalizer provides to the kernels that reduce x and to those that write results, and what
+normalizers have in common.
 
-The kernels leave the moments, or the gradient sums, of channels to the last program of a block. What these
-mean is the normalizer's to say: it finalizes them, once for each cell, a cell being a set of elements that
-share statistics. Then it says which coefficients a lane has: forward p, a and b, so that y = a * (x - p) + b,
-and backward k1, k2 and k3, so that dx = k1 * g + k2 * (x - p) + k3. p is the mean itself: folded into b it
-costs three digits at mean 1e4."""
+A group is a set of elements that share statistics: a channel over all samples (BatchNorm), or a group of
+channels of one sample (GroupNorm). The kernels hand the moments, or the gradient sums, of channels to the
+last program of a block. There the normalizer finalizes them, and later it gives the coefficients of each
+lane: forward mean, scale and shift, so that y = scale * (x - mean) + shift, and backward c_dy, c_xmu and
+c_one, so that dx = c_dy * dy + c_xmu * (x - mean) + c_one. The mean stays apart, because folding it into
+the shift loses three digits where mean / std is 1e4."""
 
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -17,11 +19,12 @@ import triton.language as tl
 class Normalizer:
     """A policy of jit functions, which kernels take as a compile-time constant, NORM.
 
-    finalize_forward(c, m, at, of, o, g, T, NORM, ACC): the moments m of channels c -> the table.
-    coefficients(c, sample, table_ptr, of, g, ACC): (p, a, b) of a sample's channels, from the table.
-    finalize_backward(c, sums, at, of, to, g, T, ACC): their gradient sums -> the parameters' gradients, and
-    what dx_coefficients(c, sample, table_ptr, gradients_ptr, of, g, ACC), (k1, k2, k3), reads.
-    cumulative, guarded: of running statistics, see batch_norm.py and batch_renorm.py."""
+    finalize_forward(c, m, ws, params, options, g, T, NORM, ACC) turns the moments m of channels c into stats.
+    coefficients(c, sample, stats_ptr, params, g, ACC) returns (mean, scale, shift) of a sample's channels.
+    finalize_backward(c, sums, ws, params, out, g, T, ACC) turns their gradient sums into the parameters'
+    gradients and into dx_coeffs, from which
+    dx_coefficients(c, sample, stats_ptr, dx_coeffs_ptr, params, g, ACC) returns (c_dy, c_xmu, c_one).
+    cumulative and guarded say how running statistics are updated: see batch_norm.py and batch_renorm.py."""
 
     finalize_forward: Any
     coefficients: Any
@@ -32,7 +35,7 @@ class Normalizer:
 
     @property
     def cache_key(self) -> str:
-        """By which Triton's cache on disk knows the functions' sources, which their names do not tell."""
+        """Triton's cache on disk needs the functions' sources: their names would not change with an edit."""
         functions = (
             self.finalize_forward, self.coefficients, self.finalize_backward, self.dx_coefficients,
         )  # fmt: skip
@@ -40,24 +43,23 @@ class Normalizer:
 
 
 class Workspace(NamedTuple):
-    """Where a sample's programs hand over what they have found, the counters of the programs that have
-    arrived (of each block, then of each sample), and the forward's table."""
+    """Memory that the programs of a launch share."""
 
     sample: Any
-    sample_ptr: Any
-    arrivals_ptr: Any
-    table_ptr: Any
+    sample_ptr: Any  # the sample's partial results
+    semaphores_ptr: Any  # counters of the programs that are done: of each block, then of each sample
+    stats_ptr: Any
 
 
 class Channels(NamedTuple):
-    """Channels that a program has the moments or gradient sums of, and which of them exist."""
+    """The channels whose moments or gradient sums a program has, and which of them exist."""
 
     offs: Any
     mask: Any
 
 
 class Parameters(NamedTuple):
-    """What a layer keeps of each channel, and its counter of batches: pointers, or None."""
+    """Pointers to a layer's tensors of one value a channel, and to its counter of batches, or None."""
 
     weight: Any
     bias: Any
@@ -67,7 +69,7 @@ class Parameters(NamedTuple):
 
 
 class Options(NamedTuple):
-    """Numbers of a forward. Batch Renormalization's limits, and their schedule, are in renorm.py."""
+    """The numbers that a forward is given. batch_renorm.py explains all but the first two."""
 
     eps: Any
     momentum: Any
@@ -79,16 +81,16 @@ class Options(NamedTuple):
 
 
 class GradientSums(NamedTuple):
-    """Of channels, or of cells and then weighted by gamma: the sums of g and of g * (x - p)."""
+    """Sums of dy and of dy * (x - mean): of channels, or of groups and then weighted by gamma."""
 
-    g: Any
-    gd: Any
+    dy: Any
+    dy_xmu: Any
 
 
 class Gradients(NamedTuple):
-    """Where a backward's results go: pointers, or None. count: values a cell."""
+    """Pointers to the results of a backward, or None. count: the number of values in a group."""
 
-    coefficients: Any  # what dx_coefficients reads
+    dx_coeffs: Any
     weight: Any
     bias: Any
     sums: Any  # [samples, 2, channels]: what each sample adds to dgamma and dbeta
@@ -96,20 +98,19 @@ class Gradients(NamedTuple):
 
 
 @triton.jit
-def arrive_last(arrivals_ptr, expected):
-    """True in the last of `expected` programs, with all that the others stored before in sight. Leaves the
-    counter at 0.
-    """
-    tl.debug_barrier()  # every thread's stores before the one thread's atomic
-    last = tl.atomic_add(arrivals_ptr, 1, sem="acq_rel", scope="gpu") == expected - 1
+def is_last_program(semaphores_ptr, expected):
+    """True in the last of `expected` programs to arrive; earlier programs' stores are then visible. Resets
+    the counter to 0."""
+    tl.debug_barrier()  # all threads' stores come before the atomic, which one thread does
+    last = tl.atomic_add(semaphores_ptr, 1, sem="acq_rel", scope="gpu") == expected - 1
     if last:
-        tl.store(arrivals_ptr, 0)
+        tl.store(semaphores_ptr, 0)
     return last
 
 
 @triton.jit
 def load_or(ptr, offs, mask, default: tl.constexpr, ACC: tl.constexpr):
-    """An optional per-channel tensor, as ACC; `default` where there is none."""
+    """Values of an optional tensor, in the type ACC; `default` if there is no tensor."""
     if ptr is None:
         value = tl.full(offs.shape, default, ACC)
     else:
@@ -122,7 +123,8 @@ def load_or(ptr, offs, mask, default: tl.constexpr, ACC: tl.constexpr):
 
 @triton.jit
 def store_as(ptrs, value, mask):
-    """Stores value in the pointers' type. By way of fp32: nothing turns fp64 into bf16 in one step."""
+    """Stores value in the pointers' type. fp64 is converted to 16 bits by way of fp32, since no instruction
+    does it in one step."""
     DTYPE: tl.constexpr = ptrs.dtype.element_ty
     if DTYPE.primitive_bitwidth == 16:
         value = value.to(tl.float32)
@@ -135,13 +137,13 @@ def reciprocal_std(variance, eps, ACC: tl.constexpr):
 
 
 @triton.jit
-def load_row(table_ptr, row: tl.constexpr, c, g):
-    """A row of a table [rows, channels], of channels c."""
-    return tl.load(table_ptr + row * g.channels + c.offs, mask=c.mask, other=0.0)
+def load_row(stats_ptr, row: tl.constexpr, c, g):
+    """One row of [rows, channels], of channels c."""
+    return tl.load(stats_ptr + row * g.channels + c.offs, mask=c.mask, other=0.0)
 
 
 @triton.jit
-def store_sums(to_ptr, c, g, sum_g, sum_gd):
-    """[2, channels]."""
-    tl.store(to_ptr + c.offs, sum_g, mask=c.mask)
-    tl.store(to_ptr + g.channels + c.offs, sum_gd, mask=c.mask)
+def store_sums(ptr, c, g, dy, dy_xmu):
+    """Stores the gradient sums of channels c in [2, channels]."""
+    tl.store(ptr + c.offs, dy, mask=c.mask)
+    tl.store(ptr + g.channels + c.offs, dy_xmu, mask=c.mask)

@@ -1,8 +1,8 @@
-"""GroupNorm (Wu and He 2018): a cell is a group of channels of a sample. InstanceNorm is as many groups as
-channels; its cells, and contiguous groups that are seen as channels, need no merge.
+"""GroupNorm (Wu and He 2018): a group is some channels of one sample. InstanceNorm has as many groups as
+channels: its groups need no merge, nor do contiguous groups, which are reduced as if they were channels.
 
-Tables hold what a cell's channels share: [2, cells] mean and rstd, [2, cells] k2 and k3. Weight and bias are
-applied where they are loaded, for a channel each."""
+stats is [2, groups], mean and rstd; dx_coeffs is [2, groups], c_xmu and c_one. gamma and beta are applied to
+each channel where they are loaded."""
 
 import triton
 import triton.language as tl
@@ -13,7 +13,7 @@ from .common import (
     Channels,
     GradientSums,
     Normalizer,
-    arrive_last,
+    is_last_program,
     load_or,
     reciprocal_std,
     store_sums,
@@ -21,51 +21,53 @@ from .common import (
 
 
 @triton.jit
-def cell_rstd(variance, eps, ACC: tl.constexpr):
-    """reciprocal_std of a cell within a sample; 0 where that divides by 0, so that the values of a constant
-    cell, which are their mean, are normalized to 0, and have a gradient of 0. (So does torch's InstanceNorm;
-    its GroupNorm gives NaN.)"""
+def group_rstd(variance, eps, ACC: tl.constexpr):
+    """reciprocal_std, but 0 where that divides by 0: a constant group is normalized to 0 and gets a
+    gradient of 0. torch's InstanceNorm does so too; its GroupNorm gives NaN."""
     return tl.where(variance + eps == 0, 0.0, reciprocal_std(variance, eps, ACC))
 
 
 @triton.jit
-def store_cell(table_ptr, cell, g, mean, variance, eps, ACC: tl.constexpr):
-    tl.store(table_ptr + cell.offs, mean, mask=cell.mask)
-    tl.store(table_ptr + g.cells + cell.offs, cell_rstd(variance, as_scalar(eps, ACC), ACC), mask=cell.mask)
+def store_group(stats_ptr, group, g, mean, variance, eps, ACC: tl.constexpr):
+    tl.store(stats_ptr + group.offs, mean, mask=group.mask)
+    tl.store(
+        stats_ptr + g.groups + group.offs, group_rstd(variance, as_scalar(eps, ACC), ACC), mask=group.mask
+    )
 
 
 @triton.jit
-def finalize_channels(c, m, at, of, o, g, T: tl.constexpr, NORM: tl.constexpr, ACC: tl.constexpr):
-    """A cell is a channel."""
-    cell = Channels(at.sample * g.channels + c.offs, c.mask)
-    store_cell(at.table_ptr, cell, g, m.pivot + m.shift, m.m2 / m.count, o.eps, ACC)
+def finalize_channels(c, m, ws, params, options, g, T: tl.constexpr, NORM: tl.constexpr, ACC: tl.constexpr):
+    """A group is one channel, or is reduced as one."""
+    group = Channels(ws.sample * g.channels + c.offs, c.mask)
+    store_group(ws.stats_ptr, group, g, m.pivot + m.shift, m.m2 / m.count, options.eps, ACC)
 
 
 @triton.jit
-def finalize_groups(c, m, at, of, o, g, T: tl.constexpr, NORM: tl.constexpr, ACC: tl.constexpr):
-    """The channels of a group may lie in several blocks: the last of the sample's blocks merges them. Slot 0
-    of the workspace is read by nobody else any more."""
-    tl.debug_barrier()
-    store_channels(at.sample_ptr, c.offs, c.mask, g, m.pivot, m.shift, m.m2)
+def finalize_groups(c, m, ws, params, options, g, T: tl.constexpr, NORM: tl.constexpr, ACC: tl.constexpr):
+    """The channels of a group may lie in several blocks, so the last of a sample's blocks merges them."""
+    tl.debug_barrier()  # slot 0 of the partial results is overwritten, which other threads have read
+    store_channels(ws.sample_ptr, c.offs, c.mask, g, m.pivot, m.shift, m.m2)
     all_blocks = tl.num_programs(0) // g.splits
-    if arrive_last(at.arrivals_ptr + all_blocks + at.sample, g.blocks):
-        in_sample = g.channels // g.group
-        for start in tl.range(0, in_sample, T.groups):
-            offs_g = start + tl.arange(0, T.groups)
-            mean, variance = merge_groups(at.sample_ptr, offs_g, in_sample, tl.max(m.count, 0), g, T, ACC)
-            cell = Channels(at.sample * in_sample + offs_g, offs_g < in_sample)
-            store_cell(at.table_ptr, cell, g, mean, variance, o.eps, ACC)
+    if is_last_program(ws.semaphores_ptr + all_blocks + ws.sample, g.blocks):
+        groups_per_sample = g.channels // g.group_size
+        for start in tl.range(0, groups_per_sample, T.groups_per_iter):
+            offs_g = start + tl.arange(0, T.groups_per_iter)
+            mean, variance = merge_groups(
+                ws.sample_ptr, offs_g, groups_per_sample, tl.max(m.count, 0), g, T, ACC
+            )
+            group = Channels(ws.sample * groups_per_sample + offs_g, offs_g < groups_per_sample)
+            store_group(ws.stats_ptr, group, g, mean, variance, options.eps, ACC)
 
 
 @triton.jit
-def merge_groups(moments_ptr, offs_g, in_sample, count, g, T: tl.constexpr, ACC: tl.constexpr):
-    """(mean, variance) of a sample's groups offs_g, of `in_sample`, from what store_channels has left of its
-    channels, of `count` values each."""
-    found = no_moments(T.groups, T.members, ACC)
-    for start in tl.range(0, g.group, T.members):
-        offs_m = start + tl.arange(0, T.members)[None, :]
-        mask = (offs_m < g.group) & (offs_g < in_sample)[:, None]
-        theirs_ptr = moments_ptr + offs_g[:, None] * g.group + offs_m
+def merge_groups(moments_ptr, offs_g, groups_per_sample, count, g, T: tl.constexpr, ACC: tl.constexpr):
+    """(mean, variance) of a sample's groups offs_g, from its channels' moments as store_channels stores them,
+    of `count` values each."""
+    found = no_moments(T.groups_per_iter, T.members_per_iter, ACC)
+    for start in tl.range(0, g.group_size, T.members_per_iter):
+        offs_m = start + tl.arange(0, T.members_per_iter)[None, :]
+        mask = (offs_m < g.group_size) & (offs_g < groups_per_sample)[:, None]
+        theirs_ptr = moments_ptr + offs_g[:, None] * g.group_size + offs_m
         pivot, shift, m2 = load_channels(theirs_ptr, mask, g)
         found = merge(found, Moments(tl.where(mask, count, 0.0), pivot, shift, m2))
     m = merge_along(found, 1)
@@ -73,95 +75,98 @@ def merge_groups(moments_ptr, offs_g, in_sample, count, g, T: tl.constexpr, ACC:
 
 
 @triton.jit
-def cells_of(offs_c, sample, g):
-    """The cell that each of a sample's channels belongs to."""
-    return sample * (g.channels // g.group) + offs_c // g.group
+def group_of_channel(offs_c, sample, g):
+    """The group that each of a sample's channels belongs to, counted over all samples."""
+    return sample * (g.channels // g.group_size) + offs_c // g.group_size
 
 
 @triton.jit
-def coefficients(c, sample, table_ptr, of, g, ACC: tl.constexpr):
-    offs_cell = cells_of(c.offs, sample, g)
-    p = tl.load(table_ptr + offs_cell, mask=c.mask, other=0.0)
-    rstd = tl.load(table_ptr + g.cells + offs_cell, mask=c.mask, other=0.0)
-    a = load_or(of.weight, c.offs, c.mask, 1.0, ACC) * rstd
-    return p, a, load_or(of.bias, c.offs, c.mask, 0.0, ACC)
+def coefficients(c, sample, stats_ptr, params, g, ACC: tl.constexpr):
+    offs_group = group_of_channel(c.offs, sample, g)
+    mean = tl.load(stats_ptr + offs_group, mask=c.mask, other=0.0)
+    rstd = tl.load(stats_ptr + g.groups + offs_group, mask=c.mask, other=0.0)
+    scale = load_or(params.weight, c.offs, c.mask, 1.0, ACC) * rstd
+    return mean, scale, load_or(params.bias, c.offs, c.mask, 0.0, ACC)
 
 
 @triton.jit
-def slopes(rstd, sums, n):
-    """(k2, k3) of cells, from their gradient sums, weighted by gamma, over n values (Wu and He 2018):
-    dx = rstd * (gamma * g - sums.g / n - (x - p) * rstd^2 * sums.gd / n)."""
-    return -rstd * (rstd * (rstd * (sums.gd / n))), -rstd * (sums.g / n)
+def group_norm_dx_coeffs(rstd, sums, n):
+    """(c_xmu, c_one) of groups of n values, from their sums weighted by gamma (Wu and He 2018):
+    dx = rstd * (gamma * dy - sums.dy / n - (x - mean) * rstd^2 * sums.dy_xmu / n)."""
+    return -rstd * (rstd * (rstd * (sums.dy_xmu / n))), -rstd * (sums.dy / n)
 
 
 @triton.jit
-def store_dx_coefficients(cell, sums, at, to, g, ACC: tl.constexpr):
-    """k2 and k3 of cells, from their gradient sums, weighted by gamma."""
-    rstd = tl.load(at.table_ptr + g.cells + cell.offs, mask=cell.mask, other=0.0)
-    k2, k3 = slopes(rstd, sums, as_scalar(to.count, ACC))
-    tl.store(to.coefficients + cell.offs, k2, mask=cell.mask)
-    tl.store(to.coefficients + g.cells + cell.offs, k3, mask=cell.mask)
+def store_dx_coefficients(group, sums, ws, out, g, ACC: tl.constexpr):
+    rstd = tl.load(ws.stats_ptr + g.groups + group.offs, mask=group.mask, other=0.0)
+    c_xmu, c_one = group_norm_dx_coeffs(rstd, sums, as_scalar(out.count, ACC))
+    tl.store(out.dx_coeffs + group.offs, c_xmu, mask=group.mask)
+    tl.store(out.dx_coeffs + g.groups + group.offs, c_one, mask=group.mask)
 
 
 @triton.jit
-def store_parameter_sums(c, sums, at, to, g):
-    """What this sample adds to dgamma and dbeta, where they are wanted."""
-    if to.sums is not None:
-        rstd = tl.load(at.table_ptr + g.cells + cells_of(c.offs, at.sample, g), mask=c.mask, other=0.0)
-        store_sums(to.sums + at.sample * (2 * g.channels), c, g, rstd * sums.gd, sums.g)
+def store_parameter_sums(c, sums, ws, out, g):
+    """Stores what this sample adds to dgamma and dbeta, if they are wanted."""
+    if out.sums is not None:
+        rstd = tl.load(
+            ws.stats_ptr + g.groups + group_of_channel(c.offs, ws.sample, g), mask=c.mask, other=0.0
+        )
+        store_sums(out.sums + ws.sample * (2 * g.channels), c, g, rstd * sums.dy_xmu, sums.dy)
 
 
 @triton.jit
-def finalize_channel_sums(c, sums, at, of, to, g, T: tl.constexpr, ACC: tl.constexpr):
-    store_parameter_sums(c, sums, at, to, g)
-    if to.coefficients is not None:
-        weight = load_or(of.weight, c.offs, c.mask, 1.0, ACC)
-        cell = Channels(at.sample * g.channels + c.offs, c.mask)
-        weighted = GradientSums(weight * sums.g, weight * sums.gd)
-        store_dx_coefficients(cell, weighted, at, to, g, ACC)
+def finalize_channel_sums(c, sums, ws, params, out, g, T: tl.constexpr, ACC: tl.constexpr):
+    store_parameter_sums(c, sums, ws, out, g)
+    if out.dx_coeffs is not None:
+        weight = load_or(params.weight, c.offs, c.mask, 1.0, ACC)
+        group = Channels(ws.sample * g.channels + c.offs, c.mask)
+        weighted = GradientSums(weight * sums.dy, weight * sums.dy_xmu)
+        store_dx_coefficients(group, weighted, ws, out, g, ACC)
 
 
 @triton.jit
-def finalize_group_sums(c, sums, at, of, to, g, T: tl.constexpr, ACC: tl.constexpr):
-    """As finalize_groups."""
-    store_parameter_sums(c, sums, at, to, g)
-    if to.coefficients is not None:
+def finalize_group_sums(c, sums, ws, params, out, g, T: tl.constexpr, ACC: tl.constexpr):
+    """See finalize_groups."""
+    store_parameter_sums(c, sums, ws, out, g)
+    if out.dx_coeffs is not None:
         tl.debug_barrier()
-        store_sums(at.sample_ptr, c, g, sums.g, sums.gd)
-        if arrive_last(at.arrivals_ptr + tl.num_programs(0) // g.splits + at.sample, g.blocks):
-            in_sample = g.channels // g.group
-            for start in tl.range(0, in_sample, T.groups):
-                offs_g = start + tl.arange(0, T.groups)
-                weighted = merge_group_sums(at.sample_ptr, of.weight, offs_g, in_sample, g, T, ACC)
-                cell = Channels(at.sample * in_sample + offs_g, offs_g < in_sample)
-                store_dx_coefficients(cell, weighted, at, to, g, ACC)
+        store_sums(ws.sample_ptr, c, g, sums.dy, sums.dy_xmu)
+        if is_last_program(ws.semaphores_ptr + tl.num_programs(0) // g.splits + ws.sample, g.blocks):
+            groups_per_sample = g.channels // g.group_size
+            for start in tl.range(0, groups_per_sample, T.groups_per_iter):
+                offs_g = start + tl.arange(0, T.groups_per_iter)
+                weighted = merge_group_sums(
+                    ws.sample_ptr, params.weight, offs_g, groups_per_sample, g, T, ACC
+                )
+                group = Channels(ws.sample * groups_per_sample + offs_g, offs_g < groups_per_sample)
+                store_dx_coefficients(group, weighted, ws, out, g, ACC)
 
 
 @triton.jit
-def merge_group_sums(sums_ptr, weight_ptr, offs_g, in_sample, g, T: tl.constexpr, ACC: tl.constexpr):
-    """The gradient sums of a sample's groups offs_g, of `in_sample`, weighted by gamma, from [2, channels] of
-    its channels."""
-    sum_wg = tl.full((T.groups, T.members), 0.0, ACC)
-    sum_wgd = tl.full((T.groups, T.members), 0.0, ACC)
-    for start in tl.range(0, g.group, T.members):
-        offs_m = start + tl.arange(0, T.members)[None, :]
-        mask = (offs_m < g.group) & (offs_g < in_sample)[:, None]
-        offs_c = offs_g[:, None] * g.group + offs_m
+def merge_group_sums(sums_ptr, weight_ptr, offs_g, groups_per_sample, g, T: tl.constexpr, ACC: tl.constexpr):
+    """The gradient sums of a sample's groups offs_g, weighted by gamma, from those of its channels,
+    [2, channels]."""
+    sum_wdy = tl.full((T.groups_per_iter, T.members_per_iter), 0.0, ACC)
+    sum_wdy_xmu = tl.full((T.groups_per_iter, T.members_per_iter), 0.0, ACC)
+    for start in tl.range(0, g.group_size, T.members_per_iter):
+        offs_m = start + tl.arange(0, T.members_per_iter)[None, :]
+        mask = (offs_m < g.group_size) & (offs_g < groups_per_sample)[:, None]
+        offs_c = offs_g[:, None] * g.group_size + offs_m
         weight = load_or(weight_ptr, offs_c, mask, 1.0, ACC)
-        # one address for both loads: 200 instructions less than a sum of pointers for each [sass]
+        # one address for both loads takes 200 instructions less than one for each [sass]
         theirs_ptr = sums_ptr + offs_c
-        sum_wg += weight * tl.load(theirs_ptr, mask=mask, other=0.0, cache_modifier=".cg")
-        sum_wgd += weight * tl.load(theirs_ptr + g.channels, mask=mask, other=0.0, cache_modifier=".cg")
-    return GradientSums(tl.sum(sum_wg, 1), tl.sum(sum_wgd, 1))
+        sum_wdy += weight * tl.load(theirs_ptr, mask=mask, other=0.0, cache_modifier=".cg")
+        sum_wdy_xmu += weight * tl.load(theirs_ptr + g.channels, mask=mask, other=0.0, cache_modifier=".cg")
+    return GradientSums(tl.sum(sum_wdy, 1), tl.sum(sum_wdy_xmu, 1))
 
 
 @triton.jit
-def dx_coefficients(c, sample, table_ptr, gradients_ptr, of, g, ACC: tl.constexpr):
-    offs_cell = cells_of(c.offs, sample, g)
-    rstd = tl.load(table_ptr + g.cells + offs_cell, mask=c.mask, other=0.0)
-    k1 = load_or(of.weight, c.offs, c.mask, 1.0, ACC) * rstd
-    k2 = tl.load(gradients_ptr + offs_cell, mask=c.mask, other=0.0)
-    return k1, k2, tl.load(gradients_ptr + g.cells + offs_cell, mask=c.mask, other=0.0)
+def dx_coefficients(c, sample, stats_ptr, dx_coeffs_ptr, params, g, ACC: tl.constexpr):
+    offs_group = group_of_channel(c.offs, sample, g)
+    rstd = tl.load(stats_ptr + g.groups + offs_group, mask=c.mask, other=0.0)
+    c_dy = load_or(params.weight, c.offs, c.mask, 1.0, ACC) * rstd
+    c_xmu = tl.load(dx_coeffs_ptr + offs_group, mask=c.mask, other=0.0)
+    return c_dy, c_xmu, tl.load(dx_coeffs_ptr + g.groups + offs_group, mask=c.mask, other=0.0)
 
 
 GROUPS = Normalizer(finalize_groups, coefficients, finalize_group_sums, dx_coefficients)

@@ -1,5 +1,5 @@
-"""No normalizer at all: the reduction stops at the moments, for who merges them with others' before anything
-is normalized. The table is [3, channels]: mean, M2 and count."""
+"""A reduction that stops at the moments, which the caller merges with those of others before anything is
+normalized. stats is [3, channels]: mean, M2 and count."""
 
 import triton
 import triton.language as tl
@@ -9,10 +9,10 @@ from .common import Normalizer
 
 
 @triton.jit
-def finalize_forward(c, m, at, of, o, g, T: tl.constexpr, NORM: tl.constexpr, ACC: tl.constexpr):
-    tl.store(at.table_ptr + c.offs, m.pivot + m.shift, mask=c.mask)
-    tl.store(at.table_ptr + g.channels + c.offs, m.m2, mask=c.mask)
-    tl.store(at.table_ptr + 2 * g.channels + c.offs, m.count, mask=c.mask)
+def finalize_forward(c, m, ws, params, options, g, T: tl.constexpr, NORM: tl.constexpr, ACC: tl.constexpr):
+    tl.store(ws.stats_ptr + c.offs, m.pivot + m.shift, mask=c.mask)
+    tl.store(ws.stats_ptr + g.channels + c.offs, m.m2, mask=c.mask)
+    tl.store(ws.stats_ptr + 2 * g.channels + c.offs, m.count, mask=c.mask)
 
 
 MOMENTS = Normalizer(

@@ -18,7 +18,7 @@ import bnfast
 from bnfast import exact
 from bnfast.checks import one_step, truth
 from bnfast.checks.cases import Case, Given, batch_renorm, given, group_norm, instance_norm, layer_norm
-from bnfast.kernels.steps import forget_plans
+from bnfast.kernels.launch_plan import forget_plans
 from tests.support import oracle
 from tests.support.buffers import assert_same_bits, bit_identical
 from tests.support.families import BF16, FP16, FP32, in_dtypes, layouts

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import bnfast
 from bnfast.functional import batch_norm
-from bnfast.kernels import launch, steps
+from bnfast.kernels import launch, launch_plan
 from tests.support import kernel_calls
 from tests.support.buffers import assert_same_bits, bit_identical, shifted
 from tests.support.layers import data
@@ -123,7 +123,7 @@ def train(seed: int, start: threading.Barrier) -> dict[str, Tensor]:
 def test_host_threads_at_once() -> None:
     """At the first call too, in which all of them plan."""
     expected = [train(seed, threading.Barrier(1)) for seed in range(4)]
-    steps.forget_plans()
+    launch_plan.forget_plans()
     with ThreadPoolExecutor(4) as pool:
         found = list(pool.map(train, range(4), [threading.Barrier(4)] * 4))
     for ours, value in zip(found, expected, strict=True):

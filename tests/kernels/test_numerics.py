@@ -12,7 +12,7 @@ from torch import Tensor
 from bnfast.checks.cases import Case, group_norm, instance_norm, layer_norm
 from bnfast.functional import layer_norm as layer_norm_function
 from bnfast.kernels import row_plan
-from bnfast.kernels.cell_plan import CellSweep, cell_sweep
+from bnfast.kernels.group_plan import OnePassPlan, plan_one_pass
 from tests.support import oracle
 from tests.support.buffers import assert_same_bits
 from tests.support.families import (
@@ -125,8 +125,8 @@ def test_against_fp64_on_several_multiprocessors(case: Case, device: torch.devic
     oracle.check(case, device)
 
 
-def held(shape: tuple[int, ...], groups: int) -> CellSweep | None:
-    return cell_sweep(shape[0], groups, shape[1] // groups, torch.Size(shape[2:]).numel(), 4, True, 1)
+def held(shape: tuple[int, ...], groups: int) -> OnePassPlan | None:
+    return plan_one_pass(shape[0], groups, shape[1] // groups, torch.Size(shape[2:]).numel(), 4, True, 1)
 
 
 def test_groups_take_every_way() -> None:

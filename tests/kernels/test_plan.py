@@ -17,7 +17,7 @@ sizes = st.tuples(*counts, st.sampled_from([2, 4, 8]), st.booleans())
 
 def sweeps(
     n: int, c: int, s: int, itemsize: int, channels_last: bool, aligned: bool, sms: int
-) -> list[plan.Sweep]:
+) -> list[plan.PassPlan]:
     p = plan.batch_norm(n, c, s, itemsize, channels_last or s == 1, sms, aligned)
     return [p.statistics, p.transform, p.gradient_sums, p.gradient_transform]
 
@@ -29,13 +29,13 @@ def test_any_sizes_are_covered(size: tuple[int, int, int, int, bool], aligned: b
         view = sweep.view
         assert 1 <= sweep.splits <= sweep.tiles  # a program without a tile would have no pivot
         assert (sweep.tiles - 1) * sweep.tile_rows < view.rows <= sweep.tiles * sweep.tile_rows
-        assert view.width <= view.lanes or view.mode == "runs"
-        assert view.mode != "runs" or sweep.tile_rows <= view.pieces
+        assert view.width <= view.lanes or view.mode == "nchw"
+        assert view.mode != "nchw" or sweep.tile_rows <= view.pieces
         assert view.pitch % sweep.vec == view.width % sweep.vec == 0
         assert sweep.vec == 1 or aligned
         assert view.total == size[0] * size[1] * size[2]
         # the extents of tiles and grids are powers of two, as Triton wants them
-        extents = sweep.unroll, sweep.group, view.lanes, view.channels_a_block, view.positions, sweep.merge
+        extents = sweep.unroll, sweep.group, view.lanes, view.channels_per_block, view.positions, sweep.merge
         assert all(extent & (extent - 1) == 0 for extent in extents)
 
 
@@ -47,7 +47,7 @@ def test_large_shapes_fill_the_gpu(c: int, hw: int, channels_last: bool) -> None
         assert sweep.vec * 2 == plan.VECTOR_BYTES
         assert sweep.programs >= 0.75 * SMS
         # lanes without data carry no bytes: counted out, unlike in the static tests
-        assert sweep.bytes_a_program * sweep.programs / SMS >= 47 * 1024
+        assert sweep.bytes_per_program * sweep.programs / SMS >= 47 * 1024
         # One SM reads this back alone, from L2, at about three times its share of DRAM's rate: under a
         # tenth of the pass.
         assert sweep.tail_bytes <= 0.3 * p.x_bytes / SMS
@@ -89,7 +89,7 @@ def test_lanes_beyond_the_end_do_not_wrap(c: int, itemsize: int) -> None:
     """A sample of nearly 2^31 elements: what a block's last lanes count up to, beyond the sample's end, would
     be below 0 in 32 bits, and so within the sample."""
     for s in ((2**31 - 1) // c, (2**31 - 40_000) // c | 1):
-        sweep = plan.map_sweep(Problem(1, c, s, itemsize, False, True, SMS), 1)
+        sweep = plan.plan_elementwise(Problem(1, c, s, itemsize, False, True, SMS), 1)
         view = sweep.view
         last = (view.blocks - 1) * view.width + view.lanes
         if last < 2**31:

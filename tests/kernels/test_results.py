@@ -17,7 +17,7 @@ from bnfast import exact
 from bnfast.checks import one_step, truth
 from bnfast.checks.cases import Case, batch_renorm, given, group_norm, instance_norm, layer_norm
 from bnfast.functional import layer_norm as layer_norm_function
-from bnfast.kernels import launch, steps
+from bnfast.kernels import launch, launch_plan
 from tests.support.buffers import assert_same_bits, bit_identical, nan_filled_allocations
 from tests.support.families import BF16, FP16, FP32, FP64, layouts, on_gpu
 from tests.support.orders import shuffled
@@ -88,7 +88,7 @@ def noise() -> Iterator[None]:
 
 def forget_everything() -> None:
     """Plans, counters and compiled kernels: all that is cached between calls."""
-    steps.forget_plans()
+    launch_plan.forget_plans()
     launch._workspaces.clear()
     kernels = [module for name, module in sys.modules.items() if name.startswith("bnfast.kernels.")]
     for module in kernels:

@@ -79,7 +79,7 @@ def assert_planned(case: Case, x: Tensor, forward: Trace, backward: Trace) -> No
         planned = plan.batch_norm(*sizes, sms=SMS)
     assert (forward.launches, backward.launches) == (planned.forward_launches, planned.backward_launches)
     for t, planned_bytes in ((forward, planned.forward_bytes), (backward, planned.backward_bytes)):
-        names = {"table_ptr", "gradients_ptr"} & t.traffic.keys() if case.in_sample else ()
+        names = {"stats_ptr", "dx_coeffs_ptr"} & t.traffic.keys() if case.in_sample else ()
         tables = [t[name] for name in names]
         moved = t.moved("x", "y", "dy", "dx", "partials", "sums")
         assert moved + sum(table.unique_read + table.unique_written for table in tables) == planned_bytes
@@ -99,7 +99,7 @@ def test_step(case: Case, forward: tuple[int, float], backward: tuple[int, float
     clean(t, forward[0])
     assert (t["x"].reads, t["x"].writes) == (forward[1], 0.0)
     assert written_once(t.of(y))
-    assert t["table_ptr"].unique_written == t["table_ptr"].size
+    assert t["stats_ptr"].unique_written == t["stats_ptr"].size
     with trace(x=g.x, dy=g.dy) as b:
         dx, dweight, dbias = torch.autograd.grad(y, leaves, g.dy)
     clean(b, backward[0])
@@ -166,7 +166,7 @@ def test_no_table_where_no_backward_follows(case: Case) -> None:
     with trace(x=g.x) as t, torch.no_grad():
         again = module(g.x)
     clean(t, 1)
-    assert "table_ptr" not in t.traffic
+    assert "stats_ptr" not in t.traffic
     assert bit_identical(again, y)
 
 

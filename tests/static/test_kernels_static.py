@@ -16,8 +16,8 @@ from torch import Tensor
 import bnfast
 from bnfast import dispatch
 from bnfast.activation import NAMES
-from bnfast.kernels import batch_norm, cell_plan, row_plan
-from bnfast.kernels.records import CellTile, Wanted
+from bnfast.kernels import batch_norm, group_plan, row_plan
+from bnfast.kernels.records import OnePassTile, Wanted
 from codegen import SMS, launches, sass
 from codegen.budget_cases import BF16, BOTH, FP32, LAST, layers
 from codegen.cases import Case
@@ -28,8 +28,8 @@ pytestmark = pytest.mark.static
 
 FP16, FP64 = torch.float16, torch.float64
 DTYPES = (FP16, BF16, FP32, FP64)
-STREAMED = ("x_ptr", "dy_ptr", "z_ptr")  # what may be read that is as large as x
-WRITTEN = ("y_ptr", "dx_ptr", "dz_ptr")
+STREAMED = ("x_ptr", "dy_ptr", "residual_ptr")  # what may be read that is as large as x
+WRITTEN = ("y_ptr", "dx_ptr", "dresidual_ptr")
 # These read statistics of rows, single numbers, in their main loops.
 BY_ROW = ("row_gradients_kernel", "column_gradients_kernel", "row_activation_kernel")
 
@@ -46,7 +46,7 @@ def given(each: Launched, names: tuple[str, ...]) -> list[Tensor]:
 def planned_loads(each: Launched) -> int:
     """Vectors of one input that a thread is to have under way at a time."""
     tile, threads = each.arguments["T"], 32 * each.code.metadata.num_warps
-    if isinstance(tile, CellTile):
+    if isinstance(tile, OnePassTile):
         return tile.tiles * tile.rows // threads
     return tile.unroll * tile.rows * tile.lanes * getattr(tile, "parts", 1) // (tile.vec * threads)
 
@@ -63,9 +63,11 @@ def check(each: Launched, whole: bool = True) -> None:
     assert loads[width] >= len(read) * planned, (kernel, loads)
     if given(each, WRITTEN):  # the second loop over a long row is half as wide as the first
         assert report.stores[width] >= planned // (1 + (kernel == "long_row_norm_kernel")), kernel
-    if isinstance(tile, CellTile):  # parameters are among its loads
+    if isinstance(tile, OnePassTile):  # parameters are among its loads
         return
-    single = {1} if given(each, ("signs_ptr",)) else {max(4, read[0].itemsize)} if kernel in BY_ROW else set()
+    single = (
+        {1} if given(each, ("relu_mask_ptr",)) else {max(4, read[0].itemsize)} if kernel in BY_ROW else set()
+    )
     assert width == 16, f"{kernel}: the plan gives up whole vectors"
     assert set(loads) - single == {16}, (kernel, loads)
 
@@ -94,8 +96,8 @@ def check_epilogue(each: Launched) -> None:
     phases, sizes, tile = sass.report(each.code).phases, each.arguments, each.arguments["T"]
     assert phases is not None
     held = {
-        "planes": sizes["width_v"] * tile.vec // sizes["inner"], "cycles": sizes["channels"],
-        "rows": tile.lanes, "runs": 1,
+        "nchw_packed": sizes["width_v"] * tile.vec // sizes["inner"], "nhwc_packed": sizes["channels"],
+        "rows": tile.lanes, "nchw": 1,
     }[tile.mode]  # fmt: skip
     # folding lanes into channels is a loop of its own
     turns = -(-held // tile.fold) if phases.repeated else 1
@@ -144,7 +146,7 @@ GROUPS = [
     *layers("InstanceNorm", (2, 320, 8, 8), dtypes=(BF16, FP32)),
     *layers("GroupNorm", (16, 320, 64, 64), after=["relu", "z + relu"], last=LAST, groups=32),
     *layers("GroupNorm", (1, 128, 512, 512), after=["relu", "z + relu"], groups=32),
-    # as many tiles as cell_plan.py lets a program hold, forward and backward
+    # as many tiles as group_plan.py lets a program hold, forward and backward
     *layers(
         "GroupNorm", (16, 1024, 32, 32), (16, 512, 32, 32),
         after=["relu", "gelu", "z", "z + relu", "z + gelu"], groups=32,
@@ -295,8 +297,8 @@ def test_which_groups_are_held() -> None:
     """Forward, groups of up to 64 KB are read once; backward, x and dy of up to 32 KB each."""
     for positions, (kilobytes, inputs) in itertools.product((64, 256, 1024, 4096), ((64, 1), (32, 2))):
         group = kilobytes * 1024 // 2 // positions
-        assert cell_plan.cell_sweep(2, 4, group, positions, 2, True, inputs) is not None
-        assert cell_plan.cell_sweep(2, 4, 4 * group, positions, 2, True, inputs) is None
+        assert group_plan.plan_one_pass(2, 4, group, positions, 2, True, inputs) is not None
+        assert group_plan.plan_one_pass(2, 4, 4 * group, positions, 2, True, inputs) is None
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

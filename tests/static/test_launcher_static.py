@@ -14,7 +14,7 @@ import torch
 import triton
 
 from benchmarks import machine
-from bnfast.kernels import steps
+from bnfast.kernels import launch_plan
 from codegen.fake_driver import FakeDriver, fake_driver
 from codegen.launches import as_on_a_gpu
 from codegen.sass import compile_kernel
@@ -39,7 +39,7 @@ def forward(columns: int = 2) -> None:
 
 def bound() -> list[Any]:
     """What each launch that is known keeps of its compiled kernel: None before there is one to keep."""
-    return [launch._bound for step in steps._steps.values() for launch in (step.first, step.second)]
+    return [launch._bound for step in launch_plan._plans.values() for launch in (step.first, step.second)]
 
 
 @pytest.mark.parametrize("default", [None, "0", "1"])
@@ -123,7 +123,7 @@ def test_a_launch_keeps_its_code_loaded(driver: FakeDriver) -> None:
     gc.collect()
     assert len(kernels) == 2
     assert all(kernel() is not None for kernel in kernels)
-    steps.forget_plans()
+    launch_plan.forget_plans()
     gc.collect()
     assert not any(kernel() for kernel in kernels)
 

@@ -90,7 +90,8 @@ def bit_identical(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Whether two tensors agree in shape, type and every bit: NaN equals itself, and -0 is not 0."""
     if a.shape != b.shape or a.dtype != b.dtype:
         return False
-    return torch.equal(*(t.detach().clone(memory_format=torch.contiguous_format).reshape(-1).view(torch.uint8) for t in (a, b)))
+    flat = (t.detach().clone(memory_format=torch.contiguous_format).reshape(-1) for t in (a, b))
+    return torch.equal(*(t.view(torch.uint8) for t in flat))
 
 
 def assert_same_bits(

@@ -1,4 +1,4 @@
-"""Batch Renormalization, with the arguments of batch_norm and two limits."""
+"""Batch Renormalization for op.py: BatchNorm with options that have a Renorm."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from ..kernels.epilogue import Activation, ActivationLike
 from ..kernels.records import BatchNormOptions, Renorm
-from ..ops import batch_norm as ops
-from ..ops.op import Call
+from ..reference.batchrenorm import refuse_recomputation
+from .batch_norm import run_batch_norm
+from .op import Call
 
 
 def batch_renorm(
@@ -100,4 +101,24 @@ def batch_renorm(
     activation = None if activation is None else Activation.of(activation)
     options = BatchNormOptions(training, momentum, eps, Renorm(float(r_max), float(d_max)))
     buffers = (running_mean, running_var, None)
-    return ops.batch_renorm(Call(input, weight, bias, residual, activation, options, buffers))
+    return run_batch_renorm(Call(input, weight, bias, residual, activation, options, buffers))
+
+
+def run_batch_renorm(call: Call) -> Tensor:
+    """run_batch_norm with a Renorm among the options. momentum None collects statistics: r = 1, d = 0 and the
+    cumulative average, in which no channel is skipped for not being finite, because it would need a count of
+    its own."""
+    training, momentum, eps, renorm = call.options
+    if not renorm.r_max >= 1:
+        raise ValueError(f"batch_renorm r_max must be at least 1, but got {renorm.r_max}")
+    if not renorm.d_max >= 0:
+        raise ValueError(f"batch_renorm d_max must be at least 0, but got {renorm.d_max}")
+    if not training:
+        return run_batch_norm(call._replace(options=BatchNormOptions(False, momentum or 0.0, eps)))
+    if call.buffers[0] is None or call.buffers[1] is None:
+        raise ValueError("batch_renorm needs running_mean and running_var: it corrects towards them")
+    if not torch.compiler.is_compiling():
+        refuse_recomputation()
+    if momentum is None:
+        call = call._replace(options=call.options._replace(renorm=renorm._replace(guarded=False)))
+    return run_batch_norm(call)

@@ -1,0 +1,279 @@
+"""The kernels that reduce x channel by channel, for any normalizer (see normalizers/common.py).
+
+statistics_kernel, the first launch of a forward: x -> count, mean and M2 of every channel -> stats. It
+reads x once. gradient_sums_kernel, the first launch of a backward: dy and x -> the sums of dy and of dy *
+(x - mean) -> the parameters' gradients and the coefficients of dx. It reads dy and x once.
+
+With an activation, dy stands for dy times the activation's slope at scale * (x - mean) + shift + residual,
+which is recomputed from x."""
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+from .activations import Affine, before_activation, unpack
+from .geometry import (
+    by_lane,
+    channels_of_block,
+    channels_per_block,
+    lanes_and_channels,
+    place,
+    start_of,
+    sum_by_channel,
+    tile,
+    values_per_channel,
+)
+from .moments import (
+    Moments,
+    finite_or_zero,
+    from_pivoted_sums,
+    load_channels,
+    merge,
+    merge_along,
+    no_moments,
+    store_channels,
+)
+from .normalizers.common import (
+    Channels,
+    Gradients,
+    GradientSums,
+    Options,
+    Parameters,
+    Workspace,
+    is_last_program,
+    store_sums,
+)
+from .records import Geometry
+
+# The caller's tensors, which may be slices at any offset. One element a lane is read, so alignment does not
+# matter.
+PARAMETERS = ["weight_ptr", "bias_ptr", "running_mean_ptr", "running_var_ptr", "batches_ptr"]
+SIZES = list(Geometry._fields)
+
+
+class PivotedSums(NamedTuple):
+    """Sums of x - pivot and of its square, for each lane."""
+
+    seen: Any  # how much of x is in them, in the unit of Block.size
+    pivot: Any
+    total: Any
+    squares: Any
+
+
+@triton.jit
+def pivoted_sums(raw, mask, pivot, T: tl.constexpr, RAGGED: tl.constexpr, ACC: tl.constexpr):
+    """Sums over a tile's loads of x - pivot and of its square, [rows, lanes] each. The tile is loaded flat
+    and reshaped, because Triton 3.6 spills on a 3-D load.
+
+    RAGGED: some rows are out of bounds and must be masked. Lanes wholly out of bounds may hold any value;
+    they are never read."""
+    distance = tl.reshape(raw, (T.unroll, T.rows, T.lanes)).to(ACC) - pivot[None, None, :]
+    if RAGGED:
+        distance = tl.where(tl.reshape(mask, (T.unroll, T.rows, T.lanes)), distance, 0.0)
+    return tl.sum(distance, 0), tl.sum(distance * distance, 0)
+
+
+@triton.jit
+def pivot_by_lane(sums, size, g, T: tl.constexpr):
+    """The mean of each lane's channel in one tile, from the sums of its lanes: [lanes], or [1] if a block is
+    one channel.
+
+    Any fixed choice of a pivot fails on some data: x[0] may be a padded zero or a spike, and running_mean may
+    be NaN for good."""
+    count = tl.full((1,), values_per_channel(size, g, T), sums.dtype)
+    if T.mode == "nhwc" or T.lanes_per_channel == T.lanes:
+        pivot = sum_by_channel(sums, tl.arange(0, T.channels_per_iter), g, T) / count
+    else:
+        lane = tl.arange(0, T.lanes)
+        k = lane // g.inner if T.mode == "nchw_packed" else lane % g.channels
+        pivot = tl.full((T.lanes,), 0.0, sums.dtype)
+        for start in tl.range(0, channels_per_block(g, T), T.channels_per_iter):
+            offs_k = start + tl.arange(0, T.channels_per_iter)
+            means = sum_by_channel(sums, offs_k, g, T) / count
+            here = (k >= start) & (k < start + T.channels_per_iter)
+            pivot = tl.where(here, tl.gather(means, tl.where(here, k - start, 0), 0), pivot)
+    return finite_or_zero(pivot)
+
+
+@triton.jit
+def sums_by_lane(x_ptr, block, split, g, T: tl.constexpr, ACC: tl.constexpr):
+    """PivotedSums of [lanes] over one program's tiles."""
+    # Only the block's last tile may lack rows. Its program takes it first, outside the loop, so that the loop
+    # needs no mask of rows: there are fewer predicate registers than loads in flight.
+    last = split + (g.tiles - 1 - split) // g.splits * g.splits
+    t = tile(block, last, g, T)
+    seen = t.size
+    # evict_last: the second launch reads x again, backwards, and finds its end in L2
+    raw = tl.load(x_ptr + t.base + t.offs, mask=t.mask, other=0.0, eviction_policy="evict_last")
+    sums = tl.sum(tl.sum(tl.reshape(raw, (T.unroll, T.rows, T.lanes)).to(ACC), 0), 0)
+    pivot = pivot_by_lane(sums, seen, g, T)
+    total, squares = pivoted_sums(raw, t.mask, pivot, T, True, ACC)
+    for index in tl.range(split, last, g.splits):
+        t = tile(block, index, g, T, True)
+        raw = tl.load(x_ptr + t.base + t.offs, mask=t.mask, other=0.0, eviction_policy="evict_last")
+        more_total, more_squares = pivoted_sums(raw, t.mask, pivot, T, T.mode == "nchw", ACC)
+        total += more_total
+        squares += more_squares
+        seen += t.size
+    return PivotedSums(seen, pivot, tl.sum(total, 0), tl.sum(squares, 0))
+
+
+@triton.jit
+def store_moments(mine_ptr, block, count, sums, g, T: tl.constexpr):
+    """Reduces lanes to channels and stores them, channels_per_iter at a time: all at once would need too many
+    registers."""
+    count_c = channels_per_block(g, T)
+    for start in tl.range(0, count_c, T.channels_per_iter):
+        offs_k = start + tl.arange(0, T.channels_per_iter)
+        offs_c, mask_c = channels_of_block(block, offs_k, count_c, g)
+        channel_total = sum_by_channel(sums.total, offs_k, g, T)
+        channel_squares = sum_by_channel(sums.squares, offs_k, g, T)
+        if T.mode == "nhwc" or T.lanes_per_channel == T.lanes:
+            channel_pivot = sums.pivot
+        else:  # any lane of the channel will do
+            first = offs_k * g.inner if T.mode == "nchw_packed" else offs_k
+            channel_pivot = tl.gather(sums.pivot, tl.where(mask_c, first, 0), 0)
+        shift, m2 = from_pivoted_sums(tl.full((1,), count, sums.total.dtype), channel_total, channel_squares)
+        store_channels(mine_ptr, offs_c, mask_c, g, channel_pivot, shift, m2)
+
+
+@triton.jit
+def merge_moments(sample_ptr, counts_ptr, c, g, T: tl.constexpr, ACC: tl.constexpr):
+    """The Moments of a block's channels, merged from all of its programs: partials_per_iter of them at a
+    time, element by element, and along that axis only at the end, so that the loop has no cross-warp
+    step."""
+    found = no_moments(T.partials_per_iter, T.channels, ACC)
+    for start in tl.range(0, g.splits, T.partials_per_iter):
+        offs_s = start + tl.arange(0, T.partials_per_iter)[:, None]
+        mask = (offs_s < g.splits) & c.mask[None, :]
+        theirs_ptr = sample_ptr + tl.cast(offs_s, tl.int64) * (3 * g.channels) + c.offs[None, :]
+        pivot, shift, m2 = load_channels(theirs_ptr, mask, g)
+        count = tl.load(
+            counts_ptr + offs_s * g.blocks, mask=offs_s < g.splits, other=0.0, cache_modifier=".cg"
+        )
+        count = tl.broadcast_to(count, (T.partials_per_iter, T.channels))
+        found = merge(found, Moments(count, pivot, shift, m2))
+    return merge_along(found, 0)
+
+
+@triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=PARAMETERS)
+def statistics_kernel(
+    x_ptr, partials_ptr, semaphores_ptr, stats_ptr,
+    weight_ptr, bias_ptr, running_mean_ptr, running_var_ptr, batches_ptr,
+    eps: tl.float64, momentum: tl.float64, r_max: tl.float64, d_max: tl.float64,
+    warmup: tl.float64, r_steps: tl.float64, d_steps: tl.float64,
+    rows, pitch_v, width_v, inner, channels, tiles, pieces, total_v, blocks, splits, group_size, groups,
+    T: tl.constexpr, NORM: tl.constexpr,
+):  # fmt: skip
+    """partials, for each sample: pivot, shift and M2, [splits, 3, channels], then counts, [splits, blocks].
+    NORM: the Normalizer, whose finalize_forward turns the moments into stats."""
+    ACC: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
+    g = Geometry(
+        rows, pitch_v, width_v, inner, channels, tiles, pieces, total_v, blocks, splits, group_size, groups
+    )
+    params = Parameters(weight_ptr, bias_ptr, running_mean_ptr, running_var_ptr, batches_ptr)
+    options = Options(eps, momentum, r_max, d_max, warmup, r_steps, d_steps)
+    block, split, sample = place(tl.program_id(0), g)
+    sums = sums_by_lane(x_ptr + start_of(sample, g, T), block, split, g, T, ACC)
+    count = values_per_channel(sums.seen, g, T)
+    sample_ptr = partials_ptr + tl.cast(sample, tl.int64) * g.splits * (3 * g.channels + g.blocks)
+    store_moments(sample_ptr + tl.cast(split, tl.int64) * (3 * g.channels), block, count, sums, g, T)
+    counts_ptr = sample_ptr + tl.cast(g.splits, tl.int64) * (3 * g.channels) + block
+    tl.store(counts_ptr + split * g.blocks, count.to(ACC))
+    if is_last_program(semaphores_ptr + sample * g.blocks + block, g.splits):
+        offs_c, mask_c = channels_of_block(block, tl.arange(0, T.channels), channels_per_block(g, T), g)
+        c = Channels(offs_c, mask_c)
+        m = merge_moments(sample_ptr, counts_ptr, c, g, T, ACC)
+        ws = Workspace(sample, sample_ptr, semaphores_ptr, stats_ptr)
+        NORM.finalize_forward(c, m, ws, params, options, g, T, NORM, ACC)
+
+
+@triton.jit
+def merge_gradient_sums(sample_ptr, c, g, T: tl.constexpr, ACC: tl.constexpr):
+    """The GradientSums of a block's channels, added up over all of its programs."""
+    all_dy = tl.full((T.partials_per_iter, T.channels), 0.0, ACC)
+    all_dy_xmu = tl.full((T.partials_per_iter, T.channels), 0.0, ACC)
+    for start in tl.range(0, g.splits, T.partials_per_iter):
+        offs_s = start + tl.arange(0, T.partials_per_iter)[:, None]
+        mask = (offs_s < g.splits) & c.mask[None, :]
+        theirs_ptr = sample_ptr + tl.cast(offs_s, tl.int64) * (2 * g.channels) + c.offs[None, :]
+        all_dy += tl.load(theirs_ptr, mask=mask, other=0.0, cache_modifier=".cg")
+        all_dy_xmu += tl.load(theirs_ptr + g.channels, mask=mask, other=0.0, cache_modifier=".cg")
+    return GradientSums(tl.sum(all_dy, 0), tl.sum(all_dy_xmu, 0))
+
+
+@triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=PARAMETERS)
+def gradient_sums_kernel(
+    dy_ptr, x_ptr, dx_ptr, partials_ptr, semaphores_ptr, stats_ptr, dx_coeffs_ptr, dweight_ptr, dbias_ptr,
+    weight_ptr, sums_ptr, bias_ptr, residual_ptr, relu_mask_ptr, dresidual_ptr,
+    count: tl.float64,
+    rows, pitch_v, width_v, inner, channels, tiles, pieces, total_v, blocks, splits, group_size, groups,
+    T: tl.constexpr, NORM: tl.constexpr, ACT: tl.constexpr,
+):  # fmt: skip
+    """partials, for each sample: [splits, 2, channels]. count: the number of values in a group.
+
+    Eval gives dx_ptr (dx = scale * dy needs no sums), training dx_coeffs_ptr. Where groups lie within a
+    sample, weight_ptr is given, and sums_ptr, [samples, 2, channels], receives what each sample adds to
+    dgamma and dbeta. An activation's slope is found from bias_ptr and residual_ptr, or, for relu with a
+    residual, from relu_mask_ptr (see elementwise.py). dresidual_ptr receives dy times that slope."""
+    ACC: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
+    g = Geometry(
+        rows, pitch_v, width_v, inner, channels, tiles, pieces, total_v, blocks, splits, group_size, groups
+    )
+    params = Parameters(weight_ptr, bias_ptr, None, None, None)
+    block, split, sample = place(tl.program_id(0), g)
+    offs_lane, mask_lane = lanes_and_channels(block, g, T)
+    lanes = Channels(offs_lane, mask_lane)
+    mean, scale, shift = NORM.coefficients(lanes, sample, stats_ptr, params, g, ACC)
+    mean, scale, shift = by_lane(mean, T), by_lane(scale, T), by_lane(shift, T)
+    SLOPED: tl.constexpr = ACT.name != "none" and relu_mask_ptr is None
+    sum_dy = tl.full((T.rows, T.lanes), 0.0, ACC)
+    sum_dy_xmu = tl.full((T.rows, T.lanes), 0.0, ACC)
+    start_element = start_of(sample, g, T)
+    for index in tl.range(split, g.tiles, g.splits):
+        t = tile(block, index, g, T)
+        base = t.base + start_element
+        grad = tl.load(dy_ptr + base + t.offs, mask=t.mask, other=0.0, eviction_policy="evict_last")
+        x = tl.load(x_ptr + base + t.offs, mask=t.mask, other=0.0, eviction_policy="evict_last")
+        if SLOPED:
+            grad = before_activation(
+                grad, x, Affine(mean, scale, shift), None if residual_ptr is None else residual_ptr + base,
+                t.offs, t.mask, ACT, ACC,
+            )  # fmt: skip
+        elif relu_mask_ptr is not None:
+            bits = tile(block, index, g, T, False, True)
+            relu_mask = tl.load(
+                relu_mask_ptr + start_element // 8 + bits.base + bits.offs, mask=bits.mask, other=0,
+                eviction_policy="evict_first",
+            )  # fmt: skip
+            grad = tl.where(unpack(relu_mask), grad, 0.0)
+        if dresidual_ptr is not None:
+            tl.store(dresidual_ptr + base + t.offs, grad.to(dresidual_ptr.dtype.element_ty), mask=t.mask)
+        if dx_ptr is not None:
+            dx = scale * grad.to(ACC)
+            tl.store(
+                dx_ptr + base + t.offs, dx.to(dx_ptr.dtype.element_ty), mask=t.mask,
+                eviction_policy="evict_first",
+            )  # fmt: skip
+        grad = tl.reshape(grad, (T.unroll, T.rows, T.lanes)).to(ACC)
+        distance = tl.reshape(x, (T.unroll, T.rows, T.lanes)).to(ACC) - mean[None, :, :]
+        sum_dy += tl.sum(grad, 0)
+        sum_dy_xmu += tl.sum(grad * distance, 0)
+    sum_dy, sum_dy_xmu = tl.sum(sum_dy, 0), tl.sum(sum_dy_xmu, 0)
+    count_c = channels_per_block(g, T)
+    sample_ptr = partials_ptr + tl.cast(sample, tl.int64) * g.splits * (2 * g.channels)
+    mine_ptr = sample_ptr + tl.cast(split, tl.int64) * (2 * g.channels)
+    for start in tl.range(0, count_c, T.channels_per_iter):
+        offs_k = start + tl.arange(0, T.channels_per_iter)
+        offs_c, mask_c = channels_of_block(block, offs_k, count_c, g)
+        channel_dy = sum_by_channel(sum_dy, offs_k, g, T)
+        channel_dy_xmu = sum_by_channel(sum_dy_xmu, offs_k, g, T)
+        store_sums(mine_ptr, Channels(offs_c, mask_c), g, channel_dy, channel_dy_xmu)
+    if is_last_program(semaphores_ptr + sample * g.blocks + block, g.splits):
+        offs_done, mask_done = channels_of_block(block, tl.arange(0, T.channels), count_c, g)
+        c = Channels(offs_done, mask_done)
+        sums = merge_gradient_sums(sample_ptr, c, g, T, ACC)
+        ws = Workspace(sample, sample_ptr, semaphores_ptr, stats_ptr)
+        out = Gradients(dx_coeffs_ptr, dweight_ptr, dbias_ptr, sums_ptr, count)
+        NORM.finalize_backward(c, sums, ws, params, out, g, T, ACC)
