@@ -56,6 +56,7 @@ class Layer:
     options: tuple[Options, ...] = ()
     tracks: Options | None = None  # the options with which it has running statistics
     keeps_format: bool = False  # whether what is channels_last stays so
+    aten: str = "_norm"  # part of the name of an operator that its form in plain torch has
 
     def __str__(self) -> str:
         return self.name
