@@ -22,7 +22,7 @@ Forward = Callable[[Tensor, Tensor | None], Tensor]
 
 
 @dataclass(frozen=True)
-class Contender:
+class Provider:
     """forward(x, z) -> y: act(norm(x) + z) in training, with running statistics updated where torch.nn would;
     z is None without a residual. autograd gives its backward, to x, z and `parameters`. ran: who computes, as
     far as can be said without running it. countable: whether its copies can be counted: torch.compile does
@@ -47,7 +47,7 @@ class Baseline:
     name: str
     about: str
     unable: Callable[[Case, torch.device], str | None]
-    build: Callable[[Case, torch.device], Contender]
+    build: Callable[[Case, torch.device], Provider]
     afresh: Callable[[], object] = nothing
 
 
@@ -128,27 +128,27 @@ def backend(case: Case, device: torch.device) -> str:
 # builders, and who cannot take a case
 
 
-def fused(case: Case, device: torch.device) -> Contender:
+def fused(case: Case, device: torch.device) -> Provider:
     g = given(case, device)
     norm = normalization(case, g, bnfast.functional, activation=case.activation)
     why = bnfast.dispatch.reason_for_torch(torch.empty(2, 8, 2, 2, device=device))
     ran = "Triton" if why is None else "plain torch"
-    return Contender(ran, lambda x, z: norm(x, residual=z), g.parameters)
+    return Provider(ran, lambda x, z: norm(x, residual=z), g.parameters)
 
 
-def torchs(case: Case, device: torch.device) -> Contender:
+def torchs(case: Case, device: torch.device) -> Provider:
     g = given(case, device)
-    return Contender(backend(case, device), composed(case, g), g.parameters)
+    return Provider(backend(case, device), composed(case, g), g.parameters)
 
 
-def without_cudnn(case: Case, device: torch.device) -> Contender:
+def without_cudnn(case: Case, device: torch.device) -> Provider:
     """The backward is of the forward's kind: torch keeps the choice with what it saves."""
     g = given(case, device)
     native = torch.backends.cudnn.flags(enabled=False)(composed(case, g))
-    return Contender("Native", native, g.parameters)
+    return Provider("Native", native, g.parameters)
 
 
-def with_cudnn(case: Case, device: torch.device) -> Contender:
+def with_cudnn(case: Case, device: torch.device) -> Provider:
     """cuDNN's BatchNorm asked for by name, where torch's own choice may be another."""
     g, act = given(case, device), Activation.of(case.activation)
     vectors = (g.weight, g.bias, g.running_mean, g.running_var)
@@ -156,13 +156,13 @@ def with_cudnn(case: Case, device: torch.device) -> Contender:
     def forward(x: Tensor, z: Tensor | None) -> Tensor:
         return after(act, torch.ops.aten.cudnn_batch_norm(x, *vectors, True, MOMENTUM, EPS)[0], z)
 
-    return Contender(f"cuDNN {torch.backends.cudnn.version()}", forward, g.parameters)
+    return Provider(f"cuDNN {torch.backends.cudnn.version()}", forward, g.parameters)
 
 
-def compiled(mode: str, case: Case, device: torch.device) -> Contender:
+def compiled(mode: str, case: Case, device: torch.device) -> Provider:
     g = given(case, device)
     forward = torch.compile(composed(case, g), dynamic=False, fullgraph=True, mode=mode)
-    return Contender(f"inductor, {mode}", forward, g.parameters, countable=False)
+    return Provider(f"inductor, {mode}", forward, g.parameters, countable=False)
 
 
 def forget() -> None:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.baselines import EPS, MOMENTUM, Baseline, Contender, given, lacks
+from benchmarks.baselines import EPS, MOMENTUM, Baseline, Provider, given, lacks
 from codegen.cases import NAMES, Case
 
 PACKAGE = "cudnn"
@@ -137,7 +137,7 @@ def _unable(case: Case, device: torch.device) -> str | None:
     return lacks(PACKAGE) if device.type == "cuda" else "needs a GPU with cuDNN"
 
 
-def _build(case: Case, device: torch.device) -> Contender:
+def _build(case: Case, device: torch.device) -> Provider:
     """Raises what the package says where the machine's cuDNN has no engine for the case."""
     g, ran = given(case, device), f"cuDNN {import_module(PACKAGE).backend_version()}, a graph each way"
     zero = torch.zeros([1] * len(case.shape)) if case.activation else None
@@ -150,7 +150,7 @@ def _build(case: Case, device: torch.device) -> Contender:
         both = graphs(case, device, torch.zeros_like(case.empty(device)))
         ran += ", reads zeros of x's size"
     vectors = (g.weight, g.bias, g.running_mean, g.running_var)
-    return Contender(ran, lambda x, z: _Step.apply(both, x, z, *vectors), g.parameters)
+    return Provider(ran, lambda x, z: _Step.apply(both, x, z, *vectors), g.parameters)
 
 
 FRONTEND = Baseline("cudnn-frontend", "cuDNN's fused graphs, by nvidia-cudnn-frontend", _unable, _build)

@@ -1,4 +1,4 @@
-"""That contenders do the same work: right results, the input's layout, and nothing copied on the side."""
+"""That providers do the same work: right results, the input's layout, and nothing copied on the side."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.baselines import EPS, Contender, after, given
+from benchmarks.baselines import EPS, Provider, after, given
 from bnfast.activation import Activation
 from codegen.cases import NAMES, Case
 
@@ -40,24 +40,24 @@ class _Counting(TorchDispatchMode):
         return found
 
 
-def step(contender: Contender, case: Case, device: torch.device) -> dict[str, Tensor]:
+def step(provider: Provider, case: Case, device: torch.device) -> dict[str, Tensor]:
     """One forward and backward: y, and the gradients of x, z and the parameters."""
     x, dy = case.tensor(device, 0).requires_grad_(), case.tensor(device, 2000)
     z = case.tensor(device, 1000).requires_grad_() if case.residual else None
     leaves = {"dx": x, **({} if z is None else {"dz": z})}
-    leaves |= {f"gradient of parameter {i}": each for i, each in enumerate(contender.parameters)}
+    leaves |= {f"gradient of parameter {i}": each for i, each in enumerate(provider.parameters)}
     with torch.enable_grad():
-        y = contender.forward(x, z)
+        y = provider.forward(x, z)
         gradients = torch.autograd.grad(y, [*leaves.values()], dy)
     return {"y": y.detach(), **dict(zip(leaves, gradients, strict=True))}
 
 
-def copies(contender: Contender, case: Case, device: torch.device) -> int:
+def copies(provider: Provider, case: Case, device: torch.device) -> int:
     """Bytes that a forward and a backward copy beside the work, as far as torch's dispatcher sees them: not
     what a kernel copies inside. A first call may set things up; the second one counts."""
-    step(contender, case, device)
+    step(provider, case, device)
     with _Counting() as counting:
-        step(contender, case, device)
+        step(provider, case, device)
     return counting.bytes
 
 
@@ -75,7 +75,7 @@ def truth(case: Case, device: torch.device) -> dict[str, Tensor]:
         y = xhat * g.weight.view(shape) + g.bias.view(shape)
         return after(act, y, None if z is None else z.double()).to(x.dtype)
 
-    return step(Contender("fp64", forward, g.parameters), case, device)
+    return step(Provider("fp64", forward, g.parameters), case, device)
 
 
 def strayed(found: dict[str, Tensor], case: Case) -> str:

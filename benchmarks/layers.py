@@ -30,7 +30,7 @@ CODE = (
     "code for an H100 or H200."
 )
 HOW = (
-    "MEASURED with CUDA events, contenders in turns on the same random tensors; the median of the readings. "
+    "MEASURED with CUDA events, providers in turns on the same random tensors; the median of the readings. "
     "us: bnfast with L2 cold; warm: the same tensor again and again; GB/s: the bytes that the work must move "
     "in that time; % of copy: that rate against a copy's in the same run; x: how many times as long somebody "
     "else takes, L2 cold."

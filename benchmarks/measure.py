@@ -1,4 +1,4 @@
-"""A case timed with several contenders: the same tensors for all of them, in turns, with L2 cold and warm."""
+"""A case timed with several providers: the same tensors for all of them, in turns, with L2 cold and warm."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import baselines, cudnn, fairness, timing
-from benchmarks.baselines import Baseline, Contender
+from benchmarks.baselines import Baseline, Provider
 from benchmarks.cases import columns
 from benchmarks.records import CANNOT, MEASURED, Record
 from benchmarks.timing import ROUNDS, Spread, Stopwatch, Timed, Work, in_turn, nothing, one_line, rotation
@@ -49,7 +49,7 @@ class Method:
 
 @dataclass(frozen=True)
 class Tensors:
-    """What all contenders of a case are given: as many of each as it takes until the first is cold again."""
+    """What all providers of a case are given: as many of each as it takes until the first is cold again."""
 
     x: Sequence[Tensor]
     z: Sequence[Tensor | None]
@@ -66,7 +66,7 @@ class Tensors:
 
 def floor_bytes(case: Case, direction: str) -> int:
     """What the work must move, whoever does it: x twice and y once; backward dy and x twice and dx once. Each
-    is read once where a cell (a group of a sample) fits one SM's registers beside what is computed with it. A
+    is read once where a group of a sample fits one SM's registers beside what is computed with it. A
     residual adds z; backward, dz, which is written and then read in dy's place."""
     passes, held, tensors = {"forward": (3, 2, 1), "backward": (5, 3, 2)}[direction]
     if case.norm != "BatchNorm" and case.x_bytes // (case.shape[0] * case.groups) * tensors <= HELD_BYTES:
@@ -75,22 +75,22 @@ def floor_bytes(case: Case, direction: str) -> int:
 
 
 class Calls:
-    """One contender's forward and backward over the tensors of a case."""
+    """One provider's forward and backward over the tensors of a case."""
 
-    def __init__(self, contender: Contender, tensors: Tensors) -> None:
-        self.contender, self.tensors = contender, tensors
+    def __init__(self, provider: Provider, tensors: Tensors) -> None:
+        self.provider, self.tensors = provider, tensors
         self.outputs: list[Tensor] = []
 
     def forward(self, numbers: Sequence[int]) -> None:
         x, z = self.tensors.x, self.tensors.z
         for number in numbers:
-            self.outputs.append(self.contender.forward(x[number], z[number]))
+            self.outputs.append(self.provider.forward(x[number], z[number]))
 
     def backward(self, numbers: Sequence[int]) -> None:
         """Of what `forward` of the same numbers has left in `outputs`."""
         for number, y in zip(numbers, self.outputs, strict=True):
             z = self.tensors.z[number]
-            leaves = [self.tensors.x[number], *([] if z is None else [z]), *self.contender.parameters]
+            leaves = [self.tensors.x[number], *([] if z is None else [z]), *self.provider.parameters]
             torch.autograd.grad(y, leaves, self.tensors.dy[number])
 
     def both(self, numbers: Sequence[int]) -> None:
@@ -118,7 +118,7 @@ class Ready:
     layout of what it returns."""
 
     name: str
-    contender: Contender
+    provider: Provider
     copied_MB: float | None = None
     note: str = ""
 
@@ -126,7 +126,7 @@ class Ready:
         """shared: the columns that say what was timed."""
         time = Spread.of(samples)
         return Record(
-            **shared, status=MEASURED, variant=self.name, ran=self.contender.ran, copied_MB=self.copied_MB,
+            **shared, status=MEASURED, variant=self.name, ran=self.provider.ran, copied_MB=self.copied_MB,
             note="; ".join(filter(None, (self.note, timing.lateness(samples)))),
             floor_bytes=floor, GBps=round(floor / time.us / 1e3, 1), **time.columns(),
         )  # fmt: skip
@@ -144,14 +144,14 @@ def ready(case: Case, baselines: Sequence[Baseline], device: torch.device) -> It
             yield cannot(note=why)
             continue
         try:
-            contender = baseline.build(case, device)
-            found = fairness.step(contender, case, device)
+            provider = baseline.build(case, device)
+            found = fairness.step(provider, case, device)
             wrong = fairness.checked(found, case, device)
             if wrong is not None:
-                yield cannot(ran=contender.ran, note=f"{WRONG}: {wrong}")
+                yield cannot(ran=provider.ran, note=f"{WRONG}: {wrong}")
                 continue
-            copied = round(fairness.copies(contender, case, device) / 1e6, 3) if contender.countable else None
-            yield Ready(baseline.name, contender, copied, fairness.strayed(found, case))
+            copied = round(fairness.copies(provider, case, device) / 1e6, 3) if provider.countable else None
+            yield Ready(baseline.name, provider, copied, fairness.strayed(found, case))
         except Exception as e:
             yield cannot(note=one_line(e))
 
@@ -159,33 +159,33 @@ def ready(case: Case, baselines: Sequence[Baseline], device: torch.device) -> It
 def of_case(
     case: Case, baselines: Sequence[Baseline], device: torch.device, method: Method
 ) -> Iterator[Record]:
-    """Everything that is measured of one case. A contender that fails on the way, for memory say, is named in
+    """Everything that is measured of one case. A provider that fails on the way, for memory say, is named in
     a record of its own, and the others go on."""
-    contenders: list[Ready] = []
+    providers: list[Ready] = []
     for found in ready(case, baselines, device):
         if isinstance(found, Record):
             yield found
         else:
-            contenders.append(found)
+            providers.append(found)
     for cache in method.caches:
         whole = rotation(case.x_bytes) if cache == "cold" else 1
         count = min(whole, MOST_COLD_CALLS)
         evict = timing.evicting(device) if count < whole else nothing
         tensors = Tensors.of(case, device, count)
         numbers = list(range(count)) if cache == "cold" else [0] * WARM_CALLS
-        calls = [Calls(each.contender, tensors) for each in contenders]
+        calls = [Calls(each.provider, tensors) for each in providers]
         shared = {**columns(case), "cache": cache}
         for direction in method.directions:
             timed = {i: each.timed(direction, numbers, evict) for i, each in enumerate(calls)}
             samples = in_turn(timed, method.stopwatch, method.rounds)
             own = {**shared, "direction": direction, "mode": "eager"}
-            for i, each in enumerate(contenders):
+            for i, each in enumerate(providers):
                 once = host_and_peak(calls[i], direction, device) if cache == "cold" else {}
                 yield each.record({**own, **once}, samples[i], floor_bytes(case, direction))
         if method.graph and timing.is_gpu(device):
             own = {**shared, "direction": "both", "mode": "graph"}
             floor = sum(floor_bytes(case, direction) for direction in DIRECTIONS)
-            yield from in_graphs(own, floor, contenders, calls, numbers, method, evict)
+            yield from in_graphs(own, floor, providers, calls, numbers, method, evict)
         del tensors, calls
         if timing.is_gpu(device):
             torch.cuda.empty_cache()
@@ -212,19 +212,19 @@ def host_us(timed: Timed) -> float:
 
 
 def in_graphs(
-    shared: dict[str, Any], floor: int, contenders: Sequence[Ready], calls: Sequence[Calls],
+    shared: dict[str, Any], floor: int, providers: Sequence[Ready], calls: Sequence[Calls],
     numbers: Sequence[int], method: Method, evict: Work,
 ) -> Iterator[Record]:  # fmt: skip
     """Forward with backward, captured and replayed: the same work, nothing of the host between launches."""
     graphs: dict[int, Timed] = {}
-    for i, (each, own) in enumerate(zip(contenders, calls, strict=True)):
+    for i, (each, own) in enumerate(zip(providers, calls, strict=True)):
         try:
             timing.on_a_side_stream(partial(own.both, numbers[:1]))
             graph, _ = timing.captured(partial(own.both, numbers))
             graphs[i] = Timed(graph.replay, len(numbers), evict)
         except Exception as e:
             own.outputs.clear()
-            yield Record(**shared, status=CANNOT, variant=each.name, ran=each.contender.ran, note=one_line(e))
+            yield Record(**shared, status=CANNOT, variant=each.name, ran=each.provider.ran, note=one_line(e))
     samples = in_turn(graphs, method.stopwatch, method.rounds)
     for i, timed in graphs.items():
-        yield contenders[i].record({**shared, "host_us": host_us(timed)}, samples[i], floor)
+        yield providers[i].record({**shared, "host_us": host_us(timed)}, samples[i], floor)

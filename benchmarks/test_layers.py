@@ -1,8 +1,8 @@
-"""`pytest benchmarks`: some layers with every contender, timed by pytest-benchmark.
+"""`pytest benchmarks`: some layers with every provider, timed by pytest-benchmark.
 
 What it reads is the host's clock around a call that is waited for: what somebody at a prompt sees. On a GPU,
 `python3 -m benchmarks run` reads the GPU's own clock, with L2 cold and warm. Without a GPU the shapes are
-small and bnfast runs plain torch: that shows what layers cost on a CPU, and that the contenders work."""
+small and bnfast runs plain torch: that shows what layers cost on a CPU, and that the providers work."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_layer(benchmark: Any, variant: str, case: Case, direction: str) -> None
     if isinstance(found, Record):
         assert measure.WRONG not in found.note
         pytest.skip(found.note)
-    calls = measure.Calls(found.contender, measure.Tensors.of(case, DEVICE, 1))
+    calls = measure.Calls(found.provider, measure.Tensors.of(case, DEVICE, 1))
     timed = calls.timed(direction, [0])
     benchmark.group = f"{case}, {direction}"
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Iterator, Sequence
-from typing import Any
 from unittest import mock
 
 import pandas as pd
@@ -24,7 +23,7 @@ Program = tuple[
 CANDIDATES: dict[str, tuple[Program, ...]] = {
     "REDUCE": ((8, 2, 128, 8), (4, 4, 128, 8), (8, 3, 80, 4), (4, 6, 80, 4), (16, 1, 128, 8), (8, 4, 64, 4)),
     "REDUCE_NCHW": ((8, 4, 64, 4), (4, 8, 64, 4), (8, 2, 128, 8), (16, 2, 64, 4)),
-    "MAPS": ((4, 7, 72, 4), (4, 8, 64, 4), (4, 6, 80, 4), (4, 4, 128, 8), (8, 4, 64, 4)),
+    "ELEMENTWISE": ((4, 7, 72, 4), (4, 8, 64, 4), (4, 6, 80, 4), (4, 4, 128, 8), (8, 4, 64, 4)),
 }
 EVERY = [(family, each) for family, several in CANDIDATES.items() for each in several]
 KEEPS = 1.05  # a planned program this close to the best one stays
@@ -50,18 +49,15 @@ def planned_with(family: str, program: Program) -> Iterator[bool]:
         launch_plan.forget_plans()
 
     chosen, planned = plan.Program(*program), getattr(plan, family)
-    own: dict[str, Any] = {family: (chosen, *planned[1:])}
-    if family == "MAPS":
-        own["MAP"] = chosen
     forget()
     try:
-        with mock.patch.multiple(plan, **own):
+        with mock.patch.object(plan, family, (chosen, *planned[1:])):
             yield bool(planned[0] == chosen)
     finally:
         forget()
 
 
-def sweep(
+def planned(
     device: torch.device, cases: Sequence[Case] | None = None, method: measure.Method = METHOD
 ) -> Iterator[Record]:
     """Forward and backward of each case with each candidate."""

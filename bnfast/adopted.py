@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .fusing.activations import of_module
 from .fusing.layers import hooked, hooked_everywhere
 from .kernels.epilogue import MODULES, PARAMETERS, Activation
-from .modules.drop_in import DropIn
+from .modules.mixins import NormMixin
 from .modules.replaceable import Replaceable
 
 # timm's own copies of torch.nn's activations, as far as it makes them with the torch versions served here
@@ -20,10 +20,10 @@ _TIMM_ACTIVATIONS = {"Sigmoid": "sigmoid", "Tanh": "tanh", "GELU": "gelu", "GELU
 _KEEPING = ("convert_sync_batchnorm", "freeze_batch_norm_2d")  # timm's functions that take act and drop along
 
 
-class Adopted(DropIn):
+class Adopted(NormMixin):
     """The first base of a class that has bnfast's and the library's class as its other bases."""
 
-    ours: type[DropIn]
+    ours: type[NormMixin]
     theirs: type[nn.Module]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -68,7 +68,7 @@ class Applying(Adopted):
         return output
 
     def extra_repr(self) -> str:
-        return super(DropIn, self).extra_repr()  # whose children are shown
+        return super(NormMixin, self).extra_repr()  # whose children are shown
 
     def _lost_in(self, by: str, caller: FrameType) -> str | None:
         timms = caller.f_globals.get("__name__") == "timm.layers.norm_act"
@@ -85,7 +85,7 @@ class _ApplyingBatchNorm(Applying, Replaceable):
 
 
 @cache
-def both(ours: type[DropIn], theirs: type[nn.Module]) -> type[Adopted]:
+def both(ours: type[NormMixin], theirs: type[nn.Module]) -> type[Adopted]:
     """The class of a library's layer on bnfast's kernels; always the same for the same two classes."""
     mixin: type[Adopted] = Adopted
     if theirs.__name__.endswith(("Act", "Act2d")):

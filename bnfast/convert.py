@@ -26,13 +26,13 @@ from .fusing.layers import NORMS, hooked
 from .importing import catch_up
 from .modules import plain
 from .modules.batchrenorm import _BatchRenorm
-from .modules.drop_in import DropIn
 from .modules.frozenbatchnorm import TorchFrozenBatchNorm2d
+from .modules.mixins import NormMixin
 from .twins import torchs_class
 
 _LOG = logging.getLogger("bnfast")
 
-_OURS: tuple[type[DropIn], ...] = tuple(getattr(modules, name) for name in modules.__all__)
+_OURS: tuple[type[NormMixin], ...] = tuple(getattr(modules, name) for name in modules.__all__)
 _THEIRS = {ours: torchs_class(ours) or TorchFrozenBatchNorm2d for ours in _OURS}
 _TORCH = {theirs: ours for ours, theirs in _THEIRS.items() if not issubclass(ours, _BatchRenorm)}
 _PLAIN = {getattr(plain, ours.__name__): ours for ours in _TORCH.values()}
@@ -126,7 +126,7 @@ def revert(model: nn.Module) -> nn.Module:
             if issubclass(kind, _BatchRenorm):
                 unlike.append(name or "the model")
             log.change(module, _restored(module))
-        elif isinstance(module, DropIn) and kind not in _PLAIN:
+        elif isinstance(module, NormMixin) and kind not in _PLAIN:
             log.left(name, module, "a subclass of bnfast's")
     log.write()
     if unlike:
@@ -152,7 +152,7 @@ def _restored(module: Any) -> type[nn.Module]:
     return applying
 
 
-def _counterpart(kind: type) -> type[DropIn] | None:
+def _counterpart(kind: type) -> type[NormMixin] | None:
     """bnfast's class for exactly this one."""
     name = kind.__qualname__
     found = _TORCH.get(kind) or _PLAIN.get(kind)
@@ -166,7 +166,7 @@ def _why_unknown(module: nn.Module) -> str | None:
     """Why bnfast has no class for a module; None where no user expects one. One does for an instance of one
     of torch.nn's layers, and for a module with "Norm" in its name that has parameters or buffers of its own,
     which containers do not have."""
-    if isinstance(module, DropIn):
+    if isinstance(module, NormMixin):
         return None
     if not isinstance(module, (*NORMS, nn.RMSNorm, nn.LocalResponseNorm)):
         name = getattr(module, "original_name", "") or type(module).__name__  # torch.jit's have the first
@@ -184,7 +184,7 @@ def _why_unknown(module: nn.Module) -> str | None:
     return f"a subclass of torch.nn.{bases[0].__name__}" if bases else "bnfast has no such layer"
 
 
-def _obstacle(module: nn.Module, target: type[DropIn]) -> str | None:
+def _obstacle(module: nn.Module, target: type[NormMixin]) -> str | None:
     """Why a layer of a known class would compute something else as one of bnfast's, or None."""
     held: set[str] = set(module.__dict__).union(module._parameters, module._buffers, module._modules)
     read = (set(dir(target)) - set(dir(type(module))) - {"affine"}) | {"forward"}

@@ -17,8 +17,8 @@ from .adopted import Applying
 from .convert import convert
 from .importing import when_imported
 from .kernels.epilogue import Activation
-from .modules.drop_in import WHEN_SUBCLASSED, DropIn, is_ours
 from .modules.frozenbatchnorm import TorchFrozenBatchNorm2d
+from .modules.mixins import WHEN_SUBCLASSED, NormMixin, is_ours
 from .torch_registries import Enter
 from .twins import torchs_class, twin
 
@@ -33,7 +33,7 @@ def _fill(begin: Callable[[Any], Enter | None], module: Any) -> None:
     enter = begin(module)
     if enter is None:
         return
-    kinds: list[type[DropIn]] = [DropIn]
+    kinds: list[type[NormMixin]] = [NormMixin]
     for kind in kinds:
         kinds += kind.__subclasses__()
     for kind in kinds[1:]:
@@ -46,7 +46,7 @@ def opacus(validators: Any) -> Enter:
     mix samples too, but may do more than their replacement, so they are refused and not replaced."""
     errors, fixers = validators.ModuleValidator.VALIDATORS, validators.ModuleValidator.FIXERS
 
-    def enter(kind: type[DropIn]) -> None:
+    def enter(kind: type[NormMixin]) -> None:
         like = torchs_class(kind)
         if like in errors:
             errors.setdefault(kind, errors[like])
@@ -57,7 +57,7 @@ def opacus(validators: Any) -> Enter:
 
 
 def _keeping(fix: Callable[..., Any]) -> Callable[..., Any]:
-    def fixed(layer: DropIn, **arguments: Any) -> Any:
+    def fixed(layer: NormMixin, **arguments: Any) -> Any:
         activation: Any = layer.activation
         new = fix(twin(layer, "Opacus"), **arguments)
         if activation is None:
@@ -91,7 +91,7 @@ def captum(deep_lift: Any) -> Enter:
             )
         return rule(layer, inputs, outputs, dx, dy, eps)
 
-    def enter(kind: type[DropIn]) -> None:
+    def enter(kind: type[NormMixin]) -> None:
         if not issubclass(kind, Applying):  # its act is a module with a rule of its own
             table.setdefault(kind, multiplier)
 
@@ -101,7 +101,7 @@ def captum(deep_lift: Any) -> Enter:
 def _beside_torchs(table: dict[type, Any]) -> Enter:
     """Counters of operations count bnfast's layers as torch.nn's."""
 
-    def enter(kind: type[DropIn]) -> None:
+    def enter(kind: type[NormMixin]) -> None:
         like = torchs_class(kind)
         if like in table:
             table.setdefault(kind, table[like])

@@ -17,12 +17,12 @@ from weakref import WeakSet
 from torch import nn
 
 from .adopted import Applying, as_module
-from .modules.drop_in import DropIn, is_ours
+from .modules.mixins import NormMixin, is_ours
 from .twins import has_twin, refuse_activation, torchs_class, twin, way_out
 
 _LOG = logging.getLogger("bnfast")
 _FOLDED_INTO = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
-Enter = Callable[[type[DropIn]], None]  # adds one class of layers to a registry
+Enter = Callable[[type[NormMixin]], None]  # adds one class of layers to a registry
 
 
 def refuse_activations(fusion: Any) -> None:
@@ -88,7 +88,7 @@ def fuser_methods(mappings: Any) -> Enter:
     table = mappings._DEFAULT_OP_LIST_TO_FUSER_METHOD
     theirs = dict(table)
 
-    def enter(kind: type[DropIn]) -> None:
+    def enter(kind: type[NormMixin]) -> None:
         like = torchs_class(kind)
         if not is_ours(kind) or like is None:
             return
@@ -106,14 +106,14 @@ def _fuse_twins(method: Callable[..., Any], is_qat: bool, *layers: nn.Module) ->
 
 def _bare(layer: nn.Module, by: str, training: bool = False) -> nn.Module:
     refuse_activation(layer, by)
-    return twin(layer, by, training) if isinstance(layer, DropIn) else layer
+    return twin(layer, by, training) if isinstance(layer, NormMixin) else layer
 
 
 def quantized_modules(mappings: Any) -> Enter:
     """For prepare and convert, which look up the module that replaces a layer."""
     table = mappings.DEFAULT_STATIC_QUANT_MODULE_MAPPINGS
 
-    def enter(kind: type[DropIn]) -> None:
+    def enter(kind: type[NormMixin]) -> None:
         if is_ours(kind) and torchs_class(kind) in table:
             make = functools.partial(_quantized, table[torchs_class(kind)])
             table.setdefault(kind, SimpleNamespace(from_float=make))

@@ -9,7 +9,7 @@ from torch import nn
 from . import modules
 from .adopted import Applying
 from .modules.batchrenorm import _BatchRenorm
-from .modules.drop_in import DropIn, is_ours
+from .modules.mixins import NormMixin, is_ours
 
 _RENORMS = {getattr(modules, f"BatchRenorm{n}d"): getattr(nn, f"BatchNorm{n}d") for n in (1, 2, 3)}
 
@@ -28,10 +28,10 @@ def torchs_class(kind: type) -> type[nn.Module] | None:
 def has_twin(layer: object) -> bool:
     """Whether `twin` computes the same as a layer, except for its activation. Subclasses may compute other
     things."""
-    return isinstance(layer, DropIn) and is_ours(type(layer)) and torchs_class(type(layer)) is not None
+    return isinstance(layer, NormMixin) and is_ours(type(layer)) and torchs_class(type(layer)) is not None
 
 
-def twin(layer: DropIn, by: str, training: bool = False) -> nn.Module:
+def twin(layer: NormMixin, by: str, training: bool = False) -> nn.Module:
     """Makes torch.nn's layer with the same parameters and buffers, and without the activation, which the
     caller has to apply. by: the caller's name. training: whether the new layer will be trained."""
     if training and isinstance(layer, _BatchRenorm):
@@ -52,7 +52,7 @@ def twin(layer: DropIn, by: str, training: bool = False) -> nn.Module:
 
 def refuse_activation(layer: object, by: str) -> None:
     """Raises RuntimeError if a layer has an activation. For tools that cannot keep one."""
-    activation = getattr(layer, "activation", None) if isinstance(layer, DropIn) else None
+    activation = getattr(layer, "activation", None) if isinstance(layer, NormMixin) else None
     if activation is not None:
         name = getattr(activation, "name", type(activation).__name__)
         raise RuntimeError(

@@ -24,7 +24,7 @@ from codegen.fake_driver import fake_driver
 # The tensors whose bytes count. Parameters, running statistics and counters are few.
 DATA = {"x_ptr", "y_ptr", "residual_ptr", "relu_mask_ptr", "dy_ptr", "dx_ptr", "dresidual_ptr"}
 HANDED = {"partials_ptr", "shares_ptr", "sums_ptr"}
-# These count where they have two values a cell or row, not as BatchNorm's, which have a few a channel.
+# These count if they have two values a group or row; BatchNorm's have a few a channel.
 TABLES = {"stats_ptr", "dx_coeffs_ptr"}
 # How often a launch moves one of them, where that is not once.
 TIMES = {

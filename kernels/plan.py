@@ -53,10 +53,9 @@ REDUCE_NCHW = (Program(8, 4, 64, 4), Program(4, 8, 64, 4), Program(4, 8, 64, 0))
 # A single row of whole channels is one tile, with no second one to load meanwhile: many small programs.
 REDUCE_ROW = (Program(4, 8, 64, 2), Program(4, 8, 64, 0))
 # Elementwise programs have nothing to merge, and small ones start and end more smoothly.
-ELEMENTWISE = Program(4, 7, 72, 4)
 # By the cost of the activation (epilogue.ACTIVATIONS): piecewise linear ones take a few registers, as mask
 # bits do; smooth ones many, since their intermediate values are all live at once [sass].
-ELEMENTWISE_BY_COST = (ELEMENTWISE, Program(4, 6, 80, 4), Program(4, 5, 96, 4))
+ELEMENTWISE = (Program(4, 7, 72, 4), Program(4, 6, 80, 4), Program(4, 5, 96, 4))
 REDUCE_SMOOTH = (Program(4, 3, 168, 8), *REDUCE[2:])
 REDUCE_NCHW_ACTIVATED = (Program(8, 3, 80, 4), Program(4, 6, 80, 4), Program(4, 6, 80, 0))
 
@@ -264,8 +263,8 @@ def plan_elementwise(
     """The plan of an elementwise kernel over x, or `samples` tensors like x, with coefficients of each
     channel. activation: the one that it applies, or whose slope it computes."""
     n, c, s, itemsize, channels_last, aligned, sms = x
-    vector, program = VECTOR_BYTES // itemsize, ELEMENTWISE_BY_COST[_cost(activation)]
-    lanes = ELEMENTWISE.warps * WARP * vector
+    vector, program = VECTOR_BYTES // itemsize, ELEMENTWISE[_cost(activation)]
+    lanes = ELEMENTWISE[0].warps * WARP * vector
     if channels_last:
         view = nhwc_view(n * s, c, itemsize)
         if view.vector(itemsize, True) * itemsize < VECTOR_BYTES:
@@ -275,18 +274,18 @@ def plan_elementwise(
                 or nhwc_packed_view(n * s, c, itemsize, 4 * lanes)
                 or view
             )
-    elif s >= ELEMENTWISE.loads * lanes and s % vector == 0:
+    elif s >= ELEMENTWISE[0].loads * lanes and s % vector == 0:
         view = nchw_view(n, c, s, lanes)  # one channel a program: scalar coefficients
     else:
         # a single row has no second one to load meanwhile, so its tile is wider, if a vector has one
         # coefficient
-        wider = ELEMENTWISE.loads // inputs if n == 1 and s % vector == 0 and aligned else 1
+        wider = ELEMENTWISE[0].loads // inputs if n == 1 and s % vector == 0 and aligned else 1
         view = nchw_strips_view(n, c, s, wider * lanes)
     vec, unroll, group_rows = _shape(view, itemsize, aligned, inputs, program)
     program = _fit(program, vec, itemsize)
     tiles = ceil_div(view.rows, unroll * group_rows)
     splits = _evened(tiles, ceil_div(sms * program.per_sm, view.blocks * samples))
-    warps = _warps(view, group_rows, itemsize, ELEMENTWISE)
+    warps = _warps(view, group_rows, itemsize, ELEMENTWISE[0])
     return PassPlan(
         view, vec, unroll, group_rows, warps, program.registers, tiles, splits, inputs, itemsize, False,
         samples, group_size,

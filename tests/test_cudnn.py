@@ -144,10 +144,10 @@ def test_a_step_is_right(
         case = Case("BatchNorm", shape, 0, dtype, last, activation, residual)
         used = baselines.given(case, CPU)
         monkeypatch.setattr(cudnn, "given", lambda case, device, used=used: used)
-        contender, before = FRONTEND.build(case, CPU), used.running_mean.clone()
+        provider, before = FRONTEND.build(case, CPU), used.running_mean.clone()
         zeros = ", reads zeros of x's size" if activation and not one_zero else ""
-        assert contender.ran == f"cuDNN 92000, a graph each way{zeros}"
-        found = fairness.step(contender, case, CPU)
+        assert provider.ran == f"cuDNN 92000, a graph each way{zeros}"
+        found = fairness.step(provider, case, CPU)
         assert fairness.checked(found, case, CPU) is None
         assert fairness.strayed(found, case) == ""
         mean = case.tensor(CPU, 0).float().transpose(0, 1).flatten(1).mean(1)

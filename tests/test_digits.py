@@ -73,7 +73,7 @@ def test_nan_is_within_no_limit(place: str) -> None:
 
 @pytest.mark.parametrize("layer", LAYERS)
 def test_the_kernels_train_in_a_process_of_their_own(layer: str) -> None:
-    """Six layers. Held cells, and rows, take one launch forward and two backward; channels two and two."""
+    """Six layers. One-pass groups and rows take one launch forward and two backward; channels two and two."""
     theirs, ours, launches, calls = digits.kernel_steps(layer, steps=1, batch=2, width=4)
     assert wrong(theirs, ours, "kernels") == []
     assert (launches, calls) == (6 * (5 if layer == "BatchNorm" else 4), 6 * 3)

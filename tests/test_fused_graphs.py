@@ -1,5 +1,5 @@
 """Residual and activation in whole graphs, in torch.fx and in export; the bytes that they move; which sizes
-have signs."""
+have a mask."""
 
 from __future__ import annotations
 
@@ -93,20 +93,20 @@ def flows(t: Trace, *tensors: Tensor | None) -> list[tuple[float, float]]:
 @pytest.mark.usefixtures("several_programs")
 @pytest.mark.parametrize(("norm", "after", "layout", "shape"), TRAFFIC, ids=str)
 def test_bytes(norm: str, after: tuple[str, bool], layout: str, shape: tuple[int, ...]) -> None:
-    """BatchNorm with relu moves 3T and 5T; with a residual 4T + T/16 and 6T + T/16, for signs. silu reads the
-    residual again in place of signs. A group that is held is read once."""
+    """BatchNorm with relu moves 3T and 5T; with a residual 4T + T/16 and 6T + T/16, for the mask. silu reads
+    the residual again in place of a mask. A one-pass group is read once."""
     (activation, residual), (forward, backward, passes) = after, NORMS[norm]
     g = given(shape, torch.bfloat16, "train", layout, residual)
     x, dy, z, vectors = g["x"], g["dy"], g.get("z"), (g["weight"], g["bias"])
     keeps = residual and activation == "relu"
     with trace(x=x, z=z) as t:
-        y, table, signs = forward(x, *vectors, Epilogue(Activation(activation), z, keeps))
+        y, table, mask = forward(x, *vectors, Epilogue(Activation(activation), z, keeps))
     clean(t, int(passes))
-    assert (signs is not None) == keeps
-    assert signs is None or signs.nbytes * 16 == x.nbytes
+    assert (mask is not None) == keeps
+    assert mask is None or mask.nbytes * 16 == x.nbytes
     assert flows(t, x, y) == [(passes, 0.0), (0.0, 1.0)]
-    assert flows(t, z, signs) == [(1.0, 0.0)] * residual + [(0.0, 1.0)] * keeps
-    kept = z if signs is None else signs
+    assert flows(t, z, mask) == [(1.0, 0.0)] * residual + [(0.0, 1.0)] * keeps
+    kept = z if mask is None else mask
     with trace(x=x, dy=dy, kept=kept) as t:
         dx, _, _, dz = backward(x, dy, table, *vectors, Epilogue(Activation(activation), kept))
     clean(t, 2)
@@ -127,7 +127,7 @@ def test_where_there_are_signs_no_byte_is_two_programs(
         return
     x = Problem(1 if group else n, c, s, itemsize, last, aligned, sms)
     rest = (n, c) if group else ()
-    for sweep in (plan.plan_elementwise(x, 2, *rest), plan.plan_reduction(x, 2, *rest)):
-        view = sweep.view
+    for planned in (plan.plan_elementwise(x, 2, *rest), plan.plan_reduction(x, 2, *rest)):
+        view = planned.view
         numbers = [view.pitch, view.width, view.lanes] + [view.total] * (view.mode == "nhwc_packed" or group)
-        assert not any(number % 8 for number in numbers), sweep
+        assert not any(number % 8 for number in numbers), planned

@@ -208,6 +208,7 @@ class TestBuffers:
             if position is not None:
                 held.buffer[position] = 0
             assert held.intact() is (position is None)
+        held = guarded(x)
         for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
             assert held.before.view(dtype).isnan().all()
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import baselines, fairness, measure, tables, timing
-from benchmarks.baselines import Baseline, Contender
+from benchmarks.baselines import Baseline, Provider
 from benchmarks.records import CANNOT, MEASURED, Record, frame
 from codegen.cases import Case
 from tests.support.clock import Clock
@@ -39,7 +39,7 @@ def plain_torch(monkeypatch: pytest.MonkeyPatch) -> None:
 def altered(name: str, change: Change) -> Baseline:
     """torch's layer with something done to what it returns."""
 
-    def build(case: Case, device: torch.device) -> Contender:
+    def build(case: Case, device: torch.device) -> Provider:
         (torchs,) = measure.get(["torch"])
         given = torchs.build(case, device)
         return dataclasses.replace(given, forward=lambda x, z: change(given.forward(x, z)))
@@ -135,11 +135,11 @@ def test_small_layers_are_timed_in_few_calls_and_find_the_cache_empty(
 @EVERY
 def test_contenders_are_right_and_copy_nothing(case: Case) -> None:
     for baseline in measure.get(["bnfast", "torch", "native"]):
-        contender = baseline.build(case, CPU)
-        found = fairness.step(contender, case, CPU)
+        provider = baseline.build(case, CPU)
+        found = fairness.step(provider, case, CPU)
         assert fairness.checked(found, case, CPU) is None, baseline.name
         assert fairness.strayed(found, case) == "", baseline.name
-        assert fairness.copies(contender, case, CPU) == 0, baseline.name
+        assert fairness.copies(provider, case, CPU) == 0, baseline.name
 
 
 @pytest.mark.parametrize("copy", [
@@ -198,9 +198,9 @@ def test_all_are_given_the_same(case: Case) -> None:
     x = case.tensor(CPU, 0)
     assert x.is_contiguous(memory_format=case.memory_format)
     assert 0.5 < x.double().std() < 1.5
-    contenders = [b.build(case, CPU) for b in measure.get(["bnfast", "torch", "native", "compile"])]
-    for other in contenders[1:]:
-        for a, b in zip(contenders[0].parameters, other.parameters, strict=True):
+    providers = [b.build(case, CPU) for b in measure.get(["bnfast", "torch", "native", "compile"])]
+    for other in providers[1:]:
+        for a, b in zip(providers[0].parameters, other.parameters, strict=True):
             assert torch.equal(a, b)
             assert a.data_ptr() != b.data_ptr()
 

@@ -95,13 +95,13 @@ def test_records_say_what_they_are() -> None:
     case = Case("BatchNorm", (256, 64, 56, 56), 0, BF16, True, "relu", True, 6)
     forward, backward = predict.records([case])
     t = case.x_bytes
-    for record, sweeps in ((forward, 4), (backward, 6)):
+    for record, passes in ((forward, 4), (backward, 6)):
         assert (record.kind, record.status, record.variant) == ("layer", PREDICTED, "bnfast")
         assert (record.norm, record.groups, record.count) == ("BatchNorm", None, 6)
         assert (record.shape, record.dtype, record.layout) == ("256x64x56x56", "bf16", "channels_last")
         assert (record.activation, record.residual, record.launches) == ("relu", 1, 2)
         assert record.floor_bytes is not None
-        assert 0 <= record.floor_bytes - (sweeps * t + t / 16) < 0.01 * t
+        assert 0 <= record.floor_bytes - (passes * t + t / 16) < 0.01 * t
         assert record.us == pytest.approx(tables.floor(record.floor_bytes), abs=0.01)
         assert record.GBps is record.copy_GBps is None  # nothing was measured
         assert tables.FLOOR_LABEL in record.note
@@ -184,11 +184,11 @@ def test_counted_bytes_are_the_sweeps_and_little_more(suite: str, network: Netwo
         if network.norm == "BatchNorm":
             swept_back = launches_back == 2
         assert swept or layout == "contiguous"
-        sweeps, sweeps_back = (3 if swept else 2) + case.residual, (5 if swept_back else 3) + case.residual
+        passes, passes_back = (3 if swept else 2) + case.residual, (5 if swept_back else 3) + case.residual
         # cells of 64 values hand over a good part of what they are; those that matter do not
         spare = 1.04 if case.x_bytes > 5e7 else 1.7
-        assert sweeps * case.x_bytes <= moved <= spare * sweeps * case.x_bytes
-        assert sweeps_back * case.x_bytes <= back <= spare * sweeps_back * case.x_bytes
+        assert passes * case.x_bytes <= moved <= spare * passes * case.x_bytes
+        assert passes_back * case.x_bytes <= back <= spare * passes_back * case.x_bytes
 
 
 def test_what_follows_is_known() -> None:

@@ -164,7 +164,7 @@ def test_values_gradients_and_strides(name: str, after: str, path: str, launches
         ours, theirs = (functools.partial(normalized, f, name) for f in (functional, F))
         try:
             expected = derivatives(theirs, *map(canonical, (dy, *leaves)))
-        except ValueError:  # a cell has one value
+        except ValueError:  # a group has one value
             continue
         before = [t.clone() for t in leaves]
         found = derivatives(ours, dy, *leaves)

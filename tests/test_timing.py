@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from benchmarks import measure, timing
-from benchmarks.baselines import Contender
+from benchmarks.baselines import Provider
 from benchmarks.records import CANNOT, MEASURED
 from codegen.cases import Case
 from tests.support.clock import Clock
@@ -153,8 +153,8 @@ def test_a_contender_whose_capture_fails_is_named_and_the_next_is_captured(
     """It fails in its backward, with an output in hand, and not in the call before the capture. The reason is
     its own, and the stream what it was."""
     case = Case("BatchNorm", (2, 4, 3, 3), 0, torch.float32, True)
-    bad, good = (measure.Ready(name, Contender("torch", lambda x, z: x * 2, [])) for name in ("bad", "good"))
-    calls = [measure.Calls(each.contender, measure.Tensors.of(case, CPU, 1)) for each in (bad, good)]
+    bad, good = (measure.Ready(name, Provider("torch", lambda x, z: x * 2, [])) for name in ("bad", "good"))
+    calls = [measure.Calls(each.provider, measure.Tensors.of(case, CPU, 1)) for each in (bad, good)]
     once = Mock(side_effect=[None, ValueError("the reason")])
     monkeypatch.setattr(calls[0], "backward", once)
     method = measure.Method(rounds=5, stopwatch=lambda work: (work(), 1.0)[1])

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from ..modules.drop_in import DropIn
+from ..modules.mixins import NormMixin
 from .layers import called_as_torch_does, hooked
 from .values import PLAIN, Frozen, Refusal, Same, parts_of, refuse_attributes, refuse_changing, same
 
@@ -126,7 +126,7 @@ def known(module: nn.Module) -> bool:
     """Whether a module's forward is bnfast's or torch.nn's. These write to their own buffers only, unless
     they have `inplace`."""
     kind = original_class(type(module))
-    theirs = kind.forward.__module__.startswith("torch.nn.") or kind.forward is DropIn.forward
+    theirs = kind.forward.__module__.startswith("torch.nn.") or kind.forward is NormMixin.forward
     return theirs and called_as_torch_does(kind)
 
 
@@ -136,7 +136,7 @@ def returns_new(module: nn.Module | None) -> bool:
         return False
     if isinstance(module, nn.Sequential) and len(module):
         return returns_new(module[-1])
-    return isinstance(module, (DropIn, nn.modules.conv._ConvNd, nn.Linear))
+    return isinstance(module, (NormMixin, nn.modules.conv._ConvNd, nn.Linear))
 
 
 def is_mode(guard: Condition) -> bool:

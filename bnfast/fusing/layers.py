@@ -8,10 +8,10 @@ from typing import Any
 from torch import nn
 from torch.nn.modules import module as torch_module
 
-from ..modules.drop_in import DropIn
+from ..modules.mixins import NormMixin
 
 # these and their subclasses appear in a report
-NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, DropIn)
+NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, NormMixin)
 
 
 def hooked(module: nn.Module) -> bool:
@@ -62,9 +62,9 @@ def hooked_everywhere() -> bool:
 
 def why_not_ours(norm: nn.Module) -> str | None:
     """Why `normalize` cannot be called in place of a layer, or None if it can."""
-    if not isinstance(norm, DropIn):
+    if not isinstance(norm, NormMixin):
         return f"{type(norm).__module__}.{type(norm).__name__} is no layer of bnfast"
-    if type(norm).forward is not DropIn.forward:
+    if type(norm).forward is not NormMixin.forward:
         return f"{type(norm).__name__} has a forward of its own"
     if hooked(norm):
         called = called_as_torch_does(type(norm))

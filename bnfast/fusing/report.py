@@ -9,7 +9,7 @@ from torch import nn
 
 from ..convert import _counterpart, _obstacle
 from ..kernels.epilogue import Activation
-from ..modules.drop_in import DropIn
+from ..modules.mixins import NormMixin
 from .blocks import FusedBlock, live_sites
 from .layers import NORMS
 from .patterns import THE_OUTPUT
@@ -82,7 +82,7 @@ def report(model: nn.Module) -> FusionReport:
     norms: dict[nn.Module, str] = {m: name for name, m in model.named_modules() if isinstance(m, NORMS)}
     fused = {}
     for norm, name in norms.items():
-        own = Activation.of(norm.activation) if type(norm).forward is DropIn.forward else None
+        own = Activation.of(norm.activation) if type(norm).forward is NormMixin.forward else None
         if own is not None:
             fused[norm] = Fused(name, own, False, None)
     reasons = {norm: reason for norm in norms if (reason := _why_not_converted(norm)) is not None}

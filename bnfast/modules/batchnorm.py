@@ -11,11 +11,11 @@ from ..kernels.epilogue import Activation, ActivationLike
 from ..kernels.records import BatchNormOptions, new
 from ..ops.batch_norm import run_batch_norm
 from ..ops.op import Call
-from .drop_in import OptionalBias, says_what_it_takes
+from .mixins import BiasMixin, says_what_it_takes
 from .replaceable import Replaceable
 
 
-class _Kernels(Replaceable, OptionalBias, nn.modules.batchnorm._BatchNorm):
+class _Kernels(Replaceable, BiasMixin, nn.modules.batchnorm._BatchNorm):
     """The constructor and forward of all three. The rest is inherited: state_dict, buffers, repr, and
     checks of dimensions."""
 

@@ -13,13 +13,13 @@ from ..kernels.epilogue import Activation, ActivationLike
 from ..kernels.records import BatchNormOptions, Renorm, new
 from ..ops.batch_renorm import run_batch_renorm
 from ..ops.op import Call
-from .drop_in import OptionalBias, says_what_it_takes
+from .mixins import BiasMixin, says_what_it_takes
 from .replaceable import TO_SYNC, Replaceable
 
 _LIMITS = ("r_max", "d_max", "warmup_steps", "r_max_steps", "d_max_steps")
 
 
-class _BatchRenorm(Replaceable, OptionalBias, nn.modules.batchnorm._BatchNorm):
+class _BatchRenorm(Replaceable, BiasMixin, nn.modules.batchnorm._BatchNorm):
     """The constructor and forward of all three. BatchRenorm2d has the documentation."""
 
     @says_what_it_takes

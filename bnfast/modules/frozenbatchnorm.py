@@ -12,7 +12,7 @@ from ..kernels.epilogue import Activation, ActivationLike
 from ..kernels.records import BatchNormOptions
 from ..ops.batch_norm import run_batch_norm
 from ..ops.op import Call
-from .drop_in import DropIn, says_what_it_takes
+from .mixins import NormMixin, says_what_it_takes
 
 
 class TorchFrozenBatchNorm2d(nn.Module):
@@ -75,7 +75,7 @@ class TorchFrozenBatchNorm2d(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
 
-class FrozenBatchNorm2d(DropIn, TorchFrozenBatchNorm2d):
+class FrozenBatchNorm2d(NormMixin, TorchFrozenBatchNorm2d):
     """BatchNorm2d whose statistics and affine are constants, in training as in eval.
 
     y = activation((x - running_mean) / sqrt(running_var + eps) * weight + bias + residual)

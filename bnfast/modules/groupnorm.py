@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 from ..kernels.epilogue import Activation, ActivationLike
 from ..ops.group_norm import group_norm
-from .drop_in import DropIn, OptionalBias, says_what_it_takes
+from .mixins import BiasMixin, NormMixin, says_what_it_takes
 
 
-class GroupNorm(DropIn, OptionalBias, nn.GroupNorm):
+class GroupNorm(NormMixin, BiasMixin, nn.GroupNorm):
     """Group normalization of (N, C, *) input: torch.nn's GroupNorm on bnfast's kernels.
 
     y = activation((x - mean) / sqrt(variance + eps) * weight + bias + residual)

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from ..kernels.epilogue import Activation, ActivationLike
 from ..ops.arguments import check_residual
 from ..ops.instance_norm import instance_norm
-from .drop_in import DropIn, OptionalBias, says_what_it_takes
+from .mixins import BiasMixin, NormMixin, says_what_it_takes
 
 
-class _Kernels(DropIn, OptionalBias, nn.modules.instancenorm._InstanceNorm):
+class _Kernels(NormMixin, BiasMixin, nn.modules.instancenorm._InstanceNorm):
     """The constructor and forward of all three."""
 
     @says_what_it_takes

@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 from ..kernels.epilogue import Activation, ActivationLike
 from ..ops.layer_norm import layer_norm
-from .drop_in import DropIn, says_what_it_takes
+from .mixins import NormMixin, says_what_it_takes
 
 
-class LayerNorm(DropIn, nn.LayerNorm):
+class LayerNorm(NormMixin, nn.LayerNorm):
     """Layer normalization over the last dimensions: torch.nn's LayerNorm on bnfast's kernels.
 
     y = activation((x - mean) / sqrt(variance + eps) * weight + bias + residual)

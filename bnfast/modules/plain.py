@@ -7,18 +7,18 @@ from torch import Tensor, nn
 
 from ..kernels.epilogue import Activation
 from ..ops.arguments import check_residual, followed_by
-from .drop_in import DropIn
 from .frozenbatchnorm import TorchFrozenBatchNorm2d
+from .mixins import NormMixin
 from .replaceable import Replaceable
 
 
-class _Plain(DropIn):
+class _Plain(NormMixin):
     """A mixin that precedes a plain torch layer among the bases of a class."""
 
     def normalize(self, input: Tensor, activation: Activation | None, residual: Tensor | None) -> Tensor:
         if residual is not None:
             check_residual(input, residual)
-        return followed_by(super(DropIn, self).forward(input), activation, residual)
+        return followed_by(super(NormMixin, self).forward(input), activation, residual)
 
 
 class BatchNorm1d(_Plain, Replaceable, nn.BatchNorm1d):

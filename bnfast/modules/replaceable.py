@@ -8,7 +8,7 @@ from types import CodeType, FrameType
 
 import torch
 
-from .drop_in import DropIn
+from .mixins import NormMixin
 
 # Functions that replace every instance of torch.nn's BatchNorms by a layer that they build. They belong to
 # torch and timm, apex; detectron2; timm and open_clip; timm. torch.utils.mkldnn does so in a constructor.
@@ -19,7 +19,7 @@ _IN_GRAPHS = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2
 _TAKEN = {"num_features", "running_mean", "running_var"}  # what each of them also reads
 
 
-class Replaceable(DropIn):
+class Replaceable(NormMixin):
     """A mixin for BatchNorms. It raises where a bare layer, which would do less, is built to replace this
     one."""
 

@@ -266,7 +266,7 @@ def test_vmap(norm: str, path: str) -> None:
 SHAPES = [(6, 16, 4, 6), (2, 16, 7, 7), (3, 12, 5, 3), (1, 4, 64, 66), (24, 40), (2, 8, 3, 4, 5)]
 SMALL = (3, 8, 2, 4)
 SOME = ("relu", "silu", ("leaky_relu", 0.2), None)
-# (layer, shape, dtype, layout, activation, with a residual). Of relu, signs are kept where sizes allow them.
+# (layer, shape, dtype, layout, activation, with a residual). Of relu, mask are kept where sizes allow them.
 FUSED: list[tuple[str, tuple[int, ...], torch.dtype, str, Any, bool]] = [
     *product(("train", "group"), [SMALL], [FP32], ["contiguous"], NAMES, (False, True)),
     *product(fused_cases.LAYERS, [SMALL], [FP32], ["channels_last"], SOME, (False, True)),

@@ -157,8 +157,8 @@ def test_saved_tensors_come_back_in_other_memory(
     with saved_tensors_hooks(torch.clone, back):
         found = derivatives(ours, x, rest, activation=after)
     assert len(unpacked) >= 3
-    signs = path == "kernels" and after == "relu" and norm != "layer"
-    assert any(t.dtype == torch.uint8 for t in unpacked) == signs
+    mask = path == "kernels" and after == "relu" and norm != "layer"
+    assert any(t.dtype == torch.uint8 for t in unpacked) == mask
     assert_same(found, expected, check_stride=False)
 
 
@@ -252,10 +252,10 @@ def test_too_large_goes_to_torch(norm: str, direction: str, after: str | None) -
 @layers.both_layouts
 @pytest.mark.parametrize("norm", ["batch", "batch, eval", "group", "instance"])
 def test_a_bit_for_each_element_is_kept(norm: str, last: bool) -> None:
-    """Of relu with a residual: x, the statistics, the parameters, and T / 16 of signs; never z or y."""
+    """Of relu with a residual: x, the statistics, the parameters, and T / 16 of mask; never z or y."""
     x = data(8, 16, 8, 8, dtype=torch.bfloat16, last=last).requires_grad_()
     *leaves, z = x, *given(norm, x, "relu")
-    for after, residual, signs in (("relu", [z], x.nbytes // 16), ("silu", [z], None), ("relu", [], 0)):
+    for after, residual, mask in (("relu", [z], x.nbytes // 16), ("silu", [z], None), ("relu", [], 0)):
         kept: dict[int, int] = {}  # the bytes of each storage
 
         def pack(t: Tensor, kept: dict[int, int] = kept) -> Tensor:
@@ -265,5 +265,5 @@ def test_a_bit_for_each_element_is_kept(norm: str, last: bool) -> None:
         with saved_tensors_hooks(pack, lambda t: t):
             norms(norm)[0](*leaves, *residual, activation=after)
         # silu's slope needs z again
-        assert (z.untyped_storage().data_ptr() in kept) == (signs is None)
-        assert signs is None or sum(kept.values()) <= x.nbytes + signs + 4096
+        assert (z.untyped_storage().data_ptr() in kept) == (mask is None)
+        assert mask is None or sum(kept.values()) <= x.nbytes + mask + 4096

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 import bnfast
-from tests.support.block_forms import Residual
 from tests.support.convertible import around, data
 from tests.support.foreign import TimmsBlock, TorchvisionFrozen
+from tests.support.fused import Residual
 from tests.support.training import assert_same_training, record
 from tests.support.zoo import installed
 

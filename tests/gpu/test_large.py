@@ -41,7 +41,7 @@ LARGE = [
     group_norm((1, 128, 4096, 4100), BF16, groups=1),  # one run
     group_norm((400, 320, 128, 132), BF16, True, groups=32),  # rows
     group_norm((43, 3, 4096, 4096), BF16, True, groups=1),  # cycles
-    instance_norm((343_000, 128, 7, 7), BF16),  # many cells a program
+    instance_norm((343_000, 128, 7, 7), BF16),  # many groups a program
     instance_norm((9, 128, 125, 125, 125), BF16, True),
 ]
 

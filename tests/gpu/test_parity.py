@@ -126,7 +126,7 @@ CELLS = [
     *strides(instance_norm((2, 5, 7, 9, 11))),
     *varied([instance_norm((8, 30, 50))], {"dtype": FP16, "storage": "sliced"}, {"storage": "transposed"}),
     *varied([grouped((6, 24, 14, 14), FP16, channels_last=True)], {"parameters": BF16}, {"parameters": FP64}),
-    # very many cells of next to nothing, down to one value a group
+    # very many groups of next to nothing, down to one value a group
     *layouts(grouped((1024, 24, 1, 1), BF16), group_norm((1024, 24, 2, 1), FP16, groups=24)),
     *layouts(instance_norm((1024, 24, 2, 1), BF16), instance_norm((1024, 5, 1, 3), FP32)),
     instance_norm((4096, 20, 9), FP32),

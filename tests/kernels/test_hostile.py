@@ -112,14 +112,14 @@ def test_as_good_as_two_passes_at_a_large_mean(trap: str, case: Case, device: to
         assert error(found[name], name) <= 2 * error(other.float(), name) + ulps * torch.finfo(FP32).eps, name
 
 
-# held by a program and swept; in tiles and runs
-CELLS = {"held": (2, 4, 3, 5), "swept": (2, 4, 3, 5), "long": (1, 2, 1, 20993)}
+# read in one pass and in two; in tiles and pieces
+CELLS = {"one pass": (2, 4, 3, 5), "two passes": (2, 4, 3, 5), "long": (1, 2, 1, 20993)}
 
 
 def constant(name: str, value: float) -> Tensor:
     x = torch.randn(CELLS[name], generator=torch.Generator().manual_seed(0))
     x[0, :] = value  # the other sample, if any, is an ordinary one
-    return x.contiguous(memory_format=torch.channels_last) if name == "swept" else x
+    return x.contiguous(memory_format=torch.channels_last) if name == "two passes" else x
 
 
 def step(layer: torch.nn.Module, x: Tensor) -> tuple[Tensor, list[Tensor]]:
@@ -136,7 +136,7 @@ def step(layer: torch.nn.Module, x: Tensor) -> tuple[Tensor, list[Tensor]]:
 @every_path
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("long", 2.5), *((name, v) for name in ("held", "swept") for v in (0.0, 0.1, -1e4 / 3))],
+    [("long", 2.5), *((name, v) for name in ("one pass", "two passes") for v in (0.0, 0.1, -1e4 / 3))],
 )
 def test_instance_norm_of_constant_cells(name: str, value: float, path: str) -> None:
     """The bias, as of torch's layer: the values are their mean. Their gradient is 0, and weight has none from
@@ -165,7 +165,7 @@ def test_group_norm_of_constant_cells(name: str, groups: int) -> None:
 
 
 @every_path
-@pytest.mark.parametrize("name", ["held", "swept"])
+@pytest.mark.parametrize("name", ["one pass", "two passes"])
 def test_a_running_variance_of_0(name: str, path: str) -> None:
     """In eval nothing finite comes of it (torch gives NaN on CPU, NaN or an infinity on CUDA)."""
     if path == "torch" and not EPS_0_IN_EVAL:

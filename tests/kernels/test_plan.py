@@ -15,7 +15,7 @@ counts = (st.integers(1, most) for most in (5000, 3000, 20000))
 sizes = st.tuples(*counts, st.sampled_from([2, 4, 8]), st.booleans())
 
 
-def sweeps(
+def passes(
     n: int, c: int, s: int, itemsize: int, channels_last: bool, aligned: bool, sms: int
 ) -> list[plan.PassPlan]:
     p = plan.batch_norm(n, c, s, itemsize, channels_last or s == 1, sms, aligned)
@@ -25,17 +25,24 @@ def sweeps(
 @settings(max_examples=300, deadline=None)
 @given(sizes, st.booleans(), st.sampled_from([1, 2, 20, 132, 160]))
 def test_any_sizes_are_covered(size: tuple[int, int, int, int, bool], aligned: bool, sms: int) -> None:
-    for sweep in sweeps(*size, aligned, sms):
-        view = sweep.view
-        assert 1 <= sweep.splits <= sweep.tiles  # a program without a tile would have no pivot
-        assert (sweep.tiles - 1) * sweep.tile_rows < view.rows <= sweep.tiles * sweep.tile_rows
+    for planned in passes(*size, aligned, sms):
+        view = planned.view
+        assert 1 <= planned.splits <= planned.tiles  # a program without a tile would have no pivot
+        assert (planned.tiles - 1) * planned.tile_rows < view.rows <= planned.tiles * planned.tile_rows
         assert view.width <= view.lanes or view.mode == "nchw"
-        assert view.mode != "nchw" or sweep.tile_rows <= view.pieces
-        assert view.pitch % sweep.vec == view.width % sweep.vec == 0
-        assert sweep.vec == 1 or aligned
+        assert view.mode != "nchw" or planned.tile_rows <= view.pieces
+        assert view.pitch % planned.vec == view.width % planned.vec == 0
+        assert planned.vec == 1 or aligned
         assert view.total == size[0] * size[1] * size[2]
         # the extents of tiles and grids are powers of two, as Triton wants them
-        extents = sweep.unroll, sweep.group, view.lanes, view.channels_per_block, view.positions, sweep.merge
+        extents = (
+            planned.unroll,
+            planned.group_rows,
+            view.lanes,
+            view.channels_per_block,
+            view.lanes_per_channel,
+            planned.partials_per_iter,
+        )
         assert all(extent & (extent - 1) == 0 for extent in extents)
 
 
@@ -43,14 +50,14 @@ def test_any_sizes_are_covered(size: tuple[int, int, int, int, bool], aligned: b
 @pytest.mark.parametrize(("c", "hw"), RESNET50)
 def test_large_shapes_fill_the_gpu(c: int, hw: int, channels_last: bool) -> None:
     p = plan.batch_norm(256, c, hw * hw, 2, channels_last, SMS)
-    for sweep in (p.statistics, p.gradient_sums):
-        assert sweep.vec * 2 == plan.VECTOR_BYTES
-        assert sweep.programs >= 0.75 * SMS
+    for planned in (p.statistics, p.gradient_sums):
+        assert planned.vec * 2 == plan.VECTOR_BYTES
+        assert planned.programs >= 0.75 * SMS
         # lanes without data carry no bytes: counted out, unlike in the static tests
-        assert sweep.bytes_per_program * sweep.programs / SMS >= 47 * 1024
+        assert planned.bytes_per_program * planned.programs / SMS >= 47 * 1024
         # One SM reads this back alone, from L2, at about three times its share of DRAM's rate: under a
         # tenth of the pass.
-        assert sweep.tail_bytes <= 0.3 * p.x_bytes / SMS
+        assert planned.tail_bytes <= 0.3 * p.x_bytes / SMS
 
 
 # one channel, one sample, or little more
@@ -61,8 +68,8 @@ FEW = [(1, 1, 10**7), (10**6, 1, 1), (1, 32, 64**3), (1, 3, 10**6), (64, 1, 64**
 @pytest.mark.parametrize(("n", "c", "s"), FEW)
 def test_one_channel_or_one_sample_still_fills_the_gpu(n: int, c: int, s: int, channels_last: bool) -> None:
     """C programs would idle it."""
-    for sweep in sweeps(n, c, s, 2, channels_last, True, SMS):
-        assert sweep.programs >= SMS
+    for planned in passes(n, c, s, 2, channels_last, True, SMS):
+        assert planned.programs >= SMS
 
 
 def test_bytes_of_a_step() -> None:
@@ -74,8 +81,8 @@ def test_bytes_of_a_step() -> None:
 
 def test_more_than_2_to_the_31_elements() -> None:
     for n, c, s in ((1, 1, 2**31 + 4096), (2**15, 64, 2048), (3, 2**10, 2**20)):
-        for sweep in sweeps(n, c, s, 2, False, True, SMS):
-            assert max(sweep.geometry) < 2**31
+        for planned in passes(n, c, s, 2, False, True, SMS):
+            assert max(planned.geometry) < 2**31
 
 
 def test_sizes_that_do_not_fit_are_refused() -> None:
@@ -89,14 +96,14 @@ def test_lanes_beyond_the_end_do_not_wrap(c: int, itemsize: int) -> None:
     """A sample of nearly 2^31 elements: what a block's last lanes count up to, beyond the sample's end, would
     be below 0 in 32 bits, and so within the sample."""
     for s in ((2**31 - 1) // c, (2**31 - 40_000) // c | 1):
-        sweep = plan.plan_elementwise(Problem(1, c, s, itemsize, False, True, SMS), 1)
-        view = sweep.view
+        planned = plan.plan_elementwise(Problem(1, c, s, itemsize, False, True, SMS), 1)
+        view = planned.view
         last = (view.blocks - 1) * view.width + view.lanes
         if last < 2**31:
-            assert sweep.geometry
+            assert planned.geometry
         else:
             with pytest.raises(plan.TooLarge):
-                _ = sweep.geometry
+                _ = planned.geometry
     assert last < 2**31, "no size was small enough"
 
 
@@ -106,5 +113,5 @@ def test_rows_too_large_for_32_bits() -> None:
         size = row_plan.Rows(rows, width, 2, True, 132)
         with pytest.raises(plan.TooLarge):
             row_plan.forward(size)
-    assert row_plan.forward(row_plan.Rows(2**24, 4096, 2, True, 132))[0] == "held"
+    assert row_plan.forward(row_plan.Rows(2**24, 4096, 2, True, 132))[0] == "one_pass"
     assert row_plan.gradients(row_plan.Rows(2**24, 4096, 2, True, 132)) is not None

@@ -22,7 +22,7 @@ from tests.support.buffers import assert_same_bits, bit_identical, nan_filled_al
 from tests.support.families import BF16, FP16, FP32, FP64, layouts, on_gpu
 from tests.support.orders import shuffled
 
-# every addressing: planes, odd sizes, runs in pieces; cells and rows that are held, and that are not
+# every view: packed, odd sizes, channels in pieces; groups and rows in one pass and in two
 ORDINARY = [
     *layouts(
         Case((8, 24, 7, 7)), Case((6, 13, 3, 4)), Case((2, 3, 70, 66)), Case((1, 1, 4, 5), tracked=False)

@@ -27,7 +27,7 @@ SHAPES = [(8, c, size, size) for c in (24, 64, 96) for size in (7, 14, 28)] + [
     (5, 13, 3, 4), (4, 3, 15, 15), (2, 3, 70, 66), (1, 1, 66, 80), (33, 65, 1, 1), (2, 2, 3, 5, 7),
 ]  # fmt: skip
 BATCH = layouts(*(Case(shape, FP16) for shape in SHAPES), batch_renorm((4, 24, 7, 7), FP16))
-# whose cells a program holds, in the forward and in the backward
+# whose groups are read in one pass, in the forward and in the backward
 HELD = {
     (8, 24, 7, 7): 3, (2, 64, 14, 14): 8, (2, 20, 28, 28): 2, (5, 13, 3, 4): 13, (40, 16, 2, 2): 4,
     (4, 3, 15, 15): 1, (33, 65, 1, 1): 5, (2, 2, 3, 5, 7): 1,

@@ -1,6 +1,6 @@
 """The kernels' host functions as the tests call them: the one place that knows the order of their arguments.
 
-Each forward returns (y, table, signs or None), and each backward (dx, dweight, dbias, dz)."""
+Each forward returns (y, table, mask or None), and each backward (dx, dweight, dbias, dz)."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ _P = ParamSpec("_P")
 WHEN_SUBCLASSED: list[Callable[[type], None]] = []  # each is called with every new class of layers
 
 
-class DropIn(nn.Module):
+class NormMixin(nn.Module):
     """A mixin that precedes one of torch.nn's layers among the bases of a class. The class defines
     `normalize`."""
 
@@ -82,7 +82,9 @@ class DropIn(nn.Module):
                 f"torch.jit.script has torch.nn's layer for {type(self).__name__}, which has no activation: "
                 "apply it in a module of its own, or use torch.export"
             )
-        plain = next(c for c in type(self).__mro__ if issubclass(c, nn.Module) and not issubclass(c, DropIn))
+        plain = next(
+            c for c in type(self).__mro__ if issubclass(c, nn.Module) and not issubclass(c, NormMixin)
+        )
         module: nn.Module = object.__new__(plain)
         module.__dict__ = dict(self.__dict__)
         return module
@@ -112,7 +114,7 @@ def says_what_it_takes(init: Callable[_P, None]) -> Callable[_P, None]:
     return explained
 
 
-class OptionalBias:
+class BiasMixin:
     """Adds `bias=False`, which torch's layers have had since 2.13. Before, a layer without a bias is one
     whose bias has been removed."""
 
