@@ -33,7 +33,10 @@ def test_no_figure_is_worse_than_its_budget(case: Case) -> None:
 @pytest.fixture
 def worse(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A plan of kernels that keep a quarter of the loads under way, and of twice the programs that reduce."""
-    maps, reduce = replace(plan.ELEMENTWISE, loads=plan.ELEMENTWISE[0].loads // 4), plan.Program(8, 4, 128, 8)
+    maps, reduce = (
+        replace(plan.ELEMENTWISE[0], loads=plan.ELEMENTWISE[0].loads // 4),
+        plan.Program(8, 4, 128, 8),
+    )
     monkeypatch.setattr(plan, "ELEMENTWISE", (maps, *plan.ELEMENTWISE[1:]))
     monkeypatch.setattr(plan, "REDUCE", (reduce, *plan.REDUCE[1:]))
     caches = (plan.plan_elementwise, plan.plan_reduction)

@@ -16,13 +16,12 @@ from torch import Tensor
 import bnfast
 from bnfast import dispatch
 from bnfast.activation import NAMES
-from bnfast.kernels import batch_norm, group_plan, row_plan
-from bnfast.kernels.records import OnePassTile, Wanted
+from bnfast.kernels import batch_norm, group_plan, layer_norm, row_plan
+from bnfast.kernels.records import LayerNormOptions, OnePassTile, Wanted
 from codegen import SMS, launches, sass
 from codegen.budget_cases import BF16, BOTH, FP32, LAST, layers
 from codegen.cases import Case
 from codegen.launches import Launched
-from tests.support import kernel_calls
 
 pytestmark = pytest.mark.static
 
@@ -97,10 +96,10 @@ def check_epilogue(each: Launched) -> None:
     assert phases is not None
     held = {
         "nchw_packed": sizes["width_v"] * tile.vec // sizes["inner"], "nhwc_packed": sizes["channels"],
-        "rows": tile.lanes, "nchw": 1,
+        "nhwc": tile.lanes, "nchw": 1,
     }[tile.mode]  # fmt: skip
     # folding lanes into channels is a loop of its own
-    turns = -(-held // tile.fold) if phases.repeated else 1
+    turns = -(-held // tile.channels_per_iter) if phases.repeated else 1
     epilogue = len(phases.epilogue) + (turns - 1) * len(phases.repeated)
     # the first tile, which is peeled, counts as one turn of the loop
     assert epilogue <= len(phases.main_loop) * sizes["tiles"] / sizes["splits"] / 4, each.kernel
@@ -236,7 +235,8 @@ def test_gradients_that_are_not_wanted(width: int, wanted: Wanted, dtype: torch.
     x = case.empty()
     table = torch.empty(2, len(x), dtype=FP64 if dtype == FP64 else FP32)
     with launches.recording() as found:
-        kernel_calls.layer_norm_backward(x, x, table, torch.empty(width), wanted)
+        options = LayerNormOptions((width,), 1e-5)
+        layer_norm.backward(x, x, table, torch.empty(width), None, options, wanted)
     for each in found:
         check(each)
         if not wanted.dx and dtype in (BF16, FP32):
@@ -305,7 +305,7 @@ def test_which_groups_are_held() -> None:
 def test_which_rows_are_held(dtype: torch.dtype) -> None:
     """One read of x up to 64 KB a row (56 KB of 16-bit numbers); of dy and x up to 32 KB each (24 KB)."""
     for kilobytes, read_once in (
-        (64 if dtype.itemsize > 2 else 56, lambda size: row_plan.forward(size)[0] == "held"),
+        (64 if dtype.itemsize > 2 else 56, lambda size: row_plan.forward(size)[0] == "one_pass"),
         (32 if dtype.itemsize > 2 else 24, lambda size: row_plan.gradients(size) is not None),
     ):
         most = kilobytes * 1024 // dtype.itemsize
