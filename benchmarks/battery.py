@@ -134,7 +134,7 @@ PARTS = (
     Part("cudnn-frontend", 15, of_suite(*RESNET, LAST[:1], BOTH, ("cudnn-frontend",), SHORT),
          absent=lambda: lacks(cudnn.PACKAGE)),
     Part("latencies", 15, lambda session, seconds: machine.launches(session.device)),
-    Part("tiles", 20, lambda session, seconds: tile_sweep.planned(session.device)),
+    Part("tiles", 20, lambda session, seconds: tile_sweep.sweep(session.device)),
     Part("sanitizer", 20, commands=sanitizer,
          absent=lambda: None if compute_sanitizer() else "compute-sanitizer is not on this machine"),
 )  # fmt: skip

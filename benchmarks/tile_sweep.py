@@ -57,7 +57,7 @@ def planned_with(family: str, program: Program) -> Iterator[bool]:
         forget()
 
 
-def planned(
+def sweep(
     device: torch.device, cases: Sequence[Case] | None = None, method: measure.Method = METHOD
 ) -> Iterator[Record]:
     """Forward and backward of each case with each candidate."""

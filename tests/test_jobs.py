@@ -162,9 +162,9 @@ def test_every_candidate_takes_the_place_of_the_planned_one() -> None:
         with tile_sweep.planned_with(family, program) as is_planned:
             planned += [family] * is_planned
             assert getattr(plan, family)[0] == plan.Program(*program)
-            planned = plan.plan_elementwise(x, 1) if family == "ELEMENTWISE" else plan.plan_reduction(x, 1)
+            found = plan.plan_elementwise(x, 1) if family == "ELEMENTWISE" else plan.plan_reduction(x, 1)
             if family != "REDUCE_NCHW":
-                assert (planned.warps, planned.registers) == (program[0], program[2])
+                assert (found.warps, found.registers) == (program[0], program[2])
     assert planned == [*tile_sweep.CANDIDATES]
     assert plan.plan_reduction(x, 1).warps == plan.REDUCE[0].warps
 
@@ -187,7 +187,7 @@ def test_a_sweep_says_which_program_is_the_planned_one(monkeypatch: pytest.Monke
     """One for each family and direction; and every candidate is timed with its own program."""
     monkeypatch.setattr(timing, "COLD_BYTES", 1)
     method = dataclasses.replace(tile_sweep.METHOD, stopwatch=lambda work: (work(), 1.0)[1], rounds=1)
-    found = list(tile_sweep.planned(CPU, [TINY], method))
+    found = list(tile_sweep.sweep(CPU, [TINY], method))
     assert {(r.status, r.kind) for r in found} == {(MEASURED, "sweep")}
     assert len({r.variant for r in found}) == len(tile_sweep.EVERY)
     own = [r.variant.partition(" ")[0] for r in found if r.note == "planned"]
