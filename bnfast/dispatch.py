@@ -156,5 +156,5 @@ def elsewhere(x: torch.Tensor) -> bool:
 
 
 def watched(x: torch.Tensor) -> bool:
-    """Whether something intercepts operators. For a backward, where `path` has decided the rest."""
+    """Whether something intercepts operators. For a backward, where `choose_route` has decided the rest."""
     return type(x) not in PLAIN or torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0

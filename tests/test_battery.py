@@ -31,7 +31,7 @@ def look(tmp_path: Path) -> session.Session:
 
 
 def test_every_gpu_test_is_in_the_battery_and_its_shares_are_its_time(tmp_path: Path) -> None:
-    files = {ROOT / f"tests/{name}.py" for names in battery.TESTS.values() for name in names}
+    files = {ROOT / f"tests/{name}.py" for names, _ in battery.TESTS.values() for name in names}
     marked = re.compile(r"mark\.gpu|on_gpu\(")
     assert files == {path for path in ROOT.glob("tests/*/test_*.py") if marked.search(path.read_text())}
     assert {each for command in battery.correctness(tmp_path).values() for each in command} >= {
@@ -43,11 +43,18 @@ def test_every_gpu_test_is_in_the_battery_and_its_shares_are_its_time(tmp_path: 
     assert battery.run(options, []) == 1
 
 
-def test_what_is_sanitized_is_there_and_little() -> None:
-    command = [*battery.PYTEST, "--collect-only", "-q", "-p", "no:cacheprovider", *battery.SANITIZED]
+SELECTIONS = {
+    "what is sanitized": (battery.SANITIZED, 4, 20),
+    "what runs first": (("-m", "gpu", "tests/gpu/test_parity.py", "-k", battery.MOST_TELLING), 100, 400),
+}
+
+
+@pytest.mark.parametrize(("selection", "least", "most"), SELECTIONS.values(), ids=SELECTIONS.keys())
+def test_what_has_little_time_is_little(selection: tuple[str, ...], least: int, most: int) -> None:
+    command = [*battery.PYTEST, "--collect-only", "-q", "-p", "no:cacheprovider", *selection]
     found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert found.returncode == 0, found.stdout + found.stderr
-    assert 4 <= found.stdout.count("::") <= 20
+    assert least <= found.stdout.count("::") <= most
 
 
 @pytest.mark.parametrize(("ended", "seconds", "state", "text"), [
@@ -55,6 +62,7 @@ def test_what_is_sanitized_is_there_and_little() -> None:
     ([SLOW, GOOD], 60, "PART", f"; 0: {SLOW.note}"),
     ([SLOW, BAD], 60, "FAIL", "; 1: exit code 2; 1 failed"),
     ([], 1, "PART", "; no time was left for 0"),
+    ([GOOD, GOOD, SLOW], 60, "FAIL", f"; 2: {SLOW.note}"),  # which is needed
 ])  # fmt: skip
 def test_what_becomes_of_a_part(
     ended: list[Record], seconds: float, state: str, text: str, look: session.Session,
@@ -64,7 +72,7 @@ def test_what_becomes_of_a_part(
     left = iter(ended)
     monkeypatch.setattr(battery, "process", lambda *command: next(left))
     commands = {str(number): () for number in range(max(1, len(ended)))}
-    battery.run_part(look, Part("several", 10, commands=lambda folder: commands), seconds)
+    battery.run_part(look, Part("several", 10, commands=lambda folder: commands, needed="2"), seconds)
     assert look.summary == [("several", state, f"{len(ended)} records in 0 s{text}")]
     assert look.close() == (state == "FAIL")
     if ended:
@@ -78,7 +86,7 @@ def test_a_part_that_measures_runs_in_a_process_and_keeps_what_it_made(
 ) -> None:
     def work(session: session.Session, seconds: float):  # type: ignore[no-untyped-def]
         assert (session.folder, session.device) == (look.folder, CPU)
-        assert 50 <= seconds <= 60
+        assert 50 <= seconds < 60 - battery.LAST_WORDS  # before it would be interrupted
         yield dataclasses.replace(GOOD, gpu="of its own")
         raise RuntimeError("it broke")
 

@@ -14,6 +14,7 @@ import pytest
 from bnfast.checks.cases import Case
 from tests.support import oracle
 
+CHUNK = 4  # cases that a process takes at a time
 WORTH_IT = 12  # cases; fewer are compiled sooner than the processes have started
 LARGEST = 1 << 25  # elements; a dozen processes could not all hold more, in the fp64 that they are drawn in
 
@@ -30,8 +31,10 @@ def compiled(request: pytest.FixtureRequest) -> None:
     workers = min(12, os.cpu_count() or 1, len(cases) // 4)  # each has a CUDA context: half a GB of the GPU
     if oracle.unfit() is not None or len(cases) < WORTH_IT or workers < 2:
         return
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
-        try:
-            list(pool.map(oracle.compile_for, [cases[worker::workers] for worker in range(workers)]))
-        except BrokenProcessPool as error:
-            print(f"kernels are compiled one by one, for the processes to compile them died: {error}")
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"))
+    try:
+        list(pool.map(oracle.compile_for, [cases[i : i + CHUNK] for i in range(0, len(cases), CHUNK)]))
+    except BrokenProcessPool as error:
+        print(f"kernels are compiled one by one, for the processes to compile them died: {error}")
+    finally:  # what has not begun is not waited for when somebody interrupts this
+        pool.shutdown(wait=False, cancel_futures=True)
