@@ -67,9 +67,9 @@ def truth(case: Case, device: torch.device) -> dict[str, Tensor]:
 
     def forward(x: Tensor, z: Tensor | None) -> Tensor:
         wide = x.double()
-        cells = wide if case.norm == "BatchNorm" else wide.unflatten(1, (case.groups, -1))
-        dims = (0, *range(2, wide.dim())) if case.norm == "BatchNorm" else tuple(range(2, cells.dim()))
-        centered = cells - cells.mean(dims, keepdim=True)
+        grouped = wide if case.norm == "BatchNorm" else wide.unflatten(1, (case.groups, -1))
+        dims = (0, *range(2, wide.dim())) if case.norm == "BatchNorm" else tuple(range(2, grouped.dim()))
+        centered = grouped - grouped.mean(dims, keepdim=True)
         xhat = (centered * (centered.square().mean(dims, keepdim=True) + EPS).rsqrt()).reshape(wide.shape)
         shape = (1, -1, *[1] * (wide.dim() - 2))
         y = xhat * g.weight.view(shape) + g.bias.view(shape)

@@ -6,9 +6,9 @@ grows with the number of values reduced. An error over the whole tensor would hi
 all others. It is compared with torch's own as well, because a bias that no single element shows appears
 there.
 
-A *cell* is a set of values that share a mean and a variance: a channel in BatchNorm, a group of a sample's
+A *group* is a set of values that share a mean and a variance: a channel in BatchNorm, a group of a sample's
 channels in GroupNorm. Vectors (means, parameters) keep x's dimensions, with 1 where they do not vary, so that
-the formulas below do not depend on cells. Batch Renormalization, which has r * xhat + d in place of xhat, is
+the formulas below do not depend on groups. Batch Renormalization, which has r * xhat + d in place of xhat, is
 a normalization with r * weight and d * weight + bias."""
 
 from __future__ import annotations
@@ -44,20 +44,20 @@ def _by_group(t: Tensor, groups: int) -> Tensor:
 class Exact:
     """The exact results of a normalization of x and its gradients.
 
-    pairs: every chunk holds a part of each cell; sums over chunks allow for tensors that do not fit into
-    memory in fp64. cell, channel: the dimensions over which the values of one cell, and of one parameter,
+    pairs: every chunk holds a part of each group; sums over chunks allow for tensors that do not fit into
+    memory in fp64. group, channel: the dimensions over which the values of one group, and of one parameter,
     extend, with the channels split into `groups`, unless that is 0. fixed: mean and variance, where they are
     not the batch's. rounded: whether y is computed from a mean that was stored, and so rounded. offset: is
     subtracted from x first, and all that is kept here is of x - offset.
 
     sum_g and sum_gx are a parameter's sums of dy and of dy * xhat, and norm_g and norm_gx the roots of the
     sums of their squares; drift is what the mean's rounding does to sum_gx. mean_h, mean_hx and size_h are
-    the same of a cell, with weight * dy for dy, divided by `count`, the number of values of a cell."""
+    the same of a group, with weight * dy for dy, divided by `count`, the number of values of a group."""
 
     def __init__(
         self,
         pairs: Pairs,
-        cell: tuple[int, ...],
+        group: tuple[int, ...],
         channel: tuple[int, ...],
         weight: Tensor | None,
         bias: Tensor | None,
@@ -79,9 +79,9 @@ class Exact:
 
         elements = sum(x.numel() for x, _ in pairs())
         if fixed is None:
-            (mean,) = total(lambda x, dy: (x,), cell)
+            (mean,) = total(lambda x, dy: (x,), group)
             mean = mean * (mean.numel() / elements)
-            (squares,) = total(lambda x, dy: ((x - mean).square(),), cell)
+            (squares,) = total(lambda x, dy: ((x - mean).square(),), group)
             self.mean, self.variance = mean, squares * (mean.numel() / elements)
         else:
             self.mean, self.variance = (t.double() for t in fixed)
@@ -94,11 +94,12 @@ class Exact:
             gx = g * (x - self.mean) * self.rstd
             return g, gx, g.square(), gx.square()
 
-        # sums over each cell's part of each channel; the sums over cells and over channels are sums of these
-        both = tuple(d for d in cell if d in channel)
+        # sums over each group's part of each channel; the sums over groups and over channels are sums of
+        # these
+        both = tuple(d for d in group if d in channel)
         g, gx, squares_g, squares_gx = total(gradient_terms, both)
-        of_cell = (self.weight * g, self.weight * gx, self.weight.square() * squares_g)
-        self.mean_h, self.mean_hx, squares_h = (_sum(t, cell, fully) / self.count for t in of_cell)
+        of_group = (self.weight * g, self.weight * gx, self.weight.square() * squares_g)
+        self.mean_h, self.mean_hx, squares_h = (_sum(t, group, fully) / self.count for t in of_group)
         self.size_h = squares_h.sqrt()
         of_parameter = (g, gx, g.abs() * self.spread, squares_g, squares_gx)
         sums = [_sum(t, channel, fully) for t in of_parameter]
@@ -149,7 +150,7 @@ class Exact:
         return self.sum_g.flatten(), (self.norm_g + self.sum_g.abs()).flatten()
 
     def running(self, mean: Tensor, variance: Tensor, momentum: float) -> dict[str, Value]:
-        """The running statistics after a step that began with these: [cells], which are channels here."""
+        """The running statistics after a step that began with these: [groups], which are channels here."""
         old_mean, old_variance = mean.double(), variance.double()
         new_mean, new_variance = self.mean.flatten(), self.variance.flatten()
         unbiased = new_variance * self.count / max(1, self.count - 1)
@@ -197,11 +198,11 @@ def batch_norm(
     pairs = pairs or (lambda: [(x, dy)])
     dims = next(iter(pairs()))[0].dim()
     channel = (0, *range(3, dims + 1)) if groups else (0, *range(2, dims))
-    cell = tuple(range(2, dims + 1)) if groups else channel
+    group = tuple(range(2, dims + 1)) if groups else channel
     gamma, beta = (None if v is None else _by_group(by_channel(v, dims), groups) for v in (weight, bias))
     if fixed is not None:
         fixed = (by_channel(fixed[0], dims), by_channel(fixed[1], dims))
-    return Exact(pairs, cell, channel, gamma, beta, eps, fixed, groups=groups)
+    return Exact(pairs, group, channel, gamma, beta, eps, fixed, groups=groups)
 
 
 def group_norm(

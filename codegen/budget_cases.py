@@ -23,8 +23,8 @@ def layers(
     found = []
     for shape, what, dtype, channels_last in itertools.product(shapes, after, dtypes, last):
         residual, activation = what.startswith("z"), what.removeprefix("z").removeprefix(" + ") or None
-        cells = shape[1] if norm == "InstanceNorm" else groups
-        case = Case(norm, shape, cells, dtype, channels_last, activation, residual, training=training)
+        of_sample = shape[1] if norm == "InstanceNorm" else groups
+        case = Case(norm, shape, of_sample, dtype, channels_last, activation, residual, training=training)
         found.append(case)
     return found
 

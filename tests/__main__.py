@@ -160,7 +160,10 @@ def environments(everything: bool) -> Iterator[Environment | Outcome]:
     else:
         yield Outcome("libraries", note="not run: torchvision, as pinned, is built for another PyTorch")
     make = partial(environment.separate, names=("requirements.txt", "requirements-oldest.txt"))
-    what = " and ".join(f"{name} {pinned(name, 'requirements-oldest.txt')}" for name in ("torch", "triton"))
+    oldest = {name: pinned(name, "requirements-oldest.txt") for name in ("torch", "triton")}
+    if all(metadata.version(name).partition("+")[0] == version for name, version in oldest.items()):
+        return  # this environment is that
+    what = " and ".join(map(" ".join, oldest.items()))
     yield Environment(what, (WHOLE, STATIC) if everything else (OLDEST, COVERING), "oldest", make)
 
 

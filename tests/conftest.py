@@ -90,7 +90,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 @pytest.fixture
 def nothing_known() -> Iterator[dict]:
-    """The table of steps, emptied for the test."""
+    """The known launch plans, emptied for the test."""
     from bnfast.kernels import launch_plan
 
     launch_plan.forget_plans()

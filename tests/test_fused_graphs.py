@@ -119,7 +119,7 @@ def test_bytes(norm: str, after: tuple[str, bool], layout: str, shape: tuple[int
     n=st.integers(1, 300), c=st.integers(1, 300), s=st.integers(1, 4000), itemsize=st.sampled_from((2, 4, 8)),
     last=st.booleans(), aligned=st.booleans(), sms=st.sampled_from((2, 132)), group=st.booleans(),
 )  # fmt: skip
-def test_where_there_are_signs_no_byte_is_two_programs(
+def test_where_there_is_a_mask_no_byte_is_two_programs(
     n: int, c: int, s: int, itemsize: int, last: bool, aligned: bool, sms: int, group: bool
 ) -> None:
     last = last or s == 1

@@ -133,7 +133,7 @@ def test_small_layers_are_timed_in_few_calls_and_find_the_cache_empty(
 
 
 @EVERY
-def test_contenders_are_right_and_copy_nothing(case: Case) -> None:
+def test_providers_are_right_and_copy_nothing(case: Case) -> None:
     for baseline in measure.get(["bnfast", "torch", "native"]):
         provider = baseline.build(case, CPU)
         found = fairness.step(provider, case, CPU)

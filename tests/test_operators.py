@@ -45,7 +45,7 @@ def last(x: Tensor) -> Tensor:
 
 
 FP16, BF16, FP32, FP64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
-SIGNS, NO_SIGNS = (2, 8, 4, 4), (2, 5, 3, 3)  # shapes for which relu keeps a mask, and the residual
+MASKED, NOT_MASKED = (2, 8, 4, 4), (2, 5, 3, 3)  # shapes for which relu keeps a mask, and the residual
 VARIANTS: dict[str, Any] = {
     "all": {},
     "inference": {"wanted": ""},
@@ -57,12 +57,12 @@ VARIANTS: dict[str, Any] = {
     "bf16": {"dtype": BF16, "layout": last},
     "transposed": {"layout": lambda x: x.transpose(0, 3)},
     "2-D": {"layout": lambda x: x.flatten(2).mean(2)},
-    "relu, mask": {"activation": "relu", "shape": SIGNS},
-    "relu, mask, channels_last": {"activation": "relu", "shape": SIGNS, "layout": last},
-    "relu": {"activation": "relu", "shape": NO_SIGNS},
-    "relu, channels_last": {"activation": "relu", "shape": NO_SIGNS, "layout": last},
-    "silu": {"activation": "silu", "shape": SIGNS},
-    "silu, channels_last": {"activation": "silu", "shape": NO_SIGNS, "layout": last},
+    "relu, mask": {"activation": "relu", "shape": MASKED},
+    "relu, mask, channels_last": {"activation": "relu", "shape": MASKED, "layout": last},
+    "relu": {"activation": "relu", "shape": NOT_MASKED},
+    "relu, channels_last": {"activation": "relu", "shape": NOT_MASKED, "layout": last},
+    "silu": {"activation": "silu", "shape": MASKED},
+    "silu, channels_last": {"activation": "silu", "shape": NOT_MASKED, "layout": last},
 }
 
 
@@ -140,3 +140,14 @@ def test_compiled_transform() -> None:
         return torch.func.vmap(torch.func.grad(lambda v: module(v).pow(3).sum()))(x)
 
     assert_close(torch.compile(slopes, fullgraph=True, backend="aot_eager")(x), slopes(x))
+
+
+def test_empty_statistics_are_a_tensor_of_each_call() -> None:
+    """The kernels may return one tensor for all calls that keep none; operators may not."""
+    x = data(4, 6)
+    (_, first, _), (_, second, _) = (
+        torch.ops.bnfast.layer_norm(x, None, None, 1, 1e-5, False) for _ in range(2)
+    )
+    assert first.numel() == second.numel() == 0
+    assert first is not second
+    assert not torch._C._is_alias_of(first, second)

@@ -147,7 +147,7 @@ def test_work_is_captured_on_a_stream_of_its_own(cuda: Cuda) -> None:
     assert cuda.current is cuda.default
 
 
-def test_a_contender_whose_capture_fails_is_named_and_the_next_is_captured(
+def test_a_provider_whose_capture_fails_is_named_and_the_next_is_captured(
     cuda: Cuda, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It fails in its backward, with an output in hand, and not in the call before the capture. The reason is

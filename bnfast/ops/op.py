@@ -98,7 +98,7 @@ def run(call: Call, norm: Norm) -> Tensor:
     if residual is not None:
         check_residual(x, residual)
     route = choose_route(x)
-    if route == KERNELS and x.is_cuda and elsewhere(x):
+    if route == KERNELS and elsewhere(x):
         with torch.cuda.device(x.device):
             return run(call, norm)
     if route != TORCH and norm.supports(route, call) and (residual is None or residual_fits(route, residual)):
@@ -225,7 +225,7 @@ def gradients(ctx: Any, dy: Tensor, norm: Norm) -> tuple[Tensor | None, ...]:
 
 
 def _on_its_device(function: Callable[..., Gradients], x: Tensor, *rest: Any) -> Gradients:
-    if x.is_cuda and elsewhere(x):
+    if elsewhere(x):
         with torch.cuda.device(x.device):
             return function(x, *rest)
     return function(x, *rest)

@@ -62,7 +62,7 @@ ODD_CHANNELS = in_dtypes(
     (FP32, BF16),
 )
 # groups whose channels are no power of two, of planes that are no whole vectors
-ODD_CELLS = in_dtypes(
+ODD_GROUPS = in_dtypes(
     layouts(
         *(group_norm((5, 4 * c, s, s), groups=4) for c in (1, 3, 10, 65) for s in (7, 17, 35)),
         *(instance_norm((5, c, 17, 17)) for c in (1, 3, 65, 127, 1001)),
@@ -120,7 +120,7 @@ SCHEDULES = in_dtypes(
     ),
     (BF16, FP32),
 )
-CELLS = [
+MANY_GROUPS = [
     *in_dtypes(layouts(*of_groups(GROUPS + TOO_LARGE_TO_HOLD)), (BF16,)),
     *strides(group_norm((3, 40, 9, 9), groups=4)),
     *strides(instance_norm((2, 5, 7, 9, 11))),
@@ -235,8 +235,8 @@ AFFINE_OR_NOT = ({}, {"affine": False})
 GROUPS_OF_CASES = {
     "forms": forms(Case, *TRAIN_AND_EVAL),
     "forms of renorm": forms(batch_renorm, *AFFINE_OR_NOT, {"training": False}),
-    "forms of cells": [*forms(grouped, *AFFINE_OR_NOT), *forms(instance_norm, *AFFINE_OR_NOT)],
-    "odd": [*ODD_CHANNELS, *ODD_CELLS],
+    "forms of groups": [*forms(grouped, *AFFINE_OR_NOT), *forms(instance_norm, *AFFINE_OR_NOT)],
+    "odd": [*ODD_CHANNELS, *ODD_GROUPS],
     "hostile": [
         *hostile(Case, Case((16, 65, 9, 9)), Case((4, 3, 200, 200))),
         *hostile(batch_renorm, batch_renorm((16, 65, 9, 9))),
@@ -246,7 +246,7 @@ GROUPS_OF_CASES = {
     "batches": BATCHES,
     "schedules": SCHEDULES,
     "interpreted": [case for cases in CASES.values() for case in cases],  # see test_numerics.py
-    "cells": CELLS,
+    "groups": MANY_GROUPS,
     "tracked": TRACKED,
     "rows": ROWS,
     "networks": [*RESNET50, *NETWORKS],

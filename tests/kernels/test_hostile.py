@@ -1,5 +1,5 @@
-"""Numbers on which a careless sum of squares loses everything, and cells of one value, which with eps=0 leave
-no variance to divide by."""
+"""Numbers on which a careless sum of squares loses everything, and groups of one value, which with eps=0
+leave no variance to divide by."""
 
 from __future__ import annotations
 
@@ -90,17 +90,17 @@ def test_as_good_as_two_passes_at_a_large_mean(trap: str, case: Case, device: to
     TRAPS[trap](g)
     normal = truth.of(case, g).normal
     x, dy = normal.seen(g.x), normal.seen(g.dy)
-    cell, channel = ((2, 3, 4), (0, 3, 4)) if case.in_sample else ((0, 2, 3), (0, 2, 3))
+    group, channel = ((2, 3, 4), (0, 3, 4)) if case.in_sample else ((0, 2, 3), (0, 2, 3))
     deviations, h = x - normal.mean.float().double(), dy * normal.weight
     xhat = deviations * normal.rstd
-    means = h.mean(cell, keepdim=True), (h * xhat).mean(cell, keepdim=True)
+    means = h.mean(group, keepdim=True), (h * xhat).mean(group, keepdim=True)
     two_passes = {
         "y": normal.as_x(xhat * normal.weight + normal.bias),
         "dx": normal.as_x(normal.rstd * (h - means[0] - xhat * means[1])),
         "dweight": (dy * xhat).sum(channel).flatten(),
     }
     if case.tracked:
-        two_passes["running_var"] = deviations.square().sum(cell).flatten() / (normal.count - 1)
+        two_passes["running_var"] = deviations.square().sum(group).flatten() / (normal.count - 1)
     found, expected = one_step.run(case, bnfast, g), truth.expectations(case, g)
 
     def error(value: Tensor, name: str) -> float:
@@ -113,11 +113,11 @@ def test_as_good_as_two_passes_at_a_large_mean(trap: str, case: Case, device: to
 
 
 # read in one pass and in two; in tiles and pieces
-CELLS = {"one pass": (2, 4, 3, 5), "two passes": (2, 4, 3, 5), "long": (1, 2, 1, 20993)}
+CONSTANT = {"one pass": (2, 4, 3, 5), "two passes": (2, 4, 3, 5), "long": (1, 2, 1, 20993)}
 
 
 def constant(name: str, value: float) -> Tensor:
-    x = torch.randn(CELLS[name], generator=torch.Generator().manual_seed(0))
+    x = torch.randn(CONSTANT[name], generator=torch.Generator().manual_seed(0))
     x[0, :] = value  # the other sample, if any, is an ordinary one
     return x.contiguous(memory_format=torch.channels_last) if name == "two passes" else x
 
@@ -138,7 +138,7 @@ def step(layer: torch.nn.Module, x: Tensor) -> tuple[Tensor, list[Tensor]]:
     ("name", "value"),
     [("long", 2.5), *((name, v) for name in ("one pass", "two passes") for v in (0.0, 0.1, -1e4 / 3))],
 )
-def test_instance_norm_of_constant_cells(name: str, value: float, path: str) -> None:
+def test_instance_norm_of_constant_groups(name: str, value: float, path: str) -> None:
     """The bias, as of torch's layer: the values are their mean. Their gradient is 0, and weight has none from
     them."""
     x = constant(name, value)
@@ -153,8 +153,8 @@ def test_instance_norm_of_constant_cells(name: str, value: float, path: str) -> 
 
 
 @pytest.mark.parametrize("groups", [1, 2])
-@pytest.mark.parametrize("name", CELLS)
-def test_group_norm_of_constant_cells(name: str, groups: int) -> None:
+@pytest.mark.parametrize("name", CONSTANT)
+def test_group_norm_of_constant_groups(name: str, groups: int) -> None:
     """The kernels do as for InstanceNorm. (torch's GroupNorm gives NaN, or noise in channels_last.)"""
     x = constant(name, 2.5)
     layer = bnfast.GroupNorm(groups, x.shape[1], eps=0.0)

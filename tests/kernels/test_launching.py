@@ -1,8 +1,11 @@
-"""Between a call and its kernels: which step it finds, whose workspace it uses, how threads share them."""
+"""Between a call and its kernels: which launch plan it finds, which workspace it uses, how threads share
+them."""
 
 from __future__ import annotations
 
+import contextlib
 import threading
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -12,12 +15,36 @@ from torch import Tensor
 import bnfast
 from bnfast.functional import batch_norm
 from bnfast.kernels import launch, launch_plan
+from bnfast.ops import op
 from tests.support import kernel_calls
 from tests.support.buffers import assert_same_bits, bit_identical, shifted
 from tests.support.layers import data
 
 OPERATORS = torch.ops.bnfast
 SHAPE = (4, 8, 4, 4)
+
+
+def test_a_tensor_on_another_device_is_entered_once_each_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton launches on the current device, so a call makes the tensor's the current one. The device is made
+    up here: tests/gpu has one test with two devices."""
+    entered, inside = [], []
+
+    @contextlib.contextmanager
+    def device(index: torch.device) -> Iterator[None]:
+        entered.append(index)
+        inside.append(index)
+        yield
+        inside.pop()
+
+    monkeypatch.setattr(op, "elsewhere", lambda x: not inside)
+    monkeypatch.setattr(torch.cuda, "device", device)
+    x = data(4, 6).requires_grad_()
+    expected = torch.nn.functional.layer_norm(x, (6,))
+    y = bnfast.functional.layer_norm(x, (6,))
+    assert entered == [x.device]
+    y.sum().backward()
+    assert entered == [x.device] * 2
+    torch.testing.assert_close(y, expected)
 
 
 def run(x: Tensor, dy: Tensor, vectors: list[Tensor], training: bool) -> list[Tensor]:
@@ -37,7 +64,7 @@ def test_parameters_lie_anywhere_at_no_cost(training: bool, nothing_known: dict)
         vectors = [shifted(data(8, seed=n).abs(), elements) for n in range(4)]
         assert {v.data_ptr() % 16 for v in vectors} == {4 * elements}
         results.append(run(x, dy, vectors, training))
-        assert len(nothing_known) == 2  # a step each way, found again
+        assert len(nothing_known) == 2  # a launch plan each way, found again
     assert all(step.first._bind_once for step in nothing_known.values())
     for other in results[1:]:
         assert all(bit_identical(a, b) for a, b in zip(results[0], other, strict=True))
