@@ -22,6 +22,7 @@ import bnfast
 from bnfast import functional
 from tests.support.buffers import bit_identical
 from tests.support.layers import both_modes, data, every_path
+from tests.support.versions import TORCH
 
 Given = dict[str, Any]
 X, M, V = data(3, 4, 2, 3), data(4, seed=1), data(4, seed=2).square() + 0.5
@@ -129,6 +130,15 @@ def assert_raised_alike(ours: Any, theirs: Exception) -> None:
     assert str(ours).startswith(first)
 
 
+def older_eps(name: str, given: Given) -> bool:
+    """torch's batch_norm has its present rules and words for eps of 0 and below since 2.13; the layers have
+    them with any torch."""
+    eps = given.get("eps")
+    return (
+        TORCH < (2, 13) and name.startswith(("batch_norm", "BatchNorm")) and type(eps) is float and eps <= 0
+    )
+
+
 def assert_untouched(after: Given, before: Given) -> None:
     for name, t in before.items():
         assert not isinstance(t, Tensor) or t.is_meta or bit_identical(after[name], t), name
@@ -137,6 +147,8 @@ def assert_untouched(after: Given, before: Given) -> None:
 @every_path
 @pytest.mark.parametrize(("name", "given"), [*of_functions()])
 def test_functions(name: str, given: Given, path: str, launches: list[Any]) -> None:
+    if older_eps(name, given):
+        pytest.skip("this torch has other rules for eps")
     held = copy.deepcopy(given)
     ours, theirs = outcome(getattr(functional, name), held), outcome(getattr(F, name), copy.deepcopy(given))
     if isinstance(theirs, Exception):
@@ -197,6 +209,8 @@ def test_layers(
     name: str, arguments: Any, given: Given, training: bool, path: str, launches: list[Any]
 ) -> None:
     """torch has counted the batch by the time that it raises, we have not."""
+    if older_eps(name, given):
+        pytest.skip("this torch has other rules for eps")
     state, results = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked"), []
     for library in (bnfast, nn):
         options = {key: value for key, value in given.items() if key not in ("input", *state)}

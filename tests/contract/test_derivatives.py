@@ -47,7 +47,8 @@ def test_gradcheck(case: Any, path: str, launches: list[Any]) -> None:
         return norms(norm)[0](x, **dict(zip(given, leaves, strict=True)), activation=activation, eps=1e-2)
 
     # Every input alone where that is cheap; else random directions through all of them, a few calls.
-    options = {"check_batched_grad": True}
+    # torch 2.11's own group_norm has no batched gradients of its gradients
+    options = {"check_batched_grad": (TORCH, path, norm) != ((2, 11), "torch", "group")}
     assert torch.autograd.gradcheck(function, (x, *leaves.values()), fast_mode=len(shape) > 2, **options)
     assert bool(launches) == (path == "kernels")
     assert torch.autograd.gradgradcheck(function, (x, *leaves.values()), fast_mode=True, **options)
