@@ -31,7 +31,7 @@ from benchmarks import (
 from benchmarks.records import CANNOT, MEASURED, PREDICTED, Record, frame
 from benchmarks.session import WIDTH
 from codegen.cases import DTYPES, Case
-from tests.support.made_up_gpu import made_up_gpu
+from tests.support.made_up_gpu import make_up
 
 CPU = torch.device("cpu")
 TINY = Case("BatchNorm", (2, 4, 3, 3), 0, torch.bfloat16, True, suite="suite", network="network")
@@ -225,9 +225,8 @@ def test_every_figure_is_on_disk_when_it_is_made(tmp_path: Path, monkeypatch: py
 
 
 @pytest.fixture
-def gpu(plain_torch_in_one_thread: None, shallow: None) -> Iterator[None]:
-    with made_up_gpu():
-        yield
+def gpu(plain_torch_in_one_thread: None, shallow: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_up(monkeypatch)
 
 
 def job(folder: Path, *arguments: str) -> tuple[int, Path]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from benchmarks.__main__ import parser
 from benchmarks.records import CANNOT, MEASURED, Record, frame
 from benchmarks.resnet import PLAIN, TORCH, Variant
 from benchmarks.step import Effort, measure_steps
-from tests.support.made_up_gpu import made_up_gpu
+from tests.support.made_up_gpu import make_up
 from tests.support.steps import QUICK, SMALL, TASK, biased, measured
 
 pytestmark = [
@@ -29,11 +29,10 @@ FUSED, RESNET50 = Variant("fused", bnfast.fuse), resnet.resnet50
 
 
 @pytest.fixture
-def eager_steps(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def eager_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a GPU that is made up, where most tests need no graphs."""
     monkeypatch.setattr(step, "MODES", ("eager",))
-    with made_up_gpu():
-        yield
+    make_up(monkeypatch)
 
 
 # what is trained

@@ -3,10 +3,9 @@ would on a GPU. It finds what would end a job at once on a real one."""
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -84,6 +83,7 @@ def process(look: session.Session, name: str, command: list[str], seconds: float
 
 
 def make_up(patch: pytest.MonkeyPatch) -> None:
+    """patch: the test's own, so that what a test patches over this is undone before this is."""
     properties = SimpleNamespace(multi_processor_count=4)
     answers: dict[str, Any] = {
         "get_device_name": "made up", "get_device_properties": properties, "mem_get_info": (1 << 30, 1 << 31),
@@ -112,10 +112,3 @@ def make_up(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(step, "BATCHES", (4,))
     patch.setattr(step, "STAGES", (PLAIN[:3],))
     patch.setattr(step, "EFFORT", QUICK)
-
-
-@contextlib.contextmanager
-def made_up_gpu() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        make_up(patch)
-        yield
