@@ -64,7 +64,7 @@ def _eval(signature: Signature, keep: bool, activation: Activation, residual: bo
     constants = {"NORM": None, "CENTRED": True, "ACT": activation}
     without = () if keep else ("stats",)
     transform = signature.elementwise(transform_kernel, 1 + residual, _INFERENCE, constants, without=without)
-    return LaunchPlan(transform, transform, signature.acc_like)
+    return LaunchPlan(transform, transform, signature.acc_like, signature.columns)
 
 
 def _scale(signature: Signature, *dtypes: Any) -> LaunchPlan:
@@ -72,7 +72,7 @@ def _scale(signature: Signature, *dtypes: Any) -> LaunchPlan:
     transform = signature.elementwise(
         transform_kernel, 1, _BACKWARD, constants, rename={"x": "dy", "y": "dx"}
     )
-    return LaunchPlan(transform, transform, signature.acc_like)
+    return LaunchPlan(transform, transform, signature.acc_like, signature.columns)
 
 
 def _gradients(
@@ -128,9 +128,8 @@ def forward(
         residual is not None, relu_mask is None, weight_type, bias_type, mean_type, var_type, batches is None,
     )  # fmt: skip
     y = torch.empty_like(x)
-    channels = x.shape[1]
-    rows = 4 if renorm is None else 6
-    stats = plan.acc_like.new_empty_strided((rows, channels), (channels, 1))  # half of new_empty's host time
+    size = (4 if renorm is None else 6, plan.columns)
+    stats = plan.acc_like.new_empty_strided(size, (plan.columns, 1))  # half of new_empty's host time
     partials, semaphores = workspace(index, stream, plan.acc_like, plan.partials, plan.semaphores, private)
     tensors = (
         x, weight, bias, running_mean, running_var, batches, y, stats, partials, semaphores, residual,

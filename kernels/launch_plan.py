@@ -48,6 +48,7 @@ class LaunchPlan:
     first: Launch
     second: Launch
     acc_like: Tensor  # empty, of the accumulator's dtype, on x's device; its new_empty is the quickest
+    columns: int  # of stats: the channels, or the groups of all samples
     partials: int = 0  # elements that the first launch needs
     semaphores: int = 0  # counters that the first launch needs
 
@@ -97,6 +98,10 @@ class Signature:
         self.x = Problem(n, c, prod(inner), x.element_size(), last, aligned, multiprocessors(index))
         self.acc_like = torch.empty(0, dtype=accumulator(x), device=x.device)
 
+    @property
+    def columns(self) -> int:
+        return self.x.n * self.groups or self.x.c
+
     def _pass(self, make: Callable[..., PassPlan], inputs: int, by_group: bool, activation: str) -> PassPlan:
         if not self.groups:
             return make(self.x, inputs, activation=activation)
@@ -117,4 +122,4 @@ class Signature:
         contiguous group is reduced as one run of memory. constants, how: as Launch's."""
         plan = self._pass(plan_reduction, inputs, by_group, constants.get("ACT", IDENTITY).name)
         first = Launch(kernel, plan, tensors, constants, self.aligned, **how)
-        return LaunchPlan(first, then or first, self.acc_like, plan.partials, plan.semaphores)
+        return LaunchPlan(first, then or first, self.acc_like, self.columns, plan.partials, plan.semaphores)

@@ -15,10 +15,10 @@ _HALVES = (torch.float16, torch.bfloat16)
 _FLOATS = (*_HALVES, torch.float32)
 
 
-def vectors_fit(route: int, x: Tensor, *vectors: Tensor | None) -> bool:
+def vectors_fit(route: int, x: Tensor, channels: int, *vectors: Tensor | None) -> bool:
     """Whether the kernels can take these tensors of one value a channel. The others go to torch, which raises
     its own errors. Every call runs this, and each test takes 0.05 us."""
-    channels, index, cuda = x.shape[1], x.get_device(), x.is_cuda  # size(1) takes twice as long
+    index, cuda = x.get_device(), x.is_cuda
     for t in vectors:
         if t is not None and (
             (type(t) not in PLAIN and (route == KERNELS or not known(t)))

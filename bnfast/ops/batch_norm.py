@@ -127,28 +127,29 @@ def _as_torch_takes_them(training: Any, momentum: Any, eps: Any) -> tuple[bool, 
     return training, None if momentum is None else float(momentum), float(eps)
 
 
-def supports(route: int, call: Call) -> bool:
+def accept(route: int, call: Call) -> Tensor | None:
     x, weight, bias, _, _, (training, _, _, _), (mean, variance, batches) = call
-    if not 2 <= x.dim() <= 5 or (not training and (mean is None or variance is None)):
-        return False
-    if not vectors_fit(route, x, mean, variance, weight, bias):
-        return False
+    shape = x.shape  # read once: each reading makes a new Size
+    if not 2 <= len(shape) <= 5 or (not training and (mean is None or variance is None)):
+        return None
+    if not vectors_fit(route, x, shape[1], mean, variance, weight, bias):
+        return None
     if mean is not None and variance is not None:
         if (mean.requires_grad or variance.requires_grad) and torch.is_grad_enabled():
-            return False
+            return None
         # inference tensors are updated in inference mode only
         inference = training and route == KERNELS and (mean.is_inference() or variance.is_inference())
         if inference and not torch.is_inference_mode_enabled():
-            return False
+            return None
     elif mean is not None or variance is not None:
-        return False
+        return None
     if batches is not None and (
         batches.device != x.device or batches.dtype != torch.int64 or batches.numel() != 1
     ):
-        return False
-    if training and x.size(0) == 1:
-        verify_batch_size(x.size())
-    return True
+        return None
+    if training and shape[0] == 1:
+        verify_batch_size(shape)
+    return x if 1 not in shape and x.is_contiguous() else _ordered(x)
 
 
 def _ordered(x: Tensor) -> Tensor:
@@ -263,6 +264,4 @@ def _written(call: Call, route: int) -> None:
         torch._C._increment_version([t for t in call.buffers if t is not None])
 
 
-NORM = Norm(
-    supports, _ordered, torch_batch_norm, _kernels, _reference, _reference_backward, BatchNorm, _written
-)
+NORM = Norm(accept, torch_batch_norm, _kernels, _reference, _reference_backward, BatchNorm, _written)

@@ -92,16 +92,19 @@ def group_norm(
     return op.run(new(Call, (input, weight, bias, residual, activation, options, NO_BUFFERS)), NORM)
 
 
-def supports(route: int, call: Call) -> bool:
+def accept(route: int, call: Call) -> Tensor | None:
     x, groups = call.x, call.options.groups
-    return not (
+    shape = x.shape
+    if (
         type(groups) is not int
-        or not 2 <= x.dim() <= 5
+        or not 2 <= len(shape) <= 5
         or groups <= 0
-        or x.size(1) % groups
+        or shape[1] % groups
         or x.numel() in (0, groups)  # torch raises for one value a group, newer versions for none too
-        or not vectors_fit(route, x, call.weight, call.bias)
-    )
+        or not vectors_fit(route, x, shape[1], call.weight, call.bias)
+    ):
+        return None
+    return x if 1 not in shape and x.is_contiguous() else ordered(x)
 
 
 def _torch(call: Call) -> Tensor:
@@ -167,4 +170,4 @@ if TRITON:
         ),
     )
 
-NORM = Norm(supports, ordered, _torch, _kernels, _reference, _reference_backward, GroupNorm)
+NORM = Norm(accept, _torch, _kernels, _reference, _reference_backward, GroupNorm)

@@ -13,7 +13,7 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic
 from ..dispatch import KERNELS, TORCH, choose_route, refuse_dtensor
 from ..kernels.epilogue import Activation, ActivationLike
 from ..kernels.layouts import format_in_instance_norm, ordered
-from ..kernels.records import BatchNormOptions
+from ..kernels.records import BatchNormOptions, new
 from ..reference.batchnorm import wide
 from . import group_norm, op
 from .arguments import (
@@ -121,12 +121,12 @@ def instance_norm(
     if not isinstance(input, Tensor):  # torch's error
         return F.instance_norm(input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
     activation = None if activation is None else Activation.of(activation)
-    channels = input.size(1) if input.dim() > 1 else 0
+    channels = input.shape[1] if input.dim() > 1 else 0
     if type(momentum) is not float or type(eps) is not float or type(use_input_stats) is not bool:
         momentum, eps = _as_torch_takes_them(use_input_stats, momentum, eps)
-    options = InstanceNormOptions(channels, eps, use_input_stats, momentum)
+    options = new(InstanceNormOptions, (channels, eps, use_input_stats, momentum, "group_norm"))
     buffers = (running_mean, running_var, None)
-    call = Call(input, weight, bias, residual, activation, options, buffers)
+    call = new(Call, (input, weight, bias, residual, activation, options, buffers))
     # torch's batch_norm refuses a negative eps, and its instance_norm does not
     if not use_input_stats and running_mean is not None and eps >= 0.0:
         route = choose_route(input)
@@ -146,7 +146,10 @@ def _as_torch_takes_them(use_input_stats: Any, momentum: Any, eps: Any) -> tuple
 def _fit(route: int, call: Call) -> bool:
     """Whether the kernels, and the update of the running statistics, can take these tensors."""
     x, (mean, variance, _) = call.x, call.buffers
-    if not 2 <= x.dim() <= 5 or not vectors_fit(route, x, call.weight, call.bias, mean, variance):
+    shape = x.shape
+    if not 2 <= len(shape) <= 5 or not vectors_fit(
+        route, x, shape[1], call.weight, call.bias, mean, variance
+    ):
         return False
     if mean is None or variance is None:
         return mean is variance
@@ -159,10 +162,14 @@ def _fit(route: int, call: Call) -> bool:
     return True
 
 
-def _supports(route: int, call: Call) -> bool:
-    x = call.x
-    # with one value a channel, torch raises its ValueError
-    return call.options.use_input_stats and _fit(route, call) and x.numel() != x.size(0) * x.size(1)
+def _accept(route: int, call: Call) -> Tensor | None:
+    x, options = call.x, call.options
+    if not options.use_input_stats or not _fit(route, call):
+        return None
+    shape = x.shape
+    if x.numel() == shape[0] * options.groups:  # one value a channel: torch raises its ValueError
+        return None
+    return x if 1 not in shape and x.is_contiguous() else _ordered(x)
 
 
 def _ordered(x: Tensor) -> Tensor:
@@ -204,6 +211,6 @@ def _torch(call: Call) -> Tensor:
 
 
 NORM = Norm(
-    _supports, _ordered, _torch, group_norm.NORM.kernels, group_norm.NORM.reference,
+    _accept, _torch, group_norm.NORM.kernels, group_norm.NORM.reference,
     group_norm.NORM.reference_backward, group_norm.GroupNorm, _update,
 )  # fmt: skip

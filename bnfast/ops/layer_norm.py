@@ -97,15 +97,15 @@ def layer_norm(
     return op.run(new(Call, (input, weight, bias, residual, activation, options, NO_BUFFERS)), NORM)
 
 
-def _supports(route: int, call: Call) -> bool:
+def _accept(route: int, call: Call) -> Tensor | None:
     x, weight, bias, _, _, (shape, _), _ = call
     if not isinstance(shape, tuple) or len(shape) == 0:  # torch.Size is a tuple
-        return False
+        return None
     sizes = x.shape
     first = len(sizes) - len(shape)
     for i, n in enumerate(shape, first):
         if first < 0 or sizes[i] != n or not isinstance(n, _INTEGERS):  # 4.0 would pass for 4
-            return False
+            return None
     index, cuda = x.get_device(), x.is_cuda
     for t in (weight, bias):
         if t is not None and (
@@ -115,8 +115,8 @@ def _supports(route: int, call: Call) -> bool:
             or (t.dtype is not torch.float32 and t.dtype not in KERNEL_DTYPES)
             or (t.get_device() != index or not t.is_cuda if cuda else not t.is_cpu)
         ):
-            return False
-    return True
+            return None
+    return x if 1 not in sizes and x.is_contiguous() else contiguous(x)
 
 
 def _torch(call: Call) -> Tensor:
@@ -193,4 +193,4 @@ if TRITON:
         ),
     )
 
-NORM = Norm(_supports, contiguous, _torch, _kernels, _reference, _reference_backward, LayerNorm)
+NORM = Norm(_accept, _torch, _kernels, _reference, _reference_backward, LayerNorm)

@@ -68,16 +68,14 @@ NO_KERNELS = Kernels(_none, _none, _none, _none)
 class Norm:
     """What a normalizer provides.
 
-    supports(route, call): whether the kernels can take a call; other calls go to torch, which raises its
-    own errors. ordered(x): x in a memory order that the kernels take. plain(call): the call in plain torch,
-    without the epilogue.
+    accept(route, call): x in a memory order that the kernels take, or None if they cannot take the call: it
+    goes to torch, which raises its own errors. plain(call): the call in plain torch, without the epilogue.
 
     reference(x, weight, bias, stats, options) is the normalized value that the epilogue is applied to, and
     reference_backward(dy, x, weight, stats, options) its gradients, both in plain torch and differentiable.
     function: the autograd Function that records the kernels (see `record`)."""
 
-    supports: Callable[[int, Call], bool]
-    ordered: Callable[[Tensor], Tensor]
+    accept: Callable[[int, Call], Tensor | None]
     plain: Callable[[Call], Tensor]
     kernels: Kernels
     reference: Callable[..., Tensor]
@@ -101,8 +99,9 @@ def run(call: Call, norm: Norm) -> Tensor:
     if route == KERNELS and elsewhere(x):
         with torch.cuda.device(x.device):
             return run(call, norm)
-    if route != TORCH and norm.supports(route, call) and (residual is None or residual_fits(route, residual)):
-        y = on_kernels(call, norm, route)
+    if route != TORCH and (residual is None or residual_fits(route, residual)):
+        accepted = norm.accept(route, call)
+        y = None if accepted is None else on_kernels(accepted, call, norm, route)
         if y is not None:
             return y
     tensors = call.tensors()
@@ -120,10 +119,10 @@ def _again(*given: Any) -> Tensor:
     return run(call.holding(tensors), norm)
 
 
-def on_kernels(call: Call, norm: Norm, route: int) -> Tensor | None:
-    """The output, recorded if a gradient is wanted; None if the kernels cannot run this call after all."""
-    x, weight, bias, residual, activation, options, buffers = call
-    x = norm.ordered(x)
+def on_kernels(x: Tensor, call: Call, norm: Norm, route: int) -> Tensor | None:
+    """The output, recorded if a gradient is wanted; None if the kernels cannot run this call after all. x:
+    the call's, in a memory order that they take."""
+    _, weight, bias, residual, activation, options, buffers = call
     forward = norm.kernels.forward if route == KERNELS else norm.kernels.operator
     try:
         if not torch.is_grad_enabled() or not (
