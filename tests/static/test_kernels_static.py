@@ -167,6 +167,13 @@ OTHER_ROWS = [
     *rows(64), *rows(768, 4096, dtype=FP16), *rows(256, 768, 4096, 8192, 16384, dtype=FP64),
     *rows(64, 768, 8192, 40000, after=["z + relu", "z + gelu"]),
 ]  # fmt: skip
+# sizes that forbid whole vectors, with which kernels still must not spill
+NARROW = [
+    *layers("BatchNorm", (64, 3, 35, 35), (3, 7, 11)), *layers("BatchNorm", (32, 1001, 4, 4), last=LAST),
+    *layers("InstanceNorm", (2, 512, 7, 7), dtypes=(BF16, FP32)),
+    *rows(1, 3, 7, 100, 1001, 100001), *rows(1001, 100001, dtype=FP32), *rows(7, 1001, 100001, dtype=FP64),
+]  # fmt: skip
+EVERY = RESNETS + FOLLOWED + BATCH_NORM + GROUPS + ROWS + OTHER_ROWS + NARROW
 
 
 def test_enough_shapes_count_as_large() -> None:
@@ -176,10 +183,10 @@ def test_enough_shapes_count_as_large() -> None:
         assert large >= share * every
 
 
-@pytest.mark.parametrize("case", RESNETS + FOLLOWED + BATCH_NORM + GROUPS + ROWS + OTHER_ROWS, ids=str)
+@pytest.mark.parametrize("case", EVERY, ids=str)
 def test_layers(case: Case) -> None:
     for each in recorded(case):
-        check(each)
+        check(each, whole=case not in NARROW)
         if case in LARGE + FOLLOWED + ROWS:
             check_in_flight(each)
         if case in LARGE and each.kernel in ("statistics_kernel", "gradient_sums_kernel"):
@@ -236,19 +243,6 @@ def test_parameters_of_another_dtype(width: int, parameters: torch.dtype) -> Non
     for each in found[:2]:
         assert set(each.report.streamed) <= {16, 4}
         assert parameters == FP64 or each.report.spills == 0  # nobody trains so
-
-
-NARROW = [
-    *layers("BatchNorm", (64, 3, 35, 35), (3, 7, 11)), *layers("BatchNorm", (32, 1001, 4, 4), last=LAST),
-    *layers("InstanceNorm", (2, 512, 7, 7), dtypes=(BF16, FP32)),
-    *rows(1, 3, 7, 100, 1001, 100001), *rows(1001, 100001, dtype=FP32), *rows(7, 1001, 100001, dtype=FP64),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("case", NARROW, ids=str)
-def test_sizes_that_forbid_vectors_still_do_not_spill(case: Case) -> None:
-    for each in recorded(case):
-        check(each, whole=False)
 
 
 # Bytes a thread that Triton keeps in memory on sm_100, for want of two registers (3.7.1, 3.9.0) or of four
