@@ -54,7 +54,7 @@ def measure() -> Iterator[Record]:
         for (name, mode), pair in calls().items():
             for call in pair:
                 call()
-            readings = [[host_microseconds(call, CALLS, 1) for call in pair] for _ in range(ROUNDS)]
+            readings = [[host_microseconds(call, CALLS) for call in pair] for _ in range(ROUNDS)]
             for variant, samples in zip(("bnfast", "torch"), zip(*readings, strict=True), strict=True):
                 spread = {key: round(value, 2) for key, value in Spread.of(samples).columns().items()}
                 yield Record(

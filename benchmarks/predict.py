@@ -16,7 +16,7 @@ from codegen import SMS, why_not_compiled
 from codegen.cases import DIRECTIONS, Case
 
 if TYPE_CHECKING:
-    from codegen.figures import Figures
+    from codegen.launches import Launched
 
 
 def counted(case: Case, direction: str, sms: int = SMS) -> tuple[int, int]:
@@ -38,21 +38,21 @@ def counted(case: Case, direction: str, sms: int = SMS) -> tuple[int, int]:
     return getattr(planned, f"{direction}_bytes"), getattr(planned, f"{direction}_launches")
 
 
-def record(case: Case, direction: str, figures: list[Figures], why_not: str | None) -> Record:
+def record(case: Case, direction: str, launched: list[Launched], why_not: str | None) -> Record:
     """us: of the bytes at the copy rate that tables.py assumes. registers, in_flight_KB: of the kernel with
     the most, and with the least of those that go through x or dy."""
     moved, launches = counted(case, direction)
-    spilling = [each.kernel for each in figures if each.spills]
+    spilling = [each.kernel for each in launched if each.report.spills]
     notes = [FLOOR_LABEL, why_not, f"spills: {', '.join(spilling)}" if spilling else None]
-    in_flight = [each.in_flight / 1024 for each in figures if each.streams and each.in_flight is not None]
+    in_flight = [each.in_flight / 1024 for each in launched if each.streams]
     return Record(
         **columns(case), status=PREDICTED, variant="bnfast", direction=direction,
-        ran=" ".join(each.kernel for each in figures),
+        ran=" ".join(each.kernel for each in launched),
         us=round(floor(moved), 2), floor_bytes=moved, launches=launches,
-        registers=max((each.registers or 0 for each in figures), default=None),
+        registers=max((each.report.registers for each in launched), default=None),
         in_flight_KB=round(min(in_flight), 1) if in_flight else None,
         note="; ".join(note for note in notes if note),
-        versions=f"triton {dispatch.TRITON_VERSION}" if figures else "",
+        versions=f"triton {dispatch.TRITON_VERSION}" if launched else "",
     )  # fmt: skip
 
 
@@ -61,10 +61,10 @@ def records(cases: Iterable[Case], compiled: bool = True) -> Iterator[Record]:
     several cases share is compiled once. compiled: whether to, where that can be done; it takes seconds."""
     why_not = why_not_compiled() if compiled else "no registers, no bytes in flight: not compiled"
     for case in progress(list(cases), desc="counting" if why_not else "compiling for an H200"):
-        found: dict[str, list[Figures]] = {}
+        found: dict[str, list[Launched]] = {}
         if why_not is None:
-            from codegen import figures  # needs Triton
+            from codegen import launches  # needs Triton
 
-            found = figures.of_case(case)
+            found = launches.of_case(case)
         for direction in DIRECTIONS:
             yield record(case, direction, found.get(direction, []), why_not)

@@ -3,6 +3,8 @@ machine code is read. `python3 -m codegen` holds what they take against budgets.
 
 from __future__ import annotations
 
+import torch
+
 from bnfast import dispatch
 
 SMS = 132  # multiprocessors of an H200, for which grids are planned and bytes in flight counted
@@ -10,13 +12,7 @@ SMS = 132  # multiprocessors of an H200, for which grids are planned and bytes i
 
 def why_not_compiled() -> str | None:
     """Why this process cannot compile kernels; None where it can. What is compiled needs Triton imported."""
+    why = "under TRITON_INTERPRET kernels are not compiled" if dispatch.INTERPRET else None
     if not dispatch.TRITON:
-        found = (
-            f"Triton {dispatch.TRITON_VERSION} is too old"
-            if dispatch.TRITON_VERSION
-            else "there is no Triton"
-        )
-        return f"no registers, no bytes in flight: {found}"
-    if dispatch.INTERPRET:
-        return "no registers, no bytes in flight: under TRITON_INTERPRET kernels are not compiled"
-    return None
+        why = dispatch.reason_for_torch(torch.empty(0))
+    return why and f"no registers, no bytes in flight: {why}"

@@ -12,8 +12,8 @@ from tqdm import tqdm
 
 from bnfast import dispatch
 from codegen import budgets, why_not_compiled
-from codegen.budget_cases import CASES
 from codegen.budgets import IN_FLIGHT, LOAD, REGISTERS
+from codegen.cases import CASES
 
 ABOUT = """\
 Launches and bytes (MB) of a layer's kernels, registers a thread, KB that an SM waits for at a time, and bytes
@@ -34,7 +34,7 @@ def show(now: pd.DataFrame, changes: pd.DataFrame) -> None:
     was = changes["was"].to_dict()
     titles = "".join(title.ljust(width) for title, width, _, _ in COLUMNS.values())
     print(f"{'kernel':{NAME_WIDTH}}{titles}".rstrip())
-    for case, lines in now.drop(columns="host ratio").groupby(level="case", sort=False):
+    for case, lines in now.groupby(level="case", sort=False):
         print(case)
         for key, line in lines.iterrows():
             shown = f"  {key[1]} {key[2].removesuffix('_kernel')}".ljust(NAME_WIDTH)
@@ -52,23 +52,20 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python3 -m codegen", description=ABOUT)
     parser.add_argument("--write", action="store_true", help="write budgets.csv anew, for this Triton")
     write = parser.parse_args(arguments).write
-    why_not = why_not_compiled()
-    if why_not:
+    if why_not := why_not_compiled():
         print(f"NOT RUN: {why_not}")
         return 0
-    from codegen import figures  # needs Triton
+    from codegen import launches  # needs Triton
 
-    progress = tqdm(CASES, f"compiling with Triton {dispatch.TRITON_VERSION}", unit="case")
-    now = pd.concat([figures.lines(case, figures.of_case(case)) for case in progress])
-    budget = budgets.read()
+    triton, budget = f"Triton {dispatch.TRITON_VERSION}", budgets.read()
+    progress = tqdm(CASES, f"compiling with {triton}", unit="case")
+    now = pd.concat([budgets.lines(case, launches.of_case(case)) for case in progress])
     changes = budgets.changes(now, budget)
     print(ABOUT)
     show(now, changes)
     if write:
-        budgets.write(budgets.PATH, budgets.renewed(now, budget))
-        print(
-            f"DONE: {budgets.PATH.name} has {len(changes)} other figures of Triton {dispatch.TRITON_VERSION}"
-        )
+        budgets.renewed(now, budget).to_csv(budgets.PATH, lineterminator="\n")
+        print(f"DONE: {budgets.PATH.name} has {len(changes)} other figures of {triton}")
         return 0
     worse = int(changes["worse"].sum())
     print(f"{worse} figures are worse than their budgets, {len(changes) - worse} better.")

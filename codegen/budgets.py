@@ -1,15 +1,21 @@
-"""What kernels may take, as committed in budgets.csv: read, written, and held against what is counted now.
+"""What kernels may take, as committed in budgets.csv: read, renewed, and held against what is counted now.
 
 A line is one kernel of one layer and direction. Registers, bytes in flight and the width of loads are of a
-version of Triton, and have a column for each that the static tests run. Lines with a host ratio are bounds of
-tests/static/test_host_time.py: how many times as long as torch's own function a call may keep the host."""
+version of Triton, and have a column for each that the static tests run."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from statistics import fmean
+from typing import TYPE_CHECKING
 
 import pandas as pd
+
+from bnfast import dispatch
+from codegen.cases import Case
+
+if TYPE_CHECKING:
+    from codegen.launches import Launched
 
 PATH = Path(__file__).with_name("budgets.csv")
 RENEW = "python3 -m codegen --write"
@@ -20,38 +26,35 @@ REGISTERS, IN_FLIGHT, LOAD = OF_CODE = ("registers", "KB in flight", "bytes a lo
 
 def versions(lines: pd.DataFrame) -> list[str]:
     """The Tritons whose code the lines have figures of."""
-    found = (name.removeprefix(f"{REGISTERS} ") for name in lines if name.startswith(REGISTERS))
-    return sorted(found)
+    return sorted(name.removeprefix(f"{REGISTERS} ") for name in lines if name.startswith(REGISTERS))
 
 
 def table(lines: pd.DataFrame) -> pd.DataFrame:
-    """The lines by their keys, which must be unique, with their columns in order and of their types."""
-    code = [f"{what} {version}" for what in OF_CODE for version in versions(lines)]
-    types = {"launches": "int64", "bytes": "Int64", "host ratio": "float64"}
-    types |= {name: "Int64" if name.startswith(REGISTERS) else "float64" for name in code}
-    keyed = lines.set_index(KEY)
-    if not keyed.index.is_unique:
-        raise ValueError(f"more than one line is about {keyed.index[keyed.index.duplicated()].to_list()}")
-    return keyed.reindex(columns=list(types)).astype(types)
+    """The lines by their keys, with their columns in order and of their types."""
+    types = {"launches": "int64", "bytes": "int64"}
+    for what in OF_CODE:
+        types |= {f"{what} {v}": "Int64" if what == REGISTERS else "float64" for v in versions(lines)}
+    return lines.set_index(KEY)[[*types]].astype(types)
 
 
-def read(path: Path = PATH) -> pd.DataFrame:
-    """The lines of a file. ValueError if they are not of this form."""
-    try:
-        return table(pd.read_csv(path))
-    except (KeyError, TypeError, ValueError) as e:
-        raise ValueError(f"{path} is no table of budgets: {e}") from None
+def read() -> pd.DataFrame:
+    return table(pd.read_csv(PATH))
 
 
-def write(path: Path, lines: pd.DataFrame) -> None:
-    lines.to_csv(path, lineterminator="\n")
+def lines(case: Case, launched: dict[str, list[Launched]]) -> pd.DataFrame:
+    """The lines of a case as they are now, of the Triton that runs."""
+    names = [*KEY, "launches", "bytes", *(f"{what} {dispatch.TRITON_VERSION}" for what in OF_CODE)]
+    found = [
+        (str(case), direction, each.kernel, 1, each.bytes, each.report.registers,
+         round(each.in_flight / 1024, 1), round(fmean(each.report.streamed.elements()), 1))
+        for direction, several in launched.items() for each in several
+    ]  # fmt: skip
+    return table(pd.DataFrame(found, columns=names))
 
 
 def renewed(now: pd.DataFrame, budget: pd.DataFrame) -> pd.DataFrame:
-    """The lines to write: those of now, with what the budget knows of other Tritons, and its host ratios."""
-    lines = now.combine_first(budget[budget.index.isin(now.index)])
-    hosts = budget[budget["host ratio"].notna()]
-    return table(pd.concat([lines.reindex(now.index), hosts]).reset_index())
+    """The lines to write: those of now, with what the budget knows of other Tritons."""
+    return table(now.combine_first(budget).reindex(now.index).reset_index())
 
 
 def changes(now: pd.DataFrame, budget: pd.DataFrame) -> pd.DataFrame:
@@ -61,10 +64,9 @@ def changes(now: pd.DataFrame, budget: pd.DataFrame) -> pd.DataFrame:
     known = budget[budget.index.isin(now.index.unique("case"), level="case")]
     every = now.index.union(known.index, sort=False)
 
-    def figures(lines: pd.DataFrame) -> Any:
-        wide = lines.reindex(every)[[name for name in budget if name in now and name != "host ratio"]]
-        long = wide.astype(float).fillna({"launches": 0}).melt(var_name="figure", ignore_index=False)
-        return long.set_index("figure", append=True)["value"]
+    def figures(lines: pd.DataFrame) -> pd.Series:
+        wide = lines.reindex(every)[[name for name in budget if name in now]].astype(float)
+        return wide.fillna({"launches": 0}).rename_axis("figure", axis="columns").stack(future_stack=True)
 
     found = pd.DataFrame({"was": figures(known), "now": figures(now)})
     found = found[found["now"].notna() & (found["was"] != found["now"])]
@@ -86,9 +88,3 @@ def complaint(changes: pd.DataFrame) -> str:
     worse = told(changes[changes["worse"]])
     why = f"If that is meant, renew the budgets, under each Triton that they have columns for: {RENEW}"
     return "\n  ".join(["worse than in budgets.csv:", *worse]) + f"\n{why}" if worse else ""
-
-
-def host(function: str) -> tuple[int, float]:
-    """(launches, host ratio) of the line that is about torch.nn.functional's `function`."""
-    line = read().xs(f"host time over F.{function}", level="kernel").squeeze()
-    return int(line["launches"]), float(line["host ratio"])

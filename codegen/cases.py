@@ -1,17 +1,22 @@
-"""One normalization layer with what follows it, in one dtype and layout: what is compiled, and measured."""
+"""One normalization layer with what follows it, in one dtype and layout: what is compiled, and measured. And
+those of them that have lines in budgets.csv."""
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterable
 from dataclasses import dataclass
 from math import prod
 
 import torch
 from torch import Tensor
 
-NAMES = {torch.float32: "fp32", torch.float64: "fp64", torch.bfloat16: "bf16", torch.float16: "fp16"}
+BF16, FP32 = torch.bfloat16, torch.float32
+NAMES = {FP32: "fp32", torch.float64: "fp64", BF16: "bf16", torch.float16: "fp16"}
 DTYPES = {name: dtype for dtype, name in NAMES.items()}
 FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
 DIRECTIONS = ("forward", "backward")
+LAST, BOTH = (True,), (True, False)  # channels_last, and contiguous too
 
 
 @dataclass(frozen=True)
@@ -73,3 +78,44 @@ class Case:
         """Normal random numbers (never zeros: those draw less power) of x's shape, dtype and layout."""
         generator = torch.Generator(device).manual_seed(seed)
         return self.empty(device).normal_(generator=generator)
+
+
+def layers(
+    norm: str, *shapes: tuple[int, ...], after: Iterable[str] = ("",),
+    dtypes: Iterable[torch.dtype] = (BF16,), last: Iterable[bool] = (False,), groups: int = 0,
+    training: bool = True,
+) -> list[Case]:  # fmt: skip
+    """All combinations. after: "", an activation, "z", or "z + " and an activation."""
+    return [
+        Case(
+            norm, shape, shape[1] if norm == "InstanceNorm" else groups, dtype, channels_last,
+            what.removeprefix("z").removeprefix(" + ") or None, what.startswith("z"), training=training,
+        )
+        for shape, what, dtype, channels_last in itertools.product(shapes, after, dtypes, last)
+    ]  # fmt: skip
+
+
+# Where the time of real networks goes, and each way through memory that the kernels have
+CASES = (
+    # ResNet-50: the stem, the wide ends of blocks with and without what follows, the last stage
+    *layers("BatchNorm", (256, 64, 112, 112), after=["relu"], last=BOTH),
+    *layers("BatchNorm", (256, 256, 56, 56), after=["", "z + relu"], last=BOTH),
+    *layers("BatchNorm", (256, 128, 28, 28), after=["relu"], last=BOTH),
+    *layers("BatchNorm", (256, 1024, 14, 14), after=["", "z + relu"], last=BOTH),
+    *layers("BatchNorm", (64, 512, 7, 7), after=["relu"], last=BOTH),
+    *layers("BatchNorm", (256, 256, 56, 56), dtypes=[FP32], last=BOTH),
+    *layers("BatchNorm", (256, 256, 56, 56), last=BOTH, training=False),
+    *layers("BatchNorm", (256, 256, 56, 56), after=["z + relu"], last=LAST, training=False),
+    *layers("BatchRenorm", (64, 256, 14, 14), last=LAST),
+    # diffusion networks: groups that a program holds in both directions, forward only, in neither; volumes
+    *layers("GroupNorm", (16, 1280, 16, 16), after=["", "relu"], groups=32),
+    *layers("GroupNorm", (16, 320, 64, 64), last=(False, True), groups=32),
+    *layers("GroupNorm", (16, 640, 64, 64), groups=32),
+    *layers("InstanceNorm", (2, 32, 128, 128, 128), (2, 320, 8, 8, 8)),
+    # transformers
+    *layers("LayerNorm", (16384, 768), (16384, 4096)),
+    *layers("LayerNorm", (16384, 768), dtypes=[FP32]),
+    # rows too long for a program to hold, and an activation, which LayerNorm's backward applies beforehand
+    *layers("LayerNorm", (64, 40000)),
+    *layers("LayerNorm", (16384, 768), after=["relu"]),
+)

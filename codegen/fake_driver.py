@@ -1,7 +1,7 @@
 """A driver of no device: everything Triton does on the host to launch a kernel happens, but for the launch.
 
-    with fake_driver() as driver:
-        microseconds = host_microseconds(lambda: kernel[grid](x, y, n, BLOCK=1024))
+    with fake_driver():
+        microseconds = host_microseconds(lambda: kernel[grid](x, y, n, BLOCK=1024), calls=100)
 
 Kernels are compiled for real. Left out is what only a device answers to: the C launcher, and CUDA itself.
 """
@@ -9,10 +9,9 @@ Kernels are compiled for real. Left out is what only a device answers to: the C 
 from __future__ import annotations
 
 import contextlib
-import inspect
+import functools
 import itertools
-import statistics
-import time
+import timeit
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -73,6 +72,7 @@ class FakeDriver:
             def __init__(self, source: ASTSource, metadata: Any) -> None:
                 driver._launched.append(source)
 
+            @functools.wraps(CudaLauncher.__call__)
             def __call__(self, *arguments: Any) -> None:
                 launch_metadata, enter, leave = arguments[6:9]  # behind five and the metadata
                 if enter is not None:
@@ -81,7 +81,6 @@ class FakeDriver:
                 if leave is not None:
                     leave(launch_metadata)
 
-        vars(Launcher)["__call__"].__signature__ = inspect.signature(CudaLauncher.__call__)
         return Launcher
 
     def compiled(self) -> list[Any]:
@@ -111,12 +110,7 @@ def fake_driver(target: str = "sm_90") -> Iterator[FakeDriver]:
         fake.forget()
 
 
-def host_microseconds(call: Callable[[], object], calls: int = 1000, rounds: int = 7) -> float:
-    """Microseconds one call takes: the median of some rounds, after a first that may compile."""
-    times = []
-    for _ in range(rounds + 1):
-        start = time.perf_counter()
-        for _ in range(calls):
-            call()
-        times.append((time.perf_counter() - start) / calls * 1e6)
-    return statistics.median(times[1:])
+def host_microseconds(call: Callable[[], object], calls: int) -> float:
+    """Microseconds that one of so many calls takes, after as many that may compile."""
+    _, seconds = timeit.repeat(call, number=calls, repeat=2)
+    return seconds / calls * 1e6

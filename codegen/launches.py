@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import bnfast
 from bnfast import dispatch
 from bnfast.kernels import launch, launch_plan
-from codegen import SMS
+from codegen import SMS, sass
 from codegen.cases import Case
 from codegen.fake_driver import fake_driver
 
@@ -51,13 +51,11 @@ class Launched:
     @property
     def bytes(self) -> int:
         """What it reads and writes, counted as plans do (BatchNormPlan, GroupNormPlan)."""
-        tensors = {name: t for name, t in self.arguments.items() if isinstance(t, Tensor)}
-        counted = {
-            name: t.nbytes
-            for name, t in tensors.items()
-            if name in DATA or name in HANDED or (name in TABLES and t.shape[0] == 2)
-        }
-        return self._merged() + sum(n * TIMES.get((self.kernel, name), 1) for name, n in counted.items())
+        return self._merged() + sum(
+            t.nbytes * TIMES.get((self.kernel, name), 1)
+            for name, t in self.arguments.items()
+            if isinstance(t, Tensor) and (name in DATA | HANDED or (name in TABLES and len(t) == 2))
+        )
 
     def _merged(self) -> int:
         """What the last program of a sample leaves of each channel, and reads again to merge the groups."""
@@ -67,6 +65,20 @@ class Launched:
         values = 3 if self.kernel == "statistics_kernel" else 2
         wide = self.arguments["partials_ptr"].itemsize
         return 2 * values * wide * group * int(self.arguments["groups"])
+
+    @property
+    def streams(self) -> bool:
+        """Whether it goes through x or dy, rather than add up what others have left."""
+        return not self.arguments.keys().isdisjoint({"x_ptr", "dy_ptr"})
+
+    @property
+    def report(self) -> sass.Report:
+        return sass.report(self.code)
+
+    @property
+    def in_flight(self) -> float:
+        """Bytes that an SM waits for at a time."""
+        return sass.bytes_in_flight_per_sm(self.report, self.programs / SMS)
 
 
 @contextlib.contextmanager
@@ -87,19 +99,15 @@ def as_on_a_gpu(target: str = "sm_90") -> Iterator[Any]:
 
 
 @contextlib.contextmanager
-def recording(compiled: bool = True, target: str = "sm_90") -> Iterator[list[Launched]]:
-    """Within, what layers launch for CPU tensors is planned for SMS multiprocessors and added to the list;
-    without code if that is not asked for, and in the interpreter."""
+def recording(target: str = "sm_90") -> Iterator[list[Launched]]:
+    """Within, what layers launch for CPU tensors is planned for SMS multiprocessors and added to the list."""
     found: list[Launched] = []
 
     def note(self: Any, stream: int, tensors: Sequence[Tensor | None], _: Any, *scalars: float) -> None:
         given = (*self._pick(tensors), *scalars, *self._tail)
-        kernel, code = self._kernel, None
-        if compiled and not launch.INTERPRET:
-            code = kernel[(self._grid,)](*given, **self._options)
-        found.append(
-            Launched(kernel.__name__, self._grid, dict(zip(kernel.arg_names, given, strict=True)), code)
-        )
+        kernel, named = self._kernel, dict(zip(self._kernel.arg_names, given, strict=True))
+        code = None if launch.INTERPRET else kernel[(self._grid,)](*given, **self._options)
+        found.append(Launched(kernel.__name__, self._grid, named, code))
 
     with (
         mock.patch.dict(os.environ, {"BNFAST_INTERPRETER_SMS": str(SMS)}),
@@ -123,11 +131,11 @@ def layer_of(case: Case) -> nn.Module:
     return layer.train(case.training)
 
 
-def of_case(case: Case, compiled: bool = True, target: str = "sm_90") -> dict[str, list[Launched]]:
+def of_case(case: Case, target: str = "sm_90") -> dict[str, list[Launched]]:
     """The launches of one call, forward and backward, with the gradients of all that there is."""
     layer = layer_of(case)
     given = [case.empty().requires_grad_() for _ in range(1 + case.residual)]
-    with recording(compiled, target) as found:
+    with recording(target) as found:
         y = layer(*given)
         forward = len(found)
         torch.autograd.grad(y, [*given, *layer.parameters()], torch.empty_like(y))

@@ -20,24 +20,23 @@ from pathlib import Path
 import triton
 from tqdm import tqdm
 
-from codegen import launches, sass
-from codegen.budget_cases import CASES
+from codegen import launches
+from codegen.cases import CASES
+from codegen.sass_flow import TARGET, Instruction
 
-LINE = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(.*?)\s*;")
 PARAMETER = re.compile(r"c\[0x0\]\[(?:0x[0-9a-f]+|(U?R\d+)(?:\+0x[0-9a-f]+)?)\]")
-LABEL = re.compile(r"`\([^)]*\)")
 FIRST_DIFFERENCES = 12  # lines shown of a kernel that differs
 
 
-def instructions(text: str) -> list[str]:
-    """The instructions of a disassembly, without what may change though the code is the same."""
-    return [LABEL.sub("LABEL", PARAMETER.sub("PARAMETER", line)) for line in LINE.findall(text)]
+def essential(instruction: Instruction) -> str:
+    """An instruction without what may change though the code is the same."""
+    return TARGET.sub("LABEL", PARAMETER.sub("PARAMETER", str(instruction)))
 
 
 def kernels() -> dict[str, list[str]]:
     """The instructions of every budget's kernels, by launch, for the Triton that runs."""
     return {
-        f"{case}, {direction} {number}": instructions(sass.report(launched.code).text)
+        f"{case}, {direction} {number}": [essential(each) for each in launched.report.code.instructions]
         for case in tqdm(CASES, f"compiling with Triton {triton.__version__}", unit="case")
         for direction, several in launches.of_case(case).items()
         for number, launched in enumerate(several, 1)

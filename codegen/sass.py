@@ -18,13 +18,10 @@ from triton.compiler import CompiledKernel
 from triton.runtime.cache import get_cache_manager
 
 from bnfast.kernels.launch import FP_FUSION
-from codegen import sass_flow
 from codegen.fake_driver import fake_driver
-from codegen.sass_flow import Instruction, Phases
+from codegen.sass_flow import Code, Instruction
 
 SHARED_PER_SM = {"sm_80": 164 * 1024, "sm_90": 228 * 1024, "sm_100": 228 * 1024}  # bytes
-ITERATIONS = 8  # of the main loop, to see its steady state: more than stages of any pipeline
-
 AMD_ACCESS = re.compile(r"\b(?:global|buffer)_(load|store)_[us]?(dwordx[234]|dword|short|byte)")
 AMD_WIDTHS = {"dwordx4": 16, "dwordx3": 12, "dwordx2": 8, "dword": 4, "short": 2, "byte": 1}
 
@@ -36,20 +33,27 @@ class Report:
     target: str
     num_warps: int
     registers: int  # a thread
-    spills: int  # instructions that move registers to or from local memory; for AMD, vector registers spilled
+    spilling: int  # instructions that move registers to or from local memory; for AMD, registers that are
     stack: int  # bytes a thread
     shared: int  # bytes a CTA
     loads: Counter[int]  # from global memory: bytes a thread -> how many
     stores: Counter[int]
-    # None for AMD, where no control flow is read.
-    bytes_in_flight: int | None = None  # the most bytes a thread waits for at a time, in the main loop if any
-    phases: Phases | None = field(default=None, repr=False)
-    text: str = field(default="", repr=False)
+    sass: Code | None = field(default=None, repr=False)  # None for AMD
 
     @property
-    def main_loop_loads(self) -> Counter[int]:
-        """As `loads`, in the main loop."""
-        return _widths(ins for ins in self.phases.main_loop if ins.loads) if self.phases else Counter()
+    def code(self) -> Code:
+        assert self.sass is not None, f"the instructions of {self.target} are not read"
+        return self.sass
+
+    @property
+    def spills(self) -> int:
+        """0 if nothing is spilled: instructions, and bytes of the stack."""
+        return self.spilling + self.stack
+
+    @property
+    def streamed(self) -> Counter[int]:
+        """As `loads`, in the main loop if there is one that loads."""
+        return (self.sass and _loads(self.sass.phases.main_loop)) or self.loads
 
 
 def compile_kernel(
@@ -58,8 +62,6 @@ def compile_kernel(
     """Compile for one of fake_driver's TARGETS, as a launch with these arguments would, and report.
 
     options: compile-time constants by name, and what else a launch takes: num_warps, num_stages, maxnreg."""
-    if triton.knobs.runtime.interpret:
-        raise RuntimeError("interpreted kernels cannot be compiled: import them without TRITON_INTERPRET")
     with fake_driver(target):
         return report(kernel[(1,)](*arguments, **{"enable_fp_fusion": FP_FUSION, **options}))
 
@@ -85,32 +87,25 @@ def occupancy(registers: int, warps: int, shared: int, target: str = "sm_90") ->
 
 def bytes_in_flight_per_sm(report: Report, planned_ctas_per_sm: float) -> float:
     """Bytes one SM waits for at a time, when the grid has so many CTAs for it and as many of them fit."""
-    if report.bytes_in_flight is None:
-        raise ValueError(f"bytes in flight are read of NVIDIA's machine code, not of {report.target}'s")
     resident = occupancy(report.registers, report.num_warps, report.shared, report.target)
-    return min(resident, planned_ctas_per_sm) * report.num_warps * 32 * report.bytes_in_flight
+    return min(resident, planned_ctas_per_sm) * report.num_warps * 32 * report.code.bytes_in_flight
 
 
 def _report_nvidia(compiled: CompiledKernel) -> Report:
     tools = triton.knobs.nvidia
     # -ndf: its dataflow analysis adds nothing here, and takes a third of the time
-    text = _told(compiled, tools.nvdisasm.path, "-c", "-ndf")
+    code = Code(_told(compiled, tools.nvdisasm.path, "-c", "-ndf"))
     usage = _told(compiled, tools.cuobjdump.path, "--dump-resource-usage")
-    blocks = sass_flow.parse(text)
-    phases = sass_flow.phases(blocks)
-    instructions = [ins for block in blocks for ins in block.instructions]
     return Report(
         f"sm_{compiled.metadata.target.arch}",
         compiled.metadata.num_warps,
         _number(r"REG:(\d+)", usage),
-        sum(ins.name in ("LDL", "STL") for ins in instructions),
+        sum(ins.name in ("LDL", "STL") for ins in code.instructions),
         _number(r"STACK:(\d+)", usage),
         compiled.metadata.shared,
-        _widths(ins for ins in instructions if ins.loads),
-        _widths(ins for ins in instructions if ins.name == "STG"),
-        sass_flow.bytes_in_flight(phases.main_loop * ITERATIONS or phases.prologue),
-        phases,
-        text,
+        _loads(code.instructions),
+        Counter(ins.width for ins in code.instructions if ins.name == "STG"),
+        code,
     )
 
 
@@ -126,19 +121,15 @@ def _report_amd(compiled: CompiledKernel) -> Report:
         compiled.metadata.shared,
         Counter(AMD_WIDTHS[kind] for access, kind in found if access == "load"),
         Counter(AMD_WIDTHS[kind] for access, kind in found if access == "store"),
-        text=text,
     )
 
 
 def _number(pattern: str, text: str) -> int:
-    found = re.search(pattern, text)
-    if found is None:
-        raise ValueError(f"the tools say nothing like {pattern}")
-    return int(found[1])
+    return int(re.findall(pattern, text)[0])
 
 
-def _widths(instructions: Iterable[Instruction]) -> Counter[int]:
-    return Counter(ins.width for ins in instructions)
+def _loads(instructions: Iterable[Instruction]) -> Counter[int]:
+    return Counter(ins.width for ins in instructions if ins.loads)
 
 
 def _told(compiled: CompiledKernel, tool: str, *options: str) -> str:

@@ -14,13 +14,15 @@ ptxas places unlikely code out of line, so phases follow from control flow and n
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from functools import cached_property
+from itertools import chain
 from typing import Any, NamedTuple
 
 import networkx as nx  # PyTorch brings it
 
 LINE = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(@!?U?P\w+\s+)?([A-Z][\w.]*)\s*(.*?)\s*;")
-LABEL = re.compile(r"^([.$\w]+):", re.MULTILINE)
+LABEL = re.compile(r"([.$\w]+):")
 TARGET = re.compile(r"`\(([^)]+)\)")
 REGISTER = re.compile(r"\bR(\d+)\b")
 WIDTHS = {".256": 32, ".128": 16, ".64": 8, ".U16": 2, ".S16": 2, ".U8": 1, ".S8": 1}
@@ -29,9 +31,12 @@ WIDTHS = {".256": 32, ".128": 16, ".64": 8, ".U16": 2, ".S16": 2, ".U8": 1, ".S8
 class Instruction(NamedTuple):
     """One line of SASS."""
 
+    guard: str  # the predicate under which it is carried out, or ""
     opcode: str  # with its modifiers: LDG.E.128
     operands: str
-    guarded: bool  # carried out under a predicate
+
+    def __str__(self) -> str:
+        return f"{self.guard}{self.opcode} {self.operands}".rstrip()
 
     @property
     def name(self) -> str:
@@ -47,17 +52,6 @@ class Instruction(NamedTuple):
         """Whether this loads from global memory into registers. No kernel copies into shared memory."""
         return self.name == "LDG"
 
-    @property
-    def is_atomic(self) -> bool:
-        return self.name in ("ATOMG", "ATOM")
-
-
-class Block(NamedTuple):
-    """Instructions that always run together."""
-
-    instructions: tuple[Instruction, ...]
-    successors: frozenset[int]  # indices of blocks
-
 
 class Phases(NamedTuple):
     """The instructions of each phase, in the order of the text."""
@@ -70,114 +64,90 @@ class Phases(NamedTuple):
     repeated: tuple[Instruction, ...]  # the part of the epilogue inside loops, which runs more than once
 
 
-def parse(text: str) -> list[Block]:
-    """The control flow graph of a kernel printed by `nvdisasm -c`. The entry is block 0."""
-    instructions: list[Instruction] = []
-    labels: dict[str, int] = {}
-    for line in text.splitlines():
-        if label := LABEL.match(line):
-            labels[label[1]] = len(instructions)
-        elif found := LINE.search(line):
-            instructions.append(Instruction(found[2], found[3], bool(found[1])))
-    exits = [_exits(instructions, i, labels) for i in range(len(instructions))]
-    # Blocks end where control may leave, and behind atomics, where the finaliser begins.
-    starts = {0, *labels.values()}
-    for i, instruction in enumerate(instructions):
-        if exits[i] != {i + 1} or instruction.is_atomic:
-            starts |= {i + 1, *exits[i]}
-    bounds = sorted(start for start in starts if start < len(instructions))
-    number = {start: n for n, start in enumerate(bounds)}
-    return [
-        Block(tuple(instructions[start:stop]), frozenset(number[i] for i in exits[stop - 1] if i in number))
-        for start, stop in zip(bounds, [*bounds[1:], len(instructions)], strict=True)
-    ]
+class Code:
+    """A kernel printed by `nvdisasm -c`: its instructions, and `flow`, the graph of those that are reached,
+    by number, with an edge to each that may come next. The entry is number 0."""
+
+    def __init__(self, text: str) -> None:
+        self.instructions: list[Instruction] = []
+        self._labels: dict[str, int] = {}
+        for line in text.splitlines():
+            if label := LABEL.match(line):
+                self._labels[label[1]] = len(self.instructions)
+            elif found := LINE.search(line):
+                self.instructions.append(Instruction(*found.groups("")))
+        self.flow = nx.DiGraph(self._edges())
+        self.flow.remove_nodes_from(set(self.flow) - _reachable(self.flow, [0]))
+
+    def _edges(self) -> Iterator[tuple[int, int]]:
+        barriers: dict[str, int | None] = {}
+        for number, instruction in enumerate(self.instructions):
+            found = TARGET.search(instruction.operands)
+            target, goes_on = self._labels.get(found[1]) if found else None, True
+            match instruction.name:
+                case "EXIT" | "RET":
+                    target, goes_on = None, bool(instruction.guard)
+                case "BRA" if ".DIV" in instruction.opcode:
+                    # It leaves to emulate a shuffle in a diverged warp, which programs of Triton never are.
+                    target = None
+                case "BRA":
+                    goes_on = bool(instruction.guard) or not instruction.operands.startswith("`")
+                case "BSSY":
+                    barriers[instruction.operands.partition(",")[0]], target = target, None
+                case "BSYNC":  # goes to where the last BSSY with this barrier said
+                    target, goes_on = barriers[instruction.operands], False
+            if target is not None:
+                yield number, target
+            if goes_on:
+                yield number, number + 1
+
+    @property
+    def bytes_in_flight(self) -> int:
+        """The most bytes a thread waits for at a time, in a turn of the main loop if there is one: no kernel
+        loads in one turn what it uses in the next."""
+        return bytes_in_flight(self.phases.main_loop or self.phases.prologue)
+
+    @cached_property
+    def phases(self) -> Phases:
+        code, flow = self.instructions, self.flow
+        loads = {i for i in flow if code[i].loads}
+
+        def after(some: Iterable[int]) -> set[int]:
+            return _reachable(flow, {to for i in some for to in flow[i]})
+
+        def widths(loop: set[int]) -> tuple[int, int]:
+            wide = [code[i].width for i in loop & loads]
+            return max(wide), sum(wide)
+
+        final = after(i for i in flow if code[i].name in ("ATOM", "ATOMG"))
+        loops = [*_loops(flow)]
+        # A persistent kernel comes back to its data loop behind an atomic; else loops there merge partials.
+        loading = [loop for loop in [loop for loop in loops if not loop & final] or loops if loop & loads]
+        innermost = [loop for loop in loading if not any(other < loop for other in loading)]
+        main = max(innermost, key=widths, default=set())
+        final -= main
+        behind = after(main) - main - final
+        streaming = {code[i].opcode for i in main & loads}
+        streams = {i for i in behind & loads if code[i].opcode in streaming}
+        remainder = _reachable(nx.reverse_view(flow.subgraph(behind)), streams)
+        epilogue = behind - remainder
+        repeated = {i for loop in loops if loop <= epilogue for i in loop}
+        phases = set(flow) - main - behind - final, main, remainder, epilogue, final, repeated
+        return Phases(*(tuple(code[i] for i in sorted(phase)) for phase in phases))
 
 
-def _exits(instructions: list[Instruction], index: int, labels: dict[str, int]) -> set[int]:
-    """Where control may go from an instruction, as indices of instructions."""
-    instruction, following = instructions[index], index + 1
-    target = TARGET.search(instruction.operands)
-    if instruction.name in ("EXIT", "RET"):
-        return {following} if instruction.guarded else set()
-    if instruction.name == "BRA" and target and ".DIV" not in instruction.opcode:
-        # BRA.DIV leaves to emulate a shuffle in a diverged warp, which programs of Triton never are.
-        always = not instruction.guarded and instruction.operands.startswith("`")
-        return {labels[target[1]]} if always else {labels[target[1]], following}
-    if instruction.name == "CALL" and target:
-        return {labels[target[1]], following}
-    if instruction.name == "BSYNC":  # goes to where the last BSSY with this barrier said
-        barrier = f"{instruction.operands}, "
-        entries = (ins for ins in instructions[index::-1] if ins.name == "BSSY")
-        entry = next(ins for ins in entries if ins.operands.startswith(barrier))
-        target = TARGET.search(entry.operands)
-        assert target is not None, entry
-        return {labels[target[1]]}
-    return {following}
+def _reachable(graph: Any, entries: Iterable[int]) -> set[int]:
+    return set(chain(*nx.bfs_layers(graph, entries)))
 
 
-def phases(blocks: list[Block]) -> Phases:
-    """Which instructions belong to which phase."""
-    graph = nx.DiGraph([(i, to) for i, block in enumerate(blocks) for to in block.successors])
-    graph.add_nodes_from(range(len(blocks)))
-
-    def reachable(*entries: int) -> set[int]:
-        return set(entries).union(*(nx.descendants(graph, entry) for entry in entries))
-
-    def gather(chosen: Iterable[int]) -> tuple[Instruction, ...]:
-        return tuple(ins for i in sorted(chosen) for ins in blocks[i].instructions)
-
-    def successors(chosen: Iterable[int]) -> set[int]:
-        return {to for i in chosen for to in blocks[i].successors}
-
-    everything = reachable(0)
-    final = reachable(*successors(i for i in everything if blocks[i].instructions[-1].is_atomic))
-    loops = _loops(graph)
-    # A persistent kernel comes back to its data loop behind an atomic; otherwise loops there merge partials.
-    main = _main_loop(blocks, [loop for loop in loops if not loop & final] or loops)
-    final -= main
-    behind = reachable(*successors(main)) - main - final
-    streaming = {ins.opcode for ins in gather(main) if ins.loads}
-    streams = {i for i in behind if streaming & {ins.opcode for ins in blocks[i].instructions}}
-    remainder = streams.union(*(nx.ancestors(graph.subgraph(behind), i) for i in streams))
-    epilogue = behind - remainder
-    return Phases(
-        gather(everything - main - behind - final),
-        gather(main),
-        gather(remainder),
-        gather(epilogue),
-        gather(final),
-        gather(set().union(*(loop for loop in loops if loop <= epilogue))),
-    )
-
-
-def _loops(graph: Any) -> list[frozenset[int]]:
-    """The natural loops. ptxas emits reducible code, where an edge to a block being visited closes a loop."""
-    visited: set[int] = set()
-    under_way: set[int] = set()
-    bodies: dict[int, set[int]] = {}
-    closing: list[tuple[int, int]] = []
-    for block, following, kind in nx.dfs_labeled_edges(graph, 0):
-        if kind == "forward":
-            visited.add(following)
-            under_way.add(following)
-        elif kind == "reverse":
-            under_way.remove(following)
-        elif following in under_way:
-            closing.append((block, following))
-    for last, head in closing:
-        body = bodies.setdefault(head, {head})
-        if last != head:
-            body |= {last} | nx.ancestors(graph.subgraph(visited - {head}), last)
-    return [frozenset(body) for body in bodies.values()]
-
-
-def _main_loop(blocks: list[Block], loops: list[frozenset[int]]) -> set[int]:
-    widths = {
-        loop: [ins.width for i in loop for ins in blocks[i].instructions if ins.loads] for loop in loops
-    }
-    loading = [loop for loop in loops if widths[loop]]
-    innermost = [loop for loop in loading if not any(other < loop for other in loading)]
-    return set(max(innermost, key=lambda loop: (max(widths[loop]), sum(widths[loop])), default=()))
+def _loops(flow: Any, outer: Any = None) -> Iterator[set[int]]:
+    """The natural loops. ptxas emits reducible code: a loop is entered at its head alone, and what is a cycle
+    without the head is a loop within."""
+    for body in nx.strongly_connected_components(flow):
+        if len(body) > 1:
+            yield body
+            heads = {i for i in body if i == 0 or not body.issuperset((outer or flow).pred[i])}
+            yield from _loops(flow.subgraph(body - heads).copy(), outer or flow)
 
 
 def bytes_in_flight(instructions: Iterable[Instruction]) -> int:

@@ -18,9 +18,7 @@ from bnfast import modules
 from bnfast.fusing.report import Fused, FusionReport, Skipped
 
 LAYERS = [getattr(bnfast, name) for name in modules.__all__]
-FUNCTIONS = [
-    getattr(bnfast.functional, f"{name}_norm") for name in ("batch", "group", "instance", "layer")
-] + [bnfast.functional.batch_renorm]
+FUNCTIONS = [getattr(bnfast.functional, name) for name in bnfast.functional.__all__]
 MODELS = [bnfast.convert, bnfast.fuse, bnfast.unfuse, bnfast.revert, bnfast.fusion_report]
 PUBLIC = [*LAYERS, *FUNCTIONS, *MODELS, bnfast.Activation]
 IMPORTED = {"torch": torch, "nn": nn, "F": F, "bnfast": bnfast}  # by the reader of an example

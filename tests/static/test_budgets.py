@@ -1,68 +1,144 @@
 """The regression gate: bytes, launches, registers, bytes in flight and the width of loads held against
-codegen/budgets.csv, and no spills. Host time is held in test_host_time.py."""
+codegen/budgets.csv, and no spills. Each kind of figure that got worse is named, and the file comes back as it
+was written."""
 
 from __future__ import annotations
 
+import importlib
 import itertools
-from collections.abc import Iterator
-from dataclasses import replace
+import pkgutil
 
+import pandas as pd
 import pytest
 
 from benchmarks import predict
-from bnfast import dispatch
-from bnfast.kernels import plan
-from codegen import budgets, figures
-from codegen.budget_cases import CASES, LAST, layers
-from codegen.cases import Case
+from bnfast import dispatch, kernels
+from codegen import __main__ as command
+from codegen import budgets, launches
+from codegen.cases import CASES, LAST, Case, layers
+from tests.__main__ import TRITONS
 
 pytestmark = pytest.mark.static
+
+COMMITTED = budgets.read()
+NAME = "BatchNorm 256x256x56x56 bf16 channels_last"
+KEY = (NAME, "forward", "transform_kernel")
+NOW = COMMITTED.loc[[NAME]]
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_no_figure_is_worse_than_its_budget(case: Case) -> None:
-    budget, found = budgets.read(), figures.of_case(case)
-    complaint = budgets.complaint(budgets.changes(figures.lines(case, found), budget))
+    found = launches.of_case(case)
+    changes = budgets.changes(budgets.lines(case, found), COMMITTED)
+    complaint = budgets.complaint(changes)
     assert not complaint, complaint
+    assert not set(changes.index.unique("figure")) & {"launches", "bytes"}, budgets.told(changes)
     for each in itertools.chain(*found.values()):
-        assert each.spills == 0, each
-    if dispatch.TRITON_VERSION not in budgets.versions(budget):
+        assert each.report.spills == 0, each
+    if dispatch.TRITON_VERSION not in budgets.versions(COMMITTED):
         pytest.skip(f"{budgets.PATH.name} has no registers of Triton {dispatch.TRITON_VERSION}")
 
 
-@pytest.fixture
-def worse(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A plan of kernels that keep a quarter of the loads under way, and of twice the programs that reduce."""
-    maps, reduce = (
-        replace(plan.ELEMENTWISE[0], loads=plan.ELEMENTWISE[0].loads // 4),
-        plan.Program(8, 4, 128, 8),
-    )
-    monkeypatch.setattr(plan, "ELEMENTWISE", (maps, *plan.ELEMENTWISE[1:]))
-    monkeypatch.setattr(plan, "REDUCE", (reduce, *plan.REDUCE[1:]))
-    caches = (plan.plan_elementwise, plan.plan_reduction)
-    for cached in caches:
-        cached.cache_clear()
-    yield
-    for cached in caches:
-        cached.cache_clear()
+FIGURES = {  # what makes each kind of figure worse
+    "launches": 1, "bytes": 1, "registers 3.9.0": 1, "registers 3.6.0": 1, "KB in flight 3.7.1": -0.5,
+    "bytes a load 3.8.0": -0.5,
+}  # fmt: skip
 
 
-@pytest.mark.usefixtures("worse")
-def test_a_worse_plan_is_noticed() -> None:
-    (case,) = layers("BatchNorm", (256, 256, 56, 56), last=LAST)
-    complaint = budgets.complaint(budgets.changes(figures.lines(case, figures.of_case(case)), budgets.read()))
-    assert f"{case}, forward, transform_kernel: KB in flight {dispatch.TRITON_VERSION} was" in complaint
-    assert f"{case}, forward, statistics_kernel: bytes was" in complaint
-    assert budgets.RENEW in complaint
+@pytest.mark.parametrize("worse", [True, False], ids=["worse", "better"])
+@pytest.mark.parametrize("figure", FIGURES)
+def test_a_figure_that_changed_is_named_and_if_it_is_worse_refused(figure: str, worse: bool) -> None:
+    now = NOW.copy()
+    now.loc[KEY, figure] += FIGURES[figure] if worse else -FIGURES[figure]
+    changes = budgets.changes(now, COMMITTED)
+    was, is_ = (f"{lines.loc[KEY, figure]:,.12g}" for lines in (COMMITTED, now))
+    change = f"{', '.join(KEY)}: {figure} was {was}, is {is_}"
+    assert budgets.told(changes) == [change]
+    complaint = budgets.complaint(changes).splitlines()
+    assert complaint[:2] == (["worse than in budgets.csv:", f"  {change}"] if worse else [])
+    assert all(line.endswith("python3 -m codegen --write") for line in complaint[2:])
+
+
+def test_a_kernel_more_is_worse_and_one_less_is_not() -> None:
+    more = budgets.changes(NOW, COMMITTED.drop([KEY]))
+    assert f"{', '.join(KEY)}: launches was 0, is 1" in budgets.complaint(more)
+    less = budgets.changes(NOW.drop([KEY]), COMMITTED)
+    assert less.to_dict("index") == {(*KEY, "launches"): {"was": 1, "now": 0, "worse": False}}
+
+
+def test_registers_of_other_tritons() -> None:
+    """One that the budget has no column for is not compared; one that a line lacks is worse."""
+    assert budgets.changes(NOW.assign(**{"registers 9.0": 255}), COMMITTED).empty
+    lacking, code = COMMITTED.copy(), [name for name in COMMITTED if name.startswith(budgets.OF_CODE)]
+    lacking.loc[KEY, code] = None
+    changes = budgets.changes(NOW, lacking)
+    assert set(changes.index) == {(*KEY, figure) for figure in code}
+    assert changes["was"].isna().all()
+    assert changes["worse"].all()
+    assert len(code) == len(budgets.OF_CODE) * len(TRITONS)
+
+
+def test_renewing_keeps_what_other_tritons_have() -> None:
+    figures = {"launches": 3, "bytes": 7, "registers 3.7.1": 1, "KB in flight 3.7.1": 2.0}
+    figures["bytes a load 3.7.1"] = 3.0
+    now = COMMITTED.loc[[KEY], [*figures]].assign(**figures)
+    expected = COMMITTED.loc[[KEY]].assign(**figures)
+    pd.testing.assert_frame_equal(budgets.renewed(now, COMMITTED), expected, check_dtype=False)
+
+
+def test_the_committed_file_is_as_it_would_be_written() -> None:
+    text = budgets.renewed(COMMITTED, COMMITTED).to_csv(lineterminator="\n")
+    assert text == budgets.PATH.read_text(encoding="utf-8")
+
+
+def test_each_case_and_each_kernel_has_its_lines() -> None:
+    names = [str(case) for case in CASES]
+    assert len(set(names)) == len(names)
+    assert set(COMMITTED.index.unique("case")) == set(names)
+    assert budgets.versions(COMMITTED) == sorted(TRITONS)
+    assert COMMITTED.notna().all(axis=None)
+    modules = pkgutil.iter_modules(kernels.__path__, "bnfast.kernels.")
+    defined = {name for module in modules for name in vars(importlib.import_module(module.name))}
+    assert {name for name in defined if name.endswith("_kernel")} == set(COMMITTED.index.unique("kernel"))
+
+
+@pytest.mark.parametrize("newer", TRITONS[2:])
+def test_loads_are_as_wide_with_every_triton(newer: str) -> None:
+    """Since 3.8, what comes out of a tl.where is divisible by nothing, and loads may fall apart."""
+    for older in TRITONS[:2]:
+        narrower = COMMITTED[f"bytes a load {newer}"] < COMMITTED[f"bytes a load {older}"]
+        assert not narrower.any(), COMMITTED.index[narrower]
+
+
+def test_the_table_shows_what_changed_and_fits_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    now = COMMITTED[["launches", "bytes", *(f"{what} 3.7.1" for what in budgets.OF_CODE)]].drop([KEY])
+    other = (NAME, "forward", "statistics_kernel")
+    now.loc[other, ["launches", "registers 3.7.1"]] += [1, 6]
+    command.show(now, budgets.changes(now, COMMITTED))
+    shown = capsys.readouterr().out
+    assert max(map(len, shown.splitlines())) <= 100
+    was = COMMITTED.loc[other, "registers 3.7.1"]
+    line = shown.partition(f"{NAME}\n")[2].splitlines()[0]
+    assert line.split()[:5] == ["forward", "statistics", "1", "->", "2"]
+    assert f" {was} -> {was + 6} " in line
+    assert f"{', '.join(KEY)}: launches was 1, is 0" in shown
+
+
+def test_the_command_says_why_it_cannot_run(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dispatch, "INTERPRET", True)
+    before = budgets.PATH.read_bytes()
+    assert command.main(["--write"]) == 0
+    assert "NOT RUN: no registers" in capsys.readouterr().out
+    assert budgets.PATH.read_bytes() == before
 
 
 def test_predictions() -> None:
-    forward, backward = predict.records(
-        layers("BatchNorm", (256, 256, 56, 56), after=["z + relu"], last=LAST)
-    )
-    for record, kernels in ((forward, "statistics"), (backward, "gradient_sums")):
+    (case,) = layers("BatchNorm", (256, 256, 56, 56), after=["z + relu"], last=LAST)
+    for record, kernel in zip(predict.records([case]), ("statistics", "gradient_sums"), strict=True):
         assert record.status == "predicted"
-        assert record.ran.startswith(f"{kernels}_kernel ")
+        assert record.ran.startswith(f"{kernel}_kernel ")
         assert record.registers is not None
         assert 32 < record.registers <= 128
         assert record.in_flight_KB is not None

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import triton
+from triton.runtime.driver import driver as triton_driver
 
 from benchmarks import machine
 from bnfast.kernels import launch_plan
@@ -69,15 +70,12 @@ def test_contraction_is_no_matter_of_a_default(
 def hooked(name: str, hook: Callable[..., None], how: str = "chained") -> Iterator[None]:
     """Triton calls the hook at each launch: it is added to Triton's own chain, or to another one in its
     place, or takes that place itself."""
+    default = getattr(runtime, name)
+    chain = default if how == "chained" else type(default)()
+    chain.add(hook)
     with pytest.MonkeyPatch.context() as patch:
-        if how == "assigned":
-            patch.setattr(runtime, name, hook)
-            yield
-            return
-        if how == "another chain":
-            patch.setattr(runtime, name, type(getattr(runtime, name))())
-        chain = getattr(runtime, name)
-        chain.add(hook)
+        if how != "chained":
+            patch.setattr(runtime, name, hook if how == "assigned" else chain)
         try:
             yield
         finally:
@@ -128,13 +126,19 @@ def test_a_launch_keeps_its_code_loaded(driver: FakeDriver) -> None:
     assert not any(kernel() for kernel in kernels)
 
 
-def test_nothing_is_unloaded_by_another_driver(capfd: pytest.CaptureFixture[str]) -> None:
-    """A kernel that outlives the driver of no device: neither a device nor the lack of one hears of it."""
-    with fake_driver() as first:
-        launched = machine.empty_kernel[(1,)](torch.ones(16), **machine.OPTIONS)
+def test_nothing_is_left_of_a_driver(capfd: pytest.CaptureFixture[str]) -> None:
+    """The one before comes back, and of a kernel that lives on neither a device nor the lack of one hears."""
+    before = triton_driver._active
+    with contextlib.suppress(KeyboardInterrupt), fake_driver() as first:
+        launched = toys.copy[(1,)](torch.ones(16), torch.ones(16), 16, BLOCK=16, enable_fp_fusion=True)
         assert launched.module is not None
+        assert toys.copy.device_caches
+        raise KeyboardInterrupt
+    assert triton_driver._active is before
+    assert not toys.copy.device_caches
     with fake_driver() as second:
         del launched
         gc.collect()
         assert (first.unloaded, second.unloaded) == (0, 0)
+        assert second.get_current_device() < first.get_current_device() < 0
     assert "Exception ignored" not in capfd.readouterr().err

@@ -14,9 +14,9 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from codegen import launches, sass, sass_flow
-from codegen.budget_cases import CASES, FP32, LAST, layers
-from codegen.cases import Case
+from codegen import launches, sass
+from codegen.cases import CASES, FP32, LAST, Case, layers
+from codegen.sass_flow import Code, Instruction
 from tests.support import toys
 
 pytestmark = pytest.mark.static
@@ -36,7 +36,7 @@ SMALL = (
 )
 
 
-def written(instruction: sass_flow.Instruction) -> set[int]:
+def written(instruction: Instruction) -> set[int]:
     """The registers that an instruction other than a store writes."""
     first = REGISTER.match(instruction.operands)
     if first is None:
@@ -46,22 +46,24 @@ def written(instruction: sass_flow.Instruction) -> set[int]:
     return set(range(int(first[1]), int(first[1]) + count))
 
 
-def contracted(text: str) -> Iterator[str]:
+def contracted(code: Code) -> Iterator[str]:
     """Operations on a product and what another lane has just handed over."""
-    for block in sass_flow.parse(text):
-        handed: set[int] = set()
-        for ins in block.instructions:
-            operands = [operand.strip() for operand in ins.operands.split(",")]
-            if ins.name == "SHFL":  # writes its second operand, the first is a predicate
-                to = int(operands[1][1:])
-                (handed.add if ".BFLY" in ins.opcode else handed.discard)(to)
-                continue
-            if ins.name in ("FFMA", "DFMA"):
-                added = REGISTER.search(operands[3])
-                if added is not None and int(added[1]) in handed:
-                    yield f"{ins.opcode} {ins.operands}"
-            if ins.name not in ("ST", "STG", "STS"):
-                handed -= written(ins)
+    handed: set[int] = set()
+    for number in sorted(code.flow):
+        if list(code.flow.pred[number]) != [number - 1]:  # what was handed over is not known
+            handed.clear()
+        ins = code.instructions[number]
+        operands = ins.operands.split(", ")
+        if ins.name == "SHFL":  # writes its second operand, the first is a predicate
+            to = int(operands[1][1:])
+            (handed.add if ".BFLY" in ins.opcode else handed.discard)(to)
+            continue
+        if ins.name in ("FFMA", "DFMA"):
+            added = REGISTER.search(operands[3])
+            if added is not None and int(added[1]) in handed:
+                yield str(ins)
+        if ins.name not in ("ST", "STG", "STS"):
+            handed -= written(ins)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -69,12 +71,12 @@ def contracted(text: str) -> Iterator[str]:
 def test_what_is_looked_for(rounded: bool, dtype: torch.dtype) -> None:
     """Kernels that add up products of lanes, as they come and rounded first."""
     x = torch.empty(32, dtype=dtype)
-    report = sass.compile_kernel(toys.dot, x, x, x, BLOCK=32, ROUNDED=rounded, num_warps=1)
-    assert "SHFL.BFLY" in report.text
-    assert bool(list(contracted(report.text))) is not rounded
+    code = sass.compile_kernel(toys.dot, x, x, x, BLOCK=32, ROUNDED=rounded, num_warps=1).code
+    assert any(ins.opcode == "SHFL.BFLY" for ins in code.instructions)
+    assert bool(list(contracted(code))) is not rounded
 
 
 @pytest.mark.parametrize("case", [*SMALL, *CASES], ids=str)
 def test_lanes_agree(case: Case) -> None:
     for each in itertools.chain(*launches.of_case(case).values()):
-        assert not list(contracted(sass.report(each.code).text)), each.kernel
+        assert not list(contracted(each.report.code)), each.kernel

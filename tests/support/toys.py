@@ -19,18 +19,6 @@ def copy(x, y, n, BLOCK: tl.constexpr, STRIDE: tl.constexpr = 1, FAULT: tl.const
 
 
 @triton.jit
-def centre(x, y, n, BLOCK: tl.constexpr):
-    """y = x - mean(x), with x read again for the second step."""
-    total = 0.0
-    for start in tl.range(0, n, BLOCK):
-        i = start + tl.arange(0, BLOCK)
-        total += tl.sum(tl.load(x + i, mask=i < n, other=0.0), 0)
-    for start in tl.range(0, n, BLOCK):
-        i = start + tl.arange(0, BLOCK)
-        tl.store(y + i, tl.load(x + i, mask=i < n) - total / n, mask=i < n)
-
-
-@triton.jit
 def centre_in_registers(x, y, BLOCK: tl.constexpr):
     """Keeps a whole tile for its second step: spills when BLOCK is too large for the CTA."""
     i = tl.arange(0, BLOCK)
