@@ -14,7 +14,7 @@ import torch
 from benchmarks import measure, pictures, predict, records, stamp, suites, tables
 from benchmarks.cases import columns, of_network
 from benchmarks.records import CANNOT, MEASURED, Record, frame
-from benchmarks.report import show_measured, show_predicted
+from benchmarks.report import show_layers
 from benchmarks.session import Session, begin, paragraph, progress, section
 from benchmarks.suites import SUITES, Network
 from benchmarks.timing import one_line
@@ -65,9 +65,8 @@ class Run:
         own = dict(self.shared)
         try:
             for record in measure.of_case(case, self.baselines, self.session.device, self.method):
-                if record.status == MEASURED and "clock_MHz" not in own:
-                    now = stamp.clocks(self.session.device)
-                    own |= {"clock_MHz": now.sm_MHz, "temperature_C": now.temperature_C}
+                if record.status == MEASURED and own == self.shared:
+                    own |= {"clock_MHz": None, "temperature_C": None, **stamp.clocks(self.session.device)}
                 yield self.kept(dataclasses.replace(record, **own))
         except (torch.OutOfMemoryError, RuntimeError) as e:
             why = one_line(e)
@@ -81,29 +80,25 @@ class Run:
 
 
 def of_choice(session: Session, run: Run | None, choice: Choice, compiled: bool = True) -> pd.DataFrame:
-    """Both tables of a network, a file of its records, a picture. run: None if nothing is to be timed.
+    """All tables of a network, a file of its records, a picture. run: None if nothing is to be timed.
     compiled: as in predict.records. Ctrl-C loses nothing: it is on disk already, and is shown first."""
     suite, network, dtype, layout = choice
-    title = network.title(layout, NAMES[dtype])
-    section(title, f"Source: {network.source}.")
+    layers = f"{len(network.layers)} {network.norm} layers, batch {network.batch}"
+    section(f"{network.name}: {layers}, {NAMES[dtype]}, {layout}", f"Source: {network.source}.")
     todo = of_network(suite, network, dtype, layout == "channels_last")
     shared = stamp.columns(session.device)
     found = [dataclasses.replace(r, **shared) for r in predict.records(todo, compiled)]
     records.append(session.folder / "predicted.csv", found)
-    show_predicted(frame(found))
-    if run:
-        timed: list[Record] = []
-        try:
+    try:
+        if run:
             for case in progress(todo, desc=f"timing {network.name}"):
-                timed.extend(run.case(case))
-        except KeyboardInterrupt:
-            paragraph("Stopped. What was measured until then is in layers.csv.")
-            raise
-        finally:
-            show_measured(frame(timed))
-        found += timed
-    path = session.folder / f"{network.file}-{NAMES[dtype]}-{layout}.png"
-    session.draw(lambda: pictures.layers(path, frame(found), title))
+                found += run.case(case)
+    except KeyboardInterrupt:
+        paragraph("Stopped. What was measured until then is in layers.csv.")
+        raise
+    finally:
+        show_layers(frame(found))
+    session.draw(lambda: pictures.layers(session.folder, frame(found)))
     return frame(found)
 
 
