@@ -46,8 +46,8 @@ def layouts(network: Network, asked: str | None) -> tuple[str, ...]:
 
 
 class Run:
-    """Timing with one stamp and one copy rate. file: where every record goes as it is measured; None if the
-    caller sees to that."""
+    """Timing of bnfast and these baselines with one stamp and one copy rate. file: where every record goes as
+    it is measured; None if the caller sees to that."""
 
     def __init__(
         self, session: Session, method: measure.Method, names: Sequence[str], file: Path | None
@@ -55,7 +55,7 @@ class Run:
         from benchmarks import machine  # needs Triton
 
         self.session, self.method, self.file = session, method, file
-        self.baselines = measure.get(["bnfast", *(name for name in names if name != "bnfast")])
+        self.baselines = measure.get(["bnfast", *names])
         self.shared: dict[str, Any] = stamp.columns(session.device)
         self.shared["copy_GBps"] = round(machine.copy_rate(list(machine.copies(session.device))), 1)
 
@@ -68,7 +68,7 @@ class Run:
                 if record.status == MEASURED and own == self.shared:
                     own |= {"clock_MHz": None, "temperature_C": None, **stamp.clocks(self.session.device)}
                 yield self.kept(dataclasses.replace(record, **own))
-        except (torch.OutOfMemoryError, RuntimeError) as e:
+        except RuntimeError as e:
             why = one_line(e)
             yield self.kept(Record(**columns(case), status=CANNOT, variant="all", note=why, **self.shared))
         torch.cuda.empty_cache()
@@ -105,7 +105,7 @@ def of_choice(session: Session, run: Run | None, choice: Choice, compiled: bool 
 def summary(session: Session, found: pd.DataFrame) -> str:
     if not session.gpu:
         return "predicted; times need a GPU"
-    of_layers = tables.select(found, kind="layer")
+    of_layers = tables.select(found)
     timed = of_layers[of_layers["status"] == MEASURED]["case"]
     return f"{timed.nunique()} of {of_layers['case'].nunique()} cases measured"
 

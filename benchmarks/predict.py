@@ -38,8 +38,8 @@ def record(case: Case, direction: str, figures: list[Figures], why_not: str | No
     """us: of the bytes at the copy rate that tables.py assumes. registers, in_flight_KB: of the kernel with
     the most, and with the least of those that go through x or dy."""
     moved, launches = counted(case, direction)
-    spilling = [each.kernel for each in figures if each.spills]
-    notes = [FLOOR_LABEL, why_not, f"spills: {', '.join(spilling)}" if spilling else None]
+    spilling = ", ".join(each.kernel for each in figures if each.spills)
+    notes = [FLOOR_LABEL, why_not, spilling and f"spills: {spilling}"]
     in_flight = [each.in_flight / 1024 for each in figures if each.streams and each.in_flight is not None]
     return Record(
         **columns(case), status=PREDICTED, variant="bnfast", direction=direction,
@@ -47,7 +47,7 @@ def record(case: Case, direction: str, figures: list[Figures], why_not: str | No
         us=round(floor(moved), 2), floor_bytes=moved, launches=launches,
         registers=max((each.registers or 0 for each in figures), default=None),
         in_flight_KB=round(min(in_flight), 1) if in_flight else None,
-        note="; ".join(note for note in notes if note),
+        note="; ".join(filter(None, notes)),
         versions=f"triton {dispatch.TRITON_VERSION}" if figures else "",
     )  # fmt: skip
 

@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 import torch
 
-from benchmarks import Refused, cases, predict, records, report, suites, tables
+from benchmarks import cases, predict, records, report, suites, tables
 from benchmarks.records import CANNOT, MEASURED, PREDICTED, Record, frame
 from benchmarks.session import WIDTH, as_text
 from benchmarks.suites import SUITES, Network
@@ -152,10 +152,6 @@ def test_report_of_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
         (picture,) = folder.glob("*.png")
         assert picture.name == "ResNet-50-BatchNorm-bf16-channels_last.png"
         assert picture.read_bytes()[:4] == b"\x89PNG"
-    (tmp_path / "other.csv").write_text("a,b\n1,2\n")
-    for wrong in (tmp_path / "nothing", tmp_path / "other.csv"):
-        with pytest.raises(Refused, match="PATH: .*(nothing|other)"):
-            report.run(options(wrong), [])
 
 
 def test_comparison_of_two_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
