@@ -142,7 +142,7 @@ def test_clocks_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(("answer", "code", "found"), [
     ("570.86.15, [Not Supported], [Unknown Error]\n", 0, {"driver": "570.86.15"}), ("", 0, {}),
-    ("No devices were found\n", 0, {}), (ANSWER * 2, 0, {}), ("", 9, {}), (FileNotFoundError(), 0, {}),
+    ("No devices were found\n", 0, {}), (ANSWER * 2, 0, {}), (ANSWER, 9, {}), (FileNotFoundError(), 0, {}),
     (subprocess.TimeoutExpired("nvidia-smi", 1), 0, {}),
 ], ids=str)  # fmt: skip
 def test_what_the_gpu_does_not_tell_is_none_and_no_error(
