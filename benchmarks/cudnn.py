@@ -11,13 +11,14 @@ shows when they are built."""
 from __future__ import annotations
 
 import functools
+from collections import defaultdict
 from importlib import import_module
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.baselines import EPS, MOMENTUM, Baseline, Provider, given, lacks
+from benchmarks.baselines import EPS, MOMENTUM, Baseline, Provider, given, lacks, no_cudnn
 from codegen.cases import NAMES, Case
 
 PACKAGE = "cudnn"
@@ -44,26 +45,25 @@ class Graph:
         types = {"intermediate_data_type": kinds.FLOAT, "compute_data_type": kinds.FLOAT}
         self.graph = self.cudnn.pygraph(io_data_type=self.io, **types, handle=self.handle)
         vector = torch.empty(1, x.shape[1], *[1] * (x.dim() - 2), device=device)
-        examples = {**dict.fromkeys(LIKE_X, x), "mask": torch.empty_like(x, dtype=torch.bool), **constants}
-        self.constants, self.example = constants, lambda name: examples.get(name, vector)
+        own = {**dict.fromkeys(LIKE_X, x), "mask": torch.empty_like(x, dtype=torch.bool), **constants}
+        self.constants, self.examples = constants, defaultdict(lambda: vector, own)
         self.nodes: dict[str, Any] = {}
         self.made: dict[str, Tensor] = {}
 
-    def reads(self, names: str) -> list[Any]:
-        own = {name: self.graph.tensor_like(self.example(name)) for name in names.split()}
-        self.nodes |= own
-        return list(own.values())
+    def read(self, name: str) -> Any:
+        node = self.nodes[name] = self.graph.tensor_like(self.examples[name])
+        return node
 
-    def makes(self, **nodes: Any) -> Graph:
+    def writes(self, **nodes: Any) -> Graph:
         """Raises what the package raises where no engine takes the graph."""
         for name, node in nodes.items():
-            like = self.made[name] = self.example(name).to("meta")
+            like = self.made[name] = self.examples[name].to("meta")
             kind = getattr(self.cudnn.data_type, TYPES[like.dtype])
             self.nodes[name] = node.set_output(True).set_data_type(kind)
         self.graph.build([self.cudnn.heur_mode.A, self.cudnn.heur_mode.FALLBACK])
         size = max(1, self.graph.get_workspace_size())
         self.workspace = torch.empty(size, dtype=torch.uint8, device=self.device)
-        del self.example  # and its memory
+        del self.examples  # and their memory
         return self
 
     def __call__(self, **given: Tensor | None) -> dict[str, Tensor]:
@@ -81,31 +81,30 @@ def graphs(case: Case, device: torch.device, zero: Tensor | None) -> tuple[Graph
     """Of forward and backward. zero: what y is compared with for the mask of relu, if that follows."""
     eps, momentum = (torch.full([1] * len(case.shape), value) for value in (EPS, MOMENTUM))
     first = Graph(case, device, eps=eps, momentum=momentum, **({} if zero is None else {"zero": zero}))
-    vectors = ("input", "scale", "bias", "in_running_mean", "in_running_var", "epsilon", "momentum")
-    given = first.reads("x weight bias mean variance eps momentum")
-    y, *statistics = first.graph.batchnorm(name="norm", **dict(zip(vectors, given, strict=True)))
-    made = dict(zip(("batch_mean", "batch_rstd", "new_mean", "new_variance"), statistics, strict=True))
+    second, mask, dz = Graph(case, device), {}, {}
+    y, mean, rstd, new_mean, new_variance = first.graph.batchnorm(
+        name="norm", input=first.read("x"), scale=first.read("weight"), bias=first.read("bias"),
+        in_running_mean=first.read("mean"), in_running_var=first.read("variance"),
+        epsilon=first.read("eps"), momentum=first.read("momentum"),
+    )  # fmt: skip
+    dy = second.read("dy")
     if case.residual:
-        y = first.graph.add(name="sum", a=y, b=first.reads("z")[0])
+        y = first.graph.add(name="sum", a=y, b=first.read("z"))
     if zero is not None:
         y = first.graph.relu(name="relu", input=y)
-        made["mask"] = first.graph.cmp_gt(name="sign", input=y, comparison=first.reads("zero")[0])
-    second, dz = Graph(case, device), {}
-    dy, x, weight, mean, rstd = second.reads("dy x weight batch_mean batch_rstd")
-    if zero is not None:
-        dy = second.graph.scale(name="drelu", input=dy, scale=second.reads("mask")[0]).set_data_type(
-            second.io
-        )
+        mask = {"mask": first.graph.cmp_gt(name="sign", input=y, comparison=first.read("zero"))}
+        dy = second.graph.scale(name="drelu", input=dy, scale=second.read("mask")).set_data_type(second.io)
         dz = {"dz": dy} if case.residual else {}
     dx, dweight, dbias = second.graph.batchnorm_backward(
-        name="dnorm", grad=dy, input=x, scale=weight, mean=mean, inv_variance=rstd
-    )
-    return first.makes(y=y, **made), second.makes(dx=dx, dweight=dweight, dbias=dbias, **dz)
+        name="dnorm", grad=dy, input=second.read("x"), scale=second.read("weight"),
+        mean=second.read("batch_mean"), inv_variance=second.read("batch_rstd"),
+    )  # fmt: skip
+    statistics = {"batch_mean": mean, "batch_rstd": rstd, "new_mean": new_mean, "new_variance": new_variance}
+    return first.writes(y=y, **statistics, **mask), second.writes(dx=dx, dweight=dweight, dbias=dbias, **dz)
 
 
 class _Step(torch.autograd.Function):
-    """The mask has a byte an element, as in NVIDIA's samples, of which cuDNN writes a bit: its peak memory is
-    larger than it need be."""
+    """The mask has a byte an element, as in NVIDIA's samples, of which cuDNN writes a bit."""
 
     @staticmethod
     def forward(
@@ -128,18 +127,17 @@ class _Step(torch.autograd.Function):
 
 
 def _unable(case: Case, device: torch.device) -> str | None:
-    if case.norm != "BatchNorm":
-        return f"its graphs here are BatchNorm's, not {case.norm}'s"
     if case.activation not in (None, "relu"):
         return f"its graphs here have no {case.activation}"
     if case.dtype not in TYPES:
         return f"it has no {NAMES[case.dtype]}"
-    return lacks(PACKAGE) if device.type == "cuda" else "needs a GPU with cuDNN"
+    return no_cudnn(case, device) or lacks(PACKAGE)
 
 
 def _build(case: Case, device: torch.device) -> Provider:
     """Raises what the package says where the machine's cuDNN has no engine for the case."""
-    g, ran = given(case, device), f"cuDNN {import_module(PACKAGE).backend_version()}, a graph each way"
+    parameters, running = given(case, device)
+    ran = f"cuDNN {import_module(PACKAGE).backend_version()}, a graph each way"
     zero = torch.zeros([1] * len(case.shape)) if case.activation else None
     try:
         both = graphs(case, device, zero)
@@ -149,8 +147,7 @@ def _build(case: Case, device: torch.device) -> Provider:
         # NVIDIA's sample compares with zeros of x's size, T bytes more: only where one 0 will not do
         both = graphs(case, device, torch.zeros_like(case.empty(device)))
         ran += ", reads zeros of x's size"
-    vectors = (g.weight, g.bias, g.running_mean, g.running_var)
-    return Provider(ran, lambda x, z: _Step.apply(both, x, z, *vectors), g.parameters)
+    return Provider(ran, lambda x, z: _Step.apply(both, x, z, *parameters, *running), parameters)
 
 
-FRONTEND = Baseline("cudnn-frontend", "cuDNN's fused graphs, by nvidia-cudnn-frontend", _unable, _build)
+FRONTEND = Baseline("cudnn-frontend", "cuDNN's fused graphs, by nvidia-cudnn-frontend", _build, _unable)

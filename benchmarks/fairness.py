@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.baselines import EPS, Provider, after, given
-from bnfast.activation import Activation
+from benchmarks.baselines import EPS, Provider, followed, given, inputs
+from bnfast.reference import batchnorm, groupnorm
 from codegen.cases import NAMES, Case
 
 # Operators that make a copy of a tensor, of whatever layout or type; what `.contiguous()`, `.to()` and
@@ -42,40 +42,33 @@ class _Counting(TorchDispatchMode):
 
 def step(provider: Provider, case: Case, device: torch.device) -> dict[str, Tensor]:
     """One forward and backward: y, and the gradients of x, z and the parameters."""
-    x, dy = case.tensor(device, 0).requires_grad_(), case.tensor(device, 2000)
-    z = case.tensor(device, 1000).requires_grad_() if case.residual else None
-    leaves = {"dx": x, **({} if z is None else {"dz": z})}
-    leaves |= {f"gradient of parameter {i}": each for i, each in enumerate(provider.parameters)}
-    with torch.enable_grad():
-        y = provider.forward(x, z)
-        gradients = torch.autograd.grad(y, [*leaves.values()], dy)
-    return {"y": y.detach(), **dict(zip(leaves, gradients, strict=True))}
+    x, z, dy = inputs(case, device)
+    y = provider.forward(x, z)
+    names = ("dx", *["dz"] * case.residual, "dweight", "dbias")
+    return {"y": y.detach(), **dict(zip(names, provider.backward(y, x, z, dy), strict=True))}
 
 
 def copies(provider: Provider, case: Case, device: torch.device) -> int:
     """Bytes that a forward and a backward copy beside the work, as far as torch's dispatcher sees them: not
-    what a kernel copies inside. A first call may set things up; the second one counts."""
-    step(provider, case, device)
+    what a kernel copies inside. It has run before, as a first call may set things up."""
     with _Counting() as counting:
         step(provider, case, device)
     return counting.bytes
 
 
 def truth(case: Case, device: torch.device) -> dict[str, Tensor]:
-    """The same step by plain formulas in fp64, rounded once at the end."""
-    g, act = given(case, device, torch.float64), Activation.of(case.activation)
+    """The same step by the formulas of bnfast.reference in fp64, rounded once at the end."""
+    (weight, bias), _ = given(case, device, torch.float64)
+
+    def norm(x: Tensor) -> Tensor:
+        if case.norm == "BatchNorm":
+            return batchnorm.normalized(x, weight, bias, EPS, None)
+        return groupnorm.group_norm(x, weight, bias, case.groups, EPS)
 
     def forward(x: Tensor, z: Tensor | None) -> Tensor:
-        wide = x.double()
-        grouped = wide if case.norm == "BatchNorm" else wide.unflatten(1, (case.groups, -1))
-        dims = (0, *range(2, wide.dim())) if case.norm == "BatchNorm" else tuple(range(2, grouped.dim()))
-        centered = grouped - grouped.mean(dims, keepdim=True)
-        xhat = (centered * (centered.square().mean(dims, keepdim=True) + EPS).rsqrt()).reshape(wide.shape)
-        shape = (1, -1, *[1] * (wide.dim() - 2))
-        y = xhat * g.weight.view(shape) + g.bias.view(shape)
-        return after(act, y, None if z is None else z.double()).to(x.dtype)
+        return followed(case, norm)(x.double(), None if z is None else z.double()).to(x.dtype)
 
-    return step(Provider("fp64", forward, g.parameters), case, device)
+    return step(Provider("fp64", forward, [weight, bias]), case, device)
 
 
 def strayed(found: dict[str, Tensor], case: Case) -> str:

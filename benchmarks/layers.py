@@ -14,7 +14,7 @@ import torch
 from benchmarks import measure, pictures, predict, records, stamp, suites, tables
 from benchmarks.cases import columns, of_network
 from benchmarks.records import CANNOT, MEASURED, Record, frame
-from benchmarks.report import show_measured, show_predicted
+from benchmarks.report import show_layers
 from benchmarks.session import Session, begin, paragraph, progress, section
 from benchmarks.suites import SUITES, Network
 from benchmarks.timing import one_line
@@ -46,8 +46,8 @@ def layouts(network: Network, asked: str | None) -> tuple[str, ...]:
 
 
 class Run:
-    """Timing with one stamp and one copy rate. file: where every record goes as it is measured; None if the
-    caller sees to that."""
+    """Timing of bnfast and these baselines with one stamp and one copy rate. file: where every record goes as
+    it is measured; None if the caller sees to that."""
 
     def __init__(
         self, session: Session, method: measure.Method, names: Sequence[str], file: Path | None
@@ -55,7 +55,7 @@ class Run:
         from benchmarks import machine  # needs Triton
 
         self.session, self.method, self.file = session, method, file
-        self.baselines = measure.get(["bnfast", *(name for name in names if name != "bnfast")])
+        self.baselines = measure.get(["bnfast", *names])
         self.shared: dict[str, Any] = stamp.columns(session.device)
         self.shared["copy_GBps"] = round(machine.copy_rate(list(machine.copies(session.device))), 1)
 
@@ -65,11 +65,10 @@ class Run:
         own = dict(self.shared)
         try:
             for record in measure.of_case(case, self.baselines, self.session.device, self.method):
-                if record.status == MEASURED and "clock_MHz" not in own:
-                    now = stamp.clocks(self.session.device)
-                    own |= {"clock_MHz": now.sm_MHz, "temperature_C": now.temperature_C}
+                if record.status == MEASURED and own == self.shared:
+                    own |= {"clock_MHz": None, "temperature_C": None, **stamp.clocks(self.session.device)}
                 yield self.kept(dataclasses.replace(record, **own))
-        except (torch.OutOfMemoryError, RuntimeError) as e:
+        except RuntimeError as e:
             why = one_line(e)
             yield self.kept(Record(**columns(case), status=CANNOT, variant="all", note=why, **self.shared))
         torch.cuda.empty_cache()
@@ -81,36 +80,32 @@ class Run:
 
 
 def of_choice(session: Session, run: Run | None, choice: Choice, compiled: bool = True) -> pd.DataFrame:
-    """Both tables of a network, a file of its records, a picture. run: None if nothing is to be timed.
+    """All tables of a network, a file of its records, a picture. run: None if nothing is to be timed.
     compiled: as in predict.records. Ctrl-C loses nothing: it is on disk already, and is shown first."""
     suite, network, dtype, layout = choice
-    title = network.title(layout, NAMES[dtype])
-    section(title, f"Source: {network.source}.")
+    layers = f"{len(network.layers)} {network.norm} layers, batch {network.batch}"
+    section(f"{network.name}: {layers}, {NAMES[dtype]}, {layout}", f"Source: {network.source}.")
     todo = of_network(suite, network, dtype, layout == "channels_last")
     shared = stamp.columns(session.device)
     found = [dataclasses.replace(r, **shared) for r in predict.records(todo, compiled)]
     records.append(session.folder / "predicted.csv", found)
-    show_predicted(frame(found))
-    if run:
-        timed: list[Record] = []
-        try:
+    try:
+        if run:
             for case in progress(todo, desc=f"timing {network.name}"):
-                timed.extend(run.case(case))
-        except KeyboardInterrupt:
-            paragraph("Stopped. What was measured until then is in layers.csv.")
-            raise
-        finally:
-            show_measured(frame(timed))
-        found += timed
-    path = session.folder / f"{network.file}-{NAMES[dtype]}-{layout}.png"
-    session.draw(lambda: pictures.layers(path, frame(found), title))
+                found += run.case(case)
+    except KeyboardInterrupt:
+        paragraph("Stopped. What was measured until then is in layers.csv.")
+        raise
+    finally:
+        show_layers(frame(found))
+    session.draw(lambda: pictures.layers(session.folder, frame(found)))
     return frame(found)
 
 
 def summary(session: Session, found: pd.DataFrame) -> str:
     if not session.gpu:
         return "predicted; times need a GPU"
-    of_layers = tables.select(found, kind="layer")
+    of_layers = tables.select(found)
     timed = of_layers[of_layers["status"] == MEASURED]["case"]
     return f"{timed.nunique()} of {of_layers['case'].nunique()} cases measured"
 

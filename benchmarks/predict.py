@@ -12,6 +12,8 @@ from benchmarks.records import PREDICTED, Record
 from benchmarks.session import progress
 from benchmarks.tables import FLOOR_LABEL, floor
 from bnfast import dispatch
+from bnfast.kernels import group_plan, plan
+from bnfast.kernels.epilogue import EpiloguePlan
 from codegen import SMS, why_not_compiled
 from codegen.cases import DIRECTIONS, Case
 
@@ -19,22 +21,16 @@ if TYPE_CHECKING:
     from codegen.launches import Launched
 
 
-def counted(case: Case, direction: str, sms: int = SMS) -> tuple[int, int]:
+def counted(case: Case, direction: str) -> tuple[int, int]:
     """(bytes moved, kernels launched) by the forward or backward of a training step, as the kernels' own plan
-    has them. Raises ValueError for a layer that has none."""
-    if case.norm not in ("BatchNorm", "GroupNorm", "InstanceNorm"):
-        names = "BatchNorm, GroupNorm, InstanceNorm"
-        raise ValueError(f"a case's norm must be one of {names} to be planned, not {case.norm!r}")
-    from bnfast.kernels import group_plan, plan
-    from bnfast.kernels.epilogue import EpiloguePlan
-
+    has them."""
     n, c, s = case.shape[0], case.shape[1], prod(case.shape[2:])
     # where both layouts describe x, the kernels see it as layouts.is_channels_last does
     memory = (case.dtype.itemsize, s == 1 or (case.channels_last and c > 1))
     epilogue = EpiloguePlan.of(case.activation or "none", case.residual, c, s, memory)
-    planned: Any = plan.batch_norm(n, c, s, *memory, sms=sms, epilogue=epilogue)
+    planned: Any = plan.batch_norm(n, c, s, *memory, sms=SMS, epilogue=epilogue)
     if case.groups:
-        planned = group_plan.group_norm(n, c, s, case.groups, *memory, sms=sms, epilogue=epilogue)
+        planned = group_plan.group_norm(n, c, s, case.groups, *memory, sms=SMS, epilogue=epilogue)
     return getattr(planned, f"{direction}_bytes"), getattr(planned, f"{direction}_launches")
 
 
@@ -42,8 +38,8 @@ def record(case: Case, direction: str, launched: list[Launched], why_not: str | 
     """us: of the bytes at the copy rate that tables.py assumes. registers, in_flight_KB: of the kernel with
     the most, and with the least of those that go through x or dy."""
     moved, launches = counted(case, direction)
-    spilling = [each.kernel for each in launched if each.report.spills]
-    notes = [FLOOR_LABEL, why_not, f"spills: {', '.join(spilling)}" if spilling else None]
+    spilling = ", ".join(each.kernel for each in launched if each.report.spills)
+    notes = [FLOOR_LABEL, why_not, spilling and f"spills: {spilling}"]
     in_flight = [each.in_flight / 1024 for each in launched if each.streams]
     return Record(
         **columns(case), status=PREDICTED, variant="bnfast", direction=direction,
@@ -51,7 +47,7 @@ def record(case: Case, direction: str, launched: list[Launched], why_not: str | 
         us=round(floor(moved), 2), floor_bytes=moved, launches=launches,
         registers=max((each.report.registers for each in launched), default=None),
         in_flight_KB=round(min(in_flight), 1) if in_flight else None,
-        note="; ".join(note for note in notes if note),
+        note="; ".join(filter(None, notes)),
         versions=f"triton {dispatch.TRITON_VERSION}" if launched else "",
     )  # fmt: skip
 

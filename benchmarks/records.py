@@ -11,7 +11,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 
 MEASURED, PREDICTED, CANNOT = "measured", "predicted", "cannot"
@@ -97,26 +96,23 @@ def is_ours(path: Path) -> bool:
 
 
 def read(path: Path) -> pd.DataFrame:
-    """The lines of a file. ValueError names what is not of this schema. A last line that is cut off, as a run
-    that was killed leaves it, is left out with a warning."""
-    try:
-        text, _, rest = path.read_text(encoding="utf-8").rpartition("\n")
-        # the Python engine, as the other one fills a line that is too short with empty cells
-        found = pd.read_csv(io.StringIO(text), dtype=str, keep_default_na=False, engine="python")
-    except (OSError, ValueError) as e:  # pandas' own errors are ValueErrors
-        raise ValueError(f"{path}: it cannot be read as a CSV file in UTF-8: {e}") from None
-    if list(found) != HEADERS or not isinstance(found.index, pd.RangeIndex):
+    """The lines of a file. ValueError for one that is not of this schema. A last line that is cut off, as a
+    run that was killed leaves it, is left out with a warning."""
+    if not is_ours(path):
         raise ValueError(f"{path}: its columns are not those of a benchmark's CSV")
+    text, _, rest = path.read_text(encoding="utf-8", errors="replace").rpartition("\n")
     if rest:
         warnings.warn(f"{path}: its last line is cut off, and left out", stacklevel=2)
-    numbers = found[NUMBERS].apply(pd.to_numeric, errors="coerce").astype(float)
-    wrong = found.isna()
-    wrong[NUMBERS] |= numbers.isna() & (found[NUMBERS] != "")
-    wrong["shape"] |= (found["kind"] == "layer") & ~found["shape"].str.fullmatch(r"\d+(x\d+)+")
-    for line, column in np.argwhere(wrong.to_numpy()):
-        cell = found.iat[line, column]
-        raise ValueError(f"{path}, line {line + 2}: {HEADERS[column]} cannot be {cell!r}")
-    return found.assign(**numbers)
+    options = {"keep_default_na": False, "na_values": dict.fromkeys(NUMBERS, "")}
+    kinds = dict.fromkeys(HEADERS, str) | dict.fromkeys(NUMBERS, float)
+    try:
+        found = pd.read_csv(io.StringIO(text), dtype=kinds, engine="python", **options)
+    except ValueError as e:  # as pandas' own errors are
+        raise ValueError(f"{path}: it cannot be read: {e}") from None
+    short = found[HEADERS[-1]].isna()
+    if short.any():
+        raise ValueError(f"{path}: line {short.idxmax() + 2} is too short")
+    return found
 
 
 def load(paths: Sequence[Path]) -> pd.DataFrame:

@@ -14,7 +14,7 @@ import pandas as pd
 from benchmarks import ROOT, Refused, pictures, tables
 from benchmarks.records import MEASURED, PREDICTED, load
 from benchmarks.session import as_text, paragraph, section
-from benchmarks.tables import COPY_RATE, IDENTITY, cells, label
+from benchmarks.tables import COPY_RATE, IDENTITY, NETWORK, cells
 from codegen.cases import DIRECTIONS
 
 RESULTS, PAGE = ROOT / "benchmarks" / "results", ROOT / "docs" / "benchmarks.md"
@@ -25,7 +25,6 @@ are counted from the kernels' plan, registers and bytes in flight of an SM are r
 code, and the floor is the time of those bytes at {COPY_RATE / 1e12:.1f} TB/s, an assumption. a/b is
 forward/backward."""
 MEASURED_BY = "Measured with L2 cold; `NAME x` is how many times as long somebody else takes."
-NETWORK = ["network", "norm", "dtype", "layout"]
 
 
 def origins(found: pd.DataFrame) -> list[str]:
@@ -41,26 +40,24 @@ def origins(found: pd.DataFrame) -> list[str]:
 
 
 def titled(title: str, table: pd.DataFrame) -> None:
-    print(f"\n{title}\n{as_text(table)}", flush=True)
+    if len(table):
+        print(f"\n{title}\n{as_text(table)}", flush=True)
 
 
-def show_predicted(found: pd.DataFrame) -> None:
+def show_layers(found: pd.DataFrame) -> None:
+    """What there is of predictions, times, and reasons why there are none."""
     titled("PREDICTED, not measured", tables.predicted(found))
-
-
-def show_measured(found: pd.DataFrame) -> None:
-    for direction in (*DIRECTIONS, "both"):
-        for table in tables.measured(found, direction):
-            what = "forward and backward in a CUDA graph" if direction == "both" else direction
-            titled(f"MEASURED, {what}", table)
+    for direction in DIRECTIONS:
+        titled(f"MEASURED, {direction}", tables.measured(found, direction))
+    titled("MEASURED, forward and backward in a CUDA graph", tables.measured(found, "both"))
     for line in (*tables.who_ran(found), *tables.refusals(found)):
         paragraph(line)
 
 
 def show_steps(found: pd.DataFrame) -> None:
     """A table for each batch size."""
-    for (network, *rest), own in found.groupby(["network", "shape", "dtype", "layout"], sort=False):
-        titled(f"{network}, {', '.join(rest)}", tables.steps(own))
+    for names, own in found.groupby(["network", "shape", "dtype", "layout"], sort=False):
+        titled(", ".join(names), tables.steps(own))
         for line in tables.refusals(own):
             paragraph(f"Cannot: {line}")
 
@@ -69,12 +66,9 @@ def show(found: pd.DataFrame, out: Path, lacking: Sequence[str]) -> None:
     for line in origins(found):
         paragraph(line)
     layers = found[found["kind"] == "layer"]
-    for (network, *rest), own in layers.groupby(NETWORK, sort=False):
-        section(f"{network}: {', '.join(rest)}")
-        if (own["status"] == PREDICTED).any():
-            show_predicted(own)
-        if (own["status"] != PREDICTED).any():
-            show_measured(own)
+    for names, own in layers.groupby(NETWORK, sort=False):
+        section(", ".join(names))
+        show_layers(own)
     for kind, rows in found[found["kind"] != "layer"].groupby("kind"):
         section({"copy": "Copy rates", "step": "Training steps"}.get(kind, kind))
         if kind == "step":
@@ -82,44 +76,34 @@ def show(found: pd.DataFrame, out: Path, lacking: Sequence[str]) -> None:
         else:
             print(as_text(tables.plain(rows)))
     if "matplotlib" not in lacking:
-        draw(layers, out)
-
-
-def draw(layers: pd.DataFrame, out: Path) -> None:
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise Refused(f"argument --out: {out} is no folder and cannot be made one: {e.strerror}") from None
-    pictures.roofline(out / "roofline.png", layers)
-    for names, own in layers.groupby(NETWORK, sort=False):
-        pictures.layers(out / f"{'-'.join(names).replace(' ', '-')}.png", own, ", ".join(names))
-    paragraph(f"Pictures are in {out}.")
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+        except OSError as e:
+            raise Refused(f"argument --out: {out} cannot be made a folder: {e.strerror}") from None
+        pictures.layers(out, layers)
+        paragraph(f"Pictures are in {out}.")
 
 
 # the comparison of two runs
 
 
 def changes(before: pd.DataFrame, after: pd.DataFrame) -> pd.DataFrame:
-    """The times of everything that both have measured, the largest change first: what, before, after, ratio,
-    and whether it is sure, as the quartiles do not overlap."""
+    """The times of everything that both have measured, the largest change first, with their ratio and whether
+    it is sure, as the quartiles do not overlap."""
     one, two = (
         found[(found["status"] == MEASURED) & (found["us"] > 0)].drop_duplicates(IDENTITY, keep="last")
         for found in (before, after)
     )
     both = one.merge(two, on=IDENTITY, suffixes=("", "_after"))
     sure = (both["us_high"] < both["us_low_after"]) | (both["us_high_after"] < both["us_low"])
-    both = both.assign(
-        ratio=both["us_after"] / both["us"], sure=sure, what=[name(row) for _, row in both.iterrows()]
-    )
+    both = both.assign(ratio=both["us_after"] / both["us"], sure=sure)
     return both.loc[np.log(both["ratio"]).abs().sort_values(ascending=False, kind="stable").index]
 
 
 def name(row: pd.Series) -> str:
-    which = [row["shape"]]
-    if row["kind"] == "layer":
-        layer = label(row["shape"], row["residual"], row["activation"])
-        which = [row["network"], layer, row["dtype"], row["layout"]]
-    return " ".join(filter(None, [row["variant"], *which, row["direction"], row["cache"], row["mode"]]))
+    what = row["shape"] + " + z" * (row["residual"] == 1)
+    words = [row["variant"], row["network"], what, *row[["activation", "dtype", "layout"]]]
+    return " ".join(filter(None, [*words, *row[["direction", "cache", "mode"]]]))
 
 
 def compare(before: pd.DataFrame, after: pd.DataFrame, top: int) -> int:
@@ -133,7 +117,7 @@ def compare(before: pd.DataFrame, after: pd.DataFrame, top: int) -> int:
         return 0
     first = differ.head(top)
     print(as_text(pd.DataFrame({
-        "what": [*first["what"]], "before us": cells(first["us"], ".4g"),
+        "what": [name(row) for _, row in first.iterrows()], "before us": cells(first["us"], ".4g"),
         "after us": cells(first["us_after"], ".4g"), "ratio": cells(first["ratio"], ".3f"),
         "sure": ["yes" if sure else "within spread" for sure in first["sure"]],
     })))  # fmt: skip
@@ -182,8 +166,8 @@ def readme_section(found: pd.DataFrame) -> str:
             parts += [f"{title}, predicted:", markdown(tables.predicted(own))]
             continue
         for direction in DIRECTIONS:
-            for table in tables.measured(own, direction):
-                parts += [f"{title}, {direction}:", markdown(table)]
+            table = tables.measured(own, direction)
+            parts += [f"{title}, {direction}:", markdown(table)] if len(table) else []
         parts.append(f"Who computed: {'; '.join(tables.who_ran(own))}.")
     return "\n\n".join(parts)
 

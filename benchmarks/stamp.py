@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import platform
 import subprocess
-from dataclasses import dataclass
 from datetime import datetime, timezone
 from typing import Any
 
@@ -15,18 +14,9 @@ import bnfast
 from benchmarks import ROOT, timing
 from bnfast import dispatch
 
-FIELDS = ("name", "driver_version", "clocks.sm", "temperature.gpu")
+# columns of a Record, and nvidia-smi's names of them
+FIELDS = {"driver": "driver_version", "clock_MHz": "clocks.sm", "temperature_C": "temperature.gpu"}
 PATIENCE = 10.0  # seconds, at most, for an answer
-
-
-@dataclass(frozen=True)
-class Clocks:
-    """What nvidia-smi tells of a GPU; each None where it is not known."""
-
-    name: str | None = None
-    driver: str | None = None
-    sm_MHz: float | None = None
-    temperature_C: float | None = None
 
 
 def output(*command: str) -> str:
@@ -38,18 +28,21 @@ def output(*command: str) -> str:
     return found.stdout.strip() if found.returncode == 0 else ""
 
 
-def clocks(device: torch.device) -> Clocks:
-    """nvidia-smi may be missing, or not know everything: it says "[N/A]" and the like. Nothing is known from
-    several lines of it, as there is no telling whose they are. An idle GPU's clock is low."""
+def clocks(device: torch.device) -> dict[str, Any]:
+    """Those of FIELDS that are known. nvidia-smi may be missing, or not know everything: it says "[N/A]" and
+    the like. Nothing is known from several lines of it, as there is no telling whose they are. An idle GPU's
+    clock is low."""
     gpu = timing.is_gpu(device)
     # CUDA's numbers of devices know CUDA_VISIBLE_DEVICES, and the driver's tools do not
     uuid = getattr(torch.cuda.get_device_properties(device), "uuid", None) if gpu else None
-    which = [] if uuid is None else [f"--id=GPU-{uuid}"]
-    said = output("nvidia-smi", *which, f"--query-gpu={','.join(FIELDS)}", "--format=csv,noheader,nounits")
-    values = [None if value.startswith("[") else value for value in said.split(", ")]
-    name, driver, *numbers = values if len(values) == len(FIELDS) else [None] * len(FIELDS)
-    known = [float(number) if number and number.isdecimal() else None for number in numbers]
-    return Clocks(name or (torch.cuda.get_device_name(device) if gpu else None), driver, *known)
+    query = ["nvidia-smi", f"--query-gpu={','.join(FIELDS.values())}", "--format=csv,noheader,nounits"]
+    values = output(*query, *([] if uuid is None else [f"--id=GPU-{uuid}"])).split(", ")
+    known = dict(zip(FIELDS, values, strict=True)) if len(values) == len(FIELDS) else {}
+    return {
+        name: float(value) if value.isdecimal() else value
+        for name, value in known.items()
+        if not value.startswith("[")
+    }
 
 
 def commit() -> str:
@@ -70,8 +63,9 @@ def versions() -> str:
 
 def columns(device: torch.device) -> dict[str, Any]:
     """gpu, driver, versions, commit and date (UTC) of a Record."""
-    found = clocks(device) if timing.is_gpu(device) else Clocks()
+    gpu = timing.is_gpu(device)
     return {
-        "gpu": found.name or "", "driver": found.driver or "", "versions": versions(), "commit": commit(),
+        "gpu": torch.cuda.get_device_name(device) if gpu else "",
+        "driver": clocks(device).get("driver", "") if gpu else "", "versions": versions(), "commit": commit(),
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
     }  # fmt: skip

@@ -6,8 +6,7 @@ A shape is the input of a layer. All of a network's layers are of one kind, and 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from math import prod
+from dataclasses import dataclass, replace
 
 LAYOUTS = ("contiguous", "channels_last")
 
@@ -22,27 +21,13 @@ class Shape:
     activation: str | None = None
     residual: bool = False
 
-    @property
-    def after(self) -> str:
-        """ " + z relu", " silu", or nothing."""
-        return " + z" * self.residual + (f" {self.activation}" if self.activation else "")
-
-    @property
-    def alone(self) -> Shape:
-        return Shape(self.channels, self.size)
-
-    def bytes(self, batch: int, itemsize: int) -> int:
-        """T: the size of the input."""
-        return batch * self.channels * prod(self.size) * itemsize
-
 
 @dataclass(frozen=True)
 class Network:
     """norm: "BatchNorm", "GroupNorm" or "InstanceNorm". groups: of GroupNorm. layout: what it usually runs
-    in, as one of LAYOUTS. file: its name in file names."""
+    in, as one of LAYOUTS."""
 
     name: str
-    file: str
     source: str
     norm: str
     batch: int
@@ -55,11 +40,6 @@ class Network:
         if self.norm == "InstanceNorm":
             return shape.channels
         return 1 if 0 < shape.channels < self.groups else self.groups
-
-    def title(self, layout: str, dtype: str) -> str:
-        """dtype: as cases.NAMES has it."""
-        kind = f"{self.norm} layers" + f" of {self.groups} groups" * (self.groups > 0)
-        return f"{self.name}: {len(self.layers)} {kind}, batch {self.batch}, {dtype}, {layout}"
 
 
 def square(channels: int, side: int, activation: str | None = None, residual: bool = False) -> Shape:
@@ -83,44 +63,45 @@ def resnet(blocks: Sequence[int], image: int) -> tuple[Shape, ...]:
     return tuple(found)
 
 
-def residual(inputs: int, outputs: int, side: int, attention: bool = False) -> list[Shape]:
-    """A residual block, which normalizes and applies SiLU before each of its two convolutions, and what
-    attends after it, which has a norm alone."""
-    return [square(inputs, side, "silu"), square(outputs, side, "silu")] + [square(outputs, side)] * attention
+def blocks(inputs: Sequence[int], width: int, side: int, attention: bool = False) -> list[Shape]:
+    """Residual blocks, one from each of these numbers of channels to `width`. SiLU follows the norms before
+    the two convolutions of a block; what attends after it has a norm alone."""
+    found = []
+    for channels in inputs:
+        found += [square(channels, side, "silu"), square(width, side, "silu")]
+        found += [square(width, side)] * attention
+    return found
+
+
+def middle(channels: int, side: int) -> list[Shape]:
+    """Two residual blocks with attention between them."""
+    return blocks([channels], channels, side, True) + blocks([channels], channels, side)
 
 
 def diffusion_unet(widths: Sequence[int], attending: Sequence[int], latent: int) -> tuple[Shape, ...]:
     """Two residual blocks a level on the way down, three on the way up, where each takes over the result of
     one on the way down. attending: the levels whose blocks are followed by a transformer."""
-    side, channels, kept, found = latent, widths[0], [widths[0]], []
+    channels, kept, found = widths[0], [widths[0]], []
     for level, width in enumerate(widths):
-        for _ in range(2):
-            found += residual(channels, width, side, level in attending)
-            channels = width
-            kept.append(channels)
-        if level < len(widths) - 1:
-            side //= 2
-            kept.append(channels)  # of the convolution that halves the image
-    found += residual(channels, channels, side, True) + residual(channels, channels, side)
+        found += blocks([channels, width], width, latent >> level, level in attending)
+        # the third is the result of the convolution that halves the image
+        kept += [width] * (3 if level < len(widths) - 1 else 2)
+        channels = width
+    found += middle(channels, latent >> level)
     for level, width in reversed(list(enumerate(widths))):
-        for _ in range(3):
-            found += residual(channels + kept.pop(), width, side, level in attending)
-            channels = width
-        if level > 0:
-            side *= 2
-    return (*found, square(channels, side, "silu"))
+        joined = [before + kept.pop() for before in (channels, width, width)]
+        found += blocks(joined, width, latent >> level, level in attending)
+        channels = width
+    return (*found, square(channels, latent, "silu"))
 
 
 def diffusion_decoder(widths: Sequence[int], latent: int) -> tuple[Shape, ...]:
-    """Two residual blocks around attention, then three a level, each level of twice the side."""
-    side, channels = latent, widths[0]
-    found = residual(channels, channels, side, True) + residual(channels, channels, side)
+    """The middle, then three residual blocks a level, each level of twice the side."""
+    channels, found = widths[0], middle(widths[0], latent)
     for level, width in enumerate(widths):
-        side *= 2 if level else 1
-        for _ in range(3):
-            found += residual(channels, width, side)
-            channels = width
-    return (*found, square(channels, side, "silu"))
+        found += blocks([channels, width, width], width, latent << level)
+        channels = width
+    return (*found, square(channels, latent << level, "silu"))
 
 
 def volumes_after(widths: Sequence[int], side: int) -> tuple[Shape, ...]:
@@ -144,41 +125,38 @@ def volumes_before(widths: Sequence[int], side: int) -> tuple[Shape, ...]:
 
 
 RESNET50 = Network(
-    "ResNet-50", "resnet50", "He et al. 2015, arXiv 1512.03385, table 1; images of 224x224",
+    "ResNet-50", "He et al. 2015, arXiv 1512.03385, table 1; images of 224x224",
     "BatchNorm", 256, "channels_last", resnet((3, 4, 6, 3), 224),
 )  # fmt: skip
-SMALL = Network(
-    "Small ResNet-50", "resnet50-small",
-    "the layers of ResNet-50 at a batch of 4: tensors of at most 7 MB, where launching counts",
-    "BatchNorm", 4, "channels_last", RESNET50.layers,
-)  # fmt: skip
+TINY = "the layers of ResNet-50 at a batch of 4: tensors of at most 7 MB, where launching counts"
+SMALL = replace(RESNET50, name="Small ResNet-50", source=TINY, batch=4)
 SD15_UNET = Network(
-    "SD 1.5 UNet", "sd15-unet",
+    "SD 1.5 UNet",
     "Stable Diffusion 1.5, Rombach et al. 2022, arXiv 2112.10752; latents of 64x64, widths as in its "
     "published configuration",
     "GroupNorm", 16, "contiguous", diffusion_unet((320, 640, 1280, 1280), (0, 1, 2), 64), 32,
 )  # fmt: skip
 SDXL_UNET = Network(
-    "SDXL UNet", "sdxl-unet",
+    "SDXL UNet",
     "Podell et al. 2023, arXiv 2307.01952; latents of 128x128, widths as in its published configuration",
     "GroupNorm", 2, "contiguous", diffusion_unet((320, 640, 1280), (1, 2), 128), 32,
 )  # fmt: skip
 SD15_VAE = Network(
-    "SD 1.5 VAE decoder", "sd15-vae",
+    "SD 1.5 VAE decoder",
     "the decoder of Stable Diffusion 1.5, arXiv 2112.10752; images of 512x512",
     "GroupNorm", 1, "contiguous", diffusion_decoder((512, 512, 256, 128), 64), 32,
 )  # fmt: skip
 SDXL_VAE = Network(
-    "SDXL VAE decoder", "sdxl-vae", "the decoder of SDXL, arXiv 2307.01952; images of 1024x1024",
+    "SDXL VAE decoder", "the decoder of SDXL, arXiv 2307.01952; images of 1024x1024",
     "GroupNorm", 1, "contiguous", diffusion_decoder((512, 512, 256, 128), 128), 32,
 )  # fmt: skip
 NNUNET = Network(
-    "nnU-Net 3-D", "nnunet3d",
+    "nnU-Net 3-D",
     "Isensee et al. 2021, arXiv 1904.08128: the 3-D network of full resolution, patches of 128x128x128",
     "InstanceNorm", 2, "contiguous", volumes_after((32, 64, 128, 256, 320, 320), 128),
 )  # fmt: skip
 UNET3D = Network(
-    "3-D U-Net", "unet3d",
+    "3-D U-Net",
     "Cicek et al. 2016, arXiv 1606.06650, with GroupNorm as in the pytorch-3dunet package (its order "
     "'gcr', 32 feature maps); volumes of 128x128x128",
     "GroupNorm", 1, "contiguous", volumes_before((32, 64, 128, 256), 128), 8,

@@ -11,14 +11,13 @@ from typing import Any
 import pandas as pd
 
 from benchmarks.records import CANNOT, MEASURED, PREDICTED
-from benchmarks.session import WIDTH, as_text
-from codegen.cases import DIRECTIONS
+from codegen.cases import DIRECTIONS, DTYPES
 
 COPY_RATE = 4.3e12  # bytes a second: assumed for an H200, not measured in this project
 FLOOR_LABEL = f"floor at {COPY_RATE / 1e12:.1f} TB/s, an assumption: the copy rate of an H200"
-BASELINES_A_TABLE = 4  # what fits a terminal
-SIZES = {"bf16": 2, "fp16": 2, "fp32": 4, "fp64": 8}
+NOTE = 40  # characters of a note
 KEY = ["network", "norm", "groups", "shape", "dtype", "layout", "activation", "residual"]
+NETWORK = ["network", "norm", "dtype", "layout"]
 IDENTITY = ["status", "kind", *KEY, "variant", "direction", "cache", "mode"]
 
 
@@ -59,18 +58,17 @@ def short(value: float) -> str:
     return f"{value:.0f}" if value >= 10 else f"{value:.1f}"
 
 
-def known(table: pd.DataFrame) -> pd.DataFrame:
-    """Without the columns that say nothing."""
-    return table.loc[:, [name for name in table if set(table[name]) != {"-"}]]
-
-
 def predicted(found: pd.DataFrame) -> pd.DataFrame:
     """Counted, without a GPU; forward and backward as a/b. The last row is of all layers: the sums, but the
-    most registers and the fewest bytes in flight. These two are left out where they are not known of any."""
+    most registers and the fewest bytes in flight. These two are left out where they are not known of any.
+    Empty if nothing was predicted."""
     ours = select(found, status=PREDICTED, variant="bnfast")
+    if ours.empty:
+        return ours
     one = ours.drop_duplicates("case").set_index("case")
     count = one["count"].fillna(1)
-    size = one["shape"].map(lambda shape: prod(map(int, shape.split("x")))) * one["dtype"].map(SIZES) / 1e6
+    values = one["shape"].map(lambda shape: prod(map(int, shape.split("x"))))
+    size = values * one["dtype"].map(lambda name: DTYPES[name].itemsize) / 1e6
 
     def both(column: str, scale: float = 1, total: str = "sum") -> list[str]:
         values = wide(ours, column, "direction")[list(DIRECTIONS)] * scale
@@ -79,24 +77,25 @@ def predicted(found: pd.DataFrame) -> pd.DataFrame:
         show = short if scale != 1 else "{:.0f}".format
         return ["-" if row.isna().any() else "/".join(map(show, row)) for _, row in values.iterrows()]
 
-    return known(pd.DataFrame({
+    table = pd.DataFrame({
         "C x size": [*one["label"], "all"], "layers": cells([*count, count.sum()], ".0f"),
         "T MB": cells([*size, (size * count).sum()], ".1f"),
         "MB moved": both("floor_bytes", 1e-6), "launches": both("launches"),
         "regs": both("registers", total="max"), "KB in flight": both("in_flight_KB", total="min"),
         "floor us": both("floor_bytes", floor(1)),
-    }))  # fmt: skip
+    })  # fmt: skip
+    return table.loc[:, (table != "-").any()]
 
 
-def measured(found: pd.DataFrame, direction: str) -> list[pd.DataFrame]:
+def measured(found: pd.DataFrame, direction: str) -> pd.DataFrame:
     """Ours in microseconds with L2 cold and warm and as a share of the copy rate of the same run; how many
-    times as long each of the others takes, L2 cold. More than one table if there are many others. The last
-    row is of all layers: no figure where one of them has none."""
+    times as long each of the others takes, L2 cold. The last row is of all layers: no figure where one of
+    them has none. Empty if nothing was measured."""
     mode = "graph" if direction == "both" else "eager"
     rows = select(found, status=MEASURED, direction=direction, mode=mode)
     cold, warm = rows[rows["cache"] == "cold"], rows[rows["cache"] == "warm"]
     if cold.empty:
-        return []
+        return cold
     one = cold.drop_duplicates("case").set_index("case")
     count = one["count"].fillna(1)
     others = [name for name in cold["variant"].unique() if name != "bnfast"]
@@ -104,15 +103,13 @@ def measured(found: pd.DataFrame, direction: str) -> list[pd.DataFrame]:
     us["warm"] = wide(warm, "us").reindex(columns=["bnfast"])["bnfast"]
     us.loc["all"] = us.mul(count, axis=0).sum(skipna=False)
     rate = wide(cold, "GBps").reindex(us.index, columns=["bnfast"])["bnfast"]
-    left = pd.DataFrame({
+    return pd.DataFrame({
         "C x size": [*one["label"], "all layers"], "layers": cells([*count, count.sum()], ".0f"),
         "us": cells(us["bnfast"], ".1f"), "GB/s": cells(rate, ".0f"),
         "% of copy": cells(100 * rate / one["copy_GBps"].reindex(us.index), ".0f"),
         "warm us": cells(us["warm"], ".1f"),
+        **{f"{name} x": cells(us[name] / us["bnfast"], ".2f") for name in others},
     })  # fmt: skip
-    right = pd.DataFrame({f"{name} x": cells(us[name] / us["bnfast"], ".2f") for name in others})
-    starts = range(0, max(1, len(others)), BASELINES_A_TABLE)
-    return [left.join(right.iloc[:, start : start + BASELINES_A_TABLE]) for start in starts]
 
 
 def steps(found: pd.DataFrame) -> pd.DataFrame:
@@ -143,13 +140,10 @@ def who_ran(found: pd.DataFrame) -> list[str]:
 
 
 def plain(found: pd.DataFrame) -> pd.DataFrame:
-    """A line a record, for what has no table of its own: bandwidths, probes, tile sweeps."""
-    table = pd.DataFrame({
-        "what": found["variant"], "size": found["shape"].where(found["shape"] != "", found["ran"]),
-        "where": [" ".join(filter(None, row)) for row in found[["direction", "cache", "mode"]].to_numpy()],
-        "us": cells(found["host_us"].fillna(found["us"]), ".1f"), "GB/s": cells(found["GBps"], ".0f"),
-        "note": "",
-    })  # fmt: skip
-    # a note has what the others leave; the CSV file has all of it
-    room = WIDTH - max(map(len, as_text(table).splitlines())) + len("note") - 1
-    return table.assign(note=[shorten(note, max(room, 4), placeholder="...") for note in found["note"]])
+    """A line a record, for what has no table of its own: bandwidths, probes, tile sweeps. Columns that say
+    nothing are left out, and notes are cut; the CSV file has all of them."""
+    table = found[["variant", "ran", "shape", "direction", "cache", "mode"]].assign(
+        us=cells(found["us"], ".1f"), GBps=cells(found["GBps"], ".0f"),
+        note=[shorten(note, NOTE, placeholder="...") for note in found["note"]],
+    )  # fmt: skip
+    return table.loc[:, ~table.isin(["", "-"]).all()]

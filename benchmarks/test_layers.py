@@ -14,7 +14,6 @@ import pytest
 import torch
 
 from benchmarks import measure, timing
-from benchmarks.records import Record
 from codegen.cases import DIRECTIONS, Case
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -38,12 +37,12 @@ CASES = [
 def test_layer(benchmark: Any, variant: str, case: Case, direction: str) -> None:
     if variant in COMPILED and not os.environ.get("BNFAST_BENCHMARK_COMPILED"):
         pytest.skip("set BNFAST_BENCHMARK_COMPILED=1 for what torch.compile makes")
-    (found,) = measure.ready(case, measure.get([variant]), DEVICE)
-    if isinstance(found, Record):
-        assert measure.WRONG not in found.note
-        pytest.skip(found.note)
-    calls = measure.Calls(found.provider, measure.Tensors.of(case, DEVICE, 1))
-    timed = calls.timed(direction, [0])
+    ((record, provider),) = measure.ready(case, measure.get([variant]), DEVICE)
+    if provider is None:
+        assert measure.WRONG not in record.note
+        pytest.skip(record.note)
+    calls = measure.Calls(record, provider, [measure.inputs(case, DEVICE)])
+    timed = calls.timed(direction, "eager", timing.nothing)
     benchmark.group = f"{case}, {direction}"
 
     def waited(*works: timing.Work) -> None:

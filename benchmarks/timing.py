@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 
 COLD_BYTES = 256 * 2**20  # between two uses of a buffer: four times the L2 of an H200
-HEAD_START = 10_000_000  # GPU cycles, about 5 ms: longer than the host takes to queue a rotation
+HEAD_START = 10_000_000  # GPU cycles, about 5 ms: longer than the host takes to queue what is timed together
 ROUNDS = 20
 WARM_UP = 2  # rounds left out: the first one compiles, the second finds caches and allocator as later ones do
 
@@ -38,11 +38,8 @@ class Spread:
 
     @staticmethod
     def of(samples: Sequence[float]) -> Spread:
-        """One sample is its own quartiles. ValueError if there is none."""
-        if not samples:
-            raise ValueError("samples are empty; a spread is of one or more")
-        several = [*samples, *samples] if len(samples) == 1 else samples
-        low, middle, high = statistics.quantiles(several, n=4, method="inclusive")
+        """Of one or more."""
+        low, middle, high = (float(np.quantile(samples, share)) for share in (0.25, 0.5, 0.75))
         return Spread(middle, low, high, len(samples))
 
     def columns(self) -> dict[str, Any]:
@@ -82,11 +79,6 @@ def on_host(work: Work) -> float:
     start = time.perf_counter()
     work()
     return (time.perf_counter() - start) * 1e6
-
-
-def rotation(size: int) -> int:
-    """How many buffers of `size` bytes it takes until the first is cold again: with COLD_BYTES in between."""
-    return max(2, -(-COLD_BYTES // size) + 1)
 
 
 def nothing() -> None:

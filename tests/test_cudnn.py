@@ -46,9 +46,11 @@ OPERATIONS = {
 }  # fmt: skip
 
 
+@dataclasses.dataclass(eq=False)
 class Node:
-    def __init__(self, like: Tensor, kind: str = "") -> None:
-        self.like, self.kind, self.output = like, kind, False
+    like: Tensor
+    kind: str = ""
+    output: bool = False
 
     def set_output(self, output: bool) -> Node:
         self.output = output
@@ -75,16 +77,11 @@ class Graph:
         return self.given[-1]
 
     def __getattr__(self, operation: str) -> Any:
-        _, count = OPERATIONS[operation]
-
         def written(name: str, **given: Node) -> Any:
-            x, *rest = given.values()
-            made = [
-                Node(x.like),
-                *(Node(rest[-1].like if count == 3 else rest[0].like) for _ in range(count - 1)),
-            ]
+            x, _, *more = next(iter(given.values())), *range(OPERATIONS[operation][1])
+            made = [Node(x.like), *(Node(given["scale"].like) for _ in more)]
             self.program.append((operation, given, made))
-            return made if count > 1 else made[0]
+            return made if more else made[0]
 
         return written
 
@@ -144,14 +141,15 @@ def test_a_step_is_right(
         case = Case("BatchNorm", shape, 0, dtype, last, activation, residual)
         used = baselines.given(case, CPU)
         monkeypatch.setattr(cudnn, "given", lambda case, device, used=used: used)
-        provider, before = FRONTEND.build(case, CPU), used.running_mean.clone()
+        running_mean, _ = used[1]
+        provider, before = FRONTEND.build(case, CPU), running_mean.clone()
         zeros = ", reads zeros of x's size" if activation and not one_zero else ""
         assert provider.ran == f"cuDNN 92000, a graph each way{zeros}"
         found = fairness.step(provider, case, CPU)
         assert fairness.checked(found, case, CPU) is None
         assert fairness.strayed(found, case) == ""
         mean = case.tensor(CPU, 0).float().transpose(0, 1).flatten(1).mean(1)
-        torch.testing.assert_close(used.running_mean, 0.9 * before + 0.1 * mean)
+        torch.testing.assert_close(running_mean, 0.9 * before + 0.1 * mean)
     assert fake.set_stream.call_args.kwargs["stream"] == 7
 
 
@@ -164,14 +162,18 @@ def test_a_machine_without_an_engine_is_told_in_the_table(fake: Any) -> None:
 
 
 @pytest.mark.parametrize(("change", "why"), [
-    ({"norm": "GroupNorm", "groups": 4}, "its graphs here are BatchNorm's, not GroupNorm's"),
+    ({"norm": "GroupNorm", "groups": 4}, "cuDNN is asked for BatchNorm, not for GroupNorm"),
     ({"activation": "silu"}, "its graphs here have no silu"),
     ({"dtype": torch.float64}, "it has no fp64"),
     ({}, None),
 ])  # fmt: skip
 def test_what_it_takes(change: dict[str, Any], why: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert FRONTEND.unable(dataclasses.replace(CASE, **change), CUDA) == why
+    monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
+    case = dataclasses.replace(CASE, **change)
+    assert FRONTEND.unable(case, CUDA) == why
     monkeypatch.setitem(sys.modules, "cudnn", None)
-    absent = "cudnn cannot be imported here: ModuleNotFoundError"
-    assert FRONTEND.unable(dataclasses.replace(CASE, **change), CUDA) == (why or absent)
-    assert FRONTEND.unable(CASE, CPU) == "needs a GPU with cuDNN"
+    assert FRONTEND.unable(case, CUDA) == (why or "cudnn cannot be imported here: ModuleNotFoundError")
+    (operator,) = measure.get(["cudnn-op"])
+    assert operator.unable(case, CUDA) == (why if "norm" in change else None)
+    for each in (FRONTEND, operator):
+        assert each.unable(CASE, CPU) == "needs a GPU with cuDNN"

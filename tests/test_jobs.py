@@ -212,7 +212,7 @@ def test_every_figure_is_on_disk_when_it_is_made(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(measure, "of_case", of_case)
     monkeypatch.setattr(machine, "copies", lambda device: [])
     monkeypatch.setattr(machine, "copy_rate", lambda lines: 4200.0)
-    monkeypatch.setattr(stamp, "clocks", lambda device: stamp.Clocks(sm_MHz=1755.0, temperature_C=40.0))
+    monkeypatch.setattr(stamp, "clocks", lambda device: {"clock_MHz": 1755.0})
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     run = layers.Run(session.Session(tmp_path, CPU, []), measure.Method(), ["torch"], tmp_path / "layers.csv")
     found = [*run.case(TINY), *run.case(dataclasses.replace(TINY, shape=(9, 4, 3, 3)))]
@@ -252,7 +252,7 @@ def test_run_from_end_to_end(options: list[str], tmp_path: Path, capsys: pytest.
     assert set(timed["variant"]) == {"bnfast", "torch", "native"}
     assert set(timed["gpu"]) == {"made up"}
     assert (timed["copy_GBps"] > 0).all()
-    assert (folder / "resnet50-bf16-channels_last.png").exists()
+    assert (folder / "ResNet-50-BatchNorm-bf16-channels_last.png").exists()
 
 
 @pytest.mark.usefixtures("gpu")
@@ -281,7 +281,7 @@ def test_the_battery_from_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixtu
     made = {path.stem for path in folder.glob("*.csv")}
     assert made == {part for part, state in ended.items() if state == "DONE"}
     assert max(map(len, text.splitlines()[:-1])) <= 120
-    assert (folder / "roofline.png").exists()
+    assert (folder / "ResNet-50-BatchNorm-bf16-channels_last.png").exists()
     assert __main__.main(["report", str(folder)]) == 0
     assert __main__.main(["report", str(folder), str(folder)]) == 0
 
@@ -294,4 +294,9 @@ def test_the_first_look_from_end_to_end(tmp_path: Path, capsys: pytest.CaptureFi
     assert code == 0, text
     assert "PASS     kernels" in text
     assert re.search(r"^DONE +resnet-50 +2 of 2 cases measured$", text, re.MULTILINE), text
+    assert "python3 -m benchmarks run --suite" in text
+    others = [
+        network.name for each in suites.SUITES.values() for network in each if "Res" not in network.name
+    ]
+    assert all(re.search(rf"^{name}  ", text, re.MULTILINE) for name in others)
     assert (folder / "digits-losses.png").exists()

@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 import torch
 
-from benchmarks import Refused, cases, first_look, predict, records, report, session, suites, tables
+from benchmarks import cases, predict, records, report, suites, tables
 from benchmarks.records import CANNOT, MEASURED, PREDICTED, Record, frame
 from benchmarks.session import WIDTH, as_text
 from benchmarks.suites import SUITES, Network
@@ -20,7 +20,7 @@ from codegen.cases import DIRECTIONS
 
 NETWORKS = [network for networks in SUITES.values() for network in networks]
 HEADER = ",".join(records.HEADERS)
-EVERY = pytest.mark.parametrize("network", NETWORKS, ids=lambda network: network.file)
+EVERY = pytest.mark.parametrize("network", NETWORKS, ids=lambda network: network.name)
 
 
 def made_up(network: Network) -> list[Record]:
@@ -57,19 +57,16 @@ def test_records_come_back_as_they_were_written(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("text", "message"), [
-    ("a,b\n1,2\n", "a.csv: its columns are not those of a benchmark"), ("", "a.csv: it cannot be read"),
+    ("a,b\n1,2\n", "its columns are not those of a benchmark"), ("", "its columns are not"),
     (",".join(records.HEADERS[:-1]) + "\n", "its columns are not"),
-    (",".join(records.HEADERS[::-1]) + "\n", "its columns are not"),
-    (f"{HEADER}\n" + ",".join("x" for _ in records.HEADERS) + "\n", "line 2: groups cannot be 'x'"),
-    (f"{HEADER}\nlayer" + "," * (len(records.HEADERS) - 1) + "\n", "line 2: shape cannot be ''"),
-    (f"{HEADER}\nprobe,measured,bnf\n\n", "line 2: ran cannot be (None|nan)"),
-    (f"{HEADER}\n" + "," * len(records.HEADERS) + "\n", "its columns are not"),
+    (",".join(records.HEADERS[::-1]) + "\n", "its columns are not"), ("\udcff", "its columns are not"),
+    (f"{HEADER}\n" + ",".join("x" for _ in records.HEADERS) + "\n", "it cannot be read: .*column groups"),
+    (f"{HEADER}\nprobe,measured,bnf\n\n", "line 2 is too short"),
     (f"{HEADER}\n" + ("," * (len(records.HEADERS) - 1) + "\n") * 2 + "," * 99 + "\n", "line 4"),
-    ("\udcff", "a.csv: it cannot be read as a CSV file in UTF-8"),
 ])  # fmt: skip
 def test_another_csv_file_is_refused(text: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text(text, encoding="utf-8", errors="surrogateescape")
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=f"a.csv: .*{message}"):
         records.read(tmp_path / "a.csv")
 
 
@@ -102,7 +99,7 @@ def test_tables_fit_a_terminal(network: Network) -> None:
     found = frame(made)
     assert lines_of(tables.predicted(found))[-1].split()[:2] == ["all", str(len(network.layers))]
     for direction in DIRECTIONS:
-        (table,) = tables.measured(found, direction)
+        table = tables.measured(found, direction)
         assert lines_of(table)[-1].split()[-2:] == ["2.00", "1.50"]
         assert list(table)[-2:] == ["torch x", "compile-max x"]
         ours = [r for r in made if (r.variant, r.direction, r.cache) == ("bnfast", direction, "cold")]
@@ -121,25 +118,17 @@ def test_columns_of_compiled_kernels_are_there_where_kernels_were_compiled() -> 
     assert [last["regs"], last["KB in flight"]] == ["64/64", "48/48"]
 
 
-def test_many_others_take_more_tables() -> None:
-    first = made_up(suites.UNET3D)[1]
-    many = frame(dataclasses.replace(first, variant=name) for name in ("bnfast", *"abcdefg"))
-    assert [len(table.columns) for table in tables.measured(many, "forward")] == [10, 9]
-
-
 def test_a_total_needs_every_layer() -> None:
     found = made_up(suites.UNET3D)
     lacking = [r for r in found if not (r.variant == "torch" and r.shape.startswith("1x96x"))]
-    (table,) = tables.measured(frame(lacking), "forward")
+    table = tables.measured(frame(lacking), "forward")
     assert table.iloc[-1].tolist()[-2:] == ["-", "1.50"]
 
 
-def test_notes_have_the_room_that_is_left() -> None:
-    note = "the largest buffer whose second sweep is served by L2 at more than twice the rate of memory"
-    long = Record("probe", MEASURED, "L2 reuse: read after write, forwards", shape="12800 KiB", note=note)
-    short = dataclasses.replace(long, variant="short", us=1234567.8, note="short")
-    table = tables.plain(frame([long, short]))
-    assert max(map(len, lines_of(table))) > WIDTH - 8
+def test_long_notes_are_cut() -> None:
+    long = Record("probe", MEASURED, "launch gap", shape="grid of 132", us=1234567.8, note="a long note " * 9)
+    table = tables.plain(frame([long, dataclasses.replace(long, note="short")]))
+    lines_of(table)
     assert [text[-3:] for text in table["note"]] == ["...", "ort"]
 
 
@@ -151,7 +140,7 @@ def options(*paths: Path) -> Any:
 
 
 def test_report_of_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Measured layers have a picture of all and one a network; predicted ones the latter."""
+    """A network has a picture, and so have predictions alone."""
     measured, predicted = tmp_path / "measured", tmp_path / "predicted"
     for folder, status in ((measured, {PREDICTED, MEASURED, CANNOT}), (predicted, {PREDICTED})):
         folder.mkdir()
@@ -160,14 +149,9 @@ def test_report_of_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
         text = capsys.readouterr().out
         assert "PREDICTED" in text
         assert ("MEASURED, backward" in text) == (folder == measured)
-    picture = "ResNet-50-BatchNorm-bf16-channels_last.png"
-    assert {p.name for p in measured.glob("*.png")} == {"roofline.png", picture}
-    assert {p.name for p in predicted.glob("*.png")} == {picture}
-    assert {p.read_bytes()[:4] for p in tmp_path.rglob("*.png")} == {b"\x89PNG"}
-    (tmp_path / "other.csv").write_text("a,b\n1,2\n")
-    for wrong in (tmp_path / "nothing", tmp_path / "other.csv"):
-        with pytest.raises(Refused, match="PATH: .*(nothing|other)"):
-            report.run(options(wrong), [])
+        (picture,) = folder.glob("*.png")
+        assert picture.name == "ResNet-50-BatchNorm-bf16-channels_last.png"
+        assert picture.read_bytes()[:4] == b"\x89PNG"
 
 
 def test_comparison_of_two_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -190,18 +174,6 @@ def test_comparison_of_two_runs(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert max(map(len, text.splitlines())) <= 120
     assert report.run(options(a, a), []) == report.run(options(b, a), []) == 0
     assert report.changes(records.read(b), records.read(a))["sure"].sum() == cases_
-
-
-def test_first_look_at_networks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A line for each network that is no ResNet-50, and the command for all lines of theirs."""
-    look = session.Session(tmp_path, torch.device("cpu"), ["matplotlib"])
-    first_look.resnet(look)
-    first_look.networks(look)
-    lines = capsys.readouterr().out.splitlines()
-    assert max(map(len, lines)) <= WIDTH
-    for network in (network for network in NETWORKS if "ResNet-50" not in network.name):
-        assert sum(line.startswith(f"{network.name}  ") for line in lines) == 1
-    assert any("python3 -m benchmarks run --suite" in line for line in lines)
 
 
 # docs/benchmarks.md

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("layout", suites.LAYOUTS)
 @pytest.mark.parametrize(
-    "network", [suites.RESNET50, suites.SDXL_UNET, suites.NNUNET, suites.UNET3D], ids=lambda n: n.file
+    "network", [suites.RESNET50, suites.SDXL_UNET, suites.NNUNET, suites.UNET3D], ids=lambda n: n.name
 )
 def test_layers_are_timed(network: Network, layout: str, dtype: torch.dtype) -> None:
     """torch's takes the types that it is given; nothing is quicker than its bytes could ever be, eager or in
