@@ -1,5 +1,5 @@
-"""What BatchNorm alone has as a module: old checkpoints, converters and averages of others that look for it,
-and `affine`, which tells who reads it."""
+"""What BatchNorm alone has as a module: old checkpoints, averages of weights, and `affine`, which tells who
+reads it."""
 
 from __future__ import annotations
 
@@ -31,37 +31,15 @@ def test_version_1_checkpoint_loads_strictly() -> None:
     assert_close(ours.running_mean, theirs.running_mean, rtol=0, atol=0)
 
 
-def network(layer: type[nn.Module]) -> nn.Module:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Conv2d(2, 4, 3), layer(4), nn.ReLU(), nn.Conv2d(4, 2, 1))
-
-
 @every_path
 def test_update_bn(path: str) -> None:
     """Stochastic weight averaging recomputes the statistics, as a cumulative average over three batches."""
-    ours, theirs = network(bnfast.BatchNorm2d), network(nn.BatchNorm2d)
-    batches = [data(n, 2, 5, 5, seed=n) for n in (2, 3, 4)]
-    for model in (ours, theirs):
+    pair = [nn.Sequential(layer) for layer in BY_NAME["BatchNorm2d"].pair()]
+    batches = [data(n, 4, 5, 5, seed=n) for n in (2, 3, 4)]
+    for model in pair:
         torch.optim.swa_utils.update_bn(batches, model)
-    assert ours[1].momentum == 0.1
-    assert_same(ours.state_dict(), theirs.state_dict())
-
-
-def test_fuse_conv_bn_eval() -> None:
-    model, x = network(bnfast.BatchNorm2d), data(2, 2, 5, 5)
-    model(x)
-    model.eval()
-    fused = torch.nn.utils.fusion.fuse_conv_bn_eval(model[0], model[1])
-    assert_close(fused(x), model[1](model[0](x)), rtol=1e-5, atol=1e-5)
-
-
-def test_convert_sync_batchnorm_keeps_parameters() -> None:
-    model = network(bnfast.BatchNorm2d)
-    old = model[1]
-    new = nn.SyncBatchNorm.convert_sync_batchnorm(model)[1]
-    assert type(new) is nn.SyncBatchNorm
-    for name in ("weight", "bias", "running_var", "num_batches_tracked"):
-        assert getattr(new, name) is getattr(old, name)
+    assert pair[0][0].momentum == 0.1
+    assert_same(*(model.state_dict() for model in pair))
 
 
 class Reading(nn.Module):

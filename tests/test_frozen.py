@@ -25,13 +25,13 @@ def test_same_keys_as_theirs(kind: type[nn.Module]) -> None:
     ours.load_state_dict(theirs.state_dict())
     assert_close(ours(X.float()), theirs(X.float()))
     theirs.load_state_dict(bnfast.FrozenBatchNorm2d(4).state_dict())
+    # For another version, detectron2's older releases change running_var where they find a lower one.
+    assert ours.state_dict()._metadata[""]["version"] == DetectronFrozen._version
 
 
 def test_a_new_one_changes_almost_nothing() -> None:
     layer = bnfast.FrozenBatchNorm2d(4, eps=0.0, dtype=torch.float64)
     assert_close(layer(X), X, rtol=0, atol=0)
-    assert layer.running_var.dtype == torch.float64
-    assert bnfast.FrozenBatchNorm2d(4, device="meta").weight.is_meta
 
 
 @pytest.mark.parametrize("options", [{}, {"activation": "relu"}, {"keep_dtype": True}], ids=str)
@@ -104,12 +104,6 @@ def test_residuals_of_both_dtypes(keep_dtype: bool, reverted: bool) -> None:
         layer(x, residual=x.double())
     with pytest.raises(TypeError, match="residual must be a Tensor or None, but got float"):
         layer(x, residual=1.0)
-
-
-def test_state_of_the_version_that_detectron2_asks_for() -> None:
-    """Its older releases change running_var where they find a lower one."""
-    metadata: Any = bnfast.FrozenBatchNorm2d(4).state_dict()._metadata
-    assert metadata[""]["version"] == DetectronFrozen._version
 
 
 @pytest.mark.parametrize("keep_dtype", [True, False])

@@ -1,4 +1,5 @@
-"""Libraries that are imported in odd ways: beside other finders, in another thread, in part, again."""
+"""Libraries that are imported after bnfast or before it, and in odd ways: beside other finders, in another
+thread, in part, again."""
 
 from __future__ import annotations
 
@@ -45,6 +46,28 @@ def enter(module: Any) -> None:
 
 def entered() -> bool:
     return importlib.import_module(NAME).TABLE == {"ours": True}
+
+
+def test_imported_later() -> None:
+    seen: list[Any] = []
+    when_imported(NAME, seen.append)
+    assert not seen
+    for _ in range(2):
+        module = importlib.import_module(NAME)
+        assert seen == [module]
+    assert module.TABLE == {}
+    assert "bnfast" not in f"{type(module.__loader__)}{type(module.__spec__.loader)}"
+
+
+def test_one_that_is_not_as_expected(caplog: pytest.LogCaptureFixture) -> None:
+    """It is imported all the same, with a warning."""
+    when_imported(NAME, lambda module: module.TABEL)
+    importlib.import_module(NAME)
+    catch_up()
+    (record,) = caplog.records
+    assert record.levelno == logging.WARNING
+    assert f"{NAME}, in the installed version, does not get to know" in record.getMessage()
+    assert "use bnfast.revert(model) before" in record.getMessage()
 
 
 def test_none_in_its_place_means_that_it_is_missing(caplog: pytest.LogCaptureFixture) -> None:
@@ -152,8 +175,7 @@ def test_filled_after_it_was_there(then: Any, caplog: pytest.LogCaptureFixture) 
     sys.modules[NAME] = module
     when_imported(NAME, enter)
     catch_up()
-    (record,) = caplog.records  # one for both attempts
-    assert "does not get to know" in record.getMessage()
+    assert len(caplog.records) == 1  # for both attempts
     module.TABLE = {}
     with caplog.at_level(logging.INFO, "bnfast"):
         then()
@@ -192,11 +214,15 @@ def test_its_spec_is_copied() -> None:
     assert module.TABLE == {"ours": True}
 
 
-PATCHED = """
-import importlib, sys, torch
+TORCHS_OWN = """
+import importlib, sys
+from torch import nn
 import torch.nn.utils.fusion as fusion, torch.fx.experimental.optimization as optimization
 sys.modules["captum.attr._core.deep_lift"] = None
 import bnfast
+assert "torch.ao.quantization.quantize_fx" not in sys.modules
+model = nn.Sequential(nn.Conv2d(1, 2, 1), bnfast.BatchNorm2d(2)).eval()
+assert len(list(optimization.fuse(model).children())) == 1
 for module in (fusion, optimization):
     importlib.reload(module)
 matches = optimization.matches_module_pattern
@@ -206,6 +232,7 @@ for function in (fusion.fuse_conv_bn_weights, fusion.fuse_linear_bn_weights, mat
 """
 
 
-def test_torchs_own_in_a_new_process() -> None:
-    done = subprocess.run([sys.executable, "-c", PATCHED], capture_output=True, text=True, timeout=300)
+def test_before_bnfast_in_a_new_process() -> None:
+    """bnfast imports no library. (All other tests import what they test after it.)"""
+    done = subprocess.run([sys.executable, "-c", TORCHS_OWN], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr

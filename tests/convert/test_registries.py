@@ -1,16 +1,9 @@
-"""How bnfast's layers get into other libraries' registries, whenever those are imported and whether they are
-as expected or not; and what the counters and explainers that have such registries make of the layers.
-`tests/test_importing.py` has odd ways to import."""
+"""What other libraries' counters, explainers and freezers make of bnfast's layers. `tests/test_importing.py`
+has the ways in which the layers get into their registries."""
 
 from __future__ import annotations
 
 import copy
-import importlib
-import logging
-import subprocess
-import sys
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,62 +12,8 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 import bnfast
-from bnfast import importing
-from bnfast.importing import when_imported
 from tests.support.convertible import around, data
 from tests.support.foreign import BatchNormAct2d
-
-
-@pytest.fixture
-def library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """A module that has not been imported, with a table TABLE."""
-    (tmp_path / "some_library.py").write_text("TABLE = {}\n")
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(importing, "_awaited", {})
-    yield "some_library"
-    sys.modules.pop("some_library", None)
-
-
-def test_imported_later(library: str) -> None:
-    seen: list[Any] = []
-    when_imported(library, seen.append)
-    assert not seen
-    module = importlib.import_module(library)
-    assert seen == [module]
-    assert module.TABLE == {}
-    assert "bnfast" not in f"{type(module.__loader__)}{type(module.__spec__.loader)}"
-    importlib.import_module(library)
-    assert len(seen) == 1
-
-
-@pytest.mark.parametrize("before", [True, False])
-def test_one_that_is_not_as_expected(library: str, before: bool, caplog: pytest.LogCaptureFixture) -> None:
-    """It is imported all the same, with a warning."""
-    if before:
-        importlib.import_module(library)
-    when_imported(library, lambda module: module.TABEL)
-    importlib.import_module(library)
-    assert [record.levelno for record in caplog.records] == [logging.WARNING]
-    assert "some_library, in the installed version, does not get to know" in caplog.text
-    assert "use bnfast.revert(model) before" in caplog.text
-
-
-BEFORE = """
-import sys
-from torch import nn
-from torch.fx.experimental.optimization import fuse
-import bnfast
-assert "torch.ao.quantization.quantize_fx" not in sys.modules
-model = nn.Sequential(nn.Conv2d(1, 2, 1), bnfast.BatchNorm2d(2)).eval()
-print(len(list(fuse(model).children())))
-"""
-
-
-def test_before_bnfast_in_a_new_process() -> None:
-    """bnfast imports no library. (All other tests import what they test after it.)"""
-    done = subprocess.run([sys.executable, "-c", BEFORE], capture_output=True, text=True, timeout=300)
-    assert done.stdout.split() == ["1"], done.stderr
-
 
 # Counters of operations
 

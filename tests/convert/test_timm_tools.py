@@ -1,5 +1,5 @@
-"""timm's and Lightning's own tools on converted and fused models of timm's: they find its layers and lose
-nothing. These libraries need not be installed; tests/convert/test_adopted.py does without."""
+"""timm's own tools on converted and fused models of timm's: they find its layers and lose nothing. timm need
+not be installed; tests/convert/test_adopted.py does without."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 import bnfast
-from tests.support.convertible import around, data
 from tests.support.zoo import installed
 
 pytestmark = pytest.mark.usefixtures("plain_torch_in_one_thread")
@@ -82,7 +81,7 @@ def test_freeze_and_unfreeze_a_model(model: Any, timm: Any, original: nn.Module)
 
 
 def test_synchronized(model: Any, timm: Any, original: nn.Module) -> None:
-    """timm's converter keeps the activations; torch's, which Lightning calls, would not, and is stopped."""
+    """timm's converter keeps the activations; torch's, as Lightning calls it, would not, and is stopped."""
     with pytest.raises(RuntimeError, match=STOPPED):
         nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(model))
     with pytest.raises(RuntimeError, match="applies Hardswish itself.*convert_splitbn_model"):
@@ -91,19 +90,6 @@ def test_synchronized(model: Any, timm: Any, original: nn.Module) -> None:
         synced = timm.layers.convert_sync_batchnorm(model)
     assert count(synced, timm.layers.SyncBatchNormAct) == LAYERS
     assert_close(synced(images()), original(images()))
-
-
-def test_lightnings_synchronization(timm: Any, original: nn.Module) -> None:
-    plugin = pytest.importorskip("lightning.pytorch.plugins.layer_sync").TorchSyncBatchNorm()
-    with pytest.raises(RuntimeError, match=STOPPED):
-        plugin.apply(bnfast.fuse(copy.deepcopy(original)))
-    model = bnfast.fuse(around(nn.BatchNorm2d(4), nn.ReLU())).eval()
-    expected = model(data())
-    assert len(bnfast.fusion_report(model).fused) == 1
-    with pytest.warns(UserWarning, match="what bnfast.fuse had put inside.*bnfast.revert"):
-        model = plugin.apply(model)
-    assert not bnfast.fusion_report(model).fused
-    assert_close(model(data()), expected)
 
 
 def test_other_tools(timm: Any, original: nn.Module) -> None:

@@ -43,20 +43,6 @@ class DetectronFrozen(_Constants):
     def forward(self, x: Tensor) -> Tensor:
         return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
 
-    @classmethod
-    def convert_frozen_batchnorm(cls, module: Any) -> nn.Module:
-        """Replaces each BatchNorm2d by a layer that it builds from its attributes."""
-        if isinstance(module, (nn.BatchNorm2d, nn.SyncBatchNorm)):
-            frozen = cls(module.num_features, module.eps)
-            if module.affine:
-                frozen.weight.data, frozen.bias.data = module.weight.data.clone(), module.bias.data.clone()
-            frozen.running_mean.data = module.running_mean.data
-            frozen.running_var.data = module.running_var.data
-            return frozen
-        for name, child in module.named_children():
-            module.add_module(name, cls.convert_frozen_batchnorm(child))
-        return module
-
 
 class _Applying(nn.Module):
     """timm's layers call two modules after the normalization. The last argument is the activation."""
