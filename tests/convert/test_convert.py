@@ -1,5 +1,5 @@
 """bnfast.convert and bnfast.revert on layers, the same object with another class, which computes the same,
-and layers that convert leaves alone. In plain torch; `tests/convert/test_models.py` has the kernels too."""
+and layers that convert leaves alone. `tests/convert/test_models.py` has the layers of other libraries."""
 
 from __future__ import annotations
 
@@ -22,14 +22,13 @@ from tests.support.foreign import BatchNormAct2d
 from tests.support.training import assert_same_training, record
 
 pytestmark = [
-    pytest.mark.usefixtures("stand_ins", "plain_torch"),
+    pytest.mark.usefixtures("stand_ins"),
     pytest.mark.filterwarnings(*(f"ignore::{c}Warning" for c in ("Deprecation", "User", "Future"))),
 ]
-every_layer = pytest.mark.parametrize("name", ALL)
 
 
-@every_layer
-def test_there_and_back(name: str) -> None:
+@pytest.mark.parametrize("name", ALL)
+def test_there_and_back(name: str, launches: list[Any]) -> None:
     """The same object with the same attributes all the way, and nothing changes the second time."""
     model, expected = network(name), record(network(name), data(name))
     layer, kind, before = model[1], type(model[1]), attributes(model[1])
@@ -45,11 +44,14 @@ def test_there_and_back(name: str) -> None:
             assert isinstance(layer, kind)
             assert isinstance(layer, getattr(bnfast, type(layer).__name__))
             assert type(layer).__module__.startswith("bnfast.modules.")
+            assert not launches
             assert_same_training(record(copy.deepcopy(model), data(name)), expected)
+            assert launches
     assert type(layer) is kind
 
 
-@every_layer
+@pytest.mark.usefixtures("plain_torch")
+@pytest.mark.parametrize("name", ALL)
 def test_checkpoints_copies_and_pickles(name: str) -> None:
     """Checkpoints load both ways; copies and pickles are converted too, and revert."""
     theirs, ours = network(name), bnfast.convert(network(name))
@@ -83,17 +85,6 @@ def test_hooks_and_attributes_are_kept() -> None:
     model(torch.randn(2, 2, 3, 3)).sum().backward()
     model.load_state_dict(model.state_dict())
     assert seen == ["before", "after", "backward", "saved", "loaded"]
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-@every_layer
-def test_half_precision_models(name: str, dtype: torch.dtype) -> None:
-    """Outputs of the same dtype, near the model's in fp64; torch's own GroupNorm and such are no nearer."""
-    x = data(name).to(dtype)
-    expected, y = network(name)(x.double()), network(name).to(dtype)(x)
-    ours = bnfast.convert(network(name).to(dtype))(x)
-    assert ours.dtype == y.dtype
-    assert_close(ours.double(), expected, rtol=0.1, atol=0.1 if dtype == torch.bfloat16 else 0.02)
 
 
 @pytest.mark.parametrize("name", [name for name in ALL if "Frozen" in name])

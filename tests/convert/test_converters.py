@@ -74,12 +74,6 @@ def test_raises_for_what_it_would_lose(name: str, converter: str) -> None:
     assert type(model[1]) is kind
 
 
-@pytest.mark.parametrize("name", ACTIVE)
-def test_they_can_still_be_traced_by_jit(name: str) -> None:
-    model = around(ACTIVE[name][0]()).eval()
-    assert_close(torch.jit.trace(model, data())(data()), model(data()))
-
-
 def test_sync_batchnorm_takes_the_others() -> None:
     """The warning names the line that calls the converter, for each layer."""
     model: Any = nn.Sequential(

@@ -134,7 +134,7 @@ def test_optimizer_leaves_what_does_more(caplog: pytest.LogCaptureFixture) -> No
     assert_close(optimized(activating)(data()), activating(data()))
     assert caplog.records[0].levelno == logging.WARNING
     (message,) = caplog.messages
-    assert "does not fold 1 layer (0.1) into the one before it, which" in message
+    assert "does not fold 1 of the model's layers (0.1) into what is before them, which" in message
     assert "bnfast.fuse" in message
     assert "bnfast.revert" not in message
     theirs = network(norm=Doubling(4))
@@ -149,7 +149,7 @@ def test_optimizer_leaves_timms_activation(caplog: pytest.LogCaptureFixture) -> 
     for calls in (1, 2):
         assert_close(optimized(bnfast.fuse(copy.deepcopy(theirs)))(data()), theirs(data()))
         assert len(caplog.records) == calls
-    assert "does not fold 2 layers (0.1, 2.1) into the ones before them" in caplog.messages[1]
+    assert "does not fold 2 of the model's layers (0.1, 2.1) into what" in caplog.messages[1]
     assert "bnfast.revert(model) gives back" in caplog.messages[1]
     assert "activation=" not in caplog.messages[1]
 

@@ -107,13 +107,6 @@ def test_without_an_activation_it_becomes_torchs(name: str) -> None:
     assert type(bnfast.convert(layer)) is getattr(bnfast, like)
 
 
-def test_what_was_fused_is_undone_first() -> None:
-    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU())
-    bnfast.revert(bnfast.fuse(model))
-    assert type(model) is nn.Sequential
-    assert type(model[1]) is nn.BatchNorm2d
-
-
 def test_frozen_without_an_activation_is_traced_and_scripted() -> None:
     """In plain torch, as it has no counterpart."""
     layer = bnfast.revert(bnfast.FrozenBatchNorm2d(4, dtype=torch.float64))

@@ -4,11 +4,8 @@ layers, where their libraries are installed."""
 
 from __future__ import annotations
 
-import sys
-from types import ModuleType
 from typing import Any
 
-import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -91,26 +88,7 @@ class GELUTanh(nn.Module):
         return F.gelu(x, approximate="tanh")
 
 
-class TimmsBlock(nn.Module):
-    """timm's form of a residual block: activations within the layers, but for the one after the add."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.bn1, self.bn2 = BatchNormAct2d(4, nn.ReLU()), BatchNormAct2d(4, nn.Identity())
-        self.act = nn.SiLU()
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.act(self.bn2(self.bn1(x)) + x)
-
-
-_ACTING = (BatchNormAct2d, FrozenBatchNormAct2d, GroupNormAct, LayerNormAct)
-
-
-def put_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Lets them be found where the libraries have theirs, whether these are installed or not."""
-    for kind in (TorchvisionFrozen, DetectronFrozen, *_ACTING, GroupNorm1, GELUTanh):
-        place = kind.__module__
-        for module in (place.split(".")[0], place):  # pickle asks for the first one too
-            if module not in sys.modules:
-                monkeypatch.setitem(sys.modules, module, ModuleType(module))
-        monkeypatch.setattr(sys.modules[place], kind.__qualname__, kind, raising=False)
+KINDS = (
+    TorchvisionFrozen, DetectronFrozen, BatchNormAct2d, FrozenBatchNormAct2d, GroupNormAct, LayerNormAct,
+    GroupNorm1, GELUTanh,
+)  # fmt: skip
