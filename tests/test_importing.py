@@ -70,17 +70,6 @@ def test_one_that_is_not_as_expected(caplog: pytest.LogCaptureFixture) -> None:
     assert "use bnfast.revert(model) before" in record.getMessage()
 
 
-def test_none_in_its_place_means_that_it_is_missing(caplog: pytest.LogCaptureFixture) -> None:
-    sys.modules[NAME] = None  # type: ignore[assignment]
-    when_imported(NAME, enter)
-    with pytest.raises(ModuleNotFoundError):
-        importlib.import_module(NAME)
-    catch_up()
-    assert not caplog.records
-    del sys.modules[NAME]
-    assert entered()
-
-
 def delegate(fullname: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
     """Asks the other finders, whichever these are, as bnfast's does."""
     others = (f.find_spec for f in sys.meta_path if getattr(f, "find_spec", delegate) != delegate)
@@ -118,22 +107,6 @@ def test_a_finder_that_forbids_it_is_obeyed() -> None:
     with pytest.raises(ImportError, match="forbidden here"):
         importlib.import_module(NAME)
     del sys.meta_path[1]
-    assert entered()
-
-
-def test_a_loader_of_the_old_kind() -> None:
-    def load(fullname: str) -> ModuleType:
-        module = sys.modules[fullname] = ModuleType(fullname)
-        module.TABLE = {}  # type: ignore[attr-defined]
-        return module
-
-    loader: Any = SimpleNamespace(load_module=load)
-    when_imported(NAME, enter)
-    spec = lambda name, *_: ModuleSpec(name, loader) if name == NAME else None  # noqa: E731
-    sys.meta_path.insert(1, SimpleNamespace(find_spec=spec))  # type: ignore[arg-type]
-    with pytest.warns(ImportWarning):
-        importlib.import_module(NAME)
-    bnfast.BatchNorm2d(2)
     assert entered()
 
 
