@@ -8,7 +8,6 @@ import importlib
 import logging
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
 from importlib.machinery import ModuleSpec, PathFinder
 from importlib.util import LazyLoader, find_spec, module_from_spec
@@ -110,20 +109,6 @@ def test_a_finder_that_forbids_it_is_obeyed() -> None:
     assert entered()
 
 
-def test_while_another_thread_imports_it(library: Path) -> None:
-    """The other thread is waited for."""
-    library.write_text("from odd_library import started, go\nstarted.set()\ngo.wait(60)\nTABLE = {}\n")
-    package: Any = importlib.import_module("odd_library")
-    package.started, package.go = threading.Event(), threading.Event()
-    thread = threading.Thread(target=importlib.import_module, args=(NAME,))
-    thread.start()
-    assert package.started.wait(60)
-    threading.Timer(0.2, package.go.set).start()
-    when_imported(NAME, enter)
-    assert sys.modules[NAME].TABLE == {"ours": True}  # type: ignore[attr-defined]
-    thread.join()
-
-
 def test_from_within_it(library: Path, caplog: pytest.LogCaptureFixture) -> None:
     """As happens where it imports code that imports bnfast."""
     library.write_text("import odd_library\nodd_library.call()\nTABLE = {}\n")
@@ -161,7 +146,6 @@ def test_filled_after_it_was_there(then: Any, caplog: pytest.LogCaptureFixture) 
 
 @pytest.mark.parametrize("before", [True, False])
 def test_loaded_lazily(before: bool) -> None:
-    importlib.import_module("odd_library")
     if not before:
         when_imported(NAME, enter)
     spec: Any = find_spec(NAME)

@@ -15,7 +15,7 @@ from torch.testing import assert_close
 
 import bnfast
 from tests.support import convertible
-from tests.support.convertible import around
+from tests.support.convertible import Leaves, around
 from tests.support.foreign import BatchNormAct2d
 
 pytestmark = [
@@ -118,11 +118,6 @@ def test_other_layers_are_folded(make: Callable[[], Any], fold: Callable[[nn.Mod
 class Doubling(bnfast.BatchNorm2d):
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         return 2 * super().forward(input, residual)
-
-
-class Leaves(torch.fx.Tracer):
-    def is_leaf_module(self, m: nn.Module, name: str) -> bool:
-        return isinstance(m, bnfast.BatchNorm2d) or super().is_leaf_module(m, name)
 
 
 def test_optimizer_leaves_what_does_more(caplog: pytest.LogCaptureFixture) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+import bnfast
 from tests.support import foreign
 
 CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
@@ -66,3 +67,10 @@ def data(like: str | int = 2) -> Tensor:
 def attributes(module: nn.Module) -> dict[str, Any]:
     """Everything that a module holds, with dictionaries copied. They compare by the identity of objects."""
     return {name: dict(value) if isinstance(value, dict) else value for name, value in vars(module).items()}
+
+
+class Leaves(torch.fx.Tracer):
+    """It records the calls of bnfast's BatchNorm2d, and of its subclasses, and does not look into them."""
+
+    def is_leaf_module(self, m: nn.Module, name: str) -> bool:
+        return isinstance(m, bnfast.BatchNorm2d) or super().is_leaf_module(m, name)
