@@ -73,8 +73,7 @@ def _is_imported(module: Any) -> bool:
 class _Finder(MetaPathFinder):
     """Finds the awaited modules as the other finders do, and no other module."""
 
-    def __init__(self) -> None:
-        self._within = threading.local()
+    _within = threading.local()
 
     def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
         if fullname not in _awaited or getattr(self._within, "asks", False):
@@ -103,8 +102,6 @@ class _Loader:
         return getattr(self.own, name)
 
     def exec_module(self, module: Any) -> None:
-        name = module.__spec__.name
         module.__loader__ = module.__spec__.loader = self.own
         self.own.exec_module(module)
-        if name in _awaited:
-            _awaited[name].do(module)
+        _awaited[module.__spec__.name].do(module)

@@ -1,5 +1,5 @@
-"""Libraries that are imported after bnfast or before it, and in odd ways: beside other finders, in another
-thread, in part, again."""
+"""Libraries that are imported after bnfast or before it, and in odd ways: beside other finders, in part,
+lazily, again."""
 
 from __future__ import annotations
 
@@ -75,22 +75,14 @@ def delegate(fullname: str, path: Any = None, target: Any = None) -> ModuleSpec 
     return next(filter(None, (find(fullname, path, target) for find in others)), None)
 
 
-FINDERS = {
-    "of Python before 3.4": SimpleNamespace(find_module=lambda fullname, path=None: None),
-    "delegating": SimpleNamespace(find_spec=delegate),
-    "bypassing": SimpleNamespace(find_spec=PathFinder.find_spec),
-}
+FINDERS = {"delegating": delegate, "bypassing": PathFinder.find_spec}
 
 
-@pytest.mark.filterwarnings("ignore::ImportWarning")
-@pytest.mark.parametrize("first", [True, False])
-@pytest.mark.parametrize("finder", FINDERS.values(), ids=FINDERS.keys())
-def test_beside_other_finders(finder: Any, first: bool) -> None:
-    if not first:
-        sys.meta_path.insert(0, finder)
+@pytest.mark.parametrize("place", [0, 1])
+@pytest.mark.parametrize("find", FINDERS.values(), ids=FINDERS)
+def test_beside_other_finders(find: Any, place: int) -> None:
     when_imported(NAME, enter)
-    if first:
-        sys.meta_path.insert(0, finder)
+    sys.meta_path.insert(place, SimpleNamespace(find_spec=find))  # type: ignore[arg-type]
     importlib.import_module(NAME)
     catch_up()  # needed where bnfast's finder was not asked
     assert entered()
