@@ -11,7 +11,7 @@ from torch import nn
 from torch.testing import assert_close
 
 import bnfast
-from tests.support.foreign import DetectronFrozen, TorchvisionFrozen
+from tests.support.convertible import DetectronFrozen, TorchvisionFrozen
 from tests.support.layers import BY_NAME, DTYPES, data, every_path
 
 KEYS = ["weight", "bias", "running_mean", "running_var"]

@@ -17,8 +17,7 @@ from torch import nn
 from torch.testing import assert_close
 
 import bnfast
-from tests.support.convertible import ALL, attributes, data, network
-from tests.support.foreign import BatchNormAct2d
+from tests.support.convertible import ALL, BatchNormAct2d, attributes, data, network
 from tests.support.training import assert_same_training, record
 
 pytestmark = [

@@ -14,8 +14,7 @@ from torch import nn
 from torch.testing import assert_close
 
 import bnfast
-from tests.support.convertible import around, data
-from tests.support.foreign import BatchNormAct2d, DetectronFrozen
+from tests.support.convertible import BatchNormAct2d, DetectronFrozen, around, data
 
 pytestmark = [
     pytest.mark.usefixtures("stand_ins"),

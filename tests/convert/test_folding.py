@@ -15,8 +15,7 @@ from torch.testing import assert_close
 
 import bnfast
 from tests.support import convertible
-from tests.support.convertible import Leaves, around
-from tests.support.foreign import BatchNormAct2d
+from tests.support.convertible import BatchNormAct2d, Leaves, around
 
 pytestmark = [
     pytest.mark.usefixtures("stand_ins", "plain_torch_in_one_thread"),

@@ -16,8 +16,7 @@ from torch.testing import assert_close
 
 import bnfast
 from bnfast.modules import plain
-from tests.support.convertible import around, data
-from tests.support.foreign import BatchNormAct2d
+from tests.support.convertible import BatchNormAct2d, around, data
 from tests.support.layers import BY_NAME
 
 pytestmark = pytest.mark.usefixtures("stand_ins", "plain_torch_in_one_thread")

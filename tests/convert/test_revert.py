@@ -12,7 +12,7 @@ from torch import nn
 import bnfast
 from bnfast.modules import plain
 from bnfast.modules.frozenbatchnorm import TorchFrozenBatchNorm2d
-from tests.support.foreign import BatchNormAct2d, DetectronFrozen
+from tests.support.convertible import BatchNormAct2d, DetectronFrozen
 from tests.support.layers import LAYERS, Layer, assert_same, step
 
 pytestmark = [pytest.mark.usefixtures("stand_ins"), pytest.mark.filterwarnings("ignore::DeprecationWarning")]
