@@ -17,7 +17,6 @@ from .fusing.layers import hooked, hooked_everywhere
 from .kernels.epilogue import MODULES, PARAMETERS, Activation
 from .modules.batchrenorm import _BatchRenorm
 from .modules.mixins import NormMixin, is_ours
-from .modules.replaceable import Replaceable
 
 # timm's own copies of torch.nn's activations, as far as it makes them with the torch versions served here
 _TIMM_ACTIVATIONS = {"Sigmoid": "sigmoid", "Tanh": "tanh", "GELU": "gelu", "GELUTanh": "gelu_tanh"}
@@ -85,16 +84,10 @@ class Applying(Adopted):
         )
 
 
-class _ApplyingBatchNorm(Applying, Replaceable):
-    """BatchNormAct2d."""
-
-
 @cache
 def both(ours: type[NormMixin], theirs: type[nn.Module]) -> type[Adopted]:
     """The class of a library's layer on bnfast's kernels; always the same for the same two classes."""
-    mixin: type[Adopted] = Adopted
-    if theirs.__name__.endswith(("Act", "Act2d")):
-        mixin = _ApplyingBatchNorm if issubclass(ours, Replaceable) else Applying
+    mixin = Applying if theirs.__name__.endswith(("Act", "Act2d")) else Adopted
     members: dict[str, Any] = {
         "__module__": ours.__module__,
         "__qualname__": ours.__qualname__,

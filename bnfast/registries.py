@@ -299,6 +299,7 @@ _REGISTRIES: dict[str, Callable[[Any], Enter | None]] = {
     "torch.ao.quantization.quantize_fx": graphs,
     "opacus.validators": opacus,
     "captum.attr._core.deep_lift": captum,
+    # counters of operations
     "thop.profile": lambda profile: _beside_torchs(profile.register_hooks),
     "ptflops.pytorch_ops": lambda ops: _beside_torchs(ops.MODULES_MAPPING),
 }
