@@ -253,9 +253,7 @@ def _with_twins(model: Any, is_qat: bool) -> Any:
         if layer is None or isinstance(activation, nn.Module):  # timm's, which has hooks or other additions
             continue
         path, _, name = node.target.rpartition(".")
-        parent = model.get_submodule(path)
-        if getattr(parent, name) is layer:
-            setattr(parent, name, twin(layer, "prepare_qat_fx", is_qat))
+        setattr(model.get_submodule(path), name, twin(layer, "prepare_qat_fx", is_qat))
         if activation is None:
             continue
         behind = f"{node.target}_activation"

@@ -71,7 +71,7 @@ def test_one_that_is_not_as_expected(caplog: pytest.LogCaptureFixture) -> None:
 
 def delegate(fullname: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
     """Asks the other finders, whichever these are, as bnfast's does."""
-    others = (f.find_spec for f in sys.meta_path if getattr(f, "find_spec", delegate) != delegate)
+    others = (finder.find_spec for finder in sys.meta_path if finder.find_spec != delegate)
     return next(filter(None, (find(fullname, path, target) for find in others)), None)
 
 
