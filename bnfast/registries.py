@@ -121,7 +121,7 @@ def captum(deep_lift: Any) -> Enter:
     return enter
 
 
-# torch folds a BatchNorm into the layer before it
+# torch folds a BatchNorm into the layer before it, and quantizes
 
 
 def refuse_activations(fusion: Any) -> None:
