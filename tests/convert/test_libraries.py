@@ -19,7 +19,7 @@ from bnfast.modules import plain
 from tests.support.convertible import BatchNormAct2d, around, data
 from tests.support.layers import BY_NAME
 
-pytestmark = pytest.mark.usefixtures("stand_ins", "plain_torch_in_one_thread")
+pytestmark = pytest.mark.usefixtures("plain_torch_in_one_thread")
 
 # Opacus
 
@@ -68,7 +68,7 @@ ACTIVE: dict[str, Callable[[type[nn.Module]], nn.Module]] = {
 
 @pytest.mark.parametrize("options", [{}, {"num_groups": 2}, {"replace_bn_with_in": True}], ids=str)
 @pytest.mark.parametrize("name", ACTIVE)
-def test_replaced_with_the_activation(name: str, options: dict[str, Any]) -> None:
+def test_replaced_with_the_activation(name: str, options: dict[str, Any], stand_ins: None) -> None:
     layer, x = ACTIVE[name](nn.SiLU), torch.randn(3, 4, 5, 5)
     assert [kind for kind, _ in errors(layer)] == ["ShouldReplaceModuleError"]
     found = fixed(layer, **options)
@@ -76,7 +76,7 @@ def test_replaced_with_the_activation(name: str, options: dict[str, Any]) -> Non
     assert_close(found(x), nn.functional.silu(fixed(nn.BatchNorm2d(4), **options)(x)))
 
 
-def test_an_activation_that_cannot_be_kept_raises() -> None:
+def test_an_activation_that_cannot_be_kept_raises(stand_ins: None) -> None:
     layer = bnfast.convert(BatchNormAct2d(4, nn.ReLU()))
     layer.act = nn.Softplus()
     with pytest.raises(ValueError, match="Softplus, which BatchNorm2d calls, would be lost.*bnfast.revert"):
@@ -180,7 +180,7 @@ def explained(model: nn.Module) -> Tensor:
 
 
 @pytest.mark.filterwarnings("ignore:Setting forward, backward hooks", "ignore:Input Tensor 0 did not already")
-def test_deep_lift() -> None:
+def test_deep_lift(stand_ins: None) -> None:
     """The activation within a layer counts as the one behind it."""
     plain = explained(around(nn.BatchNorm2d(4)))
     assert_close(explained(bnfast.convert(around(nn.BatchNorm2d(4)))), plain)
