@@ -1,5 +1,7 @@
-"""Layers of other libraries on bnfast's kernels. Their class is a subclass of bnfast's and of the library's
-class, so that the library's own tools still find them. bnfast.convert gives layers such classes."""
+"""Layers of other libraries on bnfast's kernels, and torch.nn's layers in the place of bnfast's.
+
+The class of the former is a subclass of bnfast's and of the library's class, so that the library's own tools
+still find them. bnfast.convert gives layers such classes."""
 
 from __future__ import annotations
 
@@ -9,14 +11,16 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from . import modules
 from .fusing.activations import of_module
 from .fusing.layers import hooked, hooked_everywhere
 from .kernels.epilogue import MODULES, PARAMETERS, Activation
-from .modules.mixins import NormMixin
-from .modules.replaceable import Replaceable
+from .modules.batchrenorm import _BatchRenorm
+from .modules.mixins import NormMixin, is_ours
 
 # timm's own copies of torch.nn's activations, as far as it makes them with the torch versions served here
 _TIMM_ACTIVATIONS = {"Sigmoid": "sigmoid", "Tanh": "tanh", "GELU": "gelu", "GELUTanh": "gelu_tanh"}
+_RENORMS = {getattr(modules, f"BatchRenorm{n}d"): getattr(nn, f"BatchNorm{n}d") for n in (1, 2, 3)}
 _KEEPING = ("convert_sync_batchnorm", "freeze_batch_norm_2d")  # timm's functions that take act and drop along
 
 
@@ -80,16 +84,10 @@ class Applying(Adopted):
         )
 
 
-class _ApplyingBatchNorm(Applying, Replaceable):
-    """BatchNormAct2d."""
-
-
 @cache
 def both(ours: type[NormMixin], theirs: type[nn.Module]) -> type[Adopted]:
     """The class of a library's layer on bnfast's kernels; always the same for the same two classes."""
-    mixin: type[Adopted] = Adopted
-    if theirs.__name__.endswith(("Act", "Act2d")):
-        mixin = _ApplyingBatchNorm if issubclass(ours, Replaceable) else Applying
+    mixin = Applying if theirs.__name__.endswith(("Act", "Act2d")) else Adopted
     members: dict[str, Any] = {
         "__module__": ours.__module__,
         "__qualname__": ours.__qualname__,
@@ -130,5 +128,40 @@ def as_module(activation: Activation | None) -> nn.Module:
 
 def _blank(ours: Any, theirs: Any) -> nn.Module:
     """Makes the object that pickle and copy fill with a layer's state."""
-    blank: nn.Module = object.__new__(both(ours, theirs))
-    return blank
+    return object.__new__(both(ours, theirs))
+
+
+def torchs_class(kind: type) -> type[nn.Module] | None:
+    """torch.nn's class that a layer's class derives from or, for Batch Renormalization, is equal to in eval;
+    or None."""
+    for base in kind.__mro__:
+        if base in _RENORMS:
+            return _RENORMS[base]
+        if base is not nn.Module and getattr(nn, base.__name__, None) is base:
+            return base
+    return None
+
+
+def has_twin(layer: object) -> bool:
+    """Whether `twin` computes the same as a layer, except for its activation. Subclasses may compute other
+    things."""
+    return isinstance(layer, NormMixin) and is_ours(type(layer)) and torchs_class(type(layer)) is not None
+
+
+def twin(layer: NormMixin, by: str, training: bool = False) -> nn.Module:
+    """Makes torch.nn's layer with the same parameters and buffers, and without the activation, which the
+    caller has to apply. by: the caller's name. training: whether the new layer will be trained."""
+    if training and isinstance(layer, _BatchRenorm):
+        raise RuntimeError(
+            f"{by} would train a BatchNorm in the place of {type(layer).__name__}: use bnfast.revert(model) "
+            "first if that is meant"
+        )
+    kind: Any = torchs_class(type(layer))
+    new: nn.Module = object.__new__(kind)
+    new.__dict__ = {
+        name: dict(value) if type(value) is dict else value for name, value in vars(layer).items()
+    }
+    new.__dict__.pop("activation", None)
+    for part in ("act", "drop"):  # timm's, which its own class calls
+        new._modules.pop(part, None)
+    return new

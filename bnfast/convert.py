@@ -20,7 +20,7 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils.parametrize import is_parametrized
 
 from . import modules
-from .adopted import activation_of, both, is_adopted
+from .adopted import activation_of, both, is_adopted, torchs_class
 from .fusing.blocks import unfuse
 from .fusing.layers import NORMS, hooked
 from .importing import catch_up
@@ -28,7 +28,6 @@ from .modules import plain
 from .modules.batchrenorm import _BatchRenorm
 from .modules.frozenbatchnorm import TorchFrozenBatchNorm2d
 from .modules.mixins import NormMixin
-from .twins import torchs_class
 
 _LOG = logging.getLogger("bnfast")
 

@@ -50,8 +50,8 @@ QUICK = Gate(WHOLE.name, (*TESTS, "not static and not gpu and not slow", "--samp
 STATIC = Gate("static", ("tests/static", "-m", "static"))
 GPU = Gate("gpu", (*TESTS, "gpu"))
 LIBRARIES = Gate("libraries", files(
-    "test_carrying_subclasses", "convert/test_folding", "convert/test_models", "convert/test_opacus",
-    "convert/test_registries", "convert/test_timm_tools", "fuse/test_models", "fuse/test_report",
+    "test_carrying_subclasses", "convert/test_folding", "convert/test_libraries", "convert/test_models",
+    "fuse/test_models", "fuse/test_report",
 ), interpret=True)  # fmt: skip
 # With the oldest pair: every eighth case of what touches most of PyTorch and Triton, and all kernels compiled
 OLDEST = Gate(WHOLE.name, ("tests/contract", *files(

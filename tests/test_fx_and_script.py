@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.fx.proxy import TraceError
 
 import bnfast
+from tests.support.convertible import Leaves
 from tests.support.layers import assert_same, both_modes, data, step
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
@@ -37,13 +38,6 @@ class Around(bnfast.BatchNorm2d):
 
 class Named(bnfast.BatchNorm2d):
     """No forward of its own."""
-
-
-class Leaves(torch.fx.Tracer):
-    """The remedy that the error names."""
-
-    def is_leaf_module(self, m: nn.Module, name: str) -> bool:
-        return isinstance(m, bnfast.BatchNorm2d) or super().is_leaf_module(m, name)
 
 
 def model(layer: type[nn.Module]) -> Any:
@@ -72,7 +66,7 @@ def test_fx_never_records_twice(layer: type[nn.Module], hook: str, refused: str,
     if refused:
         with pytest.raises(TraceError, match=refused):
             tracer.trace(module)
-        tracer = Leaves()
+        tracer = Leaves()  # the remedy that the error names
     graph = torch.fx.GraphModule(copy.deepcopy(module), tracer.trace(module))
     assert [n.op for n in graph.graph.nodes].count("call_module") == 3
     assert type(graph.get_submodule("1")) is type(module[1])

@@ -15,8 +15,7 @@ from torch.testing import assert_close
 
 import bnfast
 from tests.support import convertible
-from tests.support.convertible import around
-from tests.support.foreign import BatchNormAct2d
+from tests.support.convertible import BatchNormAct2d, Leaves, around
 
 pytestmark = [
     pytest.mark.usefixtures("stand_ins", "plain_torch_in_one_thread"),
@@ -42,8 +41,12 @@ def active(name: Any = "relu") -> Any:
     return network(norm=bnfast.BatchNorm2d(4, activation=name))
 
 
-def timms(act: nn.Module) -> Any:
-    return network(norm=BatchNormAct2d(4, act))
+def linear(name: Any = None) -> Any:
+    return nn.Sequential(nn.Linear(3, 4), bnfast.BatchNorm1d(4, activation=name)).eval()
+
+
+def timms(act: type[nn.Module] = nn.Identity) -> Any:
+    return network(norm=BatchNormAct2d(4, act()))
 
 
 class Adding(nn.Module):
@@ -54,8 +57,7 @@ class Adding(nn.Module):
         self.conv, self.norm = active(activation)
 
     def forward(self, x: Tensor) -> Tensor:
-        shortcut = x[:, :1].expand(-1, 4, -1, -1).contiguous()
-        return self.norm(self.conv(x), residual=shortcut)
+        return self.norm(self.conv(x), residual=x[:, [0, 1, 2, 0]])
 
 
 def kinds(model: nn.Module) -> list[str]:
@@ -71,31 +73,42 @@ def optimized(model: nn.Module, **options: Any) -> Any:
     return pytest.importorskip("torch.fx.experimental.optimization").fuse(model, **options)
 
 
+def folded(model: Any) -> nn.Module:
+    layer, norm, *behind = model
+    fusion = nn.utils.fusion
+    fold: Any = fusion.fuse_linear_bn_eval if isinstance(layer, nn.Linear) else fusion.fuse_conv_bn_eval
+    return nn.Sequential(fold(layer, norm), *behind)
+
+
 def fused_eagerly(model: nn.Module, training: bool = False) -> Any:
     names = [name for name, module in model.named_children()]
     return (ao().fuse_modules_qat if training else ao().fuse_modules)(model.train(training), [names])
 
 
-# name: (what is done to the model before, the tool)
-TOOLS: dict[str, tuple[Callable[[nn.Module], nn.Module], Callable[[nn.Module], Any]]] = {
-    "optimizer": (bnfast.fuse, optimized),
-    "fuse_modules": (bnfast.convert, fused_eagerly),
-    "fuse_modules_qat": (bnfast.convert, lambda model: fused_eagerly(model, training=True)),
-}
+def fused_for_training(model: nn.Module) -> Any:
+    return fused_eagerly(model, training=True)
 
 
-@pytest.mark.parametrize("tool", TOOLS)
+@pytest.mark.parametrize("fold", [optimized, folded, fused_eagerly, fused_for_training])
 @pytest.mark.parametrize("relu", [False, True])
 @pytest.mark.parametrize("dims", [1, 2, 3])
-def test_folded_as_torchs(dims: int, relu: bool, tool: str) -> None:
-    change, fold = TOOLS[tool]
+def test_folded_as_torchs(dims: int, relu: bool, fold: Callable[[nn.Module], Any]) -> None:
     theirs = network(*([nn.ReLU()] if relu else []), dims=dims)
-    model = change(copy.deepcopy(theirs))
+    model = (bnfast.fuse if fold is optimized else bnfast.convert)(copy.deepcopy(theirs))
     found, expected = fold(model), fold(theirs)
     assert kinds(found) == kinds(expected)
     assert list(found.state_dict()) == list(expected.state_dict())
     assert_close(found(data(dims)), expected(data(dims)))
     assert isinstance(model[1], getattr(bnfast, f"BatchNorm{dims}d"))  # in the model that was given
+
+
+@pytest.mark.parametrize("fold", [optimized, folded, fused_eagerly])
+@pytest.mark.parametrize("make", [linear, renorm, timms])
+def test_other_layers_are_folded(make: Callable[[], Any], fold: Callable[[nn.Module], Any]) -> None:
+    model, x = bnfast.convert(make()), data(0 if make is linear else 2)
+    found = fold(model)
+    assert sum("Identity" not in kind for kind in kinds(found)) == 1
+    assert_close(found(x), model(x))
 
 
 # torch.fx's optimizer
@@ -104,20 +117,6 @@ def test_folded_as_torchs(dims: int, relu: bool, tool: str) -> None:
 class Doubling(bnfast.BatchNorm2d):
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         return 2 * super().forward(input, residual)
-
-
-class Leaves(torch.fx.Tracer):
-    def is_leaf_module(self, m: nn.Module, name: str) -> bool:
-        return isinstance(m, bnfast.BatchNorm2d) or super().is_leaf_module(m, name)
-
-
-def test_optimizer_folds_behind_linear_and_batch_renormalization() -> None:
-    linear = bnfast.fuse(nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))).eval()
-    bare = bnfast.fuse(timms(nn.Identity()))
-    for model, x in ((linear, torch.randn(2, 3)), (renorm(), data()), (bare, data())):
-        folded = optimized(model)
-        assert len(kinds(folded)) == 1
-        assert_close(folded(x), model(x))
 
 
 def test_optimizer_leaves_what_does_more(caplog: pytest.LogCaptureFixture) -> None:
@@ -129,7 +128,7 @@ def test_optimizer_leaves_what_does_more(caplog: pytest.LogCaptureFixture) -> No
     assert_close(optimized(activating)(data()), activating(data()))
     assert caplog.records[0].levelno == logging.WARNING
     (message,) = caplog.messages
-    assert "does not fold 1 layer (0.1) into the one before it, which" in message
+    assert "does not fold 1 of the model's layers (0.1) into what is before them, which" in message
     assert "bnfast.fuse" in message
     assert "bnfast.revert" not in message
     theirs = network(norm=Doubling(4))
@@ -139,32 +138,14 @@ def test_optimizer_leaves_what_does_more(caplog: pytest.LogCaptureFixture) -> No
 
 def test_optimizer_leaves_timms_activation(caplog: pytest.LogCaptureFixture) -> None:
     """It says so once in each call, however many layers there are."""
-    relu = nn.ReLU()
-    layers = timms(relu), nn.Conv2d(4, 3, 1), timms(relu), relu, BatchNormAct2d(4, relu)
-    theirs = nn.Sequential(*layers).eval()
+    alone = BatchNormAct2d(4, nn.ReLU())
+    theirs = nn.Sequential(timms(nn.ReLU), nn.Conv2d(4, 3, 1), timms(nn.ReLU), nn.ReLU(), alone).eval()
     for calls in (1, 2):
         assert_close(optimized(bnfast.fuse(copy.deepcopy(theirs)))(data()), theirs(data()))
         assert len(caplog.records) == calls
-    assert "does not fold 2 layers (0.1, 2.1) into the ones before them" in caplog.messages[1]
+    assert "does not fold 2 of the model's layers (0.1, 2.1) into what" in caplog.messages[1]
     assert "bnfast.revert(model) gives back" in caplog.messages[1]
     assert "activation=" not in caplog.messages[1]
-
-
-# torch.nn.utils.fusion
-
-
-def test_fuse_conv_bn_eval() -> None:
-    linear = nn.Sequential(nn.Linear(3, 4), bnfast.BatchNorm1d(4)).eval()
-    for model, x in ((active(None), data()), (renorm(), data()), (linear, torch.randn(2, 3))):
-        name = f"fuse_{'linear' if model is linear else 'conv'}_bn_eval"
-        fold = getattr(nn.utils.fusion, name)
-        assert_close(fold(*model)(x), model(x))
-        for activation in ("relu", ("leaky_relu", 0.1)):
-            model[1].activation = bnfast.Activation.of(activation)
-            with pytest.raises(RuntimeError, match=f"{name} would lose an activation: .*elu itself"):
-                fold(*model)
-    with pytest.raises(RuntimeError, match=r"applies relu itself\. bnfast.revert\(model\) gives back"):
-        nn.utils.fuse_conv_bn_eval(*bnfast.fuse(timms(nn.ReLU())))
 
 
 def test_functions_on_tensors_are_as_they_were() -> None:
@@ -178,15 +159,6 @@ def test_functions_on_tensors_are_as_they_were() -> None:
 
 
 # torch.ao.quantization
-
-
-def test_fuse_modules_raises_for_what_it_would_lose() -> None:
-    with pytest.raises(RuntimeError, match="fuse_modules would lose an activation: BatchNorm2d applies relu"):
-        fused_eagerly(active())
-    assert_close(fused_eagerly(renorm())(data()), renorm()(data()))
-    words = "fuse_modules would train a BatchNorm .*BatchRenorm2d: use bnfast.revert"
-    with pytest.raises(RuntimeError, match=words):
-        fused_eagerly(renorm(), training=True)
 
 
 def layers() -> nn.Sequential:
@@ -224,50 +196,64 @@ def test_graph_mode(change: Callable[[nn.Module], nn.Module], training: bool) ->
     assert kinds(model) == before  # the model that was given
 
 
-class Twice(nn.Module):
-    """Calls a layer two times."""
-
-    def __init__(self, *layers: nn.Module) -> None:
-        super().__init__()
-        self.conv, self.norm, self.act = layers
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.act(self.norm(self.act(self.norm(self.conv(x)))))
-
-
 @pytest.mark.parametrize("make", [active, timms])
 @pytest.mark.parametrize("kind", [nn.ReLU, nn.Hardswish, nn.SiLU])
 def test_graph_mode_sets_a_layers_activation_behind_it(kind: type[nn.Module], make: Any) -> None:
-    given = bnfast.convert(make(kind()))
+    given = bnfast.convert(make(kind))
     (prepared, found), (theirs_prepared, expected) = quantized(given), quantized(network(kind()))
     assert [node.op for node in found.graph.nodes] == [node.op for node in expected.graph.nodes]
     assert not any("Norm" in kind for kind in kinds(found))
     assert_close(prepared(data()), theirs_prepared(data()))
     assert given[1].activation == bnfast.Activation.of(kind)
-    twice, expected = (Twice(*m).eval() for m in ((*given, nn.Identity()), network(kind())))
-    assert_close(quantized(twice)[0](data()), quantized(expected)[0](data()))
+    (ours, _), (theirs, _) = (
+        quantized(nn.Sequential(conv, norm, act, norm, act).eval())  # which calls a layer two times
+        for conv, norm, act in ((*given, nn.Identity()), network(kind()))
+    )
+    assert_close(ours(data()), theirs(data()))
 
 
-def test_graph_mode_leaves_and_raises() -> None:
+def test_graph_mode_leaves_a_residual() -> None:
     adding = Adding().eval()
     assert_close(quantized(adding)[0](data()), adding(data()))
-    with pytest.raises(RuntimeError, match="prepare_qat_fx would train a BatchNorm .*bnfast.revert"):
-        quantized(renorm(), training=True)
+
+
+def quantized_eagerly(model: Any, *together: list[str]) -> Any:
+    model = nn.Sequential(ao().QuantStub(), *model, ao().DeQuantStub()).eval()
+    model = ao().fuse_modules(model, [*together]) if together else model
+    model.qconfig = ao().get_default_qconfig("x86")
+    ao().prepare(model, inplace=True)(data())
+    return ao().convert(model)
 
 
 def test_eager_mode() -> None:
-    def prepared(model: nn.Module, pairs: list[list[str]]) -> nn.Module:
-        model = nn.Sequential(ao().QuantStub(), *model, ao().DeQuantStub()).eval()
-        model = ao().fuse_modules(model, pairs) if pairs else model
-        model.qconfig = ao().get_default_qconfig("x86")
-        ao().prepare(model, inplace=True)(data())
-        return model
-
-    results = [
-        kinds(ao().convert(prepared(model, [["1", "2", "3"], ["4", "5"]])))
+    found, expected = (
+        kinds(quantized_eagerly(model, ["1", "2", "3"], ["4", "5"]))
         for model in (bnfast.convert(layers()), layers())
-    ]
-    assert results[0] == results[1]
-    assert sum("nn.quantized" in kind for kind in results[0]) == 7
-    with pytest.raises(RuntimeError, match="convert would lose an activation"):
-        ao().convert(prepared(active(), []))
+    )
+    assert found == expected
+    assert sum("nn.quantized" in kind for kind in found) == 7
+
+
+# What they refuse
+
+
+LOST = "would lose an activation: BatchNorm2d applies relu itself. Make the layer without activation="
+OF_TIMMS = r"fuse_conv_bn_eval would .* applies relu itself\. bnfast.revert\(model\) gives back"
+RETRAINED = "would train a BatchNorm in the place of BatchRenorm2d: use bnfast.revert"
+REFUSED: list[tuple[Callable[[Any], Any], Callable[[], nn.Module], str]] = [
+    (folded, active, f"fuse_conv_bn_eval {LOST}"),
+    (folded, lambda: linear("elu"), "fuse_linear_bn_eval would lose an activation: BatchNorm1d applies elu"),
+    (folded, lambda: bnfast.fuse(timms(nn.ReLU)), OF_TIMMS),
+    (fused_eagerly, active, f"fuse_modules {LOST}"),
+    (quantized_eagerly, active, f"quantization.convert {LOST}"),
+    (fused_for_training, renorm, f"fuse_modules {RETRAINED}"),
+    (lambda model: quantized(model, training=True), renorm, f"prepare_qat_fx {RETRAINED}"),
+]
+
+
+@pytest.mark.parametrize(("fold", "make", "words"), REFUSED)
+def test_raises_for_what_would_be_lost(
+    fold: Callable[[Any], Any], make: Callable[[], nn.Module], words: str
+) -> None:
+    with pytest.raises(RuntimeError, match=words):
+        fold(make())

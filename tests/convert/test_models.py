@@ -1,12 +1,14 @@
-"""Converted networks train as the original ones do, to 1e-9 in fp64: small ones on the kernels (interpreted),
-and in plain torch the models of torchvision and timm, where these are installed."""
+"""torchvision's and timm's models and layers, where these are installed: converted, they train as before, to
+1e-9 in fp64, and timm's own tools find its layers and lose nothing. `tests/convert/test_convert.py` and
+`tests/convert/test_adopted.py` have stand-ins for these layers."""
 
 from __future__ import annotations
 
 import copy
+import pickle
 from collections import Counter
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
@@ -14,100 +16,42 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 import bnfast
-from tests.support.convertible import around, data
-from tests.support.foreign import TimmsBlock, TorchvisionFrozen
-from tests.support.fused import Residual
 from tests.support.training import assert_same_training, record
 from tests.support.zoo import installed
 
+pytestmark = pytest.mark.usefixtures("plain_torch_in_one_thread")
 OURS = tuple(getattr(bnfast, name) for name in bnfast.modules.__all__)
 
 
-def every_other_kind() -> nn.Module:
-    """torch.nn's other layers, each behind something that makes all its parameters count."""
-    return nn.Sequential(
-        nn.InstanceNorm2d(4, affine=True, track_running_stats=True), nn.SiLU(),
-        nn.Conv2d(4, 4, 1, bias=False), nn.GroupNorm(2, 4), nn.Tanh(), nn.LayerNorm((5, 6)),
-        nn.Flatten(2), nn.BatchNorm1d(4), nn.GELU(), nn.InstanceNorm1d(4), nn.Softplus(),
-        nn.Unflatten(2, (5, 3, 2)), nn.BatchNorm3d(4), nn.Sigmoid(), nn.InstanceNorm3d(4, affine=True),
-    )  # fmt: skip
+def images() -> Tensor:
+    return torch.randn(4, 3, 32, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 
 
-SMALL: dict[str, Callable[[], nn.Module]] = {
-    "ResNet": lambda: Residual(shortcut=True),
-    "ResNet, frozen": lambda: Residual(TorchvisionFrozen, shortcut=True),
-    "timm": TimmsBlock,
-    "every other kind": every_other_kind,
-}
-
-
-@pytest.mark.parametrize("name", SMALL)
-def test_small_networks(name: str, launches: list[Any], stand_ins: None) -> None:
-    theirs = around(SMALL[name](), nn.Flatten())
-    ours = bnfast.convert(copy.deepcopy(theirs))
-    expected = record(copy.deepcopy(theirs), data())
-    assert not launches
-    assert not [m for m in ours.modules() if "Norm" in type(m).__name__ and not isinstance(m, OURS)]
-    assert_same_training(record(copy.deepcopy(ours), data()), expected)
-    assert launches
-    assert [type(m) for m in bnfast.revert(ours).modules()] == [type(m) for m in theirs.modules()]
-    assert_same_training(record(ours, data()), expected, bound=0.0)
-
-
-class Case(NamedTuple):
-    """make: of a library's module. layers: the number of each of bnfast's layers after conversion."""
-
-    library: str
-    make: Callable[[Any], nn.Module]
-    layers: dict[str, int]
-    left: int = 0
-    size: int = 64
-
-
-CASES: dict[str, Case] = {
-    "resnet18, frozen": Case(
+# name: (library, what makes one of its modules, the number of each of bnfast's layers, and of those left)
+CASES: dict[str, tuple[str, Callable[[Any], nn.Module], dict[str, int]]] = {
+    "resnet18, frozen": (
         "torchvision", lambda tv: tv.models.resnet18(norm_layer=tv.ops.FrozenBatchNorm2d),
         {"FrozenBatchNorm2d": 20},
     ),
-    "mobilenet_v3_small": Case("torchvision", lambda tv: tv.models.mobilenet_v3_small(), {"BatchNorm2d": 34}),
-    "VisionTransformer": Case(
-        "torchvision", lambda tv: tv.models.VisionTransformer(64, 32, 2, 4, 64, 128), {"LayerNorm": 5}
+    "VisionTransformer": (
+        "torchvision", lambda tv: tv.models.VisionTransformer(32, 16, 2, 4, 64, 128), {"LayerNorm": 5}
     ),
-    "timm efficientnet_b0": Case("timm", lambda t: t.create_model("efficientnet_b0"), {"BatchNorm2d": 49}),
-    "timm resnetv2_50x1_bit": Case(
-        "timm", lambda timm: timm.create_model("resnetv2_50x1_bit"), {"GroupNorm": 49}, size=32
-    ),
-    "timm vit_tiny": Case(
-        "timm", lambda timm: timm.create_model("vit_tiny_patch16_224", img_size=64), {"LayerNorm": 25}
-    ),
-    "timm ConvNeXt": Case(
+    "ConvNeXt": (
         "timm", lambda timm: timm.models.convnext.ConvNeXt(depths=(1, 1, 1, 1), dims=(8, 16, 32, 64)),
-        {"LayerNorm": 4}, left=5,
-    ),
-    "timm frozen": Case(
-        "timm", lambda timm: timm.layers.freeze_batch_norm_2d(timm.create_model("efficientnet_lite0")),
-        {"FrozenBatchNorm2d": 49},
+        {"LayerNorm": 4, "left": 5},
     ),
 }  # fmt: skip
 
 
-def images(size: int) -> Tensor:
-    return torch.randn(4, 3, size, size, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-
-
-@pytest.mark.parametrize("name", CASES)
-def test_zoo(name: str, plain_torch: None) -> None:
-    case = CASES[name]
+@pytest.mark.parametrize(("library", "make", "layers"), CASES.values(), ids=CASES)
+def test_zoo(library: str, make: Callable[[Any], nn.Module], layers: dict[str, int]) -> None:
     torch.manual_seed(0)
-    theirs: Any = case.make(installed(case.library)).double()
-    for module in theirs.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0  # it draws the same numbers for both, but makes large networks' gradients small
+    theirs = make(installed(library)).double()
     ours = bnfast.convert(copy.deepcopy(theirs))
-    assert Counter(type(m).__name__ for m in ours.modules() if isinstance(m, OURS)) == case.layers
-    assert sum("LayerNorm2d" in type(m).__name__ for m in ours.modules()) == case.left
+    norms = [m for m in ours.modules() if isinstance(m, (*OURS, nn.LayerNorm))]
+    assert Counter(type(m).__name__ if isinstance(m, OURS) else "left" for m in norms) == layers
     assert list(ours.state_dict()) == list(theirs.state_dict())
-    assert_same_training(record(ours, images(case.size)), record(theirs, images(case.size)))
+    assert_same_training(record(ours, images()), record(theirs, images()))
     assert [type(m) for m in bnfast.revert(ours).modules()] == [type(m) for m in theirs.modules()]
 
 
@@ -131,19 +75,88 @@ def test_each_of_timms_layers(name: str) -> None:
     assert_close(layer(x), before, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
-def test_torchvisions_frozen_layer_decides_the_dtype(dtype: torch.dtype) -> None:
-    layer = installed("torchvision").ops.FrozenBatchNorm2d(4)
-    x = torch.randn(2, 4, 3, 3).to(dtype)
-    for constants in (torch.float32, dtype):
-        expected = layer.to(constants)(x)
-        found = bnfast.convert(copy.deepcopy(layer))(x)
-        assert_close(found, expected, rtol=1e-2, atol=1e-2)  # which compares dtypes too
+# timm's tools
+
+LAYERS = 34  # of mobilenetv3_small_050
+STOPPED = "applies Hardswish itself.*use timm's convert_sync_batchnorm or"
+Change = Callable[[nn.Module], nn.Module]
 
 
-def test_feature_extraction() -> None:
-    extract = installed("torchvision.models.feature_extraction").create_feature_extractor
-    model = installed("torchvision").models.resnet18().double().eval()
-    features = {"layer1.0.bn1": "norm", "layer4": "last"}
-    expected = extract(model, features)(images(32))
-    assert_close(extract(bnfast.convert(model), features)(images(32)), expected)
+@pytest.fixture(scope="module")
+def timm() -> Any:
+    return installed("timm")
+
+
+@pytest.fixture(scope="module")
+def original(timm: Any) -> nn.Module:
+    """With statistics that are not those of a new model, in eval."""
+    torch.manual_seed(0)
+    model = timm.create_model("mobilenetv3_small_050", num_classes=8).double()
+    for name, buffer in model.named_buffers():
+        if "running" in name:
+            buffer.copy_(torch.rand_like(buffer) + 0.5)
+    return model.eval()
+
+
+@pytest.fixture(params=[bnfast.convert, bnfast.fuse], ids=["convert", "fuse"])
+def change(request: pytest.FixtureRequest) -> Change:
+    return request.param
+
+
+@pytest.fixture
+def model(change: Change, original: nn.Module) -> Any:
+    return change(copy.deepcopy(original))
+
+
+def count(model: nn.Module, *kinds: type) -> int:
+    return sum(type(module) in kinds for module in model.modules())
+
+
+def test_freeze_and_unfreeze_batch_norm(change: Change, model: Any, timm: Any, original: nn.Module) -> None:
+    expected, layers = original(images()), timm.layers
+    frozen = layers.freeze_batch_norm_2d(model)
+    constant = installed("torchvision").ops.FrozenBatchNorm2d
+    assert count(frozen, layers.FrozenBatchNormAct2d, constant) == LAYERS
+    assert_close(frozen.train()(images()), expected)
+    again = change(frozen)
+    assert sum(isinstance(m, bnfast.FrozenBatchNorm2d) for m in again.modules()) == LAYERS
+    assert_close(again(images()), expected)
+    unfrozen = layers.unfreeze_batch_norm_2d(again).eval()
+    assert count(unfrozen, layers.BatchNormAct2d, nn.BatchNorm2d) == LAYERS
+    assert_close(unfrozen(images()), expected)
+
+
+def test_freeze_and_unfreeze_a_model(model: Any, timm: Any, original: nn.Module) -> None:
+    timm.utils.freeze(model, ["conv_stem", "bn1", "blocks.0"], include_bn_running_stats=True)
+    assert type(model.bn1) is timm.layers.FrozenBatchNormAct2d
+    assert not any(p.requires_grad for p in model.blocks[0].parameters())
+    assert_close(model(images()), original(images()))
+    timm.utils.unfreeze(model, include_bn_running_stats=True)
+    assert type(model.bn1) is timm.layers.BatchNormAct2d
+    assert_close(model.eval()(images()), original(images()))
+
+
+def test_synchronized(model: Any, timm: Any, original: nn.Module) -> None:
+    """timm's converter keeps the activations; torch's, as Lightning calls it, would not, and is stopped."""
+    with pytest.raises(RuntimeError, match=STOPPED):
+        nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(model))
+    with pytest.raises(RuntimeError, match="applies Hardswish itself.*convert_splitbn_model"):
+        timm.layers.convert_splitbn_model(copy.deepcopy(model))  # even timm's own layers lose theirs to it
+    with pytest.warns(UserWarning, match="what bnfast.fuse had put inside"):
+        synced = timm.layers.convert_sync_batchnorm(model)
+    assert count(synced, timm.layers.SyncBatchNormAct) == LAYERS
+    assert_close(synced(images()), original(images()))
+
+
+def test_other_tools(timm: Any, original: nn.Module) -> None:
+    """Averages, features, pickles and statistics of activations."""
+    model = bnfast.fuse(copy.deepcopy(original))
+    assert_close(timm.utils.ModelEmaV3(model).module(images()), original(images()))
+    assert_close(pickle.loads(pickle.dumps(model))(images()), original(images()))
+    seen = []
+    for hooked in (copy.deepcopy(original), model):
+        function = timm.utils.model.avg_sq_ch_mean
+        seen.append(timm.utils.model.ActivationStatsHook(hooked, ["bn1.act"], [function]).stats)
+        hooked(images())
+    assert_close(*(stats["avg_sq_ch_mean"] for stats in seen))
+    assert len(seen[0]["avg_sq_ch_mean"]) == 1

@@ -7,62 +7,39 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import bnfast
 from bnfast.modules import plain
 from bnfast.modules.frozenbatchnorm import TorchFrozenBatchNorm2d
-from tests.support.convertible import CONVOLUTIONS, data
-from tests.support.foreign import BatchNormAct2d, DetectronFrozen
-from tests.support.training import assert_same_training, record
+from tests.support.convertible import BatchNormAct2d, DetectronFrozen
+from tests.support.layers import LAYERS, Layer, assert_same, step
 
 pytestmark = [pytest.mark.usefixtures("stand_ins"), pytest.mark.filterwarnings("ignore::DeprecationWarning")]
 
-# name: (spatial dimensions of the input, the arguments)
-ACTIVE: dict[str, tuple[int, tuple[Any, ...], dict[str, Any]]] = {
-    "BatchNorm1d": (1, (4,), {"activation": "relu"}),
-    "BatchNorm2d": (2, (4,), {"activation": ("leaky_relu", 0.3)}),
-    "BatchNorm3d": (3, (4,), {"activation": "silu"}),
-    "FrozenBatchNorm2d": (2, (4,), {"activation": "elu"}),
-    "GroupNorm": (2, (2, 4), {"activation": "gelu"}),
-    "InstanceNorm1d": (1, (4,), {"activation": "mish"}),
-    "InstanceNorm2d": (2, (4,), {"activation": "tanh"}),
-    "InstanceNorm3d": (3, (4,), {"activation": "sigmoid", "affine": True}),
-    "LayerNorm": (2, ([5, 6],), {"activation": "hardswish"}),
-}
 
-
-class Residual(nn.Module):
-    """A convolution, and a layer that takes its output twice."""
-
-    def __init__(self, dims: int, layer: nn.Module) -> None:
-        super().__init__()
-        self.conv, self.norm = CONVOLUTIONS[dims](3, 4, 1, bias=False), layer
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.conv(x)
-        return self.norm(self.norm(x), residual=x)
-
-
-@pytest.mark.parametrize("name", ACTIVE)
-def test_an_activation_reverts_to_plain_torch(name: str, launches: list[Any]) -> None:
+@pytest.mark.parametrize("layer", [layer for layer in LAYERS if "Renorm" not in layer.name], ids=str)
+def test_an_activation_reverts_to_plain_torch(layer: Layer, launches: list[Any]) -> None:
     """The plain layer has the same keys and numbers and launches no kernel; and it converts again."""
-    dims, arguments, options = ACTIVE[name]
-    torch.manual_seed(0)
-    ours: Any = Residual(dims, getattr(bnfast, name)(*arguments, **options)).double()
+    ours, x = layer.make(dtype=torch.float64, **(layer.tracks or {})), layer.input(dtype=torch.float64)
+    ours.activation = bnfast.Activation("leaky_relu", 0.3)
     theirs = bnfast.revert(copy.deepcopy(ours))
-    assert type(theirs.norm) is getattr(plain, name)
+    assert type(theirs) is getattr(plain, layer.name)
     assert list(theirs.state_dict()) == list(ours.state_dict())
-    assert repr(theirs.norm) == repr(ours.norm)
-    expected = record(copy.deepcopy(theirs), data(dims), steps=1)
-    assert not launches
-    assert_same_training(record(ours, data(dims), steps=1), expected)
+    assert repr(theirs) == repr(ours)
+    for training in (True, False):
+        ours.train(training), theirs.train(training)
+        before = len(launches)
+        expected = step(theirs, x, lambda x: theirs(theirs(x), residual=x))
+        assert len(launches) == before
+        assert_same(step(ours, x, lambda x: ours(ours(x), residual=x)), expected)
+        assert len(launches) > before
     with pytest.raises(ValueError, match="residual must have input's shape"):
-        theirs.norm(theirs.conv(data(dims)), residual=data(dims))
+        theirs(x, residual=x[:1])
     with pytest.raises(RuntimeError, match="which has no activation"):
-        torch.jit.script(theirs.norm)
-    assert type(bnfast.convert(theirs).norm) is type(ours.norm)
-    assert theirs.norm.activation == ours.norm.activation
+        torch.jit.script(theirs)
+    assert type(bnfast.convert(theirs)) is type(ours)
+    assert theirs.activation == ours.activation
 
 
 def test_an_activation_given_since_is_kept() -> None:
@@ -105,13 +82,6 @@ def test_without_an_activation_it_becomes_torchs(name: str) -> None:
     like = name.replace("Renorm", "Norm")
     assert type(layer) is getattr(nn, like, TorchFrozenBatchNorm2d)
     assert type(bnfast.convert(layer)) is getattr(bnfast, like)
-
-
-def test_what_was_fused_is_undone_first() -> None:
-    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU())
-    bnfast.revert(bnfast.fuse(model))
-    assert type(model) is nn.Sequential
-    assert type(model[1]) is nn.BatchNorm2d
 
 
 def test_frozen_without_an_activation_is_traced_and_scripted() -> None:

@@ -22,7 +22,7 @@ from bnfast.activation import Activation
 from bnfast.checks import peers
 from bnfast.checks.cases import FORMATS
 from tests.support.buffers import bit_identical
-from tests.support.foreign import TorchvisionFrozen
+from tests.support.convertible import TorchvisionFrozen
 from tests.support.versions import WITHOUT_BIAS
 
 CLOSE = {"rtol": 1.3e-6, "atol": 1e-5}
