@@ -19,7 +19,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import bnfast
 from bnfast.checks.cases import placed
 from bnfast.kernels import launch_plan, plan
-from tests.support import kernel_calls as kernels
 from tests.support.layers import BY_NAME, assert_same, both_modes, data, step
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -41,19 +40,6 @@ def limit(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> It
     monkeypatch.setattr(plan, "INT32", request.param)
     yield
     forget()
-
-
-@pytest.mark.parametrize("limit", [100], indirect=True)
-@pytest.mark.usefixtures("limit")
-def test_planning_refuses_what_is_too_large() -> None:
-    mean, variance = torch.zeros(4), torch.ones(4)
-    with pytest.raises(plan.TooLarge):
-        kernels.batch_norm_train(X, None, None, mean, variance)
-    with pytest.raises(plan.TooLarge):
-        kernels.batch_norm_eval(X, mean, variance, keep=False)
-    with pytest.raises(plan.TooLarge):
-        kernels.batch_norm_backward(X, X, torch.zeros(4, 4), (True, None, None))
-    assert not mean.any()
 
 
 @both_modes

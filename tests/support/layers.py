@@ -143,6 +143,14 @@ def step(module: nn.Module, x: Tensor, run: Callable[[Tensor], Tensor] | None = 
     return {"y": y.detach(), "dx": x.grad, **gradients, **copy.deepcopy(module.state_dict())}
 
 
+def attempt(call: Callable[[], Any]) -> Any:
+    """What it returns, or the type of what it raises."""
+    try:
+        return call()
+    except Exception as error:
+        return type(error)
+
+
 def assert_same(ours: Named, theirs: Named, **options: Any) -> None:
     assert ours.keys() == theirs.keys()
     for key, expected in theirs.items():
@@ -209,8 +217,8 @@ def parameters(name: str, x: Tensor) -> list[Tensor]:
 def derivatives(
     function: Function, x: Tensor, given: list[Tensor], dy: Tensor | None = None, **options: Any
 ) -> Named:
-    """The output, and the gradients of x and of what is given."""
-    leaves = [t.detach().clone(memory_format=torch.preserve_format).requires_grad_() for t in (x, *given)]
+    """The output, and the gradients of x and of what is given, which are not copied."""
+    leaves = [t.detach().requires_grad_() for t in (x, *given)]
     y = function(*leaves, **options)
     gradients = torch.autograd.grad(y, leaves, data(*y.shape, seed=9, dtype=y.dtype) if dy is None else dy)
     return {"y": y.detach(), **dict(zip(("dx", "dweight", "dbias", "dz"), gradients, strict=False))}
