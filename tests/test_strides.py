@@ -25,7 +25,7 @@ from bnfast import functional
 from bnfast.checks.cases import FORMATS, placed
 from tests.support import layers
 from tests.support.buffers import shifted
-from tests.support.layers import assert_same, data, derivatives, every_path, followed, statistics
+from tests.support.layers import assert_same, data, derivatives, every_path, norms, statistics
 
 EPS = 1e-3
 NORMS: dict[str, Callable[..., Tensor]] = {
@@ -142,15 +142,6 @@ def pairs(path: str) -> Iterator[tuple[Tensor, Callable[[Tensor], Tensor]]]:
         yield in_format(x, last), layout
 
 
-def normalized(f: Any, name: str, activation: str | None, *given: Tensor) -> Tensor:
-    """The result of bnfast.functional, or of torch.nn.functional and what follows it. given: x, and if any
-    weight, bias and a residual."""
-    vectors, z = given[:3], given[3] if len(given) > 3 else None
-    if f is F:
-        return followed(NORMS[name](F, *vectors, eps=EPS), z, activation)
-    return NORMS[name](f, *vectors, eps=EPS, activation=activation, residual=z)
-
-
 def canonical(t: Tensor) -> Tensor:
     return t.clone(memory_format=torch.contiguous_format)
 
@@ -178,10 +169,9 @@ def test_values_gradients_and_strides(
     for x, layout in pairs(path):
         vector = {"layer": x.shape[-1:], "layer, samples": x.shape[1:]}.get(name, x.shape[1:2])
         dy, residual = (layout(data(*x.shape, seed=seed, dtype=x.dtype)) for seed in (5, 7))
-        rest = [data(*vector, seed=n, dtype=x.dtype) for n in (1, 2) if affine] + [residual] * bool(
-            activation
-        )
-        ours, theirs = (functools.partial(normalized, f, name, activation) for f in (functional, F))
+        rest = [data(*vector, seed=n, dtype=x.dtype) for n in (1, 2) if affine]
+        rest += [residual] if activation else []
+        ours, theirs = (functools.partial(f, activation=activation, eps=EPS) for f in norms(NORMS[name]))
         try:
             expected = derivatives(theirs, canonical(x), [*map(canonical, rest)], canonical(dy))
         except ValueError:  # a group has one value
@@ -216,8 +206,8 @@ def test_saved_tensors_come_back_in_other_memory(
     norm: str, activation: str | None, layout: str, last: bool
 ) -> None:
     """Hooks that offload or compress need not keep the strides of what they were given."""
-    x, ours, unpacked = data(2, 8, 4, 8, last=last), layers.norms(norm)[0], []
-    rest = [*layers.parameters(norm, x), *([data(*x.shape, seed=7)] if activation else [])]
+    x, ours, unpacked = data(2, 8, 4, 8, last=last), norms(norm)[0], []
+    rest = layers.parameters(norm, x, activation)
     expected = derivatives(ours, x, rest, activation=activation)
 
     def back(t: Tensor) -> Tensor:

@@ -15,16 +15,10 @@ from torch.testing import assert_close
 from bnfast import functional
 from tests.support import kernel_calls, layers
 from tests.support.buffers import bit_identical
-from tests.support.layers import NORMS, assert_same, attempt, data, derivatives, norms
+from tests.support.layers import NORMS, assert_same, attempt, data, derivatives, norms, parameters
 
 SHAPE = (3, 4, 2, 3)
 followed = pytest.mark.parametrize("after", [None, "relu", "silu"], ids=["alone", "relu", "silu"])
-
-
-def given(norm: str, x: Tensor, after: str | None = None) -> list[Tensor]:
-    """A weight, a bias and, where an activation follows, a residual, all of which want gradients."""
-    residuals = [data(*x.shape, seed=7, dtype=x.dtype).requires_grad_()] if after else []
-    return [*layers.parameters(norm, x), *residuals]
 
 
 WANTED = [(None, wanted) for wanted in ("x", "w", "b", "xw", "xb", "wb", "xwb")]
@@ -40,7 +34,7 @@ def test_only_the_gradients_needed(norm: str, after: str | None, wanted: str) ->
     with kernel_calls.gradients_asked_for() as asked:
         for function in norms(norm):
             x = data(*SHAPE)
-            leaves = dict(zip("xwbz", (x, *given(norm, x, after)), strict=False))
+            leaves = dict(zip("xwbz", (x, *parameters(norm, x, after)), strict=False))
             for name, leaf in leaves.items():
                 leaf.requires_grad_(name in wanted)
             function(*leaves.values(), activation=after).backward(data(*SHAPE, seed=5))
@@ -53,7 +47,7 @@ def test_only_the_gradients_needed(norm: str, after: str | None, wanted: str) ->
 def test_a_parameter_alone(norm: str) -> None:
     """What the other one's absence stands for is 1 and 0."""
     ours, x = norms(norm)[0], data(*SHAPE)
-    weight, bias = layers.parameters(norm, x)
+    weight, bias = parameters(norm, x)
     one, zero = torch.ones_like(weight), torch.zeros_like(bias)
     for vector, alone, both in (
         (weight, lambda x, w: ours(x, w, None), lambda x, w: ours(x, w, zero)),
@@ -66,7 +60,7 @@ def test_a_parameter_alone(norm: str) -> None:
 def test_one_graph_twice(norm: str) -> None:
     """The second pass finds everything as the first did, down to the bits."""
     x, dy = data(*SHAPE).requires_grad_(), data(*SHAPE, seed=5)
-    leaves = [x, *given(norm, x)]
+    leaves = [x, *parameters(norm, x)]
     y = norms(norm)[0](*leaves)
     first, second = (torch.autograd.grad(y, leaves, dy, retain_graph=True) for _ in range(2))
     assert all(bit_identical(a, b) for a, b in zip(first, second, strict=True))
@@ -81,7 +75,7 @@ def test_the_output_may_be_overwritten(norm: str, path: str) -> None:
     """ReLU in place, the usual thing after a normalization: the backward keeps x, not y."""
     x = data(*SHAPE)
     found, expected = (
-        derivatives(lambda *leaves, f=f: F.relu(f(*leaves), inplace=True), x, given(norm, x))
+        derivatives(lambda *leaves, f=f: F.relu(f(*leaves), inplace=True), x, parameters(norm, x))
         for f in norms(norm)
     )
     assert_same(found, expected)
@@ -93,7 +87,7 @@ def test_the_output_may_be_overwritten(norm: str, path: str) -> None:
 def test_too_large_goes_to_torch(norm: str, direction: str, after: str | None) -> None:
     ours, theirs = norms(norm)
     x = data(*SHAPE)
-    rest = given(norm, x, after)
+    rest = parameters(norm, x, after)
     with kernel_calls.refusing(HOSTS.get(norm, norm), direction):
         found = derivatives(ours, x, rest, activation=after)
     assert_same(found, derivatives(theirs, x, rest, activation=after))
@@ -104,7 +98,7 @@ def test_too_large_goes_to_torch(norm: str, direction: str, after: str | None) -
 def test_a_bit_for_each_element_is_kept(norm: str, last: bool) -> None:
     """Of relu with a residual: x, the statistics, the parameters, and T / 16 of mask; never z or y."""
     x = data(8, 16, 8, 8, dtype=torch.bfloat16, last=last).requires_grad_()
-    *leaves, z = x, *given(norm, x, "relu")
+    *leaves, z = x, *parameters(norm, x, "relu")
     for after, residual, mask in (("relu", [z], x.nbytes // 16), ("silu", [z], None), ("relu", [], 0)):
         kept: dict[int, int] = {}  # the bytes of each storage
 

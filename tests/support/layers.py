@@ -191,27 +191,30 @@ def followed(y: Tensor, residual: Tensor | None, activation: Any) -> Tensor:
     return y if act is None else act.apply(y)
 
 
-def norms(name: str) -> tuple[Function, Function]:
-    """Ours and torch's: functions of x, weight, bias and residual, and of an activation."""
+def norms(norm: str | Function) -> tuple[Function, Function]:
+    """Ours and torch's, of a name or a call as in NORMS: functions of x, weight, bias and residual, and of an
+    activation."""
+    call = NORMS[norm] if isinstance(norm, str) else norm
 
     def ours(
-        x: Tensor, w: Tensor | None = None, b: Tensor | None = None, z: Tensor | None = None, **options: Any
-    ) -> Tensor:
-        return NORMS[name](functional, x, w, b, residual=z, **options)
+        x: Tensor, w: Tensor | None = None, b: Tensor | None = None, z: Any = None, **options: Any
+    ) -> Any:
+        return call(functional, x, w, b, residual=z, **options)
 
     def theirs(
-        x: Tensor, w: Tensor | None = None, b: Tensor | None = None, z: Tensor | None = None,
-        activation: Any = None,
+        x: Tensor, w: Tensor | None = None, b: Tensor | None = None, z: Any = None, activation: Any = None,
+        **options: Any,
     ) -> Tensor:  # fmt: skip
-        return followed(NORMS[name](F, x, w, b), z, activation)
+        return followed(call(F, x, w, b, **options), z, activation)
 
     return ours, theirs
 
 
-def parameters(name: str, x: Tensor) -> list[Tensor]:
-    """A weight and a bias, which want gradients."""
+def parameters(name: str, x: Tensor, activation: Any = None) -> list[Tensor]:
+    """A weight, a bias and, where an activation follows, a residual, all of which want gradients."""
     count = x.shape[-1] if name == "layer" else x.shape[1]
-    return [data(count, seed=n, dtype=x.dtype).requires_grad_() for n in (1, 2)]
+    sizes = [(count,), (count,), *([x.shape] if activation else [])]
+    return [data(*size, seed=n, dtype=x.dtype).requires_grad_() for n, size in enumerate(sizes, 1)]
 
 
 def derivatives(
