@@ -53,11 +53,11 @@ SPLIT = [
 
 
 def made(case: Case, tensors: Given, activation: str | None = None) -> Any:
-    """The case's layer. Where an activation follows, x is the residual too."""
+    """The case's layer. Where an activation follows, half of x is the residual."""
     module = one_step.layer(case, bnfast, tensors)
     if activation is not None:
         module.activation = Activation(activation)
-        module.register_forward_pre_hook(lambda module, args: args * 2)
+        module.register_forward_pre_hook(lambda module, args: (*args, 0.5 * args[0]))
     return module
 
 
