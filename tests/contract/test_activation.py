@@ -19,11 +19,11 @@ from bnfast import functional
 from bnfast.activation import NAMES, PARAMETERS, Activation
 from tests.support import fused_cases, layers
 from tests.support.buffers import assert_same_bits, nan_filled_allocations
-from tests.support.layers import DTYPES, KINDS, NORMS, Layer, assert_same, data, norms, step
+from tests.support.families import BF16, DTYPES, FP16, FP32, FP64
+from tests.support.layers import KINDS, NORMS, Layer, assert_same, data, norms, step
 
 INF, NAN = float("inf"), float("nan")
 LARGEST = torch.finfo(torch.float32).max
-FP16, BF16, FP32, FP64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
 ALIKE: dict[Activation, list[Any]] = {
     Activation("relu"): [
         "ReLU", Activation("ReLU"), nn.ReLU, nn.ReLU(inplace=True), F.relu, torch.relu, torch.relu_,
@@ -51,24 +51,15 @@ class OwnReLU(nn.ReLU):
     """A subclass of a user, whose forward may be anything."""
 
 
-def hooked() -> nn.Module:
-    module = nn.ReLU()
-    module.register_forward_hook(lambda *_: None)
-    return module
-
-
-def other_forward() -> nn.Module:
-    module = nn.ReLU()
-    module.forward = torch.neg
-    return module
-
-
+HOOKED, PATCHED = nn.ReLU(), nn.ReLU()
+HOOKED.register_forward_hook(lambda *_: None)
+PATCHED.forward = torch.neg
 REFUSED: list[Any] = [
     "", "relu7", "softplus", 3, len, True, ("relu", 0.1), ("leaky_relu", "a"), ("leaky_relu", 0.1, 0.2), (),
     ["relu"], {"relu": 1}, ("leaky_relu", True), ("leaky_relu", 10**400), ("leaky_relu", torch.tensor(0.1)),
     *((name, slope) for name in PARAMETERS for slope in (NAN, INF, -INF, 2 * LARGEST)),
     nn.LeakyReLU(NAN), nn.ELU(INF), nn.LeakyReLU(torch.tensor(0.1)), nn.Hardtanh(-1, 1), nn.Hardtanh,
-    nn.PReLU(), nn.PReLU, nn.Softplus(), nn.Module, OwnReLU(), OwnReLU, hooked(), other_forward(),
+    nn.PReLU(), nn.PReLU, nn.Softplus(), nn.Module, OwnReLU(), OwnReLU, HOOKED, PATCHED,
     F.hardtanh, F.softplus, torch.neg,
 ]  # fmt: skip
 

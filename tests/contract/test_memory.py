@@ -18,9 +18,6 @@ from tests.support.buffers import bit_identical
 from tests.support.layers import NORMS, assert_same, attempt, data, derivatives, norms, parameters
 
 SHAPE = (3, 4, 2, 3)
-followed = pytest.mark.parametrize("after", [None, "relu", "silu"], ids=["alone", "relu", "silu"])
-
-
 WANTED = [(None, wanted) for wanted in ("x", "w", "b", "xw", "xb", "wb", "xwb")]
 WANTED += [("relu", wanted) for wanted in ("x", "w", "z", "bz", "xz")]
 HOSTS = {"instance": "group", "instance, eval": "batch"}
@@ -81,7 +78,7 @@ def test_the_output_may_be_overwritten(norm: str, path: str) -> None:
     assert_same(found, expected)
 
 
-@followed
+@pytest.mark.parametrize("after", [None, "relu", "silu"])
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 @pytest.mark.parametrize("norm", [name for name in NORMS if "," not in name])
 def test_too_large_goes_to_torch(norm: str, direction: str, after: str | None) -> None:
