@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import contextlib
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
@@ -12,8 +12,10 @@ import torch
 
 import bnfast
 from bnfast import dispatch
+from bnfast.interpreted import prepared
 from bnfast.kernels import launch_plan
 from bnfast.kernels.launch import Launch
+from tests.support import oracle
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -38,11 +40,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    if item.get_closest_marker("gpu") is None:
-        return
-    from tests.support import oracle
-
-    if (reason := oracle.unfit()) is not None:
+    if item.get_closest_marker("gpu") is not None and (reason := oracle.unfit()) is not None:
         pytest.skip(reason)
 
 
@@ -54,12 +52,7 @@ def device(request: pytest.FixtureRequest) -> torch.device:
 
 @pytest.fixture(autouse=True)
 def _interpreter() -> Iterator[None]:
-    if os.environ.get("TRITON_INTERPRET") != "1":
-        yield
-        return
-    from bnfast.interpreted import prepared
-
-    with prepared():
+    with prepared() if dispatch.INTERPRET else contextlib.nullcontext():
         yield
 
 
