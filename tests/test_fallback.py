@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import bnfast
 from bnfast.checks.cases import placed
-from bnfast.kernels import launch_plan, plan
+from bnfast.kernels import plan
 from tests.support.layers import BY_NAME, assert_same, both_modes, data, step
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -28,18 +28,17 @@ X = data(3, 4, 8, 8)
 
 
 @pytest.fixture
-def limit(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def limit(
+    request: pytest.FixtureRequest, nothing_known: dict, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[None]:
     """Lowers the limit of the kernels' arithmetic, so that small sizes stand for those that fill a GPU."""
-
-    def forget() -> None:  # plans are kept, by their sizes
-        plan.plan_reduction.cache_clear()
-        plan.plan_elementwise.cache_clear()
-        launch_plan.forget_plans()
-
-    forget()
+    planners = (plan.plan_reduction, plan.plan_elementwise)  # which keep plans, by their sizes
+    for planner in planners:
+        planner.cache_clear()
     monkeypatch.setattr(plan, "INT32", request.param)
     yield
-    forget()
+    for planner in planners:
+        planner.cache_clear()
 
 
 @both_modes

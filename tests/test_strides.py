@@ -25,16 +25,14 @@ from bnfast import functional
 from bnfast.checks.cases import FORMATS, placed
 from tests.support import layers
 from tests.support.buffers import shifted
-from tests.support.layers import assert_same, data, derivatives, every_path, norms, statistics
+from tests.support.layers import assert_same, call_of, data, derivatives, every_path, norms, statistics
 
 EPS = 1e-3
 NORMS: dict[str, Callable[..., Tensor]] = {
     **layers.NORMS,
-    "group, each channel": lambda f, x, w=None, b=None, **after: f.group_norm(x, x.shape[1], w, b, **after),
-    "instance, tracking": lambda f, x, w=None, b=None, **after: f.instance_norm(
-        x, *statistics(x), w, b, **after
-    ),
-    "layer, samples": lambda f, x, w=None, b=None, **after: f.layer_norm(x, x.shape[1:], w, b, **after),
+    "group, each channel": call_of("group_norm", lambda x: (x.shape[1],)),
+    "instance, tracking": call_of("instance_norm", statistics),
+    "layer, samples": call_of("layer_norm", lambda x: (x.shape[1:],)),
 }
 
 

@@ -25,6 +25,7 @@ from tests.support.layers import (
     DTYPES,
     KINDS,
     LAYERS,
+    TRACKING,
     Layer,
     Options,
     assert_same,
@@ -32,8 +33,6 @@ from tests.support.layers import (
     data,
     step,
 )
-
-TRACKING: Options = {"affine": True, "track_running_stats": True}
 
 
 def cases() -> Iterator[tuple[Layer, Options]]:

@@ -50,6 +50,19 @@ SPLIT = [
         layer_norm((129, 20000)),
     ),
 ]
+every_layer = pytest.mark.parametrize(
+    "case",
+    [
+        SPLIT[0],
+        replace(SPLIT[0], momentum=None),
+        # its r and d are at limits that are others in each step
+        batch_renorm((32, 64, 28, 28), mean=5.0, schedule=(3.0, 5.0, 0, 9, 9)),
+        *layouts(group_norm((32, 64, 28, 28), groups=8)),
+        instance_norm((32, 64, 28, 28), tracked=True),
+        layer_norm((50, 96)),
+    ],
+    ids=str,
+)
 
 
 def made(case: Case, tensors: Given, activation: str | None = None) -> Any:
@@ -152,18 +165,7 @@ def test_two_streams_at_once(kind: str, pair: list[Case]) -> None:
             assert_same_bits({**result, **own}, value, f"of step {repeat}")
 
 
-@pytest.mark.parametrize(
-    "case",
-    [
-        SPLIT[0],
-        replace(SPLIT[0], momentum=None),
-        # its r and d are at limits that are others in each step
-        batch_renorm((32, 64, 28, 28), mean=5.0, schedule=(3.0, 5.0, 0, 9, 9)),
-        *layouts(group_norm((32, 64, 28, 28), groups=8)),
-        instance_norm((32, 64, 28, 28), tracked=True),
-    ],
-    ids=str,
-)
+@every_layer
 def test_first_call_ever_is_captured(case: Case) -> None:
     """In a process of its own the first step is recorded: kernels are compiled and loaded while it is."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
@@ -217,18 +219,7 @@ def test_a_device_that_is_not_the_current_one() -> None:
 
 
 @pytest.mark.parametrize("activation", [None, "relu"])
-@pytest.mark.parametrize(
-    "case",
-    [
-        Case((32, 64, 28, 28), FP32),
-        Case((32, 64, 28, 28), FP32, momentum=None),
-        batch_renorm((32, 64, 28, 28), FP32),
-        *layouts(group_norm((16, 64, 28, 28), FP32, groups=8)),
-        instance_norm((16, 64, 28, 28), FP32),
-        layer_norm((50, 96)),
-    ],
-    ids=str,
-)
+@every_layer
 def test_compile_with_graphs(case: Case, activation: str | None) -> None:
     """torch.compile(mode="reduce-overhead") makes CUDA graphs of a step, which then does what eager does."""
     tensors = given(case, CUDA)

@@ -95,10 +95,10 @@ _BATCH = (
     *_ALWAYS, {"momentum": None}, {"momentum": 0.0}, {"momentum": 1.0}, {"affine": False},
     {"track_running_stats": False}, *WITHOUT_BIAS,
 )  # fmt: skip
-_TRACKING: Options = {"track_running_stats": True, "affine": True}
+TRACKING: Options = {"track_running_stats": True, "affine": True}
 _INSTANCE = (
     *_ALWAYS, {"affine": True}, {"track_running_stats": True, "momentum": 0.3},
-    {**_TRACKING, "momentum": None}, *({"affine": True, **without} for without in WITHOUT_BIAS),
+    {**TRACKING, "momentum": None}, *({"affine": True, **without} for without in WITHOUT_BIAS),
 )  # fmt: skip
 _GROUP = (*_ALWAYS, {"affine": False}, *WITHOUT_BIAS)
 
@@ -111,9 +111,9 @@ LAYERS = [
     Layer("BatchNorm2d", (4,), (3, 4, 5, 6), nn.BatchNorm2d, _BATCH, {}, True),
     Layer("BatchNorm1d", (4,), (3, 4, 9), nn.BatchNorm1d, ({},), {}, True),
     Layer("BatchNorm3d", (4,), (2, 4, 3, 4, 3), nn.BatchNorm3d, ({},), {}, True),
-    Layer("InstanceNorm2d", (4,), (3, 4, 5, 6), nn.InstanceNorm2d, _INSTANCE, _TRACKING, True),
-    Layer("InstanceNorm1d", (4,), (3, 4, 9), nn.InstanceNorm1d, ({}, _TRACKING), _TRACKING, True),
-    Layer("InstanceNorm3d", (4,), (2, 4, 3, 4, 3), nn.InstanceNorm3d, ({}, _TRACKING), _TRACKING, True),
+    Layer("InstanceNorm2d", (4,), (3, 4, 5, 6), nn.InstanceNorm2d, _INSTANCE, TRACKING, True),
+    Layer("InstanceNorm1d", (4,), (3, 4, 9), nn.InstanceNorm1d, ({}, TRACKING), TRACKING, True),
+    Layer("InstanceNorm3d", (4,), (2, 4, 3, 4, 3), nn.InstanceNorm3d, ({}, TRACKING), TRACKING, True),
     Layer("GroupNorm", (3, 6), (3, 6, 4, 5), nn.GroupNorm, _GROUP, None, True),
     Layer(
         "LayerNorm", ((2, 6),), (4, 3, 2, 6), nn.LayerNorm,
@@ -168,19 +168,20 @@ def groups(x: Tensor) -> int:
     return max(1 if x.shape[1] % 2 else 2, x.shape[1] // 8)
 
 
-# name: call of bnfast.functional's or torch.nn.functional's function
-NORMS: dict[str, Callable[..., Tensor]] = {
-    "batch": lambda f, x, w=None, b=None, **after: f.batch_norm(x, None, None, w, b, True, **after),
-    "batch, tracking": lambda f, x, w=None, b=None, **after: f.batch_norm(
-        x, *statistics(x), w, b, True, **after
-    ),
-    "batch, eval": lambda f, x, w=None, b=None, **after: f.batch_norm(x, *statistics(x), w, b, **after),
-    "group": lambda f, x, w=None, b=None, **after: f.group_norm(x, groups(x), w, b, **after),
-    "instance": lambda f, x, w=None, b=None, **after: f.instance_norm(x, None, None, w, b, **after),
-    "instance, eval": lambda f, x, w=None, b=None, **after: f.instance_norm(
-        x, *statistics(x), w, b, False, **after
-    ),
-    "layer": lambda f, x, w=None, b=None, **after: f.layer_norm(x, x.shape[-1:], w, b, **after),
+def call_of(name: str, second: Callable[[Tensor], tuple[Any, ...]], *last: Any) -> Function:
+    """Calls the function of this name of bnfast.functional or torch.nn.functional. second: what comes between
+    x and weight. last: what comes after bias."""
+    return lambda f, x, w=None, b=None, **after: getattr(f, name)(x, *second(x), w, b, *last, **after)
+
+
+NORMS: dict[str, Function] = {
+    "batch": call_of("batch_norm", lambda x: (None, None), True),
+    "batch, tracking": call_of("batch_norm", statistics, True),
+    "batch, eval": call_of("batch_norm", statistics),
+    "group": call_of("group_norm", lambda x: (groups(x),)),
+    "instance": call_of("instance_norm", lambda x: (None, None)),
+    "instance, eval": call_of("instance_norm", statistics, False),
+    "layer": call_of("layer_norm", lambda x: (x.shape[-1:],)),
 }
 every_norm = pytest.mark.parametrize("norm", NORMS)
 
