@@ -1,5 +1,5 @@
 """Every layer in graphs: compiled whole and for all batch sizes, exported and traced to plain aten, scripted
-as torch.nn's layer, a leaf to torch.fx, on fake tensors. And the operators that graphs hold: torch.library's
+as torch.nn's layer, a leaf to torch.fx. And the operators that graphs hold: torch.library's
 checks of their schemas (what is mutated, what aliases), of fake tensors, and of dynamic shapes."""
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ from torch.utils._pytree import tree_map_only
 
 import bnfast
 from bnfast import dispatch, functional
-from bnfast.checks.cases import FORMATS
 from tests.support import layers
 from tests.support.families import BF16, FP16, FP32, FP64
 from tests.support.layers import (
@@ -150,24 +149,6 @@ def test_fx_does_not_look_into_a_subclass(layer: Layer) -> None:
 
     with pytest.raises(torch.fx.proxy.TraceError, match="Scaled cannot be traced with a forward of its own"):
         torch.fx.symbolic_trace(nn.Sequential(Scaled(*layer.arguments)))
-
-
-@layers.both_modes
-@layers.both_layouts
-@layers.every_layer
-def test_fake_tensors(layer: Layer, last: bool, training: bool) -> None:
-    """Shapes, types and strides of a step that never ran."""
-    real = step(layer.make(**(layer.tracks or {})).train(training), layer.input(last=last))
-    with torch._subclasses.FakeTensorMode():
-        module = layer.ours(*layer.arguments, **(layer.tracks or {})).train(training)
-        x = torch.empty(layer.shape, memory_format=FORMATS[4] if last else torch.contiguous_format)
-        x.requires_grad_()
-        y = module(x)
-        y.backward(torch.empty_like(y))
-    assert (y.shape, y.stride()) == (real["y"].shape, real["y"].stride())
-    assert (x.grad.shape, x.grad.stride()) == (real["dx"].shape, real["dx"].stride())
-    for name, parameter in module.named_parameters():
-        assert parameter.grad.shape == real[f"d{name}"].shape
 
 
 class Recorder(TorchDispatchMode):
