@@ -54,7 +54,7 @@ def strided(t: Tensor) -> Tensor:
     return torch.stack((t, other), -1)[..., 0]
 
 
-# Where sizes of 1 leave two formats possible, each of these for x has met each for dy.
+# In plain torch each of these for x meets each for dy, where sizes of 1 leave two formats possible.
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "contiguous": lambda t: in_format(t, last=False),
     "channels_last": in_format,
