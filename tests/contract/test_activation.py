@@ -66,6 +66,8 @@ REFUSED: list[Any] = [
 
 def shown(value: Any) -> str:
     """Without addresses: workers must agree on what a test is called."""
+    if isinstance(value, tuple):
+        return f"({', '.join(map(shown, value))})"
     return getattr(value, "__name__", None) or repr(value)
 
 
@@ -276,7 +278,7 @@ FUSED_ON_GPU = [
         *(pytest.param(case, "kernels", marks=pytest.mark.gpu) for case in FUSED_ON_GPU),
     ],
     indirect=["path"],
-    ids=str,
+    ids=shown,
 )
 def test_functions_add_and_activate(case: Any, path: str, device: torch.device) -> None:
     """Against fp64, and on a GPU with the same bits every time."""
