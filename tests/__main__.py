@@ -55,9 +55,8 @@ LIBRARIES = Gate("libraries", files(
 ), interpret=True)  # fmt: skip
 # With the oldest pair: every eighth case of what touches most of PyTorch and Triton, and all kernels compiled
 OLDEST = Gate(WHOLE.name, ("tests/contract", *files(
-    "test_autograd", "test_batchnorm_layer", "test_fx_and_script", "test_operators",
-    "test_strides", "kernels/test_numerics", "fuse/test_blocks", "convert/test_convert",
-    "convert/test_converters", "convert/test_folding",
+    "test_batchnorm_layer", "test_fx_and_script", "test_strides", "kernels/test_numerics", "fuse/test_blocks",
+    "convert/test_convert", "convert/test_converters", "convert/test_folding",
 ), "--sample=8"), interpret=True)  # fmt: skip
 COVERING = Gate("static", (*files("static/test_budgets"), "-m", "static"))
 

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
-import os
+import contextlib
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import torch
+
+import bnfast
+from bnfast import dispatch
+from bnfast.interpreted import prepared
+from bnfast.kernels import launch_plan
+from bnfast.kernels.launch import Launch
+from tests.support import oracle
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -32,56 +40,39 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    if item.get_closest_marker("gpu") is None:
-        return
-    from tests.support import oracle
-
-    if (reason := oracle.unfit()) is not None:
+    if item.get_closest_marker("gpu") is not None and (reason := oracle.unfit()) is not None:
         pytest.skip(reason)
 
 
 @pytest.fixture
-def device(request: pytest.FixtureRequest) -> Any:
+def device(request: pytest.FixtureRequest) -> torch.device:
     """The GPU in tests and cases that are marked gpu; else the CPU, on which kernels are interpreted."""
-    import torch
-
     return torch.device("cpu" if request.node.get_closest_marker("gpu") is None else "cuda")
 
 
 @pytest.fixture(autouse=True)
 def _interpreter() -> Iterator[None]:
-    if os.environ.get("TRITON_INTERPRET") != "1":
+    with prepared() if dispatch.INTERPRET else contextlib.nullcontext():
         yield
-        return
-    from bnfast.interpreted import prepared
-
-    with prepared():
-        yield
-
-
-@pytest.fixture
-def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """CPU tensors run the kernels in the interpreter; without INTERPRET they run plain torch."""
-    from bnfast import dispatch
-
-    if request.param == "torch":
-        monkeypatch.setattr(dispatch, "INTERPRET", False)
-    return request.param
 
 
 @pytest.fixture
 def plain_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     """No kernels, for tests of what is called and not of what that computes."""
-    from bnfast import dispatch
-
     monkeypatch.setattr(dispatch, "INTERPRET", False)
+
+
+@pytest.fixture
+def path(request: pytest.FixtureRequest) -> str:
+    """CPU tensors run the kernels in the interpreter; without INTERPRET they run plain torch."""
+    if request.param == "torch":
+        request.getfixturevalue("plain_torch")
+    return request.param
 
 
 @pytest.fixture
 def launches(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """Grows by one with each kernel launched."""
-    from bnfast.kernels.launch import Launch
-
     seen: list[Any] = []
     call = Launch.__call__
     monkeypatch.setattr(Launch, "__call__", lambda self, *args: (seen.append(self), call(self, *args))[1])
@@ -91,30 +82,22 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 @pytest.fixture
 def nothing_known() -> Iterator[dict]:
     """The known launch plans, emptied for the test."""
-    from bnfast.kernels import launch_plan
-
     launch_plan.forget_plans()
     yield launch_plan._plans
     launch_plan.forget_plans()
 
 
 @pytest.fixture
-def several_programs(monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
+def several_programs(nothing_known: dict, monkeypatch: pytest.MonkeyPatch) -> int:
     """The number of multiprocessors of the interpreter: enough that channels are split and blocks share rows,
     few enough to be quick."""
-    from bnfast.kernels import launch_plan
-
     monkeypatch.setenv("BNFAST_INTERPRETER_SMS", "3")
-    launch_plan.forget_plans()
-    yield 3
-    launch_plan.forget_plans()
+    return 3
 
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str | None, bool]]:
     """Grows by (activation, with a residual) with each call of a BatchNorm2d."""
-    import bnfast
-
     seen: list[tuple[str | None, bool]] = []
     normalize = bnfast.BatchNorm2d.normalize
 
@@ -128,8 +111,6 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str | None, bool]]:
 
 @pytest.fixture
 def plain_torch_in_one_thread(plain_torch: None) -> Iterator[None]:
-    import torch
-
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

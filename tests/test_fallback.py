@@ -6,7 +6,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,12 +14,10 @@ from typing import Any
 import pytest
 import torch
 from torch.testing import assert_close
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import bnfast
 from bnfast.checks.cases import placed
-from bnfast.kernels import launch_plan, plan
-from tests.support import kernel_calls as kernels
+from bnfast.kernels import plan
 from tests.support.layers import BY_NAME, assert_same, both_modes, data, step
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -29,31 +27,17 @@ X = data(3, 4, 8, 8)
 
 
 @pytest.fixture
-def limit(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def limit(
+    request: pytest.FixtureRequest, nothing_known: dict, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[None]:
     """Lowers the limit of the kernels' arithmetic, so that small sizes stand for those that fill a GPU."""
-
-    def forget() -> None:  # plans are kept, by their sizes
-        plan.plan_reduction.cache_clear()
-        plan.plan_elementwise.cache_clear()
-        launch_plan.forget_plans()
-
-    forget()
+    planners = (plan.plan_reduction, plan.plan_elementwise)  # which keep plans, by their sizes
+    for planner in planners:
+        planner.cache_clear()
     monkeypatch.setattr(plan, "INT32", request.param)
     yield
-    forget()
-
-
-@pytest.mark.parametrize("limit", [100], indirect=True)
-@pytest.mark.usefixtures("limit")
-def test_planning_refuses_what_is_too_large() -> None:
-    mean, variance = torch.zeros(4), torch.ones(4)
-    with pytest.raises(plan.TooLarge):
-        kernels.batch_norm_train(X, None, None, mean, variance)
-    with pytest.raises(plan.TooLarge):
-        kernels.batch_norm_eval(X, mean, variance, keep=False)
-    with pytest.raises(plan.TooLarge):
-        kernels.batch_norm_backward(X, X, torch.zeros(4, 4), (True, None, None))
-    assert not mean.any()
+    for planner in planners:
+        planner.cache_clear()
 
 
 @both_modes
@@ -91,14 +75,11 @@ def test_backward_falls_back(training: bool, launches: list[Any]) -> None:
         launches.clear()
 
 
-class Clones(TorchDispatchMode):
-    """Counts them."""
-
-    count = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += func is torch.ops.aten.clone.default
-        return func(*args, **(kwargs or {}))
+def clones(call: Callable[[], object]) -> int:
+    """How many tensors a call copies."""
+    with torch.autograd.profiler.profile() as profiler:
+        call()
+    return sum(event.name == "aten::clone" for event in profiler.function_events)
 
 
 @pytest.mark.usefixtures("plain_torch")
@@ -112,12 +93,9 @@ def test_statistics_are_copied_for_a_gradient_only(
     """In eval torch's backward reads them again: a copy each, unless there will be no backward."""
     module = bnfast.BatchNorm2d(4).eval().requires_grad_(not frozen)
     x = data(3, 4, 2, 3).requires_grad_(of_x)
-    with torch.set_grad_enabled(grad_mode), Clones() as clones:
-        module(x)
-    assert clones.count == expected
-    with Clones() as clones:
-        module.train()(x)
-    assert clones.count == 0
+    with torch.set_grad_enabled(grad_mode):
+        assert clones(lambda: module(x)) == expected
+    assert clones(lambda: module.train()(x)) == 0
 
 
 PROGRAM = """

@@ -51,7 +51,7 @@ every_way = pytest.mark.parametrize(
 
 
 def launches_of(known: Iterable[Any]) -> list[Launch]:
-    values = [value for step in known for value in vars(step).values()]
+    values = [value for plan in known for value in vars(plan).values()]
     parts = [part for value in values for part in (value if isinstance(value, tuple) else (value,))]
     return list({id(part): part for part in parts if isinstance(part, Launch)}.values())
 
@@ -65,12 +65,12 @@ def test_bound_launches_are_used_and_do_what_public_ones_do(
     tensors = given(case, CUDA)
     first = one_step.run(case, bnfast, tensors)
     known = list(nothing_known.values())
-    assert len(known) == 2, "one step each way"
+    assert len(known) == 2, "one launch plan each way"
     launches = launches_of(known)
     assert len(launches) == len(forward) + len(backward)
     assert all(launch._bound for launch in launches), "this Triton's launcher is not as expected"
     bound = one_step.run(case, bnfast, tensors)
-    assert list(nothing_known.values()) == known, "the second call found none of the first one's steps"
+    assert list(nothing_known.values()) == known, "the second call found none of the first one's launch plans"
     for launch in launches:
         launch._bound, launch._bind_once = None, False
     public = one_step.run(case, bnfast, tensors)

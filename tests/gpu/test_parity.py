@@ -31,22 +31,21 @@ from tests.support.families import (
 
 pytestmark = pytest.mark.gpu
 
-TRAIN_AND_EVAL = ({}, {"training": False})
 Make = Callable[..., Case]
 
 
-def forms(make: Make, *changes: dict[str, bool]) -> list[Case]:
-    """Of every number of dimensions, in every dtype, with these changes."""
+def forms(make: Make) -> list[Case]:
+    """Of every number of dimensions, in every dtype, without parameters, and in eval."""
     shapes = ((200, 24), (9, 24, 50), (6, 24, 14, 14), (4, 24, 5, 6, 7))
     cases = [make(shape) for shape in shapes[make is instance_norm :]]  # which takes no 2-D input
-    return in_dtypes(varied(layouts(*cases), *changes))
+    return in_dtypes(varied(layouts(*cases), {}, {"affine": False}, {"training": False}))
 
 
-def hostile(make: Make, *far: Case) -> list[Case]:
-    """Memory as no kernel would like it, means far from zero (`far`: of these cases too), missing parameters,
-    and values of which all are in one plane."""
-    usual = make((6, 24, 14, 14))
-    means = [case for one in (usual, *far) for case in far_means(one)]
+def hostile(make: Make) -> list[Case]:
+    """Memory as no kernel would like it, means far from zero, missing parameters, and values of which all are
+    in one plane."""
+    usual, odd, large = map(make, ((6, 24, 14, 14), (16, 65, 9, 9), (4, 6, 200, 200)))
+    means = [case for one in (usual, odd, large) for case in far_means(one)]
     planes = layouts(make((1, 1, 1000, 1000), BF16), make((1, 3, 999, 777), FP32))
     return [*strides(usual), *means, *lacking(usual), *planes]
 
@@ -105,7 +104,7 @@ BATCHES = [
         *({"momentum": momentum} for momentum in (None, 0.0, 1.0)),
     ),
     # FlagGems' InstanceNorm added eps to the running variance: only a large one shows it
-    *varied([Case((8, 24, 14, 14), FP32, eps=0.1)], *TRAIN_AND_EVAL),
+    *varied([Case((8, 24, 14, 14), FP32, eps=0.1)], {}, {"training": False}),
 ]
 SCHEDULES = in_dtypes(
     varied(
@@ -231,18 +230,11 @@ def drawn(seed: int, layer: str) -> Case:
 
 
 OTHERS = ("GroupNorm", "GroupNorm", "InstanceNorm", "BatchRenorm")
-AFFINE_OR_NOT = ({}, {"affine": False})
+MAKES: tuple[Make, ...] = (Case, batch_renorm, grouped, instance_norm)
 GROUPS_OF_CASES = {
-    "forms": forms(Case, *TRAIN_AND_EVAL),
-    "forms of renorm": forms(batch_renorm, *AFFINE_OR_NOT, {"training": False}),
-    "forms of groups": [*forms(grouped, *AFFINE_OR_NOT), *forms(instance_norm, *AFFINE_OR_NOT)],
+    "forms": [case for make in MAKES for case in forms(make)],
     "odd": [*ODD_CHANNELS, *ODD_GROUPS],
-    "hostile": [
-        *hostile(Case, Case((16, 65, 9, 9)), Case((4, 3, 200, 200))),
-        *hostile(batch_renorm, batch_renorm((16, 65, 9, 9))),
-        *hostile(grouped, group_norm((2, 20, 120, 120), groups=2)),
-        *hostile(instance_norm, instance_norm((2, 3, 200, 200))),
-    ],
+    "hostile": [case for make in MAKES for case in hostile(make)],
     "batches": BATCHES,
     "schedules": SCHEDULES,
     "interpreted": [case for cases in CASES.values() for case in cases],  # see test_numerics.py

@@ -9,13 +9,14 @@ from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 import bnfast
-from bnfast import exact
+from bnfast import Activation, exact
 from bnfast.checks import one_step, truth
 from bnfast.checks.cases import Case, Given, batch_renorm, given, group_norm, instance_norm, layer_norm
 from bnfast.kernels.launch_plan import forget_plans
@@ -49,11 +50,33 @@ SPLIT = [
         layer_norm((129, 20000)),
     ),
 ]
+every_layer = pytest.mark.parametrize(
+    "case",
+    [
+        SPLIT[0],
+        replace(SPLIT[0], momentum=None),
+        # its r and d are at limits that are others in each step
+        batch_renorm((32, 64, 28, 28), mean=5.0, schedule=(3.0, 5.0, 0, 9, 9)),
+        *layouts(group_norm((32, 64, 28, 28), groups=8)),
+        instance_norm((32, 64, 28, 28), tracked=True),
+        layer_norm((50, 96)),
+    ],
+    ids=str,
+)
 
 
-def eager(case: Case, tensors: Given, steps: int) -> Named:
-    """What `steps` steps on the default stream return and leave in the buffers."""
+def made(case: Case, tensors: Given, activation: str | None = None) -> Any:
+    """The case's layer. Where an activation follows, half of x is the residual."""
     module = one_step.layer(case, bnfast, tensors)
+    if activation is not None:
+        module.activation = Activation(activation)
+        module.register_forward_pre_hook(lambda module, args: (*args, 0.5 * args[0]))
+    return module
+
+
+def eager(case: Case, tensors: Given, steps: int, activation: str | None = None) -> Named:
+    """What `steps` steps on the default stream return and leave in the buffers."""
+    module = made(case, tensors, activation)
     for _ in range(steps):
         result = one_step.step(module, tensors.x, tensors.dy)
     torch.cuda.synchronize()
@@ -73,22 +96,23 @@ def replayed(graph: torch.cuda.CUDAGraph, result: Named) -> Named:
     return result
 
 
-def captured(case: Case, tensors: Given) -> tuple[torch.cuda.CUDAGraph, Named]:
+def captured(case: Case, tensors: Given, activation: str | None = None) -> tuple[torch.cuda.CUDAGraph, Named]:
     """(graph of a step, what it writes to). Other layers have run the same kernels before."""
-    module = one_step.layer(case, bnfast, tensors)
+    module = made(case, tensors, activation)
     graph, result = recorded(partial(one_step.step, module, tensors.x, tensors.dy))
     return graph, {**result, **one_step.buffers(module)}
 
 
+@pytest.mark.parametrize("activation", [None, "relu", "silu"])
 @pytest.mark.parametrize("case", SPLIT, ids=str)
-def test_replays_equal_eager_steps(case: Case) -> None:
+def test_replays_equal_eager_steps(case: Case, activation: str | None) -> None:
     """Output, gradients, running statistics and the batch counter, bit for bit, on other numbers than those
     that were captured."""
     tensors = given(case, CUDA)
-    eager(case, tensors, 1)
-    graph, found = captured(case, tensors)
+    eager(case, tensors, 1, activation)
+    graph, found = captured(case, tensors, activation)
     tensors.x.mul_(2).add_(3)
-    expected = eager(case, tensors, REPEATS)
+    expected = eager(case, tensors, REPEATS, activation)
     for _ in range(REPEATS):
         graph.replay()
     torch.cuda.synchronize()
@@ -141,18 +165,7 @@ def test_two_streams_at_once(kind: str, pair: list[Case]) -> None:
             assert_same_bits({**result, **own}, value, f"of step {repeat}")
 
 
-@pytest.mark.parametrize(
-    "case",
-    [
-        SPLIT[0],
-        replace(SPLIT[0], momentum=None),
-        # its r and d are at limits that are others in each step
-        batch_renorm((32, 64, 28, 28), mean=5.0, schedule=(3.0, 5.0, 0, 9, 9)),
-        *layouts(group_norm((32, 64, 28, 28), groups=8)),
-        instance_norm((32, 64, 28, 28), tracked=True),
-    ],
-    ids=str,
-)
+@every_layer
 def test_first_call_ever_is_captured(case: Case) -> None:
     """In a process of its own the first step is recorded: kernels are compiled and loaded while it is."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
@@ -205,24 +218,14 @@ def test_a_device_that_is_not_the_current_one() -> None:
     assert torch.cuda.current_device() == 0
 
 
-@pytest.mark.parametrize(
-    "case",
-    [
-        Case((32, 64, 28, 28), FP32),
-        Case((32, 64, 28, 28), FP32, momentum=None),
-        batch_renorm((32, 64, 28, 28), FP32),
-        *layouts(group_norm((16, 64, 28, 28), FP32, groups=8)),
-        instance_norm((16, 64, 28, 28), FP32),
-        layer_norm((50, 96)),
-    ],
-    ids=str,
-)
-def test_compile_with_graphs(case: Case) -> None:
+@pytest.mark.parametrize("activation", [None, "relu"])
+@every_layer
+def test_compile_with_graphs(case: Case, activation: str | None) -> None:
     """torch.compile(mode="reduce-overhead") makes CUDA graphs of a step, which then does what eager does."""
     tensors = given(case, CUDA)
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    one, other = (one_step.layer(case, bnfast, tensors) for _ in range(2))
+    one, other = (made(case, tensors, activation) for _ in range(2))
     compiled = torch.compile(one, mode="reduce-overhead", fullgraph=True)
     found, expected = [], []
     for module, run, results in ((one, compiled, found), (other, other, expected)):

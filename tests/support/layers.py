@@ -95,10 +95,10 @@ _BATCH = (
     *_ALWAYS, {"momentum": None}, {"momentum": 0.0}, {"momentum": 1.0}, {"affine": False},
     {"track_running_stats": False}, *WITHOUT_BIAS,
 )  # fmt: skip
-_TRACKING: Options = {"track_running_stats": True, "affine": True}
+TRACKING: Options = {"track_running_stats": True, "affine": True}
 _INSTANCE = (
     *_ALWAYS, {"affine": True}, {"track_running_stats": True, "momentum": 0.3},
-    {**_TRACKING, "momentum": None}, *({"affine": True, **without} for without in WITHOUT_BIAS),
+    {**TRACKING, "momentum": None}, *({"affine": True, **without} for without in WITHOUT_BIAS),
 )  # fmt: skip
 _GROUP = (*_ALWAYS, {"affine": False}, *WITHOUT_BIAS)
 
@@ -111,9 +111,9 @@ LAYERS = [
     Layer("BatchNorm2d", (4,), (3, 4, 5, 6), nn.BatchNorm2d, _BATCH, {}, True),
     Layer("BatchNorm1d", (4,), (3, 4, 9), nn.BatchNorm1d, ({},), {}, True),
     Layer("BatchNorm3d", (4,), (2, 4, 3, 4, 3), nn.BatchNorm3d, ({},), {}, True),
-    Layer("InstanceNorm2d", (4,), (3, 4, 5, 6), nn.InstanceNorm2d, _INSTANCE, _TRACKING, True),
-    Layer("InstanceNorm1d", (4,), (3, 4, 9), nn.InstanceNorm1d, ({}, _TRACKING), _TRACKING, True),
-    Layer("InstanceNorm3d", (4,), (2, 4, 3, 4, 3), nn.InstanceNorm3d, ({}, _TRACKING), _TRACKING, True),
+    Layer("InstanceNorm2d", (4,), (3, 4, 5, 6), nn.InstanceNorm2d, _INSTANCE, TRACKING, True),
+    Layer("InstanceNorm1d", (4,), (3, 4, 9), nn.InstanceNorm1d, ({}, TRACKING), TRACKING, True),
+    Layer("InstanceNorm3d", (4,), (2, 4, 3, 4, 3), nn.InstanceNorm3d, ({}, TRACKING), TRACKING, True),
     Layer("GroupNorm", (3, 6), (3, 6, 4, 5), nn.GroupNorm, _GROUP, None, True),
     Layer(
         "LayerNorm", ((2, 6),), (4, 3, 2, 6), nn.LayerNorm,
@@ -143,6 +143,14 @@ def step(module: nn.Module, x: Tensor, run: Callable[[Tensor], Tensor] | None = 
     return {"y": y.detach(), "dx": x.grad, **gradients, **copy.deepcopy(module.state_dict())}
 
 
+def attempt(call: Callable[[], Any]) -> Any:
+    """What it returns, or the type of what it raises."""
+    try:
+        return call()
+    except Exception as error:
+        return type(error)
+
+
 def assert_same(ours: Named, theirs: Named, **options: Any) -> None:
     assert ours.keys() == theirs.keys()
     for key, expected in theirs.items():
@@ -160,19 +168,20 @@ def groups(x: Tensor) -> int:
     return max(1 if x.shape[1] % 2 else 2, x.shape[1] // 8)
 
 
-# name: call of bnfast.functional's or torch.nn.functional's function
-NORMS: dict[str, Callable[..., Tensor]] = {
-    "batch": lambda f, x, w=None, b=None, **after: f.batch_norm(x, None, None, w, b, True, **after),
-    "batch, tracking": lambda f, x, w=None, b=None, **after: f.batch_norm(
-        x, *statistics(x), w, b, True, **after
-    ),
-    "batch, eval": lambda f, x, w=None, b=None, **after: f.batch_norm(x, *statistics(x), w, b, **after),
-    "group": lambda f, x, w=None, b=None, **after: f.group_norm(x, groups(x), w, b, **after),
-    "instance": lambda f, x, w=None, b=None, **after: f.instance_norm(x, None, None, w, b, **after),
-    "instance, eval": lambda f, x, w=None, b=None, **after: f.instance_norm(
-        x, *statistics(x), w, b, False, **after
-    ),
-    "layer": lambda f, x, w=None, b=None, **after: f.layer_norm(x, x.shape[-1:], w, b, **after),
+def call_of(name: str, second: Callable[[Tensor], tuple[Any, ...]], *last: Any) -> Function:
+    """Calls the function of this name of bnfast.functional or torch.nn.functional. second: what comes between
+    x and weight. last: what comes after bias."""
+    return lambda f, x, w=None, b=None, **after: getattr(f, name)(x, *second(x), w, b, *last, **after)
+
+
+NORMS: dict[str, Function] = {
+    "batch": call_of("batch_norm", lambda x: (None, None), True),
+    "batch, tracking": call_of("batch_norm", statistics, True),
+    "batch, eval": call_of("batch_norm", statistics),
+    "group": call_of("group_norm", lambda x: (groups(x),)),
+    "instance": call_of("instance_norm", lambda x: (None, None)),
+    "instance, eval": call_of("instance_norm", statistics, False),
+    "layer": call_of("layer_norm", lambda x: (x.shape[-1:],)),
 }
 every_norm = pytest.mark.parametrize("norm", NORMS)
 
@@ -183,34 +192,37 @@ def followed(y: Tensor, residual: Tensor | None, activation: Any) -> Tensor:
     return y if act is None else act.apply(y)
 
 
-def norms(name: str) -> tuple[Function, Function]:
-    """Ours and torch's: functions of x, weight, bias and residual, and of an activation."""
+def norms(norm: str | Function) -> tuple[Function, Function]:
+    """Ours and torch's, of a name or a call as in NORMS: functions of x, weight, bias and residual, and of an
+    activation."""
+    call = NORMS[norm] if isinstance(norm, str) else norm
 
     def ours(
-        x: Tensor, w: Tensor | None = None, b: Tensor | None = None, z: Tensor | None = None, **options: Any
-    ) -> Tensor:
-        return NORMS[name](functional, x, w, b, residual=z, **options)
+        x: Tensor, w: Tensor | None = None, b: Tensor | None = None, z: Any = None, **options: Any
+    ) -> Any:
+        return call(functional, x, w, b, residual=z, **options)
 
     def theirs(
-        x: Tensor, w: Tensor | None = None, b: Tensor | None = None, z: Tensor | None = None,
-        activation: Any = None,
+        x: Tensor, w: Tensor | None = None, b: Tensor | None = None, z: Any = None, activation: Any = None,
+        **options: Any,
     ) -> Tensor:  # fmt: skip
-        return followed(NORMS[name](F, x, w, b), z, activation)
+        return followed(call(F, x, w, b, **options), z, activation)
 
     return ours, theirs
 
 
-def parameters(name: str, x: Tensor) -> list[Tensor]:
-    """A weight and a bias, which want gradients."""
+def parameters(name: str, x: Tensor, activation: Any = None) -> list[Tensor]:
+    """A weight, a bias and, where an activation follows, a residual, all of which want gradients."""
     count = x.shape[-1] if name == "layer" else x.shape[1]
-    return [data(count, seed=n, dtype=x.dtype).requires_grad_() for n in (1, 2)]
+    sizes = [(count,), (count,), *([x.shape] if activation else [])]
+    return [data(*size, seed=n, dtype=x.dtype).requires_grad_() for n, size in enumerate(sizes, 1)]
 
 
 def derivatives(
     function: Function, x: Tensor, given: list[Tensor], dy: Tensor | None = None, **options: Any
 ) -> Named:
-    """The output, and the gradients of x and of what is given."""
-    leaves = [t.detach().clone(memory_format=torch.preserve_format).requires_grad_() for t in (x, *given)]
+    """The output, and the gradients of x and of what is given, which are not copied."""
+    leaves = [t.detach().requires_grad_() for t in (x, *given)]
     y = function(*leaves, **options)
     gradients = torch.autograd.grad(y, leaves, data(*y.shape, seed=9, dtype=y.dtype) if dy is None else dy)
     return {"y": y.detach(), **dict(zip(("dx", "dweight", "dbias", "dz"), gradients, strict=False))}
