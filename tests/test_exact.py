@@ -38,12 +38,10 @@ def test_the_truth_is_autograds(case: Case, chunks: int) -> None:
     """It is computed from the whole, or from chunks: of the batch, or of the positions of all samples."""
     tensors = given(case, CPU)
     x, dy = tensors.x, tensors.dy
-    if chunks == 1 or case.layer == "LayerNorm":
-        found = truth.expectations(case, tensors)
-    else:
-        dim = 2 if case.in_sample and case.batch else 0
-        true = truth.of(case, tensors, lambda: zip(x.chunk(chunks, dim), dy.chunk(chunks, dim), strict=True))
-        found = {"y": true.y(x), "dx": true.dx(x, dy), **true.vectors}
+    dim = 2 if case.in_sample and case.batch else 0
+    pairs = [*zip(x.chunk(chunks, dim), dy.chunk(chunks, dim), strict=True)]
+    normal, vectors = truth.of(case, tensors, None if chunks == 1 else lambda: pairs)
+    found = {"y": normal.y(x), "dx": normal.dx(x, dy), **vectors}
     expected = one_step.run(case, peers, tensors)
     assert found.keys() == expected.keys() - {"num_batches_tracked"}
     for name, (value, scale) in found.items():

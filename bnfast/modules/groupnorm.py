@@ -40,8 +40,7 @@ class GroupNorm(NormMixin, BiasMixin, nn.GroupNorm):
     Shape:
         - input: (N, C, *), of fp16, bf16, fp32 or fp64, in any strides.
         - residual (optional, the second argument of a call): input's shape, dtype and device, in any strides.
-        - output: input's shape and dtype. Contiguous, channels_last and channels_last_3d inputs give outputs
-          of the same memory format, others contiguous ones.
+        - output: input's shape and dtype, channels_last (or _3d) if input is, and contiguous otherwise.
 
     Returns:
         A call ``layer(input, residual=None)`` returns activation(norm(input) + residual).

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.overrides import handle_torch_function, has_torch_function_variadic
+from torch.overrides import has_torch_function_variadic
 
 from ..dispatch import KERNELS, TORCH, choose_route, refuse_dtensor
 from ..kernels.epilogue import Activation, ActivationLike
@@ -17,10 +17,10 @@ from ..kernels.records import BatchNormOptions
 from ..reference.batchnorm import wide
 from . import group_norm, op
 from .arguments import (
-    as_float,
     flat,
+    in_float,
     in_format_of,
-    needs_float,
+    overridden,
     seen_as_graph,
     vectors_fit,
     wants_gradient,
@@ -69,25 +69,21 @@ def instance_norm(
         input (Tensor): What is normalized.
         running_mean (Tensor, optional): [C], of any floating dtype. Required without use_input_stats.
         running_var (Tensor, optional): [C], of any floating dtype. Required without use_input_stats.
-        weight (Tensor, optional): The scale of each channel, [C], of any floating dtype. Default: None, which
-            is 1.
-        bias (Tensor, optional): The shift of each channel, [C], of any floating dtype. Default: None, which
-            is 0.
+        weight (Tensor, optional): The channels' scales, [C], of any floating dtype. Default: None, for 1.
+        bias (Tensor, optional): The channels' shifts, [C], of any floating dtype. Default: None, for 0.
         use_input_stats (bool): Whether to normalize with the statistics of the input. Default: True.
         momentum (float): The weight of the batch in the running statistics. Default: 0.1.
         eps (float): The number that is added to the variance under the root. Default: 1e-5.
         activation: The activation that is applied in the same kernels, after the residual: None, a name such
-            as ``"relu"``, a name and its number such as ``("leaky_relu", 0.2)``, or torch's own module, class
-            or function, such as ``nn.ReLU()``, ``nn.ReLU`` or ``F.relu``. bnfast.activation.NAMES lists the
-            names. Keyword only. Default: None.
+            as ``"relu"``, with a number such as ``("leaky_relu", 0.2)``, or torch's module, class or
+            function. See :class:`bnfast.Activation`. Keyword only. Default: None.
         residual (Tensor, optional): What is added to the normalized values before the activation, of input's
             shape, dtype and device, in any strides. Keyword only. Default: None.
 
     Shape:
         - input: (N, C, *), of fp16, bf16, fp32 or fp64, in any strides.
         - residual: as input.
-        - output: as input. Contiguous, channels_last and channels_last_3d inputs give outputs of the same
-          memory format, where torch's are contiguous.
+        - output: as input, channels_last or channels_last_3d if input is (torch's is not), else contiguous.
 
     Returns:
         A tensor of input's shape and dtype, under autocast too.
@@ -112,12 +108,7 @@ def instance_norm(
         has_torch_function_variadic(input, running_mean, running_var, weight, bias, residual)
         and not torch.compiler.is_compiling()
     ):
-        return handle_torch_function(
-            instance_norm, (input, running_mean, running_var, weight, bias, residual), input,
-            running_mean=running_mean, running_var=running_var, weight=weight, bias=bias,
-            use_input_stats=use_input_stats, momentum=momentum, eps=eps, activation=activation,
-            residual=residual,
-        )  # fmt: skip
+        return overridden(instance_norm, locals())
     if not isinstance(input, Tensor):  # torch's error
         return F.instance_norm(input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
     activation = None if activation is None else Activation.of(activation)
@@ -191,16 +182,15 @@ def _torch(call: Call) -> Tensor:
     x, weight, bias, (mean, variance, _) = call.x, call.weight, call.bias, call.buffers
     _, eps, use_input_stats, momentum, _ = call.options
     refuse_dtensor(x, mean, variance, weight, bias)
-    given, rest = (x, mean, variance, weight, bias), (use_input_stats, momentum, eps)
-    if needs_float(x, weight, bias):
-        given = (x.float(), mean, variance, as_float(weight), as_float(bias))
+    given, weight, bias = in_float(x, weight, bias)
+    rest = (mean, variance, weight, bias, use_input_stats, momentum, eps)
     if x.dim() > 3 and (wants_gradient(x, weight, bias) or seen_as_graph()):
         if use_input_stats:
             verify_spatial_size(x.size())
-        y = F.instance_norm(flat(given[0]), *given[1:], *rest).view_as(x)
+        y = F.instance_norm(flat(given), *rest).view_as(x)
     else:
-        y = F.instance_norm(*given, *rest)
-    return in_format_of(x, y if given[0] is x else y.to(x.dtype), format_in_instance_norm)
+        y = F.instance_norm(given, *rest)
+    return in_format_of(x, y if given is x else y.to(x.dtype), format_in_instance_norm)
 
 
 NORM = Norm(

@@ -20,7 +20,7 @@ from .op import Call
 verify_batch_size: Callable[[torch.Size], None] = getattr(F, "_verify_batch_size")  # noqa: B009
 
 
-def _verify_renormalized(x: Tensor, **vectors: Tensor | None) -> None:
+def _verify_renormalized(x: Tensor, vectors: dict[str, Tensor | None]) -> None:
     """Raises for what F.batch_norm would refuse, and plain formulas would broadcast."""
     if not (x.is_floating_point() and x.dtype.itemsize > 1):
         raise TypeError(f"batch_renorm takes floating point input of 16 bits or more, but got {x.dtype}")
@@ -46,22 +46,18 @@ def torch_batch_norm(call: Call) -> Tensor:
     x, weight, bias = call.x, call.weight, call.bias
     running_mean, running_var, batches = call.buffers
     training, momentum, eps, renorm = call.options
-    refuse_dtensor(x, running_mean, running_var, weight, bias)
+    vectors = {"weight": weight, "bias": bias, "running_mean": running_mean, "running_var": running_var}
+    refuse_dtensor(x, *vectors.values())
     device = x.device
-    for name, t in (
-        ("weight", weight),
-        ("bias", bias),
-        ("running_mean", running_mean),
-        ("running_var", running_var),
-    ):
+    for name, t in vectors.items():
         # torch raises this after it has updated the statistics
         if isinstance(t, Tensor) and t.device != device:
             raise RuntimeError(
-                f"Tensor on device {t.device} is not on the expected device {x.device}! "
+                f"Tensor on device {t.device} is not on the expected device {device}! "
                 f"({name}, beside the input)"
             )
     if renorm is not None and running_mean is not None and running_var is not None:
-        _verify_renormalized(x, running_mean=running_mean, running_var=running_var, weight=weight, bias=bias)
+        _verify_renormalized(x, vectors)
         return batch_renorm(x, running_mean, running_var, weight, bias, momentum, eps, renorm, batches)
     watched = torch.compiler.is_compiling() or torch.jit.is_tracing()
     if training and not watched and isinstance(bias, Tensor) and bias.dtype != x.dtype == torch.float32:
