@@ -11,7 +11,8 @@ from torch import Tensor
 
 from ..dispatch import is_exporting, refuse_dtensor, transforming
 from ..kernels.layouts import dense, format_in_batch_norm, ordered
-from ..reference import batchnorm as reference
+from ..kernels.records import NO_BUFFERS
+from ..reference.batchnorm import moments
 from ..reference.batchrenorm import batch_renorm
 from .arguments import flat, seen_as_graph, wants_gradient
 from .op import Call
@@ -64,42 +65,32 @@ def torch_batch_norm(call: Call) -> Tensor:
         # torch raises for these dtypes after the update too; this call without statistics raises before it.
         F.batch_norm(torch.ones(2, bias.numel(), device=x.device), None, None, weight, bias, True)
     if momentum is None and training and batches is not None and watched:
-        return _torch_cumulative(x, running_mean, running_var, weight, bias, eps, batches)
+        return _cumulative(call, batches)
     if batches is not None:
         if not watched and batches.is_inference():
             batches.add_(0)  # outside inference mode it raises, as add_(1) would, but that adds before
         batches.add_(1)  # before batch_norm, as in torch: checkpointing may stop a recomputation within it
     if watched:
-        momentum = 0.0 if momentum is None else momentum
-        return _batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
+        return _batch_norm(call, 0.0 if momentum is None else momentum)
     try:
         if momentum is None:
             momentum = 1.0 / float(batches) if training and batches is not None else 0.0
-        return _batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
+        return _batch_norm(call, momentum)
     except (RuntimeError, ValueError, TypeError, IndexError):
         if batches is not None:
             batches.sub_(1)
         raise
 
 
-def _batch_norm(
-    x: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    training: bool,
-    momentum: float,
-    eps: float,
-) -> Tensor:
+def _batch_norm(call: Call, momentum: float) -> Tensor:
     """F.batch_norm with right gradients: for memory formats (see `flat`), and for statistics that change
     before the backward, to which torch hands them again. Graphs that are kept are not changed, because
     other tools look in them for batch_norm after a convolution."""
+    x, weight, bias, _, _, (training, _, eps, _), (mean, variance, _) = call
     rest = (weight, bias, training, momentum, eps)
     recorded, graph = wants_gradient(x, weight, bias), seen_as_graph()
     if not (recorded or graph) or (graph and _kept()):
-        return F.batch_norm(x, running_mean, running_var, *rest)
-    mean, variance = running_mean, running_var
+        return F.batch_norm(x, mean, variance, *rest)
     written: tuple[Tensor, Tensor] | None = None
     if recorded and isinstance(mean, Tensor) and isinstance(variance, Tensor):
         if not training:
@@ -134,21 +125,14 @@ def _kept() -> bool:
     return not torch.is_grad_enabled() or torch.jit.is_tracing() or is_exporting()
 
 
-def _torch_cumulative(
-    x: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    batches: Tensor,
-) -> Tensor:
+def _cumulative(call: Call, batches: Tensor) -> Tensor:
     """momentum=None without reading the counter on the host, so that a compiled graph stays whole."""
-    y = _batch_norm(x, None, None, weight, bias, True, 0.0, eps)
+    x, (running_mean, running_var, _) = call.x, call.buffers
+    y = _batch_norm(call._replace(buffers=NO_BUFFERS), 0.0)
     with torch.no_grad():
-        mean, variance = reference.moments(x)
+        mean, variance = moments(x)
         n = x.numel() / x.shape[1]
-        factor = 1.0 / (batches + 1)
+        factor = (batches + 1).reciprocal()
         for running, value in ((running_mean, mean), (running_var, variance * (n / (n - 1)))):
             if running is not None:
                 running.lerp_(value.to(running.dtype), factor.to(running.dtype))
