@@ -153,9 +153,8 @@ class BatchRenorm2d(_BatchRenorm):
         skip_nonfinite (bool): Whether a channel whose batch holds infinity or NaN leaves its running
             statistics alone. Default: True.
         track_running_stats (bool): Must be True, since the layer corrects towards these statistics.
-        activation: The activation that the layer applies in the same kernels, after the residual: None, a
-            name such as ``"relu"``, with a number such as ``("leaky_relu", 0.2)``, or torch's module, class
-            or function. See :class:`bnfast.Activation`. Keyword only. Default: None.
+        activation: What the same kernels apply after the residual, such as ``"relu"``, ``nn.ReLU()`` or
+            ``("leaky_relu", 0.2)``. See :class:`bnfast.Activation`. Keyword only. Default: None.
 
     Shape:
         - input: (N, C, H, W), of fp16, bf16, fp32 or fp64, in any strides.

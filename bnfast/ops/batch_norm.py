@@ -55,9 +55,8 @@ def batch_norm(
         training (bool): Whether to normalize with the batch's statistics. Default: False.
         momentum (float): The weight of the batch in the running statistics. Default: 0.1.
         eps (float): The number that is added to the variance under the root. Default: 1e-5.
-        activation: The activation that is applied in the same kernels, after the residual: None, a name such
-            as ``"relu"``, with a number such as ``("leaky_relu", 0.2)``, or torch's module, class or
-            function. See :class:`bnfast.Activation`. Keyword only. Default: None.
+        activation: What the same kernels apply after the residual, such as ``"relu"``, ``nn.ReLU()`` or
+            ``("leaky_relu", 0.2)``. See :class:`bnfast.Activation`. Keyword only. Default: None.
         residual (Tensor, optional): What is added to the normalized values before the activation, of input's
             shape, dtype and device, in any strides. Keyword only. Default: None.
 

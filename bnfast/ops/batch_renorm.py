@@ -51,9 +51,8 @@ def batch_renorm(
         eps (float): The number that is added to the variance under the root. Default: 1e-5.
         r_max (float): The limit of r, at least 1. Default: 3.0.
         d_max (float): The limit of d, at least 0. Default: 5.0.
-        activation: The activation that is applied in the same kernels, after the residual: None, a name such
-            as ``"relu"``, with a number such as ``("leaky_relu", 0.2)``, or torch's module, class or
-            function. See :class:`bnfast.Activation`. Keyword only. Default: None.
+        activation: What the same kernels apply after the residual, such as ``"relu"``, ``nn.ReLU()`` or
+            ``("leaky_relu", 0.2)``. See :class:`bnfast.Activation`. Keyword only. Default: None.
         residual (Tensor, optional): What is added to the normalized values before the activation, of input's
             shape, dtype and device, in any strides. Keyword only. Default: None.
 
@@ -73,8 +72,6 @@ def batch_renorm(
         TypeError: As batch_norm, and for a momentum of None.
 
     Example:
-        >>> x, mean, variance = torch.randn(8, 16, 4, 4), torch.zeros(16), torch.ones(16)
-        >>> y = bnfast.functional.batch_renorm(x, mean, variance, training=True)
         >>> x, mean, variance = torch.randn(8, 16, 4, 4), torch.zeros(16), torch.ones(16)
         >>> y = bnfast.functional.batch_renorm(x, mean, variance, training=True, r_max=1.0, d_max=0.0)
         >>> torch.allclose(y, F.batch_norm(x, None, None, training=True), atol=1e-5)

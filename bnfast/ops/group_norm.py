@@ -43,9 +43,8 @@ def group_norm(
         weight (Tensor, optional): The channels' scales, [C], of any floating dtype. Default: None, for 1.
         bias (Tensor, optional): The channels' shifts, [C], of any floating dtype. Default: None, for 0.
         eps (float): The number that is added to the variance under the root. Default: 1e-5.
-        activation: The activation that is applied in the same kernels, after the residual: None, a name such
-            as ``"relu"``, with a number such as ``("leaky_relu", 0.2)``, or torch's module, class or
-            function. See :class:`bnfast.Activation`. Keyword only. Default: None.
+        activation: What the same kernels apply after the residual, such as ``"relu"``, ``nn.ReLU()`` or
+            ``("leaky_relu", 0.2)``. See :class:`bnfast.Activation`. Keyword only. Default: None.
         residual (Tensor, optional): What is added to the normalized values before the activation, of input's
             shape, dtype and device, in any strides. Keyword only. Default: None.
 
