@@ -16,7 +16,7 @@ from ..ops.op import Call
 from .mixins import BiasMixin, documented_like, says_what_it_takes
 from .replaceable import TO_SYNC, Replaceable
 
-_LIMITS = ("r_max", "d_max", "warmup_steps", "r_max_steps", "d_max_steps")
+LIMITS = ("r_max", "d_max", "warmup_steps", "r_max_steps", "d_max_steps")
 
 
 class _BatchRenorm(Replaceable, BiasMixin, nn.modules.batchnorm._BatchNorm):
@@ -81,14 +81,14 @@ class _BatchRenorm(Replaceable, BiasMixin, nn.modules.batchnorm._BatchNorm):
                 f"{type(self).__name__} cannot train with track_running_stats=False, which Lightning's "
                 "BaseFinetuning.freeze sets: call eval() on the layer, which keeps its running statistics"
             )
-        limits = [float(getattr(self, name)) for name in _LIMITS]
+        limits = [float(getattr(self, name)) for name in LIMITS]
         renorm = new(Renorm, (*limits, self.skip_nonfinite))
         options = BatchNormOptions(self.training, self.momentum, self.eps, renorm)
         buffers = (mean, variance, self.num_batches_tracked if self.training else None)
         return run_batch_renorm(Call(input, self.weight, self.bias, residual, activation, options, buffers))
 
     def extra_repr(self) -> str:
-        shown = [super().extra_repr(), *(f"{name}={getattr(self, name)}" for name in _LIMITS)]
+        shown = [super().extra_repr(), *(f"{name}={getattr(self, name)}" for name in LIMITS)]
         return ", ".join([*shown, *([] if self.skip_nonfinite else ["skip_nonfinite=False"])])
 
     def _lost_in(self, by: str, caller: FrameType) -> str | None:
