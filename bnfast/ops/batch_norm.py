@@ -119,7 +119,9 @@ def _as_torch_takes_them(training: Any, momentum: Any, eps: Any) -> tuple[bool, 
 
 
 def supports(route: int, call: Call) -> bool:
-    x, weight, bias, _, _, (training, _, _, _), (mean, variance, batches) = call
+    """Whether the kernels can take a call of BatchNorm or of InstanceNorm."""
+    x, weight, bias, _, _, options, (mean, variance, batches) = call
+    training = options.training
     if not 2 <= x.dim() <= 5 or (not training and (mean is None or variance is None)):
         return False
     if not vectors_fit(route, x, mean, variance, weight, bias):
@@ -137,8 +139,8 @@ def supports(route: int, call: Call) -> bool:
         batches.device != x.device or batches.dtype != torch.int64 or batches.numel() != 1
     ):
         return False
-    if training and x.size(0) == 1:
-        verify_batch_size(x.size())
+    if training and x.size(0) == 1 and x.numel() == x.shape[1]:
+        verify_batch_size(x.size())  # raises
     return True
 
 

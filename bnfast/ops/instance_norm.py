@@ -10,22 +10,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import has_torch_function_variadic
 
-from ..dispatch import KERNELS, TORCH, choose_route, refuse_dtensor
+from ..dispatch import TORCH, choose_route, refuse_dtensor
 from ..kernels.epilogue import Activation, ActivationLike
 from ..kernels.layouts import format_in_instance_norm, ordered
 from ..kernels.records import BatchNormOptions
 from ..reference.batchnorm import wide
 from . import group_norm, op
-from .arguments import (
-    flat,
-    in_float,
-    in_format_of,
-    overridden,
-    seen_as_graph,
-    vectors_fit,
-    wants_gradient,
-)
-from .batch_norm import run_batch_norm
+from .arguments import flat, in_float, in_format_of, overridden, seen_as_graph, wants_gradient
+from .batch_norm import run_batch_norm, supports
 from .op import Call, Norm
 
 # raises torch's ValueError if a channel of a sample has a single value
@@ -33,12 +25,12 @@ verify_spatial_size: Callable[[torch.Size], None] = getattr(F, "_verify_spatial_
 
 
 class InstanceNormOptions(NamedTuple):
-    """groups: the number of channels. use_input_stats: whether to use the input's statistics or the running
-    ones."""
+    """groups: the number of channels, 0 if x has none. training: whether to use the input's statistics or the
+    running ones."""
 
     groups: int
     eps: float
-    use_input_stats: bool
+    training: bool
     momentum: float
     kind: str = "group_norm"
 
@@ -120,7 +112,7 @@ def instance_norm(
     # torch's batch_norm refuses a negative eps, and its instance_norm does not
     if not use_input_stats and running_mean is not None and eps >= 0.0:
         route = choose_route(input)
-        if route != TORCH and _fit(route, call):
+        if route != TORCH and supports(route, call):
             evaluated = BatchNormOptions(False, momentum, eps)
             return run_batch_norm(call._replace(x=_ordered(input), options=evaluated))
     return op.run(call, NORM)
@@ -133,26 +125,10 @@ def _as_torch_takes_them(use_input_stats: Any, momentum: Any, eps: Any) -> tuple
     return float(momentum), float(eps)
 
 
-def _fit(route: int, call: Call) -> bool:
-    """Whether the kernels, and the update of the running statistics, can take these tensors."""
-    x, (mean, variance, _) = call.x, call.buffers
-    if not 2 <= x.dim() <= 5 or not vectors_fit(route, x, call.weight, call.bias, mean, variance):
-        return False
-    if mean is None or variance is None:
-        return mean is variance
-    if (mean.requires_grad or variance.requires_grad) and torch.is_grad_enabled():
-        return False
-    if (
-        route == KERNELS and not torch.is_inference_mode_enabled()
-    ):  # inference tensors can be updated in inference mode only
-        return not (mean.is_inference() or variance.is_inference())
-    return True
-
-
 def _supports(route: int, call: Call) -> bool:
-    x = call.x
-    # with one value a channel, torch raises its ValueError
-    return call.options.use_input_stats and _fit(route, call) and x.numel() != x.size(0) * x.size(1)
+    x, (channels, _, training, _, _) = call.x, call.options
+    # without channels, and with one value each, torch raises its errors
+    return training and channels > 0 and x.numel() != x.size(0) * channels and supports(route, call)
 
 
 def _ordered(x: Tensor) -> Tensor:
