@@ -171,17 +171,17 @@ def test_functions_overridden_by_a_parameter(norm: str) -> None:
     assert norms(norm)[0](data(2, 4, 3, 4), weight) is getattr(functional, f"{norm.partition(',')[0]}_norm")
 
 
-MAKERS: dict[str, Callable[[Any, Tensor], Any]] = {
-    "monai.data": lambda m, t: (m.MetaTensor(t, meta={"spacing": 2}), contextlib.nullcontext()),
-    "torchvision.tv_tensors": lambda m, t: (m.Image(t), m.set_return_type("Tensor")),
-    "torchvision.tv_tensors ": lambda m, t: (m.Image(t), m.set_return_type("TVTensor")),
-}
+MAKERS: list[tuple[str, Callable[..., Any]]] = [
+    ("monai.data", lambda m, t: (m.MetaTensor(t, meta={"spacing": 2}), contextlib.nullcontext())),
+    ("torchvision.tv_tensors", lambda m, t: (m.Image(t), m.set_return_type("Tensor"))),
+    ("torchvision.tv_tensors", lambda m, t: (m.Image(t), m.set_return_type("TVTensor"))),
+]
 
 
 @pytest.mark.parametrize("name", ["BatchNorm2d", "InstanceNorm2d"])
-@pytest.mark.parametrize(("library", "make"), MAKERS.items())
+@pytest.mark.parametrize(("library", "make"), MAKERS)
 def test_of_libraries(library: str, make: Callable[..., Any], name: str, launches: list[Any]) -> None:
-    x, context = make(pytest.importorskip(library.strip()), data(3, 4, 5, 6))
+    x, context = make(pytest.importorskip(library), data(3, 4, 5, 6))
     layer = BY_NAME[name]
     with context:
         assert_same(*({"y": module(x)} for module in layer.pair(**(layer.tracks or {}))))
