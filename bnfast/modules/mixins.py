@@ -54,9 +54,8 @@ class NormMixin(nn.Module):
     def extra_repr(self) -> str:
         if self.activation is None:
             return super().extra_repr()
-        name, parameter = self.activation
-        shown = self.activation if parameter else name
-        return f"{super().extra_repr()}, activation={shown if isinstance(shown, str) else tuple(shown)}"
+        shown = tuple(self.activation) if self.activation.parameter else self.activation.name
+        return f"{super().extra_repr()}, activation={shown}"
 
     def _leaf(self, *inputs: Any) -> Any:
         """Records a call of this layer, as torch.fx does for torch.nn's layers. It does so from within the

@@ -29,14 +29,14 @@ def _verify_renormalized(x: Tensor, vectors: dict[str, Tensor | None]) -> None:
         raise ValueError(f"batch_renorm takes input of 2 or more dimensions, but got {x.dim()}")
     verify_batch_size(x.size())
     for name, t in vectors.items():
-        if t is not None and t.shape != x.shape[1:2]:
+        if t is None:
+            continue
+        if t.shape != x.shape[1:2]:
             raise RuntimeError(f"{name} should be of shape [{x.shape[1]}], but got {list(t.shape)}")
-        if t is not None and not t.is_floating_point():
+        if not t.is_floating_point():
             raise TypeError(f"{name} should be of floating point, but got {t.dtype}")
-        written = name.startswith("running") and not (
-            torch.compiler.is_compiling() or torch.is_inference_mode_enabled()
-        )
-        if t is not None and written and t.is_inference():
+        writable = torch.compiler.is_compiling() or torch.is_inference_mode_enabled() or not t.is_inference()
+        if name.startswith("running") and not writable:
             raise RuntimeError(
                 f"Inplace update to inference tensor outside InferenceMode is not allowed: {name} is one"
             )
