@@ -24,7 +24,7 @@ from .reference.batchnorm import by_channel
 # Units of the accumulating type. Triton's interpreter, which adds sequentially where a GPU adds in a tree,
 # needs 3.0 of them (dbias and dweight of up to 80,000 values a channel, fp32 and fp64), so its bound need not
 # be wider than a GPU's. torch on a CPU needs up to 44, and thousands where means are large.
-FEW = 4.0
+TOLERANCE = 4.0
 # Units in the last place that the root mean square may have beyond twice torch's.
 ULPS = 2.0
 
@@ -223,13 +223,13 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def excess(value: Tensor, expected: Value, accumulating: torch.dtype) -> float:
+def error_ratio(value: Tensor, expected: Value, accumulating: torch.dtype) -> float:
     """The largest ratio of an element's error to its bound. A result above 1, or NaN, is wrong."""
     exact, scale = expected
     out = torch.finfo(value.dtype)
     # 0.505: a result very close to the middle between two neighbours may round to the other one
     rounding = 0.505 * out.eps * exact.abs() + out.smallest_normal * out.eps
-    allowed = rounding + FEW * torch.finfo(accumulating).eps * scale
+    allowed = rounding + TOLERANCE * torch.finfo(accumulating).eps * scale
     share = (value.double() - exact).abs() / allowed
     return share.max().item() if torch.isfinite(value).all() else float("nan")
 
@@ -266,4 +266,4 @@ def judge(value: Tensor, torchs: Tensor, expected: Value, accumulating: torch.dt
     """Judges a result, with torch's result for the same input."""
     other = rms(torchs, expected)
     limit = 2 * other + ULPS * torch.finfo(value.dtype).eps
-    return Verdict(excess(value, expected, accumulating), rms(value, expected), other, limit)
+    return Verdict(error_ratio(value, expected, accumulating), rms(value, expected), other, limit)

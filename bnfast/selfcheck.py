@@ -15,7 +15,7 @@ import bnfast
 from . import exact
 from .checks import one_step
 from .checks.cases import Case, batch_renorm, given, group_norm, instance_norm, layer_norm
-from .checks.truth import judge
+from .checks.fp64 import judge
 from .dispatch import INTERPRET
 from .interpreted import prepared
 

@@ -150,7 +150,7 @@ def test_dtypes_of_x_and_vectors(
     assert len(launches) == (4 if training else 2)
     for name, value in expected.items():
         assert found[name].dtype == kinds[name if name in kinds else name[1:]], name
-        assert exact.excess(found[name], value, exact.accumulator(of_x)) <= 1, name
+        assert exact.error_ratio(found[name], value, exact.accumulator(of_x)) <= 1, name
 
 
 @layers.every_path

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from bnfast import exact
 
-from . import peers
+from . import reference_layers
 from .cases import Case, Given
 from .one_step import run
 
@@ -46,7 +46,7 @@ def judge(case: Case, tensors: Given, ours: dict[str, Tensor]) -> dict[str, exac
     """Compares what `one_step.run` returned for these tensors with fp64 and with torch. Raises AssertionError
     where a result is missing or unexpected, has another shape or dtype than torch's, or the batch counter
     differs."""
-    theirs, expected = run(case, peers, tensors), expectations(case, tensors)
+    theirs, expected = run(case, reference_layers, tensors), expectations(case, tensors)
     for name in sorted(ours.keys() | theirs.keys()):
         mine, other = (None if t is None else (t.shape, t.dtype) for t in (ours.get(name), theirs.get(name)))
         if mine != other:
