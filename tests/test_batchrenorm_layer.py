@@ -96,6 +96,16 @@ def test_limits_may_be_tensors(path: str) -> None:
     assert_close(found, expected)
 
 
+def test_gradients_of_the_formulas() -> None:
+    """create_graph=True runs the formulas in the kernels' place."""
+    sizes = ((4, 3, 2, 2), (3,), (3,))
+    leaves = [data(*size, seed=n, dtype=torch.float64).requires_grad_() for n, size in enumerate(sizes)]
+    x, weight, bias = leaves
+    y = batch_renorm(x, torch.zeros(3), torch.ones(3) / 2, weight, bias, training=True, activation="silu")
+    graph, plain = (torch.autograd.grad(y, leaves, x.cos(), create_graph=create) for create in (True, False))
+    assert_close(graph, plain)
+
+
 @every_path
 @pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.complex64, torch.float8_e5m2], ids=str)
 def test_input_that_is_no_batch_of_numbers(path: str, dtype: torch.dtype) -> None:
