@@ -160,15 +160,16 @@ def test_some_tensors_are_subclasses(
 
 @every_norm
 def test_functions_overridden_by_a_parameter(norm: str) -> None:
-    """__torch_function__ of any argument sees the call of our function, as it would see that of torch's."""
+    """__torch_function__ of any argument sees the call of our function, as it would see that of torch's: with
+    the input by position."""
 
     class Listening(Tensor):
         @classmethod
         def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            return func
+            return func, args[0]
 
-    weight = data(4, seed=1).as_subclass(Listening)
-    assert norms(norm)[0](data(2, 4, 3, 4), weight) is getattr(functional, f"{norm.partition(',')[0]}_norm")
+    x, weight = data(2, 4, 3, 4), data(4, seed=1).as_subclass(Listening)
+    assert norms(norm)[0](x, weight) == (getattr(functional, f"{norm.partition(',')[0]}_norm"), x)
 
 
 MAKERS: list[tuple[str, Callable[..., Any]]] = [

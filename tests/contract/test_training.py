@@ -122,6 +122,15 @@ def test_half_layers_take_float_input(layer: Layer, launches: list[Any]) -> None
     assert_same(found, expected, rtol=2e-3, atol=2e-3, check_dtype=False)
 
 
+@pytest.mark.parametrize("norm", ["group", "instance", "layer"])
+def test_plain_torch_takes_parameters_of_the_other_half(norm: str, plain_torch: None) -> None:
+    """Which torch's own functions refuse."""
+    dtypes = (torch.bfloat16, torch.float16, torch.float16)
+    given = [data(*size, dtype=dtype) for size, dtype in zip(((2, 4, 3, 4), (4,), (4,)), dtypes, strict=True)]
+    ours, theirs = layers.norms(norm)
+    assert_close(ours(*given), theirs(*(t.float() for t in given)).bfloat16())
+
+
 VECTORS = ("weight", "bias", "running_mean", "running_var")
 ALIKE = [(of_x, [of_vectors] * 4) for of_x, of_vectors in itertools.product(DTYPES, DTYPES)]
 EACH_ITS_OWN = [(torch.float32, dtypes) for dtypes in itertools.permutations(DTYPES)]
