@@ -110,6 +110,7 @@ def test_a_bias_that_no_element_shows() -> None:
     verdict = exact.judge(value, torch.ones(1000, 1), expected, FP32)
     assert verdict.share <= 1
     assert not verdict.ok
+    assert exact.error_ratio(value + torch.finfo(FP32).eps, expected, FP32) > 1
 
 
 @pytest.mark.parametrize("n", [1, 2, 7, 1000])
