@@ -2,26 +2,17 @@
 
 Layers, each with torch.nn's arguments and `activation=`; a call takes a residual as its second argument:
 
-    BatchNorm1d         batch normalization of (N, C) or (N, C, L) input; as torch.nn's
-    BatchNorm2d         the same of (N, C, H, W) input
-    BatchNorm3d         the same of (N, C, D, H, W) input
-    BatchRenorm1d       Batch Renormalization of (N, C) or (N, C, L) input; torch.nn has none
-    BatchRenorm2d       the same of (N, C, H, W) input
-    BatchRenorm3d       the same of (N, C, D, H, W) input
-    FrozenBatchNorm2d   BatchNorm2d with constant statistics and affine, as in torchvision and detectron2
-    GroupNorm           group normalization of (N, C, *) input; as torch.nn's
-    InstanceNorm1d      instance normalization of (N, C, L) or (C, L) input; as torch.nn's
-    InstanceNorm2d      the same of (N, C, H, W) or (C, H, W) input
-    InstanceNorm3d      the same of (N, C, D, H, W) or (C, D, H, W) input
-    LayerNorm           layer normalization over the last dimensions; as torch.nn's
+    BatchNorm1d, BatchNorm2d, BatchNorm3d             as torch.nn's
+    BatchRenorm1d, BatchRenorm2d, BatchRenorm3d       Batch Renormalization; torch.nn has none
+    FrozenBatchNorm2d     BatchNorm2d with constant statistics and affine, as in torchvision and detectron2
+    GroupNorm             as torch.nn's
+    InstanceNorm1d, InstanceNorm2d, InstanceNorm3d    as torch.nn's
+    LayerNorm             as torch.nn's
 
 Functions, with the arguments of torch.nn.functional's and `activation=` and `residual=`:
 
-    functional.batch_norm       as torch.nn.functional.batch_norm
+    functional.batch_norm, functional.group_norm, functional.instance_norm, functional.layer_norm
     functional.batch_renorm     Batch Renormalization, with the limits of r and d as arguments
-    functional.group_norm       as torch.nn.functional.group_norm
-    functional.instance_norm    as torch.nn.functional.instance_norm
-    functional.layer_norm       as torch.nn.functional.layer_norm
 
 Whole models:
 

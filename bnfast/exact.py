@@ -19,21 +19,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .reference.batchnorm import by_channel
+
 # Units of the accumulating type. Triton's interpreter, which adds sequentially where a GPU adds in a tree,
 # needs 3.0 of them (dbias and dweight of up to 80,000 values a channel, fp32 and fp64), so its bound need not
 # be wider than a GPU's. torch on a CPU needs up to 44, and thousands where means are large.
-FEW = 4.0
+TOLERANCE = 4.0
 # Units in the last place that the root mean square may have beyond twice torch's.
 ULPS = 2.0
 
 Value = tuple[Tensor, Tensor]  # a result in fp64, and the scale of each element
 Terms = tuple[Tensor, ...]
 Pairs = Callable[[], Iterable[tuple[Tensor, Tensor]]]  # all of (x, dy) in chunks, as often as asked for
-
-
-def by_channel(v: Tensor, dims: int) -> Tensor:
-    """[C] -> [1, C, 1 ...]."""
-    return v.view(1, -1, *[1] * (dims - 2))
 
 
 def _by_group(t: Tensor, groups: int) -> Tensor:
@@ -48,7 +45,8 @@ class Exact:
     memory in fp64. group, channel: the dimensions over which the values of one group, and of one parameter,
     extend, with the channels split into `groups`, unless that is 0. fixed: mean and variance, where they are
     not the batch's. rounded: whether y is computed from a mean that was stored, and so rounded. offset: is
-    subtracted from x first, and all that is kept here is of x - offset.
+    subtracted from x first, and all that is kept here is of x - offset. bias_size: the size of the terms that
+    bias is a sum of, if it is one.
 
     sum_g and sum_gx are a parameter's sums of dy and of dy * xhat, and norm_g and norm_gx the roots of the
     sums of their squares; drift is what the mean's rounding does to sum_gx. mean_h, mean_hx and size_h are
@@ -66,6 +64,7 @@ class Exact:
         rounded: bool = True,
         offset: Tensor | float = 0.0,
         groups: int = 0,
+        bias_size: Tensor | None = None,
     ) -> None:
         self.batch, self.rounded, self.offset, self.groups = fixed is None, rounded, offset, groups
         fully = next(iter(pairs()))[0].dtype == torch.float64
@@ -88,6 +87,7 @@ class Exact:
         self.rstd = (self.variance + eps).rsqrt()
         self.weight = self.mean.new_ones(()) if weight is None else weight.double()
         self.bias = self.mean.new_zeros(()) if bias is None else bias.double()
+        self.bias_size = self.bias.abs() if bias_size is None else bias_size
         self.count = elements / self.mean.numel()
 
         def gradient_terms(x: Tensor, g: Tensor) -> Terms:
@@ -127,7 +127,7 @@ class Exact:
     def y(self, x: Tensor) -> Value:
         xhat = self.xhat(self.seen(x))
         spread = self.spread if self.rounded else self.variance.sqrt() * self.rstd
-        scale = self.weight.abs() * (xhat.abs() + spread) + self.bias.abs()
+        scale = self.weight.abs() * (xhat.abs() + spread) + self.bias_size
         return self.as_x(self.weight * xhat + self.bias), self.as_x(scale)
 
     def dx(self, x: Tensor, dy: Tensor) -> Value:
@@ -192,26 +192,21 @@ def batch_norm(
     fixed: tuple[Tensor, Tensor] | None = None,
     pairs: Pairs | None = None,
     groups: int = 0,
+    bias_size: Tensor | None = None,
 ) -> Exact:
     """BatchNorm of x [N, C, *]; all vectors [C]. pairs: the same in chunks of [N, C, *], of any number of
-    dimensions. groups: see group_norm."""
+    dimensions. groups: those of GroupNorm, whose chunks are some positions of all channels; InstanceNorm has
+    as many as channels."""
     pairs = pairs or (lambda: [(x, dy)])
-    dims = next(iter(pairs()))[0].dim()
+    part, _ = next(iter(pairs()))
+    dims = part.dim()
     channel = (0, *range(3, dims + 1)) if groups else (0, *range(2, dims))
     group = tuple(range(2, dims + 1)) if groups else channel
-    gamma, beta = (None if v is None else _by_group(by_channel(v, dims), groups) for v in (weight, bias))
+    vectors = (None if v is None else by_channel(v, part) for v in (weight, bias, bias_size))
+    gamma, beta, size = (None if v is None else _by_group(v, groups) for v in vectors)
     if fixed is not None:
-        fixed = (by_channel(fixed[0], dims), by_channel(fixed[1], dims))
-    return Exact(pairs, group, channel, gamma, beta, eps, fixed, groups=groups)
-
-
-def group_norm(
-    x: Tensor, dy: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float,
-    pairs: Pairs | None = None,
-) -> Exact:  # fmt: skip
-    """GroupNorm of x [N, C, *], and InstanceNorm, which is C groups; vectors [C]. pairs: the same in chunks,
-    each of some positions of all channels."""
-    return batch_norm(x, dy, weight, bias, eps, None, pairs, groups)
+        fixed = (by_channel(fixed[0], part), by_channel(fixed[1], part))
+    return Exact(pairs, group, channel, gamma, beta, eps, fixed, groups=groups, bias_size=size)
 
 
 def layer_norm(x: Tensor, dy: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Exact:
@@ -228,13 +223,13 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def excess(value: Tensor, expected: Value, accumulating: torch.dtype) -> float:
+def error_ratio(value: Tensor, expected: Value, accumulating: torch.dtype) -> float:
     """The largest ratio of an element's error to its bound. A result above 1, or NaN, is wrong."""
     exact, scale = expected
     out = torch.finfo(value.dtype)
     # 0.505: a result very close to the middle between two neighbours may round to the other one
     rounding = 0.505 * out.eps * exact.abs() + out.smallest_normal * out.eps
-    allowed = rounding + FEW * torch.finfo(accumulating).eps * scale
+    allowed = rounding + TOLERANCE * torch.finfo(accumulating).eps * scale
     share = (value.double() - exact).abs() / allowed
     return share.max().item() if torch.isfinite(value).all() else float("nan")
 
@@ -271,4 +266,4 @@ def judge(value: Tensor, torchs: Tensor, expected: Value, accumulating: torch.dt
     """Judges a result, with torch's result for the same input."""
     other = rms(torchs, expected)
     limit = 2 * other + ULPS * torch.finfo(value.dtype).eps
-    return Verdict(excess(value, expected, accumulating), rms(value, expected), other, limit)
+    return Verdict(error_ratio(value, expected, accumulating), rms(value, expected), other, limit)

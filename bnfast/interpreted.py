@@ -11,15 +11,9 @@ from typing import Any
 from unittest import mock
 
 import numpy as np
+import torch
 import triton.language as tl
 from triton.runtime import interpreter
-
-
-def _to_bfloat16(value: np.ndarray) -> np.ndarray:
-    """fp32 -> bf16 bits, to nearest even, NaN kept."""
-    bits = np.ascontiguousarray(value, np.float32).view(np.uint32)
-    nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
-    return np.where(np.isnan(value), (bits >> 16) | 0x40, nearest).astype(np.uint16)
 
 
 @contextlib.contextmanager
@@ -31,7 +25,7 @@ def prepared() -> Iterator[None]:
 
     def convert_float(value, source, target, rounding_mode):  # type: ignore[no-untyped-def]
         if source == tl.float32 and target == tl.bfloat16:
-            return _to_bfloat16(value)
+            return torch.from_numpy(np.array(value, np.float32)).bfloat16().view(torch.uint16).numpy()
         if source == tl.bfloat16 and target == tl.float32:
             return (np.asarray(value).astype(np.uint32) << 16).view(np.float32)
         return convert(value, source, target, rounding_mode)

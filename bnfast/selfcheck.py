@@ -15,8 +15,9 @@ import bnfast
 from . import exact
 from .checks import one_step
 from .checks.cases import Case, batch_renorm, given, group_norm, instance_norm, layer_norm
-from .checks.truth import judge
+from .checks.fp64 import judge
 from .dispatch import INTERPRET
+from .interpreted import prepared
 
 DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64"}
 FAR = 1e4  # a mean, in standard deviations
@@ -77,12 +78,7 @@ def run(seconds: float) -> int:
     print(f"Checking the kernels on {where}, against fp64: of each case the result closest to its limit.")
     print(_LEGEND)
     started, failed, done, todo = time.monotonic(), 0, 0, cases(device)
-    interpreter: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
-    if INTERPRET:
-        from .interpreted import prepared
-
-        interpreter = prepared()
-    with interpreter:
+    with prepared() if INTERPRET else contextlib.nullcontext():
         for case in todo:
             if time.monotonic() - started > seconds:
                 break

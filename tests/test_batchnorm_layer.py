@@ -143,6 +143,16 @@ def test_calls_it_refuses(replaced: dict[str, Any], error: type[Exception], word
     assert all(bit_identical(given[name], t) for name, t in before.items() if isinstance(t, Tensor))
 
 
+def test_gradients_of_batch_renorms_formulas() -> None:
+    """create_graph=True runs the formulas in the kernels' place."""
+    sizes = ((4, 3, 2, 2), (3,), (3,))
+    leaves = [data(*size, seed=n, dtype=torch.float64).requires_grad_() for n, size in enumerate(sizes)]
+    x, weight, bias = leaves
+    y = batch_renorm(x, torch.zeros(3), torch.ones(3) / 2, weight, bias, training=True, activation="silu")
+    graph, plain = (torch.autograd.grad(y, leaves, x.cos(), create_graph=create) for create in (True, False))
+    assert_close(graph, plain)
+
+
 @every_path
 def test_limits_may_be_tensors(path: str) -> None:
     found, expected = (

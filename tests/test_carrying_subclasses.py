@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch._C import DisableTorchFunctionSubclass
 from torch.testing import assert_close
+from torch.testing._internal.logging_tensor import LoggingTensorMode
 from torch.testing._internal.two_tensor import TwoTensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from bnfast import functional
 from tests.support.layers import BY_NAME, Layer, both_modes, data, drop_ins, every_norm, every_path, norms
@@ -34,10 +34,9 @@ class Meta(Tensor):
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = super().__torch_function__(func, types, args, kwargs or {})
-        given = (*args, *(kwargs or {}).values())
-        first = next((a for a in given if isinstance(a, Meta) and hasattr(a, "meta")), None)
-        if isinstance(result, Meta) and first is not None:
-            result.meta = dict(first.meta)
+        carried = [a.meta for a in (*args, *(kwargs or {}).values()) if hasattr(a, "meta")]
+        if isinstance(result, Meta) and carried:
+            result.meta = carried[0]
         return result
 
 
@@ -136,11 +135,6 @@ def test_compiled(kind: type[Tensor], layer: Layer, training: bool) -> None:
     assert_same(*found)
 
 
-class Watching(TorchDispatchMode):
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return func(*args, **(kwargs or {}))
-
-
 @every_path
 @both_modes
 @pytest.mark.parametrize("watched", [False, True], ids=["", "under a mode"])
@@ -158,7 +152,7 @@ def test_some_tensors_are_subclasses(
                 if name.partition("_")[0] in held.split():
                     members[name] = wrap(value.detach()).requires_grad_(value.requires_grad)
         x = data(3, 4, 5, 6)
-        with Watching() if watched else contextlib.nullcontext():
+        with LoggingTensorMode() if watched else contextlib.nullcontext():
             found.append(step(module.train(training), wrap(x) if held == "input" else x))
     assert_same(*found)
     assert not (launches and wrap is doubled and held == "input")
@@ -166,32 +160,30 @@ def test_some_tensors_are_subclasses(
 
 @every_norm
 def test_functions_overridden_by_a_parameter(norm: str) -> None:
-    """__torch_function__ of any argument sees the call of our function, as it would see that of torch's."""
+    """__torch_function__ of any argument sees the call of our function, as it would see that of torch's: with
+    the input by position."""
 
     class Listening(Tensor):
         @classmethod
         def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            return func
+            return func, args[0]
 
-    weight = data(4, seed=1).as_subclass(Listening)
-    assert norms(norm)[0](data(2, 4, 3, 4), weight) is getattr(functional, f"{norm.partition(',')[0]}_norm")
-
-
-def test_monai(launches: list[Any]) -> None:
-    monai = pytest.importorskip("monai.data")
-    x = monai.MetaTensor(data(3, 4, 5, 6), meta={"filename_or_obj": "scan.nii"})
-    layer = BY_NAME["InstanceNorm2d"]
-    found = [module(x) for module in layer.pair(**(layer.tracks or {}))]
-    assert launches
-    assert type(found[0]) is monai.MetaTensor
-    assert found[0].meta["filename_or_obj"] == "scan.nii"
-    assert_close(*(t.as_tensor() for t in found), **CLOSE)
+    x, weight = data(2, 4, 3, 4), data(4, seed=1).as_subclass(Listening)
+    assert norms(norm)[0](x, weight) == (getattr(functional, f"{norm.partition(',')[0]}_norm"), x)
 
 
-def test_torchvision(launches: list[Any]) -> None:
-    tv_tensors = pytest.importorskip("torchvision.tv_tensors")
-    x = tv_tensors.Image(data(3, 4, 5, 6))
-    for context in ("TVTensor", "Tensor"):
-        with tv_tensors.set_return_type(context):
-            assert_same(*({"y": module(x)} for module in BY_NAME["BatchNorm2d"].pair()))
+MAKERS: list[tuple[str, Callable[..., Any]]] = [
+    ("monai.data", lambda m, t: (m.MetaTensor(t, meta={"spacing": 2}), contextlib.nullcontext())),
+    ("torchvision.tv_tensors", lambda m, t: (m.Image(t), m.set_return_type("Tensor"))),
+    ("torchvision.tv_tensors", lambda m, t: (m.Image(t), m.set_return_type("TVTensor"))),
+]
+
+
+@pytest.mark.parametrize("name", ["BatchNorm2d", "InstanceNorm2d"])
+@pytest.mark.parametrize(("library", "make"), MAKERS)
+def test_of_libraries(library: str, make: Callable[..., Any], name: str, launches: list[Any]) -> None:
+    x, context = make(pytest.importorskip(library), data(3, 4, 5, 6))
+    layer = BY_NAME[name]
+    with context:
+        assert_same(*({"y": module(x)} for module in layer.pair(**(layer.tracks or {}))))
     assert launches

@@ -20,26 +20,19 @@ pytestmark = pytest.mark.slow
 RANKS = 2
 
 
-def network(library: Any) -> nn.Module:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Conv2d(2, 4, 1), library.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 2, 1))
-
-
-def batch(rank: int, step: int) -> Tensor:
-    """Each rank has its own, so that it matters whose gradients and whose statistics are used."""
-    return torch.randn(3, 2, 3, 3, generator=torch.Generator().manual_seed(10 * rank + step)) + rank
-
-
 def train(library: Any, rank: int) -> dict[str, Tensor]:
-    """Two steps: parameters, buffers and the last gradients of this rank."""
-    model = nn.parallel.DistributedDataParallel(network(library), broadcast_buffers=True)
+    """Two steps: parameters, buffers and the last gradients of this rank, which has its own batches, so that
+    it matters whose gradients and whose statistics are used."""
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(2, 4, 1), library.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 2, 1))
+    model = nn.parallel.DistributedDataParallel(network, broadcast_buffers=True)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    for step in range(2):
+    torch.manual_seed(rank)
+    for _ in range(2):
         optimizer.zero_grad()
-        model(batch(rank, step)).square().mean().backward()
+        model(torch.randn(3, 2, 3, 3) + rank).square().mean().backward()
         optimizer.step()
-    gradients = {f"{name}.grad": p.grad for name, p in model.module.named_parameters()}
-    return {**model.module.state_dict(), **gradients}
+    return {**network.state_dict(), **{f"{name}.grad": p.grad for name, p in network.named_parameters()}}
 
 
 def worker(rank: int, folder: str) -> None:

@@ -1,5 +1,5 @@
-"""The judge of the numerics: its truth is autograd's in fp64, and it sees errors that an average over the
-whole tensor would hide."""
+"""The judge of the numerics: what it expects is autograd's in fp64, and it sees errors that an average over
+the whole tensor would hide."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from bnfast import exact
-from bnfast.checks import one_step, peers, truth
+from bnfast.checks import fp64, one_step, reference_layers
 from bnfast.checks.cases import Case, batch_renorm, given, group_norm, instance_norm, layer_norm
 from tests.support.layers import data
 
@@ -34,17 +34,15 @@ TRUE = [
 
 @pytest.mark.parametrize("chunks", [1, 3])
 @pytest.mark.parametrize("case", TRUE, ids=str)
-def test_the_truth_is_autograds(case: Case, chunks: int) -> None:
+def test_fp64_is_autograds(case: Case, chunks: int) -> None:
     """It is computed from the whole, or from chunks: of the batch, or of the positions of all samples."""
     tensors = given(case, CPU)
     x, dy = tensors.x, tensors.dy
-    if chunks == 1 or case.layer == "LayerNorm":
-        found = truth.expectations(case, tensors)
-    else:
-        dim = 2 if case.in_sample and case.batch else 0
-        true = truth.of(case, tensors, lambda: zip(x.chunk(chunks, dim), dy.chunk(chunks, dim), strict=True))
-        found = {"y": true.y(x), "dx": true.dx(x, dy), **true.vectors}
-    expected = one_step.run(case, peers, tensors)
+    dim = 2 if case.in_sample and case.batch else 0
+    pairs = [*zip(x.chunk(chunks, dim), dy.chunk(chunks, dim), strict=True)]
+    normal, vectors = fp64.of(case, tensors, None if chunks == 1 else lambda: pairs)
+    found = {"y": normal.y(x), "dx": normal.dx(x, dy), **vectors}
+    expected = one_step.run(case, reference_layers, tensors)
     assert found.keys() == expected.keys() - {"num_batches_tracked"}
     for name, (value, scale) in found.items():
         assert_close(value, expected[name], msg=lambda m, name=name: f"{name}: {m}")
@@ -95,13 +93,13 @@ DAMAGES: dict[str, tuple[Case, str, Callable[[Tensor], Tensor]]] = {
 def test_damage_is_seen(case: Case, name: str, damage: Callable[[Tensor], Tensor]) -> None:
     """In the true results, rounded once, which pass as they are."""
     tensors = given(case, CPU)
-    expected = truth.expectations(case, tensors)
+    expected = fp64.expectations(case, tensors)
     wide = exact.accumulator(case.dtype)
     sound = {k: v.to(case.dtype if k in ("y", "dx") else wide) for k, (v, _) in expected.items()}
     if case.tracked:
         sound["num_batches_tracked"] = torch.tensor(case.batches + 1)
-    assert all(verdict.ok for verdict in truth.judge(case, tensors, sound).values())
-    verdicts = truth.judge(case, tensors, {**sound, name: damage(sound[name])})
+    assert all(verdict.ok for verdict in fp64.judge(case, tensors, sound).values())
+    verdicts = fp64.judge(case, tensors, {**sound, name: damage(sound[name])})
     assert [k for k, verdict in verdicts.items() if not verdict.ok] == [name]
 
 
@@ -112,6 +110,7 @@ def test_a_bias_that_no_element_shows() -> None:
     verdict = exact.judge(value, torch.ones(1000, 1), expected, FP32)
     assert verdict.share <= 1
     assert not verdict.ok
+    assert exact.error_ratio(value + torch.finfo(FP32).eps, expected, FP32) > 1
 
 
 @pytest.mark.parametrize("n", [1, 2, 7, 1000])

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..modules.batchrenorm import LIMITS
 from .cases import Case, Given, placed
 
 SUFFIXES = {2: "1d", 3: "1d", 4: "2d", 5: "3d"}
@@ -24,8 +25,7 @@ def layer(case: Case, library: Any, tensors: Given) -> Any:
     else:
         options: dict[str, Any] = {"track_running_stats": case.tracked}
         if case.layer == "BatchRenorm":
-            names = ("r_max", "d_max", "warmup_steps", "r_max_steps", "d_max_steps")
-            options = dict(zip(names, case.schedule, strict=True))
+            options = dict(zip(LIMITS, case.schedule, strict=True))
         kind = getattr(library, case.layer + SUFFIXES[len(case.shape)])
         module = kind(channels, eps, affine=affine, device=device, **options)
         module.momentum = case.momentum  # None is no argument of BatchRenorm's constructor

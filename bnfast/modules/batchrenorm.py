@@ -13,10 +13,10 @@ from ..kernels.epilogue import Activation, ActivationLike
 from ..kernels.records import BatchNormOptions, Renorm, new
 from ..ops.batch_renorm import run_batch_renorm
 from ..ops.op import Call
-from .mixins import BiasMixin, says_what_it_takes
+from .mixins import BiasMixin, documented_like, says_what_it_takes
 from .replaceable import TO_SYNC, Replaceable
 
-_LIMITS = ("r_max", "d_max", "warmup_steps", "r_max_steps", "d_max_steps")
+LIMITS = ("r_max", "d_max", "warmup_steps", "r_max_steps", "d_max_steps")
 
 
 class _BatchRenorm(Replaceable, BiasMixin, nn.modules.batchnorm._BatchNorm):
@@ -81,14 +81,14 @@ class _BatchRenorm(Replaceable, BiasMixin, nn.modules.batchnorm._BatchNorm):
                 f"{type(self).__name__} cannot train with track_running_stats=False, which Lightning's "
                 "BaseFinetuning.freeze sets: call eval() on the layer, which keeps its running statistics"
             )
-        limits = [float(getattr(self, name)) for name in _LIMITS]
+        limits = [float(getattr(self, name)) for name in LIMITS]
         renorm = new(Renorm, (*limits, self.skip_nonfinite))
         options = BatchNormOptions(self.training, self.momentum, self.eps, renorm)
         buffers = (mean, variance, self.num_batches_tracked if self.training else None)
         return run_batch_renorm(Call(input, self.weight, self.bias, residual, activation, options, buffers))
 
     def extra_repr(self) -> str:
-        shown = [super().extra_repr(), *(f"{name}={getattr(self, name)}" for name in _LIMITS)]
+        shown = [super().extra_repr(), *(f"{name}={getattr(self, name)}" for name in LIMITS)]
         return ", ".join([*shown, *([] if self.skip_nonfinite else ["skip_nonfinite=False"])])
 
     def _lost_in(self, by: str, caller: FrameType) -> str | None:
@@ -104,69 +104,6 @@ class _BatchRenorm(Replaceable, BiasMixin, nn.modules.batchnorm._BatchNorm):
             f"torch.jit.script knows no {type(self).__name__}: replace it by a BatchNorm with the same "
             "state_dict, which is equal in eval, or use torch.export"
         )
-
-
-class BatchRenorm1d(_BatchRenorm):
-    """Batch Renormalization of (N, C) or (N, C, L) input, which torch.nn does not have.
-
-    In training y = activation(((x - mean) / sigma * r + d) * weight + bias + residual), with the batch's mean
-    and sigma = sqrt(variance + eps), r = sigma / running sigma and d = (mean - running mean) / running sigma,
-    both clipped and without a gradient. So training and eval compute the same as far as the limits of r and d
-    allow, which helps small batches and batches that are not identically distributed. In eval the layer is
-    BatchNorm.
-
-    BatchRenorm2d explains the schedule of the limits, the state, and what is not possible.
-
-    Args:
-        num_features (int): C, the number of channels of the input.
-        eps (float): The number that is added to the variance under the root. Default: 1e-5.
-        momentum (float): The weight of a batch in the running statistics. Default: 0.01, as in the paper.
-        affine (bool): Whether the layer has a weight and a bias for each channel. Default: True.
-        device: The device of parameters and buffers. Default: torch's default device.
-        dtype (torch.dtype): Their dtype, which may differ from the input's. Default: torch's default dtype.
-        bias (bool): Whether an affine layer has a bias beside its weight. Keyword only. Default: True.
-        r_max (float): The limit of r from batch `r_max_steps` on: r is clipped to [1 / r_max, r_max].
-            Default: 3.0.
-        d_max (float): The limit of d from batch `d_max_steps` on: d is clipped to [-d_max, d_max]. Default:
-            5.0.
-        warmup_steps (int): The number of training batches with r = 1 and d = 0. Default: 5000.
-        r_max_steps (int): The batch at which the limit of r reaches `r_max`. Default: 40000.
-        d_max_steps (int): The batch at which the limit of d reaches `d_max`. Default: 25000.
-        skip_nonfinite (bool): Whether a channel whose batch holds infinity or NaN leaves its running
-            statistics alone. Default: True.
-        track_running_stats (bool): Must be True, since the layer corrects towards these statistics.
-        activation: The activation that the layer applies in the same kernels, after the residual: None, a
-            name such as ``"relu"``, with a number such as ``("leaky_relu", 0.2)``, or torch's module, class
-            or function. See :class:`bnfast.Activation`. Keyword only. Default: None.
-
-    Shape:
-        - input: (N, C) or (N, C, L), of fp16, bf16, fp32 or fp64, in any strides.
-        - residual (optional, the second argument of a call): input's shape, dtype and device, in any strides.
-        - output: input's shape and dtype. It has the strides that torch.nn's layer gives it.
-
-    Returns:
-        A call ``layer(input, residual=None)`` returns activation(norm(input) + residual).
-
-    Raises:
-        TypeError: The constructor got an unknown argument, or the residual is not a tensor.
-        ValueError: momentum is None or track_running_stats False in the constructor, the limits or their
-            schedule are out of order, the activation is unknown, or BatchNorm would refuse the call too.
-        RuntimeError: The running statistics are missing, or are not tracked in training; the forward runs
-            again to recompute activations in a backward (checkpointing); sizes or devices do not match.
-
-    Example:
-        >>> norm = bnfast.BatchRenorm1d(16, warmup_steps=100, activation="relu")
-        >>> x, shortcut = torch.randn(8, 16, 10), torch.randn(8, 16, 10)
-        >>> norm(x).shape  # relu(norm(x))
-        torch.Size([8, 16, 10])
-        >>> y = norm(x, shortcut)  # relu(norm(x) + shortcut)
-
-    References:
-        Ioffe 2017, "Batch Renormalization: Towards Reducing Minibatch Dependence in Batch-Normalized Models",
-        arXiv 1702.03275, algorithm 1.
-    """
-
-    _check_input_dim = nn.BatchNorm1d._check_input_dim
 
 
 class BatchRenorm2d(_BatchRenorm):
@@ -216,15 +153,13 @@ class BatchRenorm2d(_BatchRenorm):
         skip_nonfinite (bool): Whether a channel whose batch holds infinity or NaN leaves its running
             statistics alone. Default: True.
         track_running_stats (bool): Must be True, since the layer corrects towards these statistics.
-        activation: The activation that the layer applies in the same kernels, after the residual: None, a
-            name such as ``"relu"``, with a number such as ``("leaky_relu", 0.2)``, or torch's module, class
-            or function. See :class:`bnfast.Activation`. Keyword only. Default: None.
+        activation: What the same kernels apply after the residual, such as ``"relu"``, ``nn.ReLU()`` or
+            ``("leaky_relu", 0.2)``. See :class:`bnfast.Activation`. Keyword only. Default: None.
 
     Shape:
         - input: (N, C, H, W), of fp16, bf16, fp32 or fp64, in any strides.
         - residual (optional, the second argument of a call): input's shape, dtype and device, in any strides.
-        - output: input's shape and dtype. Contiguous and channels_last inputs give outputs of the same memory
-          format, others contiguous ones.
+        - output: input's shape and dtype. It is channels_last if input is, and contiguous otherwise.
 
     Returns:
         A call ``layer(input, residual=None)`` returns activation(norm(input) + residual).
@@ -254,65 +189,15 @@ class BatchRenorm2d(_BatchRenorm):
     _check_input_dim = nn.BatchNorm2d._check_input_dim
 
 
+@documented_like(BatchRenorm2d)
+class BatchRenorm1d(_BatchRenorm):
+    """Batch Renormalization of (N, C) or (N, C, L) input. See BatchRenorm2d."""
+
+    _check_input_dim = nn.BatchNorm1d._check_input_dim
+
+
+@documented_like(BatchRenorm2d)
 class BatchRenorm3d(_BatchRenorm):
-    """Batch Renormalization of (N, C, D, H, W) input, which torch.nn does not have.
-
-    In training y = activation(((x - mean) / sigma * r + d) * weight + bias + residual), with the batch's mean
-    and sigma = sqrt(variance + eps), r = sigma / running sigma and d = (mean - running mean) / running sigma,
-    both clipped and without a gradient. So training and eval compute the same as far as the limits of r and d
-    allow, which helps small batches and batches that are not identically distributed. In eval the layer is
-    BatchNorm.
-
-    BatchRenorm2d explains the schedule of the limits, the state, and what is not possible.
-
-    Args:
-        num_features (int): C, the number of channels of the input.
-        eps (float): The number that is added to the variance under the root. Default: 1e-5.
-        momentum (float): The weight of a batch in the running statistics. Default: 0.01, as in the paper.
-        affine (bool): Whether the layer has a weight and a bias for each channel. Default: True.
-        device: The device of parameters and buffers. Default: torch's default device.
-        dtype (torch.dtype): Their dtype, which may differ from the input's. Default: torch's default dtype.
-        bias (bool): Whether an affine layer has a bias beside its weight. Keyword only. Default: True.
-        r_max (float): The limit of r from batch `r_max_steps` on: r is clipped to [1 / r_max, r_max].
-            Default: 3.0.
-        d_max (float): The limit of d from batch `d_max_steps` on: d is clipped to [-d_max, d_max]. Default:
-            5.0.
-        warmup_steps (int): The number of training batches with r = 1 and d = 0. Default: 5000.
-        r_max_steps (int): The batch at which the limit of r reaches `r_max`. Default: 40000.
-        d_max_steps (int): The batch at which the limit of d reaches `d_max`. Default: 25000.
-        skip_nonfinite (bool): Whether a channel whose batch holds infinity or NaN leaves its running
-            statistics alone. Default: True.
-        track_running_stats (bool): Must be True, since the layer corrects towards these statistics.
-        activation: The activation that the layer applies in the same kernels, after the residual: None, a
-            name such as ``"relu"``, with a number such as ``("leaky_relu", 0.2)``, or torch's module, class
-            or function. See :class:`bnfast.Activation`. Keyword only. Default: None.
-
-    Shape:
-        - input: (N, C, D, H, W), of fp16, bf16, fp32 or fp64, in any strides.
-        - residual (optional, the second argument of a call): input's shape, dtype and device, in any strides.
-        - output: input's shape and dtype. Contiguous and channels_last_3d inputs give outputs of the same
-          memory format, others contiguous ones.
-
-    Returns:
-        A call ``layer(input, residual=None)`` returns activation(norm(input) + residual).
-
-    Raises:
-        TypeError: The constructor got an unknown argument, or the residual is not a tensor.
-        ValueError: momentum is None or track_running_stats False in the constructor, the limits or their
-            schedule are out of order, the activation is unknown, or BatchNorm would refuse the call too.
-        RuntimeError: The running statistics are missing, or are not tracked in training; the forward runs
-            again to recompute activations in a backward (checkpointing); sizes or devices do not match.
-
-    Example:
-        >>> norm = bnfast.BatchRenorm3d(16, warmup_steps=100, activation="relu")
-        >>> x, shortcut = torch.randn(2, 16, 4, 4, 4), torch.randn(2, 16, 4, 4, 4)
-        >>> norm(x).shape  # relu(norm(x))
-        torch.Size([2, 16, 4, 4, 4])
-        >>> y = norm(x, shortcut)  # relu(norm(x) + shortcut)
-
-    References:
-        Ioffe 2017, "Batch Renormalization: Towards Reducing Minibatch Dependence in Batch-Normalized Models",
-        arXiv 1702.03275, algorithm 1.
-    """
+    """Batch Renormalization of (N, C, D, H, W) input. See BatchRenorm2d."""
 
     _check_input_dim = nn.BatchNorm3d._check_input_dim

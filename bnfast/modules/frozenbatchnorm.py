@@ -92,9 +92,8 @@ class FrozenBatchNorm2d(NormMixin, TorchFrozenBatchNorm2d):
         keep_dtype (bool): The output's dtype. With False it is the wider dtype of the input and the buffers,
             as in torchvision: fp32 for fp16 input and fp32 buffers, as under autocast. With True it is the
             input's, as in detectron2, and fewer bytes move. Keyword only. Default: False.
-        activation: The activation that the layer applies in the same kernels, after the residual: None, a
-            name such as ``"relu"``, with a number such as ``("leaky_relu", 0.2)``, or torch's module, class
-            or function. See :class:`bnfast.Activation`. Keyword only. Default: None.
+        activation: What the same kernels apply after the residual, such as ``"relu"``, ``nn.ReLU()`` or
+            ``("leaky_relu", 0.2)``. See :class:`bnfast.Activation`. Keyword only. Default: None.
 
     Shape:
         - input: (N, C, H, W), in any strides.

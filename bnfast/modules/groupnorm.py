@@ -33,15 +33,13 @@ class GroupNorm(NormMixin, BiasMixin, nn.GroupNorm):
         device: The device of weight and bias. Default: torch's default device.
         dtype (torch.dtype): Their dtype, which may differ from the input's. Default: torch's default dtype.
         bias (bool): Whether an affine layer has a bias beside its weight. Keyword only. Default: True.
-        activation: The activation that the layer applies in the same kernels, after the residual: None, a
-            name such as ``"relu"``, with a number such as ``("leaky_relu", 0.2)``, or torch's module, class
-            or function. See :class:`bnfast.Activation`. Keyword only. Default: None.
+        activation: What the same kernels apply after the residual, such as ``"relu"``, ``nn.ReLU()`` or
+            ``("leaky_relu", 0.2)``. See :class:`bnfast.Activation`. Keyword only. Default: None.
 
     Shape:
         - input: (N, C, *), of fp16, bf16, fp32 or fp64, in any strides.
         - residual (optional, the second argument of a call): input's shape, dtype and device, in any strides.
-        - output: input's shape and dtype. Contiguous, channels_last and channels_last_3d inputs give outputs
-          of the same memory format, others contiguous ones.
+        - output: input's shape and dtype, channels_last (or _3d) if input is, and contiguous otherwise.
 
     Returns:
         A call ``layer(input, residual=None)`` returns activation(norm(input) + residual).

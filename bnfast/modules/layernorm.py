@@ -33,9 +33,8 @@ class LayerNorm(NormMixin, nn.LayerNorm):
         bias (bool): Whether an affine layer has a bias beside its weight. Default: True.
         device: The device of weight and bias. Default: torch's default device.
         dtype (torch.dtype): Their dtype, which may differ from the input's. Default: torch's default dtype.
-        activation: The activation that the layer applies in the same kernels, after the residual: None, a
-            name such as ``"relu"``, with a number such as ``("leaky_relu", 0.2)``, or torch's module, class
-            or function. See :class:`bnfast.Activation`. Keyword only. Default: None.
+        activation: What the same kernels apply after the residual, such as ``"relu"``, ``nn.ReLU()`` or
+            ``("leaky_relu", 0.2)``. See :class:`bnfast.Activation`. Keyword only. Default: None.
 
     Shape:
         - input: (*, *normalized_shape), of fp16, bf16, fp32 or fp64, in any strides.

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from difflib import get_close_matches
 from functools import wraps
 from inspect import signature
-from typing import Any, ParamSpec
+from typing import Any, ParamSpec, TypeVar
 
 from torch import Tensor, nn
 from torch.fx import Proxy
@@ -17,6 +17,7 @@ from ..importing import catch_up
 from ..kernels.epilogue import Activation
 
 _P = ParamSpec("_P")
+_Layer = TypeVar("_Layer", bound=type)
 WHEN_SUBCLASSED: list[Callable[[type], None]] = []  # each is called with every new class of layers
 
 
@@ -53,9 +54,8 @@ class NormMixin(nn.Module):
     def extra_repr(self) -> str:
         if self.activation is None:
             return super().extra_repr()
-        name, parameter = self.activation
-        shown = self.activation if parameter else name
-        return f"{super().extra_repr()}, activation={shown if isinstance(shown, str) else tuple(shown)}"
+        shown = tuple(self.activation) if self.activation.parameter else self.activation.name
+        return f"{super().extra_repr()}, activation={shown}"
 
     def _leaf(self, *inputs: Any) -> Any:
         """Records a call of this layer, as torch.fx does for torch.nn's layers. It does so from within the
@@ -88,6 +88,32 @@ class NormMixin(nn.Module):
         module: nn.Module = object.__new__(plain)
         module.__dict__ = dict(self.__dict__)
         return module
+
+
+# what the docstrings of layers for other dimensions have in place of a phrase of the layer for (N, C, H, W)
+_PHRASES = {
+    "1d": {
+        "(N, C, H, W) or (C, H, W)": "(N, C, L) or (C, L)",
+        "(N, C, H, W)": "(N, C) or (N, C, L)",
+        "8, 16, 4, 4": "8, 16, 10",
+        "is channels_last if input is, and contiguous otherwise": "has the strides that torch.nn's gives it",
+    },
+    "3d": {"H, W": "D, H, W", "8, 16, 4, 4": "2, 16, 4, 4, 4", "channels_last": "channels_last_3d"},
+}
+
+
+def documented_like(sibling: type) -> Callable[[_Layer], _Layer]:
+    """Completes the docstring of a layer by that of its sibling for (N, C, H, W), for help() and notebooks.
+    What the source has in its place is for editors, which do not run it."""
+
+    def documented(layer: _Layer) -> _Layer:
+        dimensions, text = layer.__name__[-2:], sibling.__doc__
+        for phrase, other in {"2d": dimensions, **_PHRASES[dimensions]}.items():
+            text = text and text.replace(phrase, other)  # python -OO leaves none
+        layer.__doc__ = text
+        return layer
+
+    return documented
 
 
 def says_what_it_takes(init: Callable[_P, None]) -> Callable[_P, None]:

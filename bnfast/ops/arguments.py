@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import handle_torch_function
 
 from ..dispatch import KERNEL_DTYPES, KERNELS, PLAIN, known, transforming
 from ..kernels.epilogue import Activation
@@ -13,6 +15,14 @@ from ..kernels.layouts import FORMATS
 
 _HALVES = (torch.float16, torch.bfloat16)
 _FLOATS = (*_HALVES, torch.float32)
+
+
+def overridden(function: Callable[..., Tensor], given: dict[str, Any]) -> Tensor:
+    """What the call of a function returns where __torch_function__ of one of its arguments overrides it.
+    given: the arguments by name, of which subclasses expect the input by position."""
+    overriding = tuple(given.values())
+    found: Tensor = handle_torch_function(function, overriding, given.pop("input"), **given)
+    return found
 
 
 def vectors_fit(route: int, x: Tensor, channels: int, *vectors: Tensor | None) -> bool:
@@ -54,23 +64,16 @@ def followed_by(y: Tensor, activation: Activation | None, residual: Tensor | Non
     return y if activation is None else activation.apply(y)
 
 
-def needs_float(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> bool:
-    """Whether torch would return another dtype for half precision, or refuse it with these parameters."""
-    if not isinstance(x, Tensor) or x.dtype not in _HALVES:
-        return False
-    dtypes = [t.dtype for t in (weight, bias) if isinstance(t, Tensor)]
-    mixed = any(d != x.dtype for d in dtypes) and all(d in _FLOATS for d in dtypes)
-    return mixed or _autocasting(x)
-
-
-def as_float(t: Tensor | None) -> Tensor | None:
-    """A parameter in fp32. Anything but a tensor stays as it is, for torch to refuse."""
-    return t.float() if isinstance(t, Tensor) else t
-
-
-def _autocasting(x: Tensor) -> bool:
-    kind = x.device.type
-    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+def in_float(x: Tensor, weight: Any, bias: Any) -> tuple[Tensor, Any, Any]:
+    """All three in fp32, if torch would return another dtype for half precision, or refuse it with these
+    parameters. Anything but a tensor stays as it is, for torch to refuse."""
+    if x.dtype in _HALVES:
+        kind, dtypes = x.device.type, [t.dtype for t in (weight, bias) if isinstance(t, Tensor)]
+        mixed = any(d != x.dtype for d in dtypes) and all(d in _FLOATS for d in dtypes)
+        if mixed or (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)):
+            weight, bias = (t.float() if isinstance(t, Tensor) else t for t in (weight, bias))
+            x = x.float()
+    return x, weight, bias
 
 
 def in_format_of(x: Tensor, y: Tensor, format_of: Callable[[Tensor], torch.memory_format]) -> Tensor:

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.overrides import handle_torch_function, has_torch_function_variadic
+from torch.overrides import has_torch_function_variadic
 
 from ..dispatch import KERNELS, TRITON
 from ..kernels.epilogue import Activation, ActivationLike
 from ..kernels.layouts import format_in_batch_norm, ordered, ordered_like
-from ..kernels.records import BatchNormOptions, Buffers, Forward, Renorm, new
+from ..kernels.records import BatchNormOptions, Forward, Renorm, new
 from ..reference import batchnorm as reference
 from ..reference.batchrenorm import refuse_recomputation
 from . import op
-from .arguments import vectors_fit
+from .arguments import overridden, vectors_fit
 from .op import NO_KERNELS, Call, Kernels, Norm
 from .operators import Layout, Packing, backward_operator, forward_operator
 from .torch_batch_norm import torch_batch_norm, verify_batch_size
@@ -50,25 +51,20 @@ def batch_norm(
         input (Tensor): What is normalized.
         running_mean (Tensor or None): [C], of any floating dtype. Required unless training.
         running_var (Tensor or None): [C], of any floating dtype. Required unless training.
-        weight (Tensor, optional): The scale of each channel, [C], of any floating dtype. Default: None, which
-            is 1.
-        bias (Tensor, optional): The shift of each channel, [C], of any floating dtype. Default: None, which
-            is 0.
+        weight (Tensor, optional): The channels' scales, [C], of any floating dtype. Default: None, for 1.
+        bias (Tensor, optional): The channels' shifts, [C], of any floating dtype. Default: None, for 0.
         training (bool): Whether to normalize with the batch's statistics. Default: False.
         momentum (float): The weight of the batch in the running statistics. Default: 0.1.
         eps (float): The number that is added to the variance under the root. Default: 1e-5.
-        activation: The activation that is applied in the same kernels, after the residual: None, a name such
-            as ``"relu"``, a name and its number such as ``("leaky_relu", 0.2)``, or torch's own module, class
-            or function, such as ``nn.ReLU()``, ``nn.ReLU`` or ``F.relu``. bnfast.activation.NAMES lists the
-            names. Keyword only. Default: None.
+        activation: What the same kernels apply after the residual, such as ``"relu"``, ``nn.ReLU()`` or
+            ``("leaky_relu", 0.2)``. See :class:`bnfast.Activation`. Keyword only. Default: None.
         residual (Tensor, optional): What is added to the normalized values before the activation, of input's
             shape, dtype and device, in any strides. Keyword only. Default: None.
 
     Shape:
         - input: (N, C, *), of fp16, bf16, fp32 or fp64, in any strides.
         - residual: as input.
-        - output: as input. Contiguous, channels_last and channels_last_3d inputs give outputs of the same
-          memory format, others contiguous ones.
+        - output: as input, channels_last or channels_last_3d if input is, and contiguous otherwise.
 
     Returns:
         A tensor of input's shape and dtype.
@@ -94,11 +90,7 @@ def batch_norm(
         has_torch_function_variadic(input, running_mean, running_var, weight, bias, residual)
         and not torch.compiler.is_compiling()
     ):
-        return handle_torch_function(
-            batch_norm, (input, running_mean, running_var, weight, bias, residual), input, running_mean,
-            running_var, weight=weight, bias=bias, training=training, momentum=momentum, eps=eps,
-            activation=activation, residual=residual,
-        )  # fmt: skip
+        return overridden(batch_norm, locals())
     if momentum is None or not isinstance(input, Tensor):  # torch's TypeError
         return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
     activation = None if activation is None else Activation.of(activation)
@@ -127,9 +119,12 @@ def _as_torch_takes_them(training: Any, momentum: Any, eps: Any) -> tuple[bool, 
     return training, None if momentum is None else float(momentum), float(eps)
 
 
-def accept(route: int, call: Call) -> Tensor | None:
-    x, weight, bias, _, _, (training, _, _, _), (mean, variance, batches) = call
-    shape = x.shape  # read once: each reading makes a new Size
+def accept(
+    route: int, call: Call, format_of: Callable[[Tensor], torch.memory_format] = format_in_batch_norm
+) -> Tensor | None:
+    """See op.Norm; InstanceNorm's too, with its own format."""
+    x, weight, bias, _, _, options, (mean, variance, batches) = call
+    training, shape = options.training, x.shape  # read once: each reading makes a new Size
     if not 2 <= len(shape) <= 5 or (not training and (mean is None or variance is None)):
         return None
     if not vectors_fit(route, x, shape[1], mean, variance, weight, bias):
@@ -147,31 +142,13 @@ def accept(route: int, call: Call) -> Tensor | None:
         batches.device != x.device or batches.dtype != torch.int64 or batches.numel() != 1
     ):
         return None
-    if training and shape[0] == 1:
-        verify_batch_size(shape)
-    return x if 1 not in shape and x.is_contiguous() else _ordered(x)
+    if training and shape[0] == 1 and x.numel() == shape[1]:
+        verify_batch_size(shape)  # raises
+    return x if 1 not in shape and x.is_contiguous() else ordered(x, format_of)
 
 
 def _ordered(x: Tensor) -> Tensor:
     return ordered(x, format_in_batch_norm)
-
-
-def _statistics(stats: Tensor, options: BatchNormOptions) -> tuple[Any, Any]:
-    """What the reference asks for: given mean and rstd, or None in training; r and d, or None."""
-    correction = (stats[4], stats[5]) if stats.shape[0] == 6 else None
-    return None if options.training else (stats[0], stats[3]), correction
-
-
-def _reference(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, stats: Tensor, options: BatchNormOptions
-) -> Tensor:
-    return reference.normalized(x, weight, bias, options.eps, *_statistics(stats, options))
-
-
-def _reference_backward(
-    dy: Tensor, x: Tensor, weight: Tensor | None, stats: Tensor, options: BatchNormOptions
-) -> tuple[Tensor, Tensor, Tensor]:
-    return reference.batch_norm_backward(dy, x, weight, options.eps, *_statistics(stats, options))
 
 
 class BatchNorm(torch.autograd.Function):
@@ -190,71 +167,47 @@ if TRITON:
     from ..kernels import batch_norm as kernels
 
     _layout = Layout(_ordered, lambda x: ordered_like(x, format_in_batch_norm))
-    _BUFFERS = "Tensor(a!)? running_mean, Tensor(b!)? running_var, Tensor(c!)? batches"
-    _OPTIONS = "bool cumulative, float momentum, float eps"
+
+    def _forward(x: Tensor, weight: Any, bias: Any, buffers: Any, options: Any, *rest: Any) -> Forward:
+        if options.renorm is not None:
+            refuse_recomputation()
+        return kernels.forward(x, weight, bias, buffers, options, *rest)
+
+    def _pack(x: Tensor, momentum: float | None, eps: float, limits: Any, guarded: bool) -> BatchNormOptions:
+        renorm = None if limits is None else Renorm._make((*limits, guarded))
+        return BatchNormOptions(True, momentum, eps, renorm)
 
     def _unpack(options: BatchNormOptions) -> tuple[Any, ...]:
-        return options.momentum is None, options.momentum or 0.0, options.eps
-
-    def _pack(
-        x: Tensor, cumulative: bool, momentum: float, eps: float, limits: Any = None, guarded: bool = True
-    ) -> BatchNormOptions:
-        renorm = None if limits is None else Renorm(*limits)._replace(guarded=guarded)
-        return BatchNormOptions(True, None if cumulative else momentum, eps, renorm)
-
-    def _renorm_forward(*given: Any) -> Forward:
-        refuse_recomputation()
-        return kernels.forward(*given)
+        _, momentum, eps, renorm = options
+        return momentum, eps, *((None, False) if renorm is None else (list(renorm[:5]), renorm.guarded))
 
     _train = forward_operator(
         "batch_norm_train",
-        kernels.forward,
+        _forward,
         _layout,
-        Packing(_OPTIONS, _pack, _unpack),
-        lambda x, options, keep: (4, x.shape[1]),
-        _BUFFERS,
-    )
-    _train_renorm = forward_operator(
-        "batch_renorm_train",
-        _renorm_forward,
-        _layout,
-        Packing(
-            f"{_OPTIONS}, float[] limits, bool guarded",
-            _pack,
-            lambda options: (*_unpack(options), list(options.renorm[:5]), options.renorm.guarded),
-        ),
-        lambda x, options, keep: (6, x.shape[1]),
-        _BUFFERS,
+        Packing("float? momentum, float eps, float[]? limits, bool guarded", _pack, _unpack),
+        lambda x, options, keep: (4 if options.renorm is None else 6, x.shape[1]),
+        "Tensor(a!)? running_mean, Tensor(b!)? running_var, Tensor(c!)? batches",
     )
     _eval = forward_operator(
         "batch_norm_eval",
         kernels.forward,
         _layout,
-        Packing(
-            "float eps", lambda x, eps: BatchNormOptions(False, 0.0, eps), lambda options: (options.eps,)
-        ),
+        Packing("float eps", lambda x, eps: BatchNormOptions(False, 0.0, eps), lambda o: (o.eps,)),
         lambda x, options, keep: (4, x.shape[1]) if keep else (0,),
         "Tensor running_mean, Tensor running_var",
     )
 
-    def _operator(
-        x: Tensor, weight: Tensor | None, bias: Tensor | None, buffers: Buffers, options: BatchNormOptions,
-        *rest: Any,
-    ) -> Forward:  # fmt: skip
-        operator = _eval if not options.training else _train if options.renorm is None else _train_renorm
-        return operator(x, weight, bias, buffers, options, *rest)
+    def _operator(x: Tensor, weight: Any, bias: Any, buffers: Any, options: Any, *rest: Any) -> Forward:
+        return (_train if options.training else _eval)(x, weight, bias, buffers, options, *rest)
 
-    _kernels = Kernels(
-        kernels.forward,
+    _backward = backward_operator(
+        "batch_norm_backward",
         kernels.backward,
-        _operator,
-        backward_operator(
-            "batch_norm_backward",
-            kernels.backward,
-            _layout,
-            Packing("bool training", lambda x, t: BatchNormOptions(t, 0.0, 0.0), lambda o: (o.training,)),
-        ),
+        _layout,
+        Packing("bool training", lambda x, t: BatchNormOptions(t, 0.0, 0.0), lambda o: (o.training,)),
     )
+    _kernels = Kernels(kernels.forward, kernels.backward, _operator, _backward)
 
 
 def _written(call: Call, route: int) -> None:
@@ -264,4 +217,5 @@ def _written(call: Call, route: int) -> None:
         torch._C._increment_version([t for t in call.buffers if t is not None])
 
 
-NORM = Norm(accept, torch_batch_norm, _kernels, _reference, _reference_backward, BatchNorm, _written)
+_formulas = reference.batch_norm, reference.batch_norm_backward
+NORM = Norm(accept, torch_batch_norm, _kernels, *_formulas, BatchNorm, _written)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.overrides import handle_torch_function, has_torch_function_variadic
+from torch.overrides import has_torch_function_variadic
 
 from ..kernels.epilogue import Activation, ActivationLike
 from ..kernels.records import BatchNormOptions, Renorm
 from ..reference.batchrenorm import refuse_recomputation
+from .arguments import overridden
 from .batch_norm import run_batch_norm
 from .op import Call
 
@@ -43,27 +44,22 @@ def batch_renorm(
         input (Tensor): What is normalized.
         running_mean (Tensor): [C], of any floating dtype. Required.
         running_var (Tensor): [C], of any floating dtype. Required.
-        weight (Tensor, optional): The scale of each channel, [C], of any floating dtype. Default: None, which
-            is 1.
-        bias (Tensor, optional): The shift of each channel, [C], of any floating dtype. Default: None, which
-            is 0.
+        weight (Tensor, optional): The channels' scales, [C], of any floating dtype. Default: None, for 1.
+        bias (Tensor, optional): The channels' shifts, [C], of any floating dtype. Default: None, for 0.
         training (bool): Whether to normalize with the batch's statistics, corrected. Default: False.
         momentum (float): The weight of the batch in the running statistics. Default: 0.01.
         eps (float): The number that is added to the variance under the root. Default: 1e-5.
         r_max (float): The limit of r, at least 1. Default: 3.0.
         d_max (float): The limit of d, at least 0. Default: 5.0.
-        activation: The activation that is applied in the same kernels, after the residual: None, a name such
-            as ``"relu"``, a name and its number such as ``("leaky_relu", 0.2)``, or torch's own module, class
-            or function, such as ``nn.ReLU()``, ``nn.ReLU`` or ``F.relu``. bnfast.activation.NAMES lists the
-            names. Keyword only. Default: None.
+        activation: What the same kernels apply after the residual, such as ``"relu"``, ``nn.ReLU()`` or
+            ``("leaky_relu", 0.2)``. See :class:`bnfast.Activation`. Keyword only. Default: None.
         residual (Tensor, optional): What is added to the normalized values before the activation, of input's
             shape, dtype and device, in any strides. Keyword only. Default: None.
 
     Shape:
         - input: (N, C, *), of fp16, bf16, fp32 or fp64, in any strides.
         - residual: as input.
-        - output: as input. Contiguous, channels_last and channels_last_3d inputs give outputs of the same
-          memory format, others contiguous ones.
+        - output: as input, channels_last or channels_last_3d if input is, and contiguous otherwise.
 
     Returns:
         A tensor of input's shape and dtype.
@@ -77,8 +73,6 @@ def batch_renorm(
 
     Example:
         >>> x, mean, variance = torch.randn(8, 16, 4, 4), torch.zeros(16), torch.ones(16)
-        >>> y = bnfast.functional.batch_renorm(x, mean, variance, training=True)
-        >>> x, mean, variance = torch.randn(8, 16, 4, 4), torch.zeros(16), torch.ones(16)
         >>> y = bnfast.functional.batch_renorm(x, mean, variance, training=True, r_max=1.0, d_max=0.0)
         >>> torch.allclose(y, F.batch_norm(x, None, None, training=True), atol=1e-5)
         True
@@ -91,11 +85,7 @@ def batch_renorm(
         has_torch_function_variadic(input, running_mean, running_var, weight, bias, residual)
         and not torch.compiler.is_compiling()
     ):
-        return handle_torch_function(
-            batch_renorm, (input, running_mean, running_var, weight, bias, residual), input, running_mean,
-            running_var, weight=weight, bias=bias, training=training, momentum=momentum, eps=eps, r_max=r_max,
-            d_max=d_max, activation=activation, residual=residual,
-        )  # fmt: skip
+        return overridden(batch_renorm, locals())
     if momentum is None:
         raise TypeError("batch_renorm(): argument 'momentum' must be float, not NoneType")
     activation = None if activation is None else Activation.of(activation)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.overrides import handle_torch_function, has_torch_function_variadic
+from torch.overrides import has_torch_function_variadic
 
 from ..dispatch import TRITON, refuse_dtensor
 from ..kernels.epilogue import Activation, ActivationLike
@@ -15,7 +15,7 @@ from ..kernels.layouts import ordered, ordered_like, suggested
 from ..kernels.records import NO_BUFFERS, GroupNormOptions, new
 from ..reference import groupnorm as reference
 from . import op
-from .arguments import as_float, in_format_of, needs_float, vectors_fit
+from .arguments import in_float, in_format_of, overridden, vectors_fit
 from .op import NO_KERNELS, Call, Kernels, Norm
 from .operators import Layout, Packing, backward_operator, forward_operator
 
@@ -40,23 +40,18 @@ def group_norm(
     Args:
         input (Tensor): What is normalized.
         num_groups (int): The number of groups, a divisor of C.
-        weight (Tensor, optional): The scale of each channel, [C], of any floating dtype. Default: None, which
-            is 1.
-        bias (Tensor, optional): The shift of each channel, [C], of any floating dtype. Default: None, which
-            is 0.
+        weight (Tensor, optional): The channels' scales, [C], of any floating dtype. Default: None, for 1.
+        bias (Tensor, optional): The channels' shifts, [C], of any floating dtype. Default: None, for 0.
         eps (float): The number that is added to the variance under the root. Default: 1e-5.
-        activation: The activation that is applied in the same kernels, after the residual: None, a name such
-            as ``"relu"``, a name and its number such as ``("leaky_relu", 0.2)``, or torch's own module, class
-            or function, such as ``nn.ReLU()``, ``nn.ReLU`` or ``F.relu``. bnfast.activation.NAMES lists the
-            names. Keyword only. Default: None.
+        activation: What the same kernels apply after the residual, such as ``"relu"``, ``nn.ReLU()`` or
+            ``("leaky_relu", 0.2)``. See :class:`bnfast.Activation`. Keyword only. Default: None.
         residual (Tensor, optional): What is added to the normalized values before the activation, of input's
             shape, dtype and device, in any strides. Keyword only. Default: None.
 
     Shape:
         - input: (N, C, *), of fp16, bf16, fp32 or fp64, in any strides.
         - residual: as input.
-        - output: as input. Contiguous, channels_last and channels_last_3d inputs give outputs of the same
-          memory format, others contiguous ones.
+        - output: as input, channels_last or channels_last_3d if input is, and contiguous otherwise.
 
     Returns:
         A tensor of input's shape and dtype, under autocast too: on GPUs torch's own returns fp32 for fp16 and
@@ -78,10 +73,7 @@ def group_norm(
         Wu and He 2018, "Group Normalization", arXiv 1803.08494.
     """
     if has_torch_function_variadic(input, weight, bias, residual) and not torch.compiler.is_compiling():
-        return handle_torch_function(
-            group_norm, (input, weight, bias, residual), input, num_groups, weight=weight, bias=bias, eps=eps,
-            activation=activation, residual=residual,
-        )  # fmt: skip
+        return overridden(group_norm, locals())
     if not isinstance(input, Tensor):  # torch's error
         return F.group_norm(input, num_groups, weight, bias, eps)
     activation = None if activation is None else Activation.of(activation)
@@ -111,22 +103,9 @@ def _torch(call: Call) -> Tensor:
     """F.group_norm, with the dtype and memory format that the kernels' result has."""
     x, weight, bias, (groups, eps, _) = call.x, call.weight, call.bias, call.options
     refuse_dtensor(x, weight, bias)
-    if not needs_float(x, weight, bias):
-        return in_format_of(x, F.group_norm(x, groups, weight, bias, eps), suggested)
-    y = F.group_norm(x.float(), groups, as_float(weight), as_float(bias), eps)
-    return in_format_of(x, y.to(x.dtype), suggested)
-
-
-def _reference(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, stats: Tensor, options: GroupNormOptions
-) -> Tensor:
-    return reference.group_norm(x, weight, bias, options.groups, options.eps)
-
-
-def _reference_backward(
-    dy: Tensor, x: Tensor, weight: Tensor | None, stats: Tensor, options: GroupNormOptions
-) -> tuple[Tensor, Tensor, Tensor]:
-    return reference.group_norm_backward(dy, x, weight, options.groups, options.eps)
+    given, weight, bias = in_float(x, weight, bias)
+    y = F.group_norm(given, groups, weight, bias, eps)
+    return in_format_of(x, y if given is x else y.to(x.dtype), suggested)
 
 
 class GroupNorm(torch.autograd.Function):
@@ -144,30 +123,16 @@ if TRITON:
     from ..kernels import group_norm as kernels
 
     _layout = Layout(ordered, ordered_like)
-    _kernels = Kernels(
-        kernels.forward,
-        kernels.backward,
-        forward_operator(
-            "group_norm_forward",
-            kernels.forward,
-            _layout,
-            Packing(
-                "int groups, float eps, str kind",
-                lambda x, *given: GroupNormOptions(*given),
-                lambda o: (o.groups, o.eps, o.kind),
-            ),
-            lambda x, options, keep: (2, x.shape[0] * options.groups),
-        ),
-        backward_operator(
-            "group_norm_backward",
-            kernels.backward,
-            _layout,
-            Packing(
-                "int groups, str kind",
-                lambda x, groups, kind: GroupNormOptions(groups, 0.0, kind),
-                lambda o: (o.groups, o.kind),
-            ),
-        ),
+    _packing = Packing(
+        "int groups, float eps, str kind",
+        lambda x, *given: GroupNormOptions(*given),
+        lambda options: (options.groups, options.eps, options.kind),
     )
+    _forward = forward_operator(
+        "group_norm_forward", kernels.forward, _layout, _packing,
+        lambda x, options, keep: (2, x.shape[0] * options.groups),
+    )  # fmt: skip
+    _backward = backward_operator("group_norm_backward", kernels.backward, _layout, _packing)
+    _kernels = Kernels(kernels.forward, kernels.backward, _forward, _backward)
 
-NORM = Norm(accept, _torch, _kernels, _reference, _reference_backward, GroupNorm)
+NORM = Norm(accept, _torch, _kernels, reference.group_norm, reference.group_norm_backward, GroupNorm)

@@ -8,24 +8,16 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.overrides import handle_torch_function, has_torch_function_variadic
+from torch.overrides import has_torch_function_variadic
 
-from ..dispatch import KERNELS, TORCH, choose_route, refuse_dtensor
+from ..dispatch import TORCH, choose_route, refuse_dtensor
 from ..kernels.epilogue import Activation, ActivationLike
-from ..kernels.layouts import format_in_instance_norm, ordered
+from ..kernels.layouts import format_in_instance_norm
 from ..kernels.records import BatchNormOptions, new
 from ..reference.batchnorm import wide
 from . import group_norm, op
-from .arguments import (
-    as_float,
-    flat,
-    in_format_of,
-    needs_float,
-    seen_as_graph,
-    vectors_fit,
-    wants_gradient,
-)
-from .batch_norm import run_batch_norm
+from .arguments import flat, in_float, in_format_of, overridden, seen_as_graph, wants_gradient
+from .batch_norm import accept, run_batch_norm
 from .op import Call, Norm
 
 # raises torch's ValueError if a channel of a sample has a single value
@@ -33,12 +25,12 @@ verify_spatial_size: Callable[[torch.Size], None] = getattr(F, "_verify_spatial_
 
 
 class InstanceNormOptions(NamedTuple):
-    """groups: the number of channels. use_input_stats: whether to use the input's statistics or the running
-    ones."""
+    """groups: the number of channels, 0 if x has none. training: whether to use the input's statistics or the
+    running ones."""
 
     groups: int
     eps: float
-    use_input_stats: bool
+    training: bool
     momentum: float
     kind: str = "group_norm"
 
@@ -69,25 +61,20 @@ def instance_norm(
         input (Tensor): What is normalized.
         running_mean (Tensor, optional): [C], of any floating dtype. Required without use_input_stats.
         running_var (Tensor, optional): [C], of any floating dtype. Required without use_input_stats.
-        weight (Tensor, optional): The scale of each channel, [C], of any floating dtype. Default: None, which
-            is 1.
-        bias (Tensor, optional): The shift of each channel, [C], of any floating dtype. Default: None, which
-            is 0.
+        weight (Tensor, optional): The channels' scales, [C], of any floating dtype. Default: None, for 1.
+        bias (Tensor, optional): The channels' shifts, [C], of any floating dtype. Default: None, for 0.
         use_input_stats (bool): Whether to normalize with the statistics of the input. Default: True.
         momentum (float): The weight of the batch in the running statistics. Default: 0.1.
         eps (float): The number that is added to the variance under the root. Default: 1e-5.
-        activation: The activation that is applied in the same kernels, after the residual: None, a name such
-            as ``"relu"``, a name and its number such as ``("leaky_relu", 0.2)``, or torch's own module, class
-            or function, such as ``nn.ReLU()``, ``nn.ReLU`` or ``F.relu``. bnfast.activation.NAMES lists the
-            names. Keyword only. Default: None.
+        activation: What the same kernels apply after the residual, such as ``"relu"``, ``nn.ReLU()`` or
+            ``("leaky_relu", 0.2)``. See :class:`bnfast.Activation`. Keyword only. Default: None.
         residual (Tensor, optional): What is added to the normalized values before the activation, of input's
             shape, dtype and device, in any strides. Keyword only. Default: None.
 
     Shape:
         - input: (N, C, *), of fp16, bf16, fp32 or fp64, in any strides.
         - residual: as input.
-        - output: as input. Contiguous, channels_last and channels_last_3d inputs give outputs of the same
-          memory format, where torch's are contiguous.
+        - output: as input, channels_last or channels_last_3d if input is (torch's is not), else contiguous.
 
     Returns:
         A tensor of input's shape and dtype, under autocast too.
@@ -112,12 +99,7 @@ def instance_norm(
         has_torch_function_variadic(input, running_mean, running_var, weight, bias, residual)
         and not torch.compiler.is_compiling()
     ):
-        return handle_torch_function(
-            instance_norm, (input, running_mean, running_var, weight, bias, residual), input,
-            running_mean=running_mean, running_var=running_var, weight=weight, bias=bias,
-            use_input_stats=use_input_stats, momentum=momentum, eps=eps, activation=activation,
-            residual=residual,
-        )  # fmt: skip
+        return overridden(instance_norm, locals())
     if not isinstance(input, Tensor):  # torch's error
         return F.instance_norm(input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
     activation = None if activation is None else Activation.of(activation)
@@ -130,9 +112,9 @@ def instance_norm(
     # torch's batch_norm refuses a negative eps, and its instance_norm does not
     if not use_input_stats and running_mean is not None and eps >= 0.0:
         route = choose_route(input)
-        if route != TORCH and _fit(route, call):
-            evaluated = BatchNormOptions(False, momentum, eps)
-            return run_batch_norm(call._replace(x=_ordered(input), options=evaluated))
+        x = None if route == TORCH else accept(route, call, format_in_instance_norm)
+        if x is not None:
+            return run_batch_norm(call._replace(x=x, options=BatchNormOptions(False, momentum, eps)))
     return op.run(call, NORM)
 
 
@@ -143,37 +125,12 @@ def _as_torch_takes_them(use_input_stats: Any, momentum: Any, eps: Any) -> tuple
     return float(momentum), float(eps)
 
 
-def _fit(route: int, call: Call) -> bool:
-    """Whether the kernels, and the update of the running statistics, can take these tensors."""
-    x, (mean, variance, _) = call.x, call.buffers
-    shape = x.shape
-    if not 2 <= len(shape) <= 5 or not vectors_fit(
-        route, x, shape[1], call.weight, call.bias, mean, variance
-    ):
-        return False
-    if mean is None or variance is None:
-        return mean is variance
-    if (mean.requires_grad or variance.requires_grad) and torch.is_grad_enabled():
-        return False
-    if (
-        route == KERNELS and not torch.is_inference_mode_enabled()
-    ):  # inference tensors can be updated in inference mode only
-        return not (mean.is_inference() or variance.is_inference())
-    return True
-
-
 def _accept(route: int, call: Call) -> Tensor | None:
-    x, options = call.x, call.options
-    if not options.use_input_stats or not _fit(route, call):
+    x, (channels, _, training, _, _) = call.x, call.options
+    # without channels, and with one value each, torch raises its errors
+    if not training or channels <= 0 or x.numel() == x.shape[0] * channels:
         return None
-    shape = x.shape
-    if x.numel() == shape[0] * options.groups:  # one value a channel: torch raises its ValueError
-        return None
-    return x if 1 not in shape and x.is_contiguous() else _ordered(x)
-
-
-def _ordered(x: Tensor) -> Tensor:
-    return ordered(x, format_in_instance_norm)
+    return accept(route, call, format_in_instance_norm)
 
 
 def _update(call: Call, route: int) -> None:
@@ -198,16 +155,15 @@ def _torch(call: Call) -> Tensor:
     x, weight, bias, (mean, variance, _) = call.x, call.weight, call.bias, call.buffers
     _, eps, use_input_stats, momentum, _ = call.options
     refuse_dtensor(x, mean, variance, weight, bias)
-    given, rest = (x, mean, variance, weight, bias), (use_input_stats, momentum, eps)
-    if needs_float(x, weight, bias):
-        given = (x.float(), mean, variance, as_float(weight), as_float(bias))
+    given, weight, bias = in_float(x, weight, bias)
+    rest = (mean, variance, weight, bias, use_input_stats, momentum, eps)
     if x.dim() > 3 and (wants_gradient(x, weight, bias) or seen_as_graph()):
         if use_input_stats:
             verify_spatial_size(x.size())
-        y = F.instance_norm(flat(given[0]), *given[1:], *rest).view_as(x)
+        y = F.instance_norm(flat(given), *rest).view_as(x)
     else:
-        y = F.instance_norm(*given, *rest)
-    return in_format_of(x, y if given[0] is x else y.to(x.dtype), format_in_instance_norm)
+        y = F.instance_norm(given, *rest)
+    return in_format_of(x, y if given is x else y.to(x.dtype), format_in_instance_norm)
 
 
 NORM = Norm(

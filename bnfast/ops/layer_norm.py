@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.overrides import handle_torch_function, has_torch_function_variadic
+from torch.overrides import has_torch_function_variadic
 
 from ..dispatch import KERNEL_DTYPES, KERNELS, PLAIN, TRITON, refuse_dtensor
 from ..kernels.epilogue import Activation, ActivationLike
 from ..kernels.layouts import contiguous
 from ..kernels.records import NO_BUFFERS, LayerNormOptions, new
-from ..reference import layernorm as reference
+from ..reference import groupnorm as reference
 from . import op
-from .arguments import as_float, needs_float
+from .arguments import in_float, overridden
 from .op import NO_KERNELS, Call, Kernels, Norm
 from .operators import Layout, Packing, backward_operator, forward_operator
 
@@ -43,15 +44,11 @@ def layer_norm(
     Args:
         input (Tensor): What is normalized.
         normalized_shape (sequence of int): The sizes of the last dimensions, which are normalized together.
-        weight (Tensor, optional): The scale, of shape normalized_shape and any floating dtype. Default: None,
-            which is 1.
-        bias (Tensor, optional): The shift, of shape normalized_shape and any floating dtype. Default: None,
-            which is 0.
+        weight (Tensor, optional): The scale, of this shape and any floating dtype. Default: None, for 1.
+        bias (Tensor, optional): The shift, of this shape and any floating dtype. Default: None, for 0.
         eps (float): The number that is added to the variance under the root. Default: 1e-5.
-        activation: The activation that is applied in the same kernels, after the residual: None, a name such
-            as ``"relu"``, a name and its number such as ``("leaky_relu", 0.2)``, or torch's own module, class
-            or function, such as ``nn.ReLU()``, ``nn.ReLU`` or ``F.relu``. bnfast.activation.NAMES lists the
-            names. Keyword only. Default: None.
+        activation: What the same kernels apply after the residual, such as ``"relu"``, ``nn.ReLU()`` or
+            ``("leaky_relu", 0.2)``. See :class:`bnfast.Activation`. Keyword only. Default: None.
         residual (Tensor, optional): What is added to the normalized values before the activation, of input's
             shape, dtype and device, in any strides. Keyword only. Default: None.
 
@@ -81,10 +78,7 @@ def layer_norm(
         Ba, Kiros and Hinton 2016, "Layer Normalization", arXiv 1607.06450.
     """
     if has_torch_function_variadic(input, weight, bias, residual) and not torch.compiler.is_compiling():
-        return handle_torch_function(
-            layer_norm, (input, weight, bias, residual), input, normalized_shape, weight=weight, bias=bias,
-            eps=eps, activation=activation, residual=residual,
-        )  # fmt: skip
+        return overridden(layer_norm, locals())
     if not isinstance(input, Tensor):
         return F.layer_norm(input, normalized_shape, weight, bias, eps)  # torch's TypeError
     activation = None if activation is None else Activation.of(activation)
@@ -123,21 +117,9 @@ def _torch(call: Call) -> Tensor:
     """F.layer_norm, in fp32 where its result would not have the dtype that the kernels' result has."""
     x, weight, bias, (shape, eps) = call.x, call.weight, call.bias, call.options
     refuse_dtensor(x, weight, bias)
-    if not needs_float(x, weight, bias):
-        return F.layer_norm(x, shape, weight, bias, eps)
-    return F.layer_norm(x.float(), shape, as_float(weight), as_float(bias), eps).to(x.dtype)
-
-
-def _reference(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, stats: Tensor, options: LayerNormOptions
-) -> Tensor:
-    return reference.layer_norm(x, weight, bias, len(options.shape), options.eps)
-
-
-def _reference_backward(
-    dy: Tensor, x: Tensor, weight: Tensor | None, stats: Tensor, options: LayerNormOptions
-) -> tuple[Tensor, Tensor, Tensor]:
-    return reference.layer_norm_backward(dy, x, weight, len(options.shape), options.eps)
+    given, weight, bias = in_float(x, weight, bias)
+    y = F.layer_norm(given, shape, weight, bias, eps)
+    return y if given is x else y.to(x.dtype)
 
 
 class LayerNorm(torch.autograd.Function):
@@ -154,13 +136,6 @@ def _contiguous_like(x: Tensor) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-def _rows(x: Tensor, dims: int) -> int:
-    rows = 1
-    for size in x.shape[:-dims]:
-        rows = rows * size
-    return rows
-
-
 _kernels = NO_KERNELS
 if TRITON:
     from ..kernels import layer_norm as kernels
@@ -169,28 +144,16 @@ if TRITON:
         contiguous, _contiguous_like, _contiguous_like, lambda x, options: options.shape,
         lambda epilogue: epilogue.activation.name != "none", masks=False,
     )  # fmt: skip
-    _kernels = Kernels(
-        kernels.forward,
-        kernels.backward,
-        forward_operator(
-            "layer_norm",
-            kernels.forward,
-            _layout,
-            Packing(
-                "int dims, float eps",
-                lambda x, dims, eps: LayerNormOptions(x.shape[-dims:], eps),
-                lambda o: (len(o.shape), o.eps),
-            ),
-            lambda x, options, keep: (2, _rows(x, len(options.shape))) if keep else (0,),
-        ),
-        backward_operator(
-            "layer_norm_backward",
-            kernels.backward,
-            _layout,
-            Packing(
-                "int dims", lambda x, dims: LayerNormOptions(x.shape[-dims:], 0.0), lambda o: (len(o.shape),)
-            ),
-        ),
+    _packing = Packing(
+        "int dims, float eps",
+        lambda x, dims, eps: LayerNormOptions(x.shape[-dims:], eps),
+        lambda options: (len(options.shape), options.eps),
     )
+    _forward = forward_operator(
+        "layer_norm", kernels.forward, _layout, _packing,
+        lambda x, options, keep: (2, math.prod(x.shape[: -len(options.shape)])) if keep else (0,),
+    )  # fmt: skip
+    _backward = backward_operator("layer_norm_backward", kernels.backward, _layout, _packing)
+    _kernels = Kernels(kernels.forward, kernels.backward, _forward, _backward)
 
-NORM = Norm(_accept, _torch, _kernels, _reference, _reference_backward, LayerNorm)
+NORM = Norm(_accept, _torch, _kernels, reference.layer_norm, reference.layer_norm_backward, LayerNorm)

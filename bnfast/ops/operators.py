@@ -8,6 +8,7 @@ warm-up in a pool, and a cached workspace must not live there."""
 from __future__ import annotations
 
 from collections.abc import Callable
+from math import prod
 from typing import Any, NamedTuple
 
 import torch
@@ -165,7 +166,4 @@ def _epilogue(
 
 def _packs(y: Tensor) -> bool:
     """Whether Epilogue.in_forward makes a mask for an x in y's memory order."""
-    c, s = y.shape[1], 1
-    for size in y.shape[2:]:
-        s = s * size
-    return views.packs(c, s, y.element_size(), layouts.is_channels_last(y))
+    return views.packs(y.shape[1], prod(y.shape[2:]), y.element_size(), layouts.is_channels_last(y))

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from ..dispatch import is_exporting, refuse_dtensor, transforming
 from ..kernels.layouts import dense, format_in_batch_norm, ordered
-from ..reference import batchnorm as reference
+from ..kernels.records import NO_BUFFERS
+from ..reference.batchnorm import moments
 from ..reference.batchrenorm import batch_renorm
 from .arguments import flat, seen_as_graph, wants_gradient
 from .op import Call
@@ -20,7 +21,7 @@ from .op import Call
 verify_batch_size: Callable[[torch.Size], None] = getattr(F, "_verify_batch_size")  # noqa: B009
 
 
-def _verify_renormalized(x: Tensor, **vectors: Tensor | None) -> None:
+def _verify_renormalized(x: Tensor, vectors: dict[str, Tensor | None]) -> None:
     """Raises for what F.batch_norm would refuse, and plain formulas would broadcast."""
     if not (x.is_floating_point() and x.dtype.itemsize > 1):
         raise TypeError(f"batch_renorm takes floating point input of 16 bits or more, but got {x.dtype}")
@@ -28,14 +29,14 @@ def _verify_renormalized(x: Tensor, **vectors: Tensor | None) -> None:
         raise ValueError(f"batch_renorm takes input of 2 or more dimensions, but got {x.dim()}")
     verify_batch_size(x.size())
     for name, t in vectors.items():
-        if t is not None and t.shape != x.shape[1:2]:
+        if t is None:
+            continue
+        if t.shape != x.shape[1:2]:
             raise RuntimeError(f"{name} should be of shape [{x.shape[1]}], but got {list(t.shape)}")
-        if t is not None and not t.is_floating_point():
+        if not t.is_floating_point():
             raise TypeError(f"{name} should be of floating point, but got {t.dtype}")
-        written = name.startswith("running") and not (
-            torch.compiler.is_compiling() or torch.is_inference_mode_enabled()
-        )
-        if t is not None and written and t.is_inference():
+        writable = torch.compiler.is_compiling() or torch.is_inference_mode_enabled() or not t.is_inference()
+        if name.startswith("running") and not writable:
             raise RuntimeError(
                 f"Inplace update to inference tensor outside InferenceMode is not allowed: {name} is one"
             )
@@ -46,64 +47,50 @@ def torch_batch_norm(call: Call) -> Tensor:
     x, weight, bias = call.x, call.weight, call.bias
     running_mean, running_var, batches = call.buffers
     training, momentum, eps, renorm = call.options
-    refuse_dtensor(x, running_mean, running_var, weight, bias)
+    vectors = {"weight": weight, "bias": bias, "running_mean": running_mean, "running_var": running_var}
+    refuse_dtensor(x, *vectors.values())
     device = x.device
-    for name, t in (
-        ("weight", weight),
-        ("bias", bias),
-        ("running_mean", running_mean),
-        ("running_var", running_var),
-    ):
+    for name, t in vectors.items():
         # torch raises this after it has updated the statistics
         if isinstance(t, Tensor) and t.device != device:
             raise RuntimeError(
-                f"Tensor on device {t.device} is not on the expected device {x.device}! "
+                f"Tensor on device {t.device} is not on the expected device {device}! "
                 f"({name}, beside the input)"
             )
     if renorm is not None and running_mean is not None and running_var is not None:
-        _verify_renormalized(x, running_mean=running_mean, running_var=running_var, weight=weight, bias=bias)
+        _verify_renormalized(x, vectors)
         return batch_renorm(x, running_mean, running_var, weight, bias, momentum, eps, renorm, batches)
     watched = torch.compiler.is_compiling() or torch.jit.is_tracing()
     if training and not watched and isinstance(bias, Tensor) and bias.dtype != x.dtype == torch.float32:
         # torch raises for these dtypes after the update too; this call without statistics raises before it.
         F.batch_norm(torch.ones(2, bias.numel(), device=x.device), None, None, weight, bias, True)
     if momentum is None and training and batches is not None and watched:
-        return _torch_cumulative(x, running_mean, running_var, weight, bias, eps, batches)
+        return _cumulative(call, batches)
     if batches is not None:
         if not watched and batches.is_inference():
             batches.add_(0)  # outside inference mode it raises, as add_(1) would, but that adds before
         batches.add_(1)  # before batch_norm, as in torch: checkpointing may stop a recomputation within it
     if watched:
-        momentum = 0.0 if momentum is None else momentum
-        return _batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
+        return _batch_norm(call, 0.0 if momentum is None else momentum)
     try:
         if momentum is None:
             momentum = 1.0 / float(batches) if training and batches is not None else 0.0
-        return _batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
+        return _batch_norm(call, momentum)
     except (RuntimeError, ValueError, TypeError, IndexError):
         if batches is not None:
             batches.sub_(1)
         raise
 
 
-def _batch_norm(
-    x: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    training: bool,
-    momentum: float,
-    eps: float,
-) -> Tensor:
+def _batch_norm(call: Call, momentum: float) -> Tensor:
     """F.batch_norm with right gradients: for memory formats (see `flat`), and for statistics that change
     before the backward, to which torch hands them again. Graphs that are kept are not changed, because
     other tools look in them for batch_norm after a convolution."""
+    x, weight, bias, _, _, (training, _, eps, _), (mean, variance, _) = call
     rest = (weight, bias, training, momentum, eps)
     recorded, graph = wants_gradient(x, weight, bias), seen_as_graph()
     if not (recorded or graph) or (graph and _kept()):
-        return F.batch_norm(x, running_mean, running_var, *rest)
-    mean, variance = running_mean, running_var
+        return F.batch_norm(x, mean, variance, *rest)
     written: tuple[Tensor, Tensor] | None = None
     if recorded and isinstance(mean, Tensor) and isinstance(variance, Tensor):
         if not training:
@@ -138,21 +125,14 @@ def _kept() -> bool:
     return not torch.is_grad_enabled() or torch.jit.is_tracing() or is_exporting()
 
 
-def _torch_cumulative(
-    x: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    batches: Tensor,
-) -> Tensor:
+def _cumulative(call: Call, batches: Tensor) -> Tensor:
     """momentum=None without reading the counter on the host, so that a compiled graph stays whole."""
-    y = _batch_norm(x, None, None, weight, bias, True, 0.0, eps)
+    x, (running_mean, running_var, _) = call.x, call.buffers
+    y = _batch_norm(call._replace(buffers=NO_BUFFERS), 0.0)
     with torch.no_grad():
-        mean, variance = reference.moments(x)
+        mean, variance = moments(x)
         n = x.numel() / x.shape[1]
-        factor = 1.0 / (batches + 1)
+        factor = (batches + 1).reciprocal()
         for running, value in ((running_mean, mean), (running_var, variance * (n / (n - 1)))):
             if running is not None:
                 running.lerp_(value.to(running.dtype), factor.to(running.dtype))

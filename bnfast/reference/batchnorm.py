@@ -1,12 +1,12 @@
-"""The same maths in plain torch, any dtype: the oracle of the tests and the path to higher derivatives.
-
-Shapes: x, dy [N, C, *], parameters and statistics [C]. Half precision computes in fp32.
-"""
+"""BatchNorm in plain torch. x, dy: [N, C, *], parameters and statistics [C]. stats: what the kernels' forward
+returns. Half precision computes in fp32."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+from ..kernels.records import BatchNormOptions
 
 
 def wide(x: Tensor) -> Tensor:
@@ -29,58 +29,51 @@ def moments(x: Tensor) -> tuple[Tensor, Tensor]:
     return mean, variance
 
 
-def normalized(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    fixed: tuple[Tensor, Tensor] | None,
-    correction: tuple[Tensor, Tensor] | None = None,
-) -> Tensor:
-    """y = gamma * xhat + beta (Ioffe and Szegedy 2015, algorithm 1), wide. fixed, correction: as below."""
-    xhat, _ = _standardized(x, eps, fixed)
-    if correction is not None:
-        xhat = xhat * by_channel(correction[0], x) + by_channel(correction[1], x)
-    return affine(xhat, weight, bias)
-
-
 def affine(y: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
     if weight is not None:
         y = y * by_channel(wide(weight), y)
     return y if bias is None else y + by_channel(wide(bias), y)
 
 
-def _standardized(x: Tensor, eps: float, fixed: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
-    """(xhat, rstd)."""
-    if fixed is None:
+def _correction(stats: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Batch Renormalization's r and d, which carry no gradient."""
+    return (stats[4], stats[5]) if stats.shape[0] == 6 else None
+
+
+def _standardized(x: Tensor, stats: Tensor, options: BatchNormOptions) -> tuple[Tensor, Tensor]:
+    """(xhat, rstd), of the batch's statistics or of those that are given."""
+    if options.training:
         mean, variance = moments(x)
-        rstd = torch.rsqrt(variance + eps)
+        rstd = torch.rsqrt(variance + options.eps)
     else:
-        mean, rstd = fixed
+        mean, rstd = stats[0], stats[3]
     return (wide(x) - by_channel(mean, x)) * by_channel(rstd, x), rstd
 
 
-def batch_norm_backward(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor | None,
-    eps: float,
-    fixed: tuple[Tensor, Tensor] | None,
-    correction: tuple[Tensor, Tensor] | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(dx, dweight, dbias), differentiable in dy, x and weight.
+def batch_norm(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, stats: Tensor, options: BatchNormOptions
+) -> Tensor:
+    """y = gamma * xhat + beta (Ioffe and Szegedy 2015, algorithm 1), wide."""
+    y, _ = _standardized(x, stats, options)
+    correction = _correction(stats)
+    if correction is not None:
+        y = y * by_channel(correction[0], x) + by_channel(correction[1], x)
+    return affine(y, weight, bias)
 
-    fixed: (mean, rstd) that do not depend on x, as in eval; None in training. correction: Batch
-    Renormalization's r and d, which carry no gradient.
-    """
+
+def batch_norm_backward(
+    dy: Tensor, x: Tensor, weight: Tensor | None, stats: Tensor, options: BatchNormOptions
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dx, dweight, dbias), differentiable in dy, x and weight."""
     g, dims = wide(dy), reduced_dims(x)
-    xhat, rstd = _standardized(x, eps, fixed)
+    xhat, rstd = _standardized(x, stats, options)
     dbias, dweight = g.sum(dims), (g * xhat).sum(dims)
     dx = g
-    if fixed is None:
+    if options.training:
         n = x.numel() / x.shape[1]
         dx = g - by_channel(dbias / n, x) - xhat * by_channel(dweight / n, x)
     scale = rstd if weight is None else rstd * wide(weight)
+    correction = _correction(stats)
     if correction is not None:
         r, d = correction
         scale, dweight = scale * r, r * dweight + d * dbias

@@ -69,10 +69,8 @@ def batch_renorm(
         if momentum is None:
             r, d, factor = torch.ones_like(mean), torch.zeros_like(mean), 1 / (seen + 1)
         else:
-            r_limit, d_limit = (
-                limit(1.0, r_max, seen, warmup, r_steps),
-                limit(0.0, d_max, seen, warmup, d_steps),
-            )
+            r_limit = limit(1.0, r_max, seen, warmup, r_steps)
+            d_limit = limit(0.0, d_max, seen, warmup, d_steps)
             r = (sigma.detach() / old_sigma).clamp(1 / r_limit, r_limit)
             d = ((mean.detach() - old_mean) / old_sigma).clamp(-d_limit, d_limit)
             factor = torch.full_like(seen, momentum)

@@ -39,7 +39,8 @@ ROWS = [("layer", (4, 3), False, given, None) for given in ("wb", "w", "b", "")]
 @every_path
 @pytest.mark.parametrize("case", [*CHECKED, *ROWS], ids=str)
 def test_gradcheck(case: Any, path: str, launches: list[Any]) -> None:
-    """First and second derivatives against finite differences; batched gradients against one by one."""
+    """First and second derivatives against finite differences; batched gradients against one by one. The
+    kernels' gradients are those of the formulas that create_graph=True runs, and x's in the same strides."""
     norm, shape, last, given, activation = case
     if path == "torch" and (norm, given) == ("layer", "b"):
         pytest.skip("torch's own second derivatives of layer_norm are wrong for a bias without a weight")
@@ -48,6 +49,7 @@ def test_gradcheck(case: Any, path: str, launches: list[Any]) -> None:
     leaves = {
         n: doubles(*(shape if n == "z" else size), seed=s).requires_grad_() for s, n in enumerate(given)
     }
+    inputs = (x, *leaves.values())
 
     def function(x: Tensor, *leaves: Tensor) -> Tensor:
         return norms(norm)[0](x, **dict(zip(given, leaves, strict=True)), activation=activation, eps=1e-2)
@@ -55,9 +57,13 @@ def test_gradcheck(case: Any, path: str, launches: list[Any]) -> None:
     # Every input alone where that is cheap; else random directions through all of them, a few calls.
     # torch 2.11's own group_norm has no batched gradients of its gradients
     options = {"check_batched_grad": (TORCH, path, norm) != ((2, 11), "torch", "group")}
-    assert torch.autograd.gradcheck(function, (x, *leaves.values()), fast_mode=len(shape) > 2, **options)
+    assert torch.autograd.gradcheck(function, inputs, fast_mode=len(shape) > 2, **options)
     assert bool(launches) == (path == "kernels")
-    assert torch.autograd.gradgradcheck(function, (x, *leaves.values()), fast_mode=True, **options)
+    assert torch.autograd.gradgradcheck(function, inputs, fast_mode=True, **options)
+    y, dy = function(*inputs), data(*shape, seed=9, dtype=FP64, last=last)
+    graph, plain = (torch.autograd.grad(y, inputs, dy, create_graph=create) for create in (True, False))
+    assert_close(graph, plain)
+    assert graph[0].stride() == plain[0].stride()
 
 
 def doubles(*shape: int, seed: int = 0) -> Tensor:

@@ -112,6 +112,15 @@ def test_half_input_keeps_its_dtype(layer: Layer, dtype: torch.dtype, autocast: 
         assert_close(found[name], expected[name], **(coarse or CLOSE))
 
 
+@pytest.mark.parametrize("norm", ["group", "instance", "layer"])
+def test_plain_torch_takes_parameters_of_the_other_half(norm: str, plain_torch: None) -> None:
+    """Which torch's own functions refuse."""
+    dtypes = (torch.bfloat16, torch.float16, torch.float16)
+    given = [data(*size, dtype=dtype) for size, dtype in zip(((2, 4, 3, 4), (4,), (4,)), dtypes, strict=True)]
+    ours, theirs = layers.norms(norm)
+    assert_close(ours(*given), theirs(*(t.float() for t in given)).bfloat16())
+
+
 VECTORS = ("weight", "bias", "running_mean", "running_var")
 ALIKE = [(of_x, [of_vectors] * 4) for of_x, of_vectors in itertools.product(DTYPES, DTYPES)]
 EACH_ITS_OWN = [(torch.float32, dtypes) for dtypes in itertools.permutations(DTYPES)]
@@ -140,7 +149,7 @@ def test_dtypes_of_x_and_vectors(
     assert len(launches) == (4 if training else 2)
     for name, value in expected.items():
         assert found[name].dtype == kinds[name if name in kinds else name[1:]], name
-        assert exact.excess(found[name], value, exact.accumulator(of_x)) <= 1, name
+        assert exact.error_ratio(found[name], value, exact.accumulator(of_x)) <= 1, name
 
 
 NO_GRAD, INFERENCE, NOWHERE = torch.no_grad, torch.inference_mode, contextlib.nullcontext

@@ -12,7 +12,7 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 import bnfast
-from bnfast.checks import one_step, truth
+from bnfast.checks import fp64, one_step
 from bnfast.checks.cases import Case, batch_renorm, given, group_norm, instance_norm, layer_norm
 from bnfast.kernels.launch import Launch
 from tests.support.buffers import assert_same_bits, shifted
@@ -88,7 +88,7 @@ def test_unaligned_tensors_never_meet_kernels_bound_for_aligned_ones(case: Case,
         for which in ("", "x dy", "weight", "bias", "x dy weight bias running_mean running_var", "dy"):
             moved = {name: shifted(getattr(tensors, name), cut) for name in which.split()}
             other = replace(tensors, **moved)
-            verdicts = truth.judge(case, other, one_step.run(case, bnfast, other))
+            verdicts = fp64.judge(case, other, one_step.run(case, bnfast, other))
             assert all(verdict.ok for verdict in verdicts.values()), {n: str(v) for n, v in verdicts.items()}
     unaligned = [launch for launch in launches_of(nothing_known.values()) if not launch._bind_once]
     assert unaligned

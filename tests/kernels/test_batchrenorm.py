@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import bnfast
 from bnfast import functional
-from bnfast.checks import one_step, truth
+from bnfast.checks import fp64, one_step
 from bnfast.checks.cases import Case, batch_renorm, given
 from tests.support import oracle
 from tests.support.buffers import bit_identical
@@ -39,7 +39,7 @@ def test_against_fp64(case: Case, path: str) -> None:
     else:  # plain torch's elements are no better than torch's own are
         g = given(case, CPU)
         found = one_step.run(case, bnfast, g)
-        for name, verdict in truth.judge(case, g, found).items():
+        for name, verdict in fp64.judge(case, g, found).items():
             dtype = found[name].dtype
             assert verdict.rms <= (4 if dtype == BF16 else 8) * torch.finfo(dtype).eps, name
 

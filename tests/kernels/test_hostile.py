@@ -9,7 +9,7 @@ from torch import Tensor
 
 import bnfast
 from bnfast import exact
-from bnfast.checks import one_step, truth
+from bnfast.checks import fp64, one_step
 from bnfast.checks.cases import Case, given, group_norm, instance_norm, layer_norm
 from tests.support.buffers import nan_filled_allocations
 from tests.support.families import FP32, layouts, on_gpu
@@ -48,11 +48,11 @@ def test_hostile_numbers(numbers: str, case: Case, device: torch.device) -> None
     with nan_filled_allocations():
         found = one_step.run(case, bnfast, g)
     if case.layer == "LayerNorm" and numbers != "one value":
-        bad = {name: str(v) for name, v in truth.judge(case, g, found).items() if not v.ok}
+        bad = {name: str(v) for name, v in fp64.judge(case, g, found).items() if not v.ok}
         assert not bad, bad
     else:
-        for name, value in truth.expectations(case, g).items():
-            assert exact.excess(found[name], value, FP32) <= 1, name
+        for name, value in fp64.expectations(case, g).items():
+            assert exact.error_ratio(found[name], value, FP32) <= 1, name
 
 
 # where a kernel might take its pivot from, or lose small squares beside a large one
@@ -88,7 +88,7 @@ def test_as_good_as_two_passes_at_a_large_mean(trap: str, case: Case, device: to
     adds in a tree, so that beside a spike's square small ones are lost."""
     g = given(case, device)
     TRAPS[trap](g)
-    normal = truth.of(case, g).normal
+    normal, _ = fp64.of(case, g)
     x, dy = normal.seen(g.x), normal.seen(g.dy)
     group, channel = ((2, 3, 4), (0, 3, 4)) if case.in_sample else ((0, 2, 3), (0, 2, 3))
     deviations, h = x - normal.mean.float().double(), dy * normal.weight
@@ -101,7 +101,7 @@ def test_as_good_as_two_passes_at_a_large_mean(trap: str, case: Case, device: to
     }
     if case.tracked:
         two_passes["running_var"] = deviations.square().sum(group).flatten() / (normal.count - 1)
-    found, expected = one_step.run(case, bnfast, g), truth.expectations(case, g)
+    found, expected = one_step.run(case, bnfast, g), fp64.expectations(case, g)
 
     def error(value: Tensor, name: str) -> float:
         exactly, _ = expected[name]

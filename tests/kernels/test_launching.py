@@ -92,7 +92,7 @@ def test_operators_never_use_the_cached_workspace(kind: str, monkeypatch: pytest
     x, dy = data(*SHAPE), data(*SHAPE, seed=1)
     if kind == "operators":
         mean, variance, batches = torch.zeros(8), torch.ones(8), torch.tensor(0)
-        arguments = (None, None, mean, variance, batches, False, 0.1, 1e-5, True)
+        arguments = (None, None, mean, variance, batches, 0.1, 1e-5, None, False, True)
         _, table, _ = OPERATORS.batch_norm_train(x, *arguments)
         OPERATORS.batch_norm_eval(x, None, None, mean, variance, 1e-5, False)
         for training in (True, False):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import bnfast
-from bnfast.checks import one_step, truth
+from bnfast.checks import fp64, one_step
 from bnfast.checks.cases import Case, batch_renorm, given, group_norm, instance_norm, layer_norm
 from bnfast.kernels import group_plan, plan
 from bnfast.kernels.layouts import is_channels_last
@@ -185,5 +185,5 @@ def test_unaligned_storage(case: Case, launches: int, reads: float, cut: int) ->
         y = module(g.x)
     clean(t, launches)
     assert (t["x"].reads, t.of(y).writes) == (reads, 1.0)
-    verdicts = truth.judge(case, g, one_step.run(case, bnfast, g))
+    verdicts = fp64.judge(case, g, one_step.run(case, bnfast, g))
     assert all(verdict.ok for verdict in verdicts.values()), {n: str(v) for n, v in verdicts.items()}

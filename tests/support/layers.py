@@ -19,7 +19,7 @@ from torch.testing import assert_close
 import bnfast
 from bnfast import exact, functional
 from bnfast.activation import Activation
-from bnfast.checks import peers
+from bnfast.checks import reference_layers
 from bnfast.checks.cases import FORMATS
 from tests.support.buffers import bit_identical
 from tests.support.convertible import TorchvisionFrozen
@@ -120,7 +120,7 @@ LAYERS = [
         (*_ALWAYS, {"elementwise_affine": False}, *WITHOUT_BIAS),
     ),
     Layer(
-        "BatchRenorm2d", (4,), (3, 4, 5, 6), peers.BatchRenorm2d,
+        "BatchRenorm2d", (4,), (3, 4, 5, 6), reference_layers.BatchRenorm2d,
         (*_ALWAYS, {"affine": False}, {"warmup_steps": 0, "r_max_steps": 1, "d_max_steps": 1}), {}, True,
     ),
     Layer("FrozenBatchNorm2d", (4,), (3, 4, 5, 6), _frozen, _ALWAYS, {}, True),

@@ -1,4 +1,4 @@
-"""One step of a case's layer against fp64, on any device. bnfast.checks has the cases and the truth,
+"""One step of a case's layer against fp64, on any device. bnfast.checks has the cases and what they expect,
 bnfast.exact the rule."""
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import bnfast
-from bnfast.checks import one_step, truth
+from bnfast.checks import fp64, one_step
 from bnfast.checks.cases import Case, given
 from bnfast.dispatch import INTERPRET
 from tests.support.buffers import assert_same_bits, guarded, nan_filled_allocations
@@ -35,7 +35,7 @@ def need_memory(size: float) -> None:
 def check(case: Case, device: torch.device) -> None:
     """The step is right, looks as torch's does, and leaves its inputs alone."""
     if device.type == "cuda":
-        need_memory(24 * prod(case.shape) * 8)  # the truth, its terms and its scales
+        need_memory(24 * prod(case.shape) * 8)  # the fp64 results, their terms and their scales
     tensors = given(case, device)
     held = {name: guarded(t) for name, t in tensors.tensors().items() if 0 not in t.stride()}
     tensors = replace(tensors, **{name: h.tensor for name, h in held.items()})
@@ -44,7 +44,7 @@ def check(case: Case, device: torch.device) -> None:
         ours = one_step.run(case, bnfast, tensors)
     assert_same_bits(tensors.tensors(), before, "was written to")
     assert [name for name, h in held.items() if not h.intact()] == [], "written to beside these"
-    verdicts = truth.judge(case, tensors, ours)
+    verdicts = fp64.judge(case, tensors, ours)
     problems = [f"{name}: {verdict}" for name, verdict in verdicts.items() if not verdict.ok]
     assert not problems, "; ".join(problems)
     if case.storage in ("dense", "offset"):

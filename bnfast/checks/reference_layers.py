@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import bnfast
 from bnfast import exact
 from bnfast.kernels.records import Renorm
+from bnfast.modules.batchrenorm import LIMITS
 from bnfast.reference.batchrenorm import batch_renorm
 
 BatchNorm1d, BatchNorm2d, BatchNorm3d = nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d
@@ -50,10 +51,10 @@ class _BatchRenorm(bnfast.BatchRenorm2d):
         mean, variance = self.running_mean, self.running_var
         if not self.training or mean is None or variance is None:
             return F.batch_norm(input, mean, variance, self.weight, self.bias, eps=self.eps)
-        limits = (self.r_max, self.d_max, self.warmup_steps, self.r_max_steps, self.d_max_steps)
+        renorm = Renorm._make(getattr(self, name) for name in (*LIMITS, "skip_nonfinite"))
         return batch_renorm(
-            input, mean, variance, self.weight, self.bias, self.momentum, self.eps,
-            Renorm(*limits, self.skip_nonfinite), self.num_batches_tracked,
+            input, mean, variance, self.weight, self.bias, self.momentum, self.eps, renorm,
+            self.num_batches_tracked,
         )  # fmt: skip
 
 

@@ -3,14 +3,12 @@ rule), and the comparison with them."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
 from bnfast import exact
 
-from . import peers
+from . import reference_layers
 from .cases import Case, Given
 from .one_step import run
 
@@ -18,21 +16,8 @@ from .one_step import run
 TORCHS_OWN = 8.0
 
 
-@dataclass(frozen=True)
-class Truth:
-    """The expected results. vectors: the gradients of parameters and the running statistics, by name."""
-
-    normal: exact.Exact
-    vectors: dict[str, exact.Value]
-    offset: Tensor | float = 0.0  # the size of terms of y that `normal` does not include
-
-    def y(self, x: Tensor) -> exact.Value:
-        """The expected y. x: all of it, or one chunk of the pairs that this was made from."""
-        value, scale = self.normal.y(x)
-        return value, scale + self.offset
-
-    def dx(self, x: Tensor, dy: Tensor) -> exact.Value:
-        return self.normal.dx(x, dy)
+# y and dx; and the gradients of parameters and the running statistics, by name
+Truth = tuple[exact.Exact, dict[str, exact.Value]]
 
 
 def of(case: Case, tensors: Given, pairs: exact.Pairs | None = None) -> Truth:
@@ -48,20 +33,20 @@ def of(case: Case, tensors: Given, pairs: exact.Pairs | None = None) -> Truth:
         groups = case.in_sample if case.batch else 0
         normal = exact.batch_norm(x, dy, weight, bias, case.eps, fixed, pairs, groups)
     running = _running(case, tensors, normal) if case.tracked else {}
-    return Truth(normal, _gradients(tensors, normal.dweight(), normal.dbias()) | running)
+    return normal, _gradients(tensors, normal.dweight(), normal.dbias()) | running
 
 
 def expectations(case: Case, tensors: Given) -> dict[str, exact.Value]:
     """The expected value of everything that a step returns or writes, except the batch counter."""
-    true = of(case, tensors)
-    return {"y": true.y(tensors.x), "dx": true.dx(tensors.x, tensors.dy), **true.vectors}
+    normal, vectors = of(case, tensors)
+    return {"y": normal.y(tensors.x), "dx": normal.dx(tensors.x, tensors.dy), **vectors}
 
 
 def judge(case: Case, tensors: Given, ours: dict[str, Tensor]) -> dict[str, exact.Verdict]:
     """Compares what `one_step.run` returned for these tensors with fp64 and with torch. Raises AssertionError
     where a result is missing or unexpected, has another shape or dtype than torch's, or the batch counter
     differs."""
-    theirs, expected = run(case, peers, tensors), expectations(case, tensors)
+    theirs, expected = run(case, reference_layers, tensors), expectations(case, tensors)
     for name in sorted(ours.keys() | theirs.keys()):
         mine, other = (None if t is None else (t.shape, t.dtype) for t in (ours.get(name), theirs.get(name)))
         if mine != other:
@@ -116,11 +101,10 @@ def _renormalized(case: Case, tensors: Given, pairs: exact.Pairs | None) -> Trut
     d = ((mean - old_mean) / old_sigma).clamp(-d_limit, d_limit)
     gamma = torch.ones_like(r) if tensors.weight is None else tensors.weight.double()
     beta = torch.zeros_like(r) if tensors.bias is None else tensors.bias.double()
-
-    normal = exact.batch_norm(x, dy, gamma * r, gamma * d + beta, case.eps, None, pairs)
     # a d that is not clipped has the rounding of the batch's mean
     size_d = d.abs() + (d.abs() < d_limit) * mean.abs() / old_sigma
-    terms = gamma.abs() * size_d + beta.abs() - (gamma * d + beta).abs()
+    size = gamma.abs() * size_d + beta.abs()
+    normal = exact.batch_norm(x, dy, gamma * r, gamma * d + beta, case.eps, None, pairs, bias_size=size)
     (sum_gx, size_gx), (sum_g, size_g) = normal.dweight(), normal.dbias()
     dweight = r * sum_gx + d * sum_g, r * size_gx + size_d * size_g
     new_sigma = old_sigma + case.factor * (sigma - old_sigma)
@@ -130,5 +114,4 @@ def _renormalized(case: Case, tensors: Given, pairs: exact.Pairs | None) -> Trut
         # a square's relative error is twice its root's
         "running_var": (new_variance, 2 * new_sigma.square()),
     }
-    vectors = _gradients(tensors, dweight, normal.dbias()) | running
-    return Truth(normal, vectors, exact.by_channel(terms, normal.mean.dim()))
+    return normal, _gradients(tensors, dweight, normal.dbias()) | running
