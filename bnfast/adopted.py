@@ -9,9 +9,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .fusing.activations import of_module
 from .fusing.layers import hooked, hooked_everywhere
-from .kernels.epilogue import MODULES, PARAMETERS, Activation
+from .kernels.epilogue import MODULES, PARAMETERS, Activation, of_module
 from .modules.mixins import NormMixin
 from .modules.replaceable import Replaceable
 

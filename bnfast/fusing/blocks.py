@@ -14,11 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from .call_site import Site, rewrite, site_of, why_unfused
-from .guards import Condition, Fresh, is_mode, original_class
+from .guards import Condition, Fresh, is_mode, original_class, path_of
 from .outside import Read, unchanged
 from .patterns import Match, writes_to
 from .subclassing import Unannounced, subclass
 from .tracing import Traced
+from .values import Refusal
 
 _classes: WeakValueDictionary[tuple[object, ...], type] = WeakValueDictionary()
 # A class that pickles or copies itself in its own way might not know the fused class.
@@ -53,7 +54,7 @@ def build(traced: Traced, matches: list[Match]) -> Variant:
     fails."""
     sites = tuple(map(site_of, matches))
     written = [str(m.residual.target) for m in matches if m.residual and writes_to(m.residual, m.add)]
-    guards = (*traced.guards, *(Fresh(tuple(name.split("."))) for name in written))
+    guards = (*traced.guards, *(Fresh(name, path_of(name)) for name in written))
     for match, site in zip(matches, sites, strict=True):
         rewrite(traced.graph, match, site)
     traced.graph.lint()
@@ -90,12 +91,13 @@ class FusedBlock(Unannounced):
         return prepare()
 
 
-def why_not_subclassed(block: nn.Module) -> str | None:
-    """Why the block's class cannot be replaced by a subclass, or None."""
+def refuse_class(block: nn.Module) -> None:
+    """Raises Refusal if the block's class cannot be replaced by a subclass."""
     cls = original_class(type(block))
     if any(getattr(cls, name, None) is not getattr(nn.Module, name, None) for name in _COPYING):
-        return f"{cls.__name__} is copied or pickled in a way of its own"
-    return f"the forward of this {cls.__name__} is its own" if "forward" in block.__dict__ else None
+        raise Refusal(f"{cls.__name__} is copied or pickled in a way of its own")
+    if "forward" in block.__dict__:
+        raise Refusal(f"the forward of this {cls.__name__} is its own")
 
 
 def install(block: nn.Module, variants: tuple[Variant, ...], blank: Callable[[type], nn.Module]) -> None:

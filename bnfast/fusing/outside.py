@@ -26,25 +26,22 @@ class Read(NamedTuple):
     def what(self) -> str:
         return ".".join((self.name, *self.path))
 
-    def owner(self) -> Any:
-        """The object that has the value as the last attribute of the path; the value itself if there is no
-        path."""
+    def value(self) -> Any:
+        """The present value. Raises KeyError, ValueError or AttributeError if there is none."""
         found = self.holder.it
         if self.where == "global":
             found = found[self.name]
         elif self.where == "closure":
             found = found.cell_contents
-        for name in self.path[:-1]:
+        for name in self.path:
             found = getattr(found, name)
         return found
 
     def holds(self) -> bool:
         try:
-            value = self.owner()
-            value = getattr(value, self.path[-1]) if self.path else value
+            return same(self.value(), self.expected)
         except (KeyError, ValueError, AttributeError):
             return False
-        return same(value, self.expected)
 
 
 def unchanged(reads: tuple[Read, ...]) -> Callable[[], bool] | None:

@@ -6,7 +6,6 @@ from __future__ import annotations
 import builtins
 import contextlib
 import copy
-import functools
 import gc
 import sys
 import types
@@ -20,13 +19,12 @@ from torch.fx import Proxy
 from .guards import original_class
 from .instructions import ATTRIBUTE, Place, at
 from .outside import Read
-from .values import CHANGING, Refusal, Same, frozen, of_others, refuse_changing
+from .values import CHANGING, Refusal, Same, frozen, of_others, put_back, refuse_changing
 
 Reads = dict[tuple[object, ...], Read]
 
 _TELL_ALL = ("globals", "vars", "eval", "exec", "__import__")
 _HOLDERS = (types.ModuleType, type, nn.Module)  # their attributes are followed one by one
-_NOTHING = object()
 
 
 @contextlib.contextmanager
@@ -66,8 +64,6 @@ class _Watch:
         self.functions: dict[CodeType, list[types.FunctionType]] = {}
         self.values: dict[tuple[object, ...], Any] = {}  # by the keys of reads
         self.copies: list[tuple[Any, Any]] = []  # lists, dicts and sets with their former contents
-        # variables and attributes that are set by name: what they are called, and what undoes it
-        self.bound: dict[tuple[int, str], tuple[str, Callable[[], object]]] = {}
 
     def enter(self, frame: FrameType, event: str, argument: Any) -> Any:
         if _foreign(frame):
@@ -120,11 +116,10 @@ class _Watch:
         elif op == "IMPORT_FROM":
             module = place.imported_from(frame.f_globals.get("__package__") or "")
             self._note_import(sys.modules[module], name)
-        elif op in ("STORE_GLOBAL", "DELETE_GLOBAL"):
-            self._note_write(frame.f_globals, name, name)
-        elif op == "STORE_DEREF" and free:
-            for cell in self._cells(frame, name):
-                self._note_write(cell, "cell_contents", name)
+        elif op in ("STORE_GLOBAL", "DELETE_GLOBAL") or (
+            op == "STORE_DEREF" and free and self._cells(frame, name)
+        ):
+            raise Refusal(f"forward writes to {name}")
 
     def _note_global(self, frame: FrameType, place: Place) -> None:
         name = place.name
@@ -210,23 +205,11 @@ class _Watch:
         refuse_changing(value, ".".join((name, *path)))
         sets = place.sets()
         if sets is not None and isinstance(value, (types.ModuleType, type, types.FunctionType)):
-            self._note_write(value, sets, ".".join((name, *path, sets)))
+            raise Refusal(f"forward writes to {'.'.join((name, *path, sets))}")
         if outside and not isinstance(value, (bool, int, float, str, list, dict, set)):
             path, value = (), root  # functions and classes of these modules do not change
         if where != "object" or path:
             self._add(where, holder, name, path, value)
-
-    def _note_write(self, holder: Any, name: str, what: str) -> None:
-        """Notes how to undo a write to a global, if the holder is a dict of globals, or to an attribute."""
-        put, remove = (dict.__setitem__, dict.__delitem__) if isinstance(holder, dict) else (setattr, delattr)
-        if isinstance(holder, types.CellType):
-            was = holder.cell_contents
-        else:
-            was = (holder if isinstance(holder, dict) else vars(holder)).get(name, _NOTHING)
-        undo: Any = functools.partial(remove, holder, name)
-        if was is not _NOTHING:
-            undo = functools.partial(put, holder, name, was)
-        self.bound.setdefault((id(holder), name), (what, undo))
 
     def _add(self, where: str, holder: Any, name: str, path: tuple[str, ...], value: Any) -> None:
         key = (where, id(holder), name, path)
@@ -279,13 +262,9 @@ class _Watch:
     def put_back(self) -> str | None:
         """Restores everything that watched code has written. Returns the name of one such value, or None."""
         written = [self.reads[key] for key in self.values if not self.reads[key].holds()]
-        names = [read.what for read in written] + [name for name, _ in self.bound.values()]
         for held, before in self.copies:
-            held.clear()
-            (held.extend if isinstance(held, list) else held.update)(before)
-        for _, undo in self.bound.values():
-            undo()
+            put_back(held, before)
         for key, value in self.values.items():
             if (read := self.reads[key]) in written and read.path:
-                setattr(read.owner(), read.path[-1], value)
-        return names[0] if names else None
+                setattr(read._replace(path=read.path[:-1]).value(), read.path[-1], value)
+        return written[0].what if written else None

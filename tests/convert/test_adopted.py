@@ -14,7 +14,7 @@ from torch.testing import assert_close
 
 import bnfast
 from bnfast.adopted import as_module
-from bnfast.fusing.activations import of_module
+from bnfast.kernels.epilogue import of_module
 from tests.support.convertible import around, data, network
 from tests.support.foreign import BatchNormAct2d, TimmsBlock
 from tests.support.training import assert_same_training, record
