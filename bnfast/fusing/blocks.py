@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from .call_site import Site, rewrite, site_of, why_unfused
 from .guards import Condition, Fresh, is_mode, original_class, path_of
-from .outside import Read, unchanged
+from .outside import Read
 from .patterns import Match, writes_to
 from .subclassing import Unannounced, subclass
 from .tracing import Traced
@@ -28,21 +28,21 @@ _COPYING = ("__reduce__", "__reduce_ex__", "__getstate__", "__deepcopy__", "__co
 
 @dataclass(frozen=True)
 class Variant:
-    """One traced forward of a block. It is valid while its guards hold and the values that it reads are
-    unchanged."""
+    """One traced forward of a block. It is valid while its guards hold."""
 
     source: str
     forward: Callable[..., Any] = field(compare=False)  # what torch.fx makes of the source
     parameters: tuple[str, ...]
     guards: tuple[Condition, ...]
-    reads: tuple[Read, ...]
     sites: tuple[Site, ...]
 
     def changed(self, block: nn.Module) -> str | None:
         """What has changed since the trace, so that the block cannot use this variant; None if nothing
         has."""
-        guard = next((f"its block's {guard.what}" for guard in self.guards if not guard.holds(block)), None)
-        return guard or next((f"{r.what}, which its block reads," for r in self.reads if not r.holds()), None)
+        lost = next((guard for guard in self.guards if not guard.holds(block)), None)
+        if isinstance(lost, Read):
+            return f"{lost.what}, which its block reads,"
+        return None if lost is None else f"its block's {lost.what}"
 
     def of_mode(self, block: nn.Module) -> bool:
         """Whether the block is in the mode, training or eval, in which it was traced."""
@@ -61,7 +61,7 @@ def build(traced: Traced, matches: list[Match]) -> Variant:
     code = traced.graph.python_code("self")
     scope = dict(code.globals)
     exec(code.src, scope)
-    return Variant(code.src, scope["forward"], traced.parameters, guards, traced.reads, sites)
+    return Variant(code.src, scope["forward"], traced.parameters, guards, sites)
 
 
 class FusedBlock(Unannounced):
@@ -124,14 +124,14 @@ def install(block: nn.Module, variants: tuple[Variant, ...], blank: Callable[[ty
 def _forward(original: Any, variants: tuple[Variant, ...]) -> Callable[..., Any]:
     traced = original.forward
     count = len(variants[0].parameters)  # those that forward requires, the same for all variants
-    ways = tuple((v.forward, v.guards, unchanged(v.reads)) for v in variants)
+    ways = tuple((variant.forward, variant.guards) for variant in variants)
 
     @functools.wraps(traced)  # torch.fx reads the names of the parameters through it
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         expected = len(args) == count and not kwargs and _tensors(args)
         if expected and original.forward is traced and not torch.jit.is_tracing():
-            for fused, guards, holds in ways:
-                if _hold(guards, self) and (holds is None or holds()):
+            for fused, guards in ways:
+                if _hold(guards, self):
                     return fused(self, *args)
         return original.forward(self, *args, **kwargs)
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..modules.mixins import NormMixin
 from .layers import called_as_torch_does, hooked
+from .outside import Read
 from .values import PLAIN, Frozen, Refusal, Same, parts_of, refuse_attributes, refuse_changing, same
 
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
@@ -60,7 +61,8 @@ class Children(NamedTuple):
         if owner is None or tuple(owner._modules) != self.names:
             return False
         if self.kinds is None:
-            return is_sequence(owner) and not (self.path and hooked(owner))
+            sequential = original_class(type(owner)).forward is nn.Sequential.forward
+            return sequential and not (self.path and hooked(owner))
         held = zip(owner._modules.values(), self.kinds, strict=True)
         return all(isinstance(child, kind) for child, kind in held)
 
@@ -86,7 +88,7 @@ class Fresh(NamedTuple):
         return returns_new(follow(block, self.path))
 
 
-Condition = Guard | Children | Shared | Fresh
+Condition = Guard | Children | Shared | Fresh | Read
 
 
 def known(module: nn.Module) -> bool:

@@ -20,7 +20,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from .guards import Condition, Shared, children, is_sequence, original_class, path_of
 from .observing import Seen, observed
-from .outside import Read
 from .symbols import Symbol
 from .values import Refusal
 from .watching import Reads, watched
@@ -30,7 +29,6 @@ class Traced(NamedTuple):
     graph: Graph
     parameters: tuple[str, ...]  # the tensors that forward takes
     guards: tuple[Condition, ...]
-    reads: tuple[Read, ...]
 
 
 def trace(block: nn.Module, inlined: set[nn.Module]) -> Traced:
@@ -66,8 +64,8 @@ def trace(block: nn.Module, inlined: set[nn.Module]) -> Traced:
         for name, module in block.named_modules()
         if module in sequences
     ]
-    guards = (*seen.values(), *known, *_shared(block, used))
-    return Traced(graphs[0], parameters, guards, tuple(reads.values()))
+    guards = (*seen.values(), *known, *_shared(block, used), *reads.values())
+    return Traced(graphs[0], parameters, guards)
 
 
 def _required_parameters(block: nn.Module) -> tuple[str, ...]:

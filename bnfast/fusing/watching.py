@@ -51,9 +51,19 @@ def watched(reads: Reads) -> Iterator[None]:
 
 
 def _foreign(frame: FrameType | None) -> bool:
-    """Whether a frame runs code that is not watched."""
+    """Whether a frame runs code that is not watched. Imports are not: torch imports some of its modules when
+    they are first needed."""
     module = frame.f_globals.get("__name__", "") if frame is not None else "torch"
-    return of_others(module) or module.startswith("namedtuple_")
+    return of_others(module) or module.startswith("namedtuple_") or _importing(frame)
+
+
+def _importing(frame: FrameType | None) -> bool:
+    """Whether a frame runs for an import within the forward."""
+    while frame is not None and not (module := frame.f_globals.get("__name__", "")).startswith("bnfast."):
+        if module == "importlib._bootstrap":
+            return True
+        frame = frame.f_back
+    return False
 
 
 class _Watch:
@@ -261,10 +271,10 @@ class _Watch:
 
     def put_back(self) -> str | None:
         """Restores everything that watched code has written. Returns the name of one such value, or None."""
-        written = [self.reads[key] for key in self.values if not self.reads[key].holds()]
+        written = [key for key in self.values if not self.reads[key].holds(None)]
         for held, before in self.copies:
             put_back(held, before)
-        for key, value in self.values.items():
-            if (read := self.reads[key]) in written and read.path:
-                setattr(read._replace(path=read.path[:-1]).value(), read.path[-1], value)
-        return written[0].what if written else None
+        for key in written:
+            if self.reads[key].path:
+                self.reads[key].put_back(self.values[key])
+        return self.reads[written[0]].what if written else None
