@@ -6,6 +6,7 @@ import copy
 import gc
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -154,3 +155,16 @@ def test_what_the_garbage_collector_calls_is_no_part_of_a_forward() -> None:
         gc.callbacks.remove(note)
     assert run
     assert fused_count(model) == 1
+
+
+def test_an_import_is_no_part_of_a_forward(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch imports some of its modules at the first call of what needs them."""
+
+    def imports(b: Any, y: Any, x: Any) -> Any:
+        import imported_at_the_first_call  # noqa: F401
+
+        return F.relu(y)
+
+    (tmp_path / "imported_at_the_first_call.py").write_text("import os\nCOUNT = len(os.environ)\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert fused_count(bnfast.fuse(Block(imports))) == 1

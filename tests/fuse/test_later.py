@@ -48,15 +48,6 @@ def test_hooks_switch_a_site_back_and_forth(kind: str, calls: list[tuple[str | N
     assert calls == [(None, False), ("relu", False)]
 
 
-def test_convert_sync_batchnorm() -> None:
-    """Layers replaced: nothing is fused, and the result is that of the layers that came."""
-    ours = nn.SyncBatchNorm.convert_sync_batchnorm(bnfast.fuse(network())).eval()
-    assert {type(ours[0][1]), type(ours[1].bn1)} == {nn.SyncBatchNorm}
-    report = bnfast.fusion_report(ours)
-    assert (report.fused, len(report.skipped)) == ((), 6)
-    torch.testing.assert_close(ours(data()), network().eval()(data()))
-
-
 def _saved(model: nn.Module) -> nn.Module:
     file = io.BytesIO()
     torch.save(model, file)

@@ -104,6 +104,9 @@ LEFT: dict[str, tuple[Make, str]] = {
         tail(lambda b, y, x: F.relu(y + x * b.norm.running_mean[0])), "forward reads norm.running_mean too",
     ),
     "other hardtanh": (tail(lambda b, y, x: F.hardtanh(y, -1, 1)), "hardtanh"),
+    "other Identity": (
+        lambda: nn.Sequential(nn.BatchNorm2d(4), type("Other", (nn.Identity,), {})(), nn.ReLU()), "Other (1)",
+    ),
     "other ReLU": (lambda: conv_norm_act(type("Other", (nn.ReLU,), {})()), "Other"),
     "keyword": (_named_in, "in is no name"),
     # The forward may take another path the next time.
