@@ -14,8 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .call_site import Site, rewrite, site_of, why_unfused
-from .guards import Condition, Fresh, is_mode, original_class, path_of
-from .outside import Read
+from .guards import Condition, Fresh, Read, is_mode, original_class, path_of
 from .patterns import Match, writes_to
 from .subclassing import Unannounced, subclass
 from .tracing import Traced

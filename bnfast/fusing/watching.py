@@ -16,9 +16,8 @@ from typing import Any
 from torch import nn
 from torch.fx import Proxy
 
-from .guards import original_class
+from .guards import Read, original_class
 from .instructions import ATTRIBUTE, Place, at
-from .outside import Read
 from .values import CHANGING, Refusal, Same, frozen, of_others, put_back, refuse_changing
 
 Reads = dict[tuple[object, ...], Read]
