@@ -219,8 +219,9 @@ def _compiled(read: Read) -> Callable[[Any], bool]:
     which torch.compile has guards of its own."""
     kind, identity, content = read.expected
     holder = read.holder.it
-    # What is compared first, for that is fast. No value is the record of itself.
-    first = identity.it if identity and content is None else content if kind in PLAIN else read.expected
+    first = content if kind in PLAIN else read.expected  # is compared first; no value is its own record
+    if identity is not None and content is None:
+        first = identity.it
     name = {"global": read.name, "closure": "_bnfast_cell", "object": "_bnfast_holder"}[read.where]
     value = ".".join((name, *read.path))
     source = f"""
