@@ -6,6 +6,7 @@ import collections
 import copy
 import functools
 import sys
+import types
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -176,6 +177,10 @@ def _untie(block: Any, patch: Any) -> None:
     nn.init.constant_(block.second.weight, 3.0)
 
 
+def _another_tail(block: Any, patch: Any) -> None:
+    block.tail = types.MethodType(lambda self, y: torch.tanh(y), block)
+
+
 def twice(module: nn.Module, args: Any, y: Tensor) -> Tensor:
     return y * 2
 
@@ -189,7 +194,6 @@ SCALE3 = sets("SCALE", 3.0, module)
 TRIPLE = sets("double", lambda y: y * 3, module)
 MORE = sets("more", nn.Tanh())
 TANH = sets("2", nn.Tanh())
-TANH_TAIL = sets("tail", lambda self, y: torch.tanh(y), Base)
 SHARED = nn.BatchNorm2d(CHANNELS)
 OPT_EINSUM = torch.backends.opt_einsum
 
@@ -217,7 +221,7 @@ OUTSIDE: dict[str, Change] = {
     "class method": Change(times(lambda b: Settings.from_class()), K3),
     "class by another name": Change(times(_alias), K3),
     "attribute of a base": Change(Derived, sets("K", 3.0, Base)),
-    "method of a base": Change(Derived, TANH_TAIL),
+    "method of a base": Change(Derived, sets("tail", lambda self, y: torch.tanh(y), Base)),
     "forward of a base": Change(Derived, sets("forward", lambda self, x: x, Base)),
     "closure": Change(times(AROUND), lambda block, patch: CHANGE_AROUND(3.0)),
     "default": Change(WithList, item(SIZES, 1, 4.0)),
@@ -241,7 +245,7 @@ INSIDE: dict[str, Change] = {
     "hook on a Sequential": Change(
         tail(lambda b, y, x: F.relu(b.second(x) + x), second=conv_norm_act()[:2]), hook("second", "forward")
     ),
-    "method": Change(Base, TANH_TAIL),
+    "method": Change(Base, _another_tail),
     "attribute of the class": Change(Base, sets("scale", 3)),
     "name of a method of torch's": Change(times(lambda b: b.half, half=2.0), sets("half", 0.5)),
     "Sequential": Change(lambda: Chain(*conv_norm_act()), MORE),
