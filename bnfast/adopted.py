@@ -12,9 +12,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from . import modules
-from .fusing.activations import of_module
 from .fusing.layers import hooked, hooked_everywhere
-from .kernels.epilogue import MODULES, PARAMETERS, Activation
+from .kernels.epilogue import MODULES, PARAMETERS, Activation, of_module
 from .modules.batchrenorm import _BatchRenorm
 from .modules.mixins import NormMixin, is_ours
 

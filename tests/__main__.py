@@ -51,11 +51,12 @@ STATIC = Gate("static", ("tests/static", "-m", "static"))
 GPU = Gate("gpu", (*TESTS, "gpu"))
 LIBRARIES = Gate("libraries", files(
     "test_carrying_subclasses", "convert/test_folding", "convert/test_libraries", "convert/test_models",
-    "fuse/test_models", "fuse/test_report",
+    "fuse/test_models",
 ), interpret=True)  # fmt: skip
 # With the oldest pair: every eighth case of what touches most of PyTorch and Triton, and all kernels compiled
 OLDEST = Gate(WHOLE.name, ("tests/contract", *files(
-    "test_batchnorm_layer", "test_fx_and_script", "test_strides", "kernels/test_numerics", "fuse/test_blocks",
+    "test_batchnorm_layer", "test_fx_and_script", "test_strides", "kernels/test_numerics",
+    "fuse/test_blocks", "fuse/test_changes", "fuse/test_left",
     "convert/test_convert", "convert/test_converters", "convert/test_folding",
 ), "--sample=8"), interpret=True)  # fmt: skip
 COVERING = Gate("static", (*files("static/test_budgets"), "-m", "static"))

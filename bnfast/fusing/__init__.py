@@ -4,5 +4,5 @@ replaced by a subclass whose forward makes one call of the two. The subclass has
 which the traced forward is valid. Where one of them does not hold, the original forward runs.
 
 survey.py finds the blocks; tracing.py, observing.py, watching.py and symbols.py record a forward and what it
-depends on; guards.py, outside.py and values.py hold these conditions; patterns.py finds sites in the graph;
+depends on; guards.py and values.py hold these conditions; patterns.py finds sites in the graph;
 call_site.py and blocks.py rewrite them; report.py explains the result."""

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from .call_site import Site, rewrite, site_of, why_unfused
-from .guards import Condition, Fresh, is_mode, original_class
-from .outside import Read, unchanged
+from .guards import Condition, Fresh, Read, is_mode, original_class, path_of
 from .patterns import Match, writes_to
 from .subclassing import Unannounced, subclass
 from .tracing import Traced
+from .values import Refusal
 
 _classes: WeakValueDictionary[tuple[object, ...], type] = WeakValueDictionary()
 # A class that pickles or copies itself in its own way might not know the fused class.
@@ -27,21 +27,21 @@ _COPYING = ("__reduce__", "__reduce_ex__", "__getstate__", "__deepcopy__", "__co
 
 @dataclass(frozen=True)
 class Variant:
-    """One traced forward of a block. It is valid while its guards hold and the values that it reads are
-    unchanged."""
+    """One traced forward of a block. It is valid while its guards hold."""
 
     source: str
     forward: Callable[..., Any] = field(compare=False)  # what torch.fx makes of the source
     parameters: tuple[str, ...]
     guards: tuple[Condition, ...]
-    reads: tuple[Read, ...]
     sites: tuple[Site, ...]
 
     def changed(self, block: nn.Module) -> str | None:
         """What has changed since the trace, so that the block cannot use this variant; None if nothing
         has."""
-        guard = next((f"its block's {guard.what}" for guard in self.guards if not guard.holds(block)), None)
-        return guard or next((f"{r.what}, which its block reads," for r in self.reads if not r.holds()), None)
+        lost = next((guard for guard in self.guards if not guard.holds(block)), None)
+        if isinstance(lost, Read):
+            return f"{lost.what}, which its block reads,"
+        return None if lost is None else f"its block's {lost.what}"
 
     def of_mode(self, block: nn.Module) -> bool:
         """Whether the block is in the mode, training or eval, in which it was traced."""
@@ -53,14 +53,14 @@ def build(traced: Traced, matches: list[Match]) -> Variant:
     fails."""
     sites = tuple(map(site_of, matches))
     written = [str(m.residual.target) for m in matches if m.residual and writes_to(m.residual, m.add)]
-    guards = (*traced.guards, *(Fresh(tuple(name.split("."))) for name in written))
+    guards = (*traced.guards, *(Fresh(name, path_of(name)) for name in written))
     for match, site in zip(matches, sites, strict=True):
         rewrite(traced.graph, match, site)
     traced.graph.lint()
     code = traced.graph.python_code("self")
     scope = dict(code.globals)
     exec(code.src, scope)
-    return Variant(code.src, scope["forward"], traced.parameters, guards, traced.reads, sites)
+    return Variant(code.src, scope["forward"], traced.parameters, guards, sites)
 
 
 class FusedBlock(Unannounced):
@@ -90,12 +90,13 @@ class FusedBlock(Unannounced):
         return prepare()
 
 
-def why_not_subclassed(block: nn.Module) -> str | None:
-    """Why the block's class cannot be replaced by a subclass, or None."""
+def refuse_class(block: nn.Module) -> None:
+    """Raises Refusal if the block's class cannot be replaced by a subclass."""
     cls = original_class(type(block))
     if any(getattr(cls, name, None) is not getattr(nn.Module, name, None) for name in _COPYING):
-        return f"{cls.__name__} is copied or pickled in a way of its own"
-    return f"the forward of this {cls.__name__} is its own" if "forward" in block.__dict__ else None
+        raise Refusal(f"{cls.__name__} is copied or pickled in a way of its own")
+    if "forward" in block.__dict__:
+        raise Refusal(f"the forward of this {cls.__name__} is its own")
 
 
 def install(block: nn.Module, variants: tuple[Variant, ...], blank: Callable[[type], nn.Module]) -> None:
@@ -122,14 +123,14 @@ def install(block: nn.Module, variants: tuple[Variant, ...], blank: Callable[[ty
 def _forward(original: Any, variants: tuple[Variant, ...]) -> Callable[..., Any]:
     traced = original.forward
     count = len(variants[0].parameters)  # those that forward requires, the same for all variants
-    ways = tuple((v.forward, v.guards, unchanged(v.reads)) for v in variants)
+    ways = tuple((variant.forward, variant.guards) for variant in variants)
 
     @functools.wraps(traced)  # torch.fx reads the names of the parameters through it
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         expected = len(args) == count and not kwargs and _tensors(args)
         if expected and original.forward is traced and not torch.jit.is_tracing():
-            for fused, guards, holds in ways:
-                if _hold(guards, self) and (holds is None or holds()):
+            for fused, guards in ways:
+                if _hold(guards, self):
                     return fused(self, *args)
         return original.forward(self, *args, **kwargs)
 

@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 from torch.fx import Graph, Node
 
-from ..kernels.epilogue import Activation
-from . import activations
+from ..kernels.epilogue import Activation, of_module
 from .layers import hooked, hooked_everywhere, why_not_ours
 from .patterns import Match
 
@@ -19,22 +17,20 @@ class Step(NamedTuple):
     """One operation of the original forward after the layer, applied to the result of the operation before
     it."""
 
-    op: str  # call_module, call_function or call_method
-    target: Any
+    function: Callable[..., Any] | None  # None: the next one of the site's modules
     args: tuple[Any, ...]
     kwargs: tuple[tuple[str, Any], ...]
 
 
 class Site(NamedTuple):
     """One call of a layer and what is fused with it. norm, modules: paths in the block. modules: those that
-    the steps call, in order; the last one is the activation if `activates`."""
+    the steps call, in order."""
 
     norm: str
     modules: tuple[str, ...]
     steps: tuple[Step, ...]
     activation: Activation
     residual: bool
-    activates: bool
 
 
 # In a step's arguments: the result of the step before, and the residual.
@@ -47,12 +43,11 @@ def site_of(match: Match) -> Site:
         # Each step is on the chain, so its arguments can have no nodes but these two.
         names = {previous: LAST, match.residual: RESIDUAL}
         args = tuple(names[a] if isinstance(a, Node) else a for a in node.args)
-        target = None if node.op == "call_module" else node.target
-        steps.append(Step(node.op, target, args, tuple(node.kwargs.items())))
+        target = getattr(Tensor, str(node.target)) if node.op == "call_method" else node.target
+        steps.append(Step(target if callable(target) else None, args, tuple(node.kwargs.items())))
         previous = node
     called = tuple(str(node.target) for node in match.steps if node.op == "call_module")
-    last = match.steps[-1].op == "call_module"
-    return Site(str(match.norm.target), called, tuple(steps), match.activation, match.add is not None, last)
+    return Site(str(match.norm.target), called, tuple(steps), match.activation, match.add is not None)
 
 
 def rewrite(graph: Graph, match: Match, site: Site) -> None:
@@ -84,11 +79,12 @@ def why_unfused(site: Site, norm: nn.Module, modules: tuple[nn.Module, ...]) -> 
     reason = "there are hooks on all modules" if hooked_everywhere() else why_not_ours(norm)
     if reason is not None:
         return reason
+    activates = site.steps[-1].function is None  # whether the last module is the activation
     for i, module in enumerate(modules):
         if hooked(module):
             return "there are hooks on what follows it, or it has a forward or a compiled call of its own"
-        if site.activates and i == len(modules) - 1:
-            if activations.of_module(module) != site.activation:
+        if activates and i == len(modules) - 1:
+            if of_module(module) != site.activation:
                 return "its activation was changed"
         elif type(module) is not nn.Identity:
             return "an Identity after it was replaced"
@@ -109,12 +105,8 @@ def _one_by_one(
     site: Site, output: Tensor, residual: Tensor | None, modules: tuple[nn.Module, ...]
 ) -> Tensor:
     """Runs the original operations; in-place ones work in place."""
-    left = list(modules)
-    for step in site.steps:
-        if step.op == "call_module":
-            output = left.pop(0)(output)
-            continue
-        args = [output if a is LAST else residual if a is RESIDUAL else a for a in step.args]
-        function = step.target if step.op == "call_function" else getattr(torch.Tensor, step.target)
-        output = function(*args, **dict(step.kwargs))
+    left = iter(modules)
+    for function, given, kwargs in site.steps:
+        args = [output if a is LAST else residual if a is RESIDUAL else a for a in given]
+        output = (next(left) if function is None else function)(*args, **dict(kwargs))
     return output

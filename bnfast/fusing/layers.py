@@ -40,14 +40,14 @@ def called_as_torch_does(cls: type) -> bool:
     return kind.__call__ is _CALL and kind._call_impl is _CALL_IMPL
 
 
-def why_not_called(module: nn.Module) -> str:
-    """Why the call of a hooked module cannot be omitted."""
+def why_not_called(module: nn.Module, name: str) -> str:
+    """Why the call of a hooked module cannot be omitted. name: what the reason calls it."""
     base: Any = nn.Module
     if base.__call__ is not _CALL or base._call_impl is not _CALL_IMPL:
         return "torch.nn.Module's __call__ or _call_impl has been replaced"
     if not called_as_torch_does(type(module)):
-        return "{} has a __call__ or a _call_impl of its own"
-    return "{} has hooks, or a forward or a compiled call of its own"
+        return f"{name} has a __call__ or a _call_impl of its own"
+    return f"{name} has hooks, or a forward or a compiled call of its own"
 
 
 def hooked_everywhere() -> bool:
@@ -68,5 +68,5 @@ def why_not_ours(norm: nn.Module) -> str | None:
         return f"{type(norm).__name__} has a forward of its own"
     if hooked(norm):
         called = called_as_torch_does(type(norm))
-        return why_not_called(norm).format("it" if called else type(norm).__name__)
+        return why_not_called(norm, "it" if called else type(norm).__name__)
     return None if norm.activation is None else "it has an activation of its own"

@@ -13,10 +13,10 @@ import torch
 from torch import nn
 from torch.fx import Proxy
 
-from .guards import Absent, Children, Guard, children, guard, original_class
+from .guards import Absent, Children, Guard, children, guard, original_class, path_of
 from .layers import called_as_torch_does
 from .subclassing import subclass
-from .values import Refusal
+from .values import Refusal, put_back
 
 Seen = dict[tuple[object, ...], Guard | Children]
 _Copies = dict[tuple[object, ...], tuple[Any, Any]]  # lists and dicts by the keys of Seen, with copies
@@ -50,7 +50,7 @@ def observed(
             cls = type(module)
             if issubclass(cls, torch.jit.ScriptModule):
                 continue  # it is compiled, and so are its attributes
-            members = _spy(cls, tuple(name.split(".")) if name else (), module in sequences, seen, copies)
+            members = _spy(cls, path_of(name), module in sequences, seen, copies)
             if not called_as_torch_does(cls):  # it is a leaf, with everything that its own __call__ does
                 members["__call__"] = lambda self, *args, **kwargs: nn.Module.__call__(self, *args, **kwargs)
             members["_bnfast_original"] = original_class(cls)  # for guards, which note the classes of modules
@@ -66,9 +66,8 @@ def observed(
         for module, cls in classes:
             object.__setattr__(module, "__class__", cls)
         written = [key for key in copies if not seen[key].holds(block)]
-        for held, before in map(copies.__getitem__, written):
-            held.clear()
-            (held.extend if isinstance(held, list) else held.update)(before)
+        for held, before in copies.values():
+            put_back(held, before)
     if written:
         raise Refusal(f"forward writes to {seen[written[0]].what}")
 

@@ -13,11 +13,12 @@ from torch import nn
 from . import blocks
 from .blocks import Variant
 from .call_site import Site
-from .guards import is_mode
+from .guards import is_mode, is_sequence
 from .layers import NORMS, hooked
 from .patterns import Match, find
 from .subclassing import Unannounced, subclass
-from .tracing import Traced, Untraceable, is_sequence, trace
+from .tracing import Traced, trace
+from .values import Refusal
 
 _LOG = logging.getLogger("bnfast")
 
@@ -54,13 +55,11 @@ def plan(block: nn.Module, claimed: set[nn.Module]) -> Plan | None:
     reach = {name: norm for name, norm in norms_within_reach(block) if norm not in claimed}
     if not reach:
         return None
-    reason = blocks.why_not_subclassed(block)
-    if reason is not None:
-        return _left(reach, reason)
     try:
+        blocks.refuse_class(block)
         traced, matches, reasons = _trace_with_sequences(block)
-    except Untraceable as why:
-        return _left(reach, str(why))._replace(reads_mode=True)
+    except Refusal as why:
+        return _left(reach, str(why), reads_mode=True)
     modules = dict(block.named_modules(remove_duplicate=False))
     kept = [match for match in matches if modules[str(match.norm.target)] not in claimed]
     reads_mode = any(map(is_mode, traced.guards))
@@ -74,8 +73,8 @@ def plan(block: nn.Module, claimed: set[nn.Module]) -> Plan | None:
         return _left(reach, words)
 
 
-def _left(norms: Iterable[str], reason: str) -> Plan:
-    return Plan(None, dict.fromkeys(norms, f"its block is left as it is: {reason}"), reason)
+def _left(norms: Iterable[str], reason: str, reads_mode: bool = False) -> Plan:
+    return Plan(None, dict.fromkeys(norms, f"its block is left as it is: {reason}"), reason, reads_mode)
 
 
 def _trace_with_sequences(block: nn.Module) -> tuple[Traced, list[Match], dict[str, str]]:
@@ -108,10 +107,9 @@ def _trailing(block: nn.Module) -> Iterator[tuple[str, nn.Module, list[nn.Module
             yield name, child, chain
 
 
-def fuse_block(block: nn.Module, claimed: set[nn.Module] | None = None) -> str | None:
+def fuse_block(block: nn.Module, claimed: set[nn.Module]) -> str | None:
     """Rewrites the call sites of one block, for training and for inference where these differ. Adds the
     layers whose calls it takes over to `claimed`. Returns why the block is left as it is, or None."""
-    claimed = set() if claimed is None else claimed
     found = plan(block, claimed)
     if found is None:
         return None
@@ -155,4 +153,4 @@ class _Waiting(Unannounced):
     def __setstate__(self, state: dict[str, Any]) -> None:
         object.__setattr__(self, "__class__", self._bnfast_original)
         self.__setstate__(state)
-        fuse_block(self)
+        fuse_block(self, set())

@@ -18,39 +18,23 @@ from torch.fx import Graph, Node, Proxy, Tracer
 from torch.fx.proxy import TraceError
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .guards import Condition, Inlined, Shared, original_class
-from .layers import called_as_torch_does
+from .guards import Condition, Shared, children, is_sequence, original_class, path_of
 from .observing import Seen, observed
-from .outside import Read
 from .symbols import Symbol
 from .values import Refusal
 from .watching import Reads, watched
-
-
-class Untraceable(Exception):
-    """Raised with the reason why a block's forward cannot be replaced by its graph."""
 
 
 class Traced(NamedTuple):
     graph: Graph
     parameters: tuple[str, ...]  # the tensors that forward takes
     guards: tuple[Condition, ...]
-    reads: tuple[Read, ...]
-
-
-def is_sequence(module: nn.Module) -> bool:
-    """Whether the module calls its children one after another, and does nothing else."""
-    return (
-        isinstance(module, nn.Sequential)
-        and original_class(type(module)).forward is nn.Sequential.forward
-        and called_as_torch_does(original_class(type(module)))
-    )
 
 
 def trace(block: nn.Module, inlined: set[nn.Module]) -> Traced:
     """inlined: Sequentials within the block whose children are to be leaves, in place of themselves.
 
-    A graph has one path through forward. Raises Untraceable where another could be right the next time: one
+    A graph has one path through forward. Raises Refusal where another could be right the next time: one
     that depends on a tensor's values, on what is no plain attribute, on random numbers or on grad mode.
     """
     parameters = _required_parameters(block)
@@ -66,22 +50,22 @@ def trace(block: nn.Module, inlined: set[nn.Module]) -> Traced:
     try:
         graphs = [run(inference) for inference in (False, True)]
     except (Refusal, TraceError) as why:
-        raise Untraceable(str(why).strip().splitlines()[0]) from why
+        raise Refusal(str(why).strip().splitlines()[0]) from why
     except Exception as why:  # a forward may fail in any way on a symbol
-        raise Untraceable(f"{type(why).__name__}: {str(why).strip().splitlines()[:1]}") from why
+        raise Refusal(f"{type(why).__name__}: {str(why).strip().splitlines()[:1]}") from why
     if str(graphs[0]) != str(graphs[1]):
-        raise Untraceable("forward depends on grad mode or autocast")
+        raise Refusal("forward depends on grad mode or autocast")
     used = {str(node.target) for node in graphs[0].nodes if node.op in ("call_module", "get_attr")}
     for name in used:
         if any(map(keyword.iskeyword, name.split("."))):
-            raise Untraceable(f"{name} is no name that torch.fx can write in Python")
+            raise Refusal(f"{name} is no name that torch.fx can write in Python")
     known = [
-        Inlined(tuple(name.split(".")) if name else (), tuple(module._modules))
+        children(path_of(name), module, inlined=True)
         for name, module in block.named_modules()
         if module in sequences
     ]
-    guards = (*seen.values(), *known, *_shared(block, used))
-    return Traced(graphs[0], parameters, guards, tuple(reads.values()))
+    guards = (*seen.values(), *known, *_shared(block, used), *reads.values())
+    return Traced(graphs[0], parameters, guards)
 
 
 def _required_parameters(block: nn.Module) -> tuple[str, ...]:
@@ -91,7 +75,7 @@ def _required_parameters(block: nn.Module) -> tuple[str, ...]:
     required = []
     for parameter in list(inspect.signature(original_class(type(block)).forward).parameters.values())[1:]:
         if parameter.kind in (kinds.VAR_POSITIONAL, kinds.VAR_KEYWORD, kinds.KEYWORD_ONLY):
-            raise Untraceable(f"forward takes {parameter}, and not only named tensors")
+            raise Refusal(f"forward takes {parameter}, and not only named tensors")
         if parameter.default is kinds.empty:
             required.append(parameter.name)
     return tuple(required)
@@ -105,7 +89,7 @@ def _shared(block: nn.Module, used: set[str]) -> Iterator[Shared]:
             names[thing].append(name)
     for same in names.values():
         if len(same) > 1 and not used.isdisjoint(same):
-            yield Shared(tuple(same))
+            yield Shared(" or ".join(same), tuple(same))
 
 
 class _BlockTracer(Tracer):

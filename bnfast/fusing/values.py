@@ -126,6 +126,12 @@ def parts_of(value: Any, kind: Any) -> Any:
     return (value.func, value.args, value.keywords) if kind is functools.partial else None
 
 
+def put_back(held: Any, before: Any) -> None:
+    """Gives a list, a dict or a set its former contents back."""
+    held.clear()
+    (held.extend if isinstance(held, list) else held.update)(before)
+
+
 def same(value: Any, expected: Frozen) -> bool:
     """Whether a value still equals what was frozen. torch.compile traces this function, too."""
     kind, identity, content = expected

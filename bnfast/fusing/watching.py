@@ -6,7 +6,6 @@ from __future__ import annotations
 import builtins
 import contextlib
 import copy
-import functools
 import gc
 import sys
 import types
@@ -17,16 +16,14 @@ from typing import Any
 from torch import nn
 from torch.fx import Proxy
 
-from .guards import original_class
+from .guards import Read, original_class
 from .instructions import ATTRIBUTE, Place, at
-from .outside import Read
-from .values import CHANGING, Refusal, Same, frozen, of_others, refuse_changing
+from .values import CHANGING, Refusal, Same, frozen, of_others, put_back, refuse_changing
 
 Reads = dict[tuple[object, ...], Read]
 
 _TELL_ALL = ("globals", "vars", "eval", "exec", "__import__")
 _HOLDERS = (types.ModuleType, type, nn.Module)  # their attributes are followed one by one
-_NOTHING = object()
 
 
 @contextlib.contextmanager
@@ -53,9 +50,19 @@ def watched(reads: Reads) -> Iterator[None]:
 
 
 def _foreign(frame: FrameType | None) -> bool:
-    """Whether a frame runs code that is not watched."""
+    """Whether a frame runs code that is not watched. Imports are not: torch imports some of its modules when
+    they are first needed."""
     module = frame.f_globals.get("__name__", "") if frame is not None else "torch"
-    return of_others(module) or module.startswith("namedtuple_")
+    return of_others(module) or module.startswith("namedtuple_") or _importing(frame)
+
+
+def _importing(frame: FrameType | None) -> bool:
+    """Whether a frame runs for an import within the forward."""
+    while frame is not None and not (module := frame.f_globals.get("__name__", "")).startswith("bnfast."):
+        if module == "importlib._bootstrap":
+            return True
+        frame = frame.f_back
+    return False
 
 
 class _Watch:
@@ -66,8 +73,6 @@ class _Watch:
         self.functions: dict[CodeType, list[types.FunctionType]] = {}
         self.values: dict[tuple[object, ...], Any] = {}  # by the keys of reads
         self.copies: list[tuple[Any, Any]] = []  # lists, dicts and sets with their former contents
-        # variables and attributes that are set by name: what they are called, and what undoes it
-        self.bound: dict[tuple[int, str], tuple[str, Callable[[], object]]] = {}
 
     def enter(self, frame: FrameType, event: str, argument: Any) -> Any:
         if _foreign(frame):
@@ -120,11 +125,10 @@ class _Watch:
         elif op == "IMPORT_FROM":
             module = place.imported_from(frame.f_globals.get("__package__") or "")
             self._note_import(sys.modules[module], name)
-        elif op in ("STORE_GLOBAL", "DELETE_GLOBAL"):
-            self._note_write(frame.f_globals, name, name)
-        elif op == "STORE_DEREF" and free:
-            for cell in self._cells(frame, name):
-                self._note_write(cell, "cell_contents", name)
+        elif op in ("STORE_GLOBAL", "DELETE_GLOBAL") or (
+            op == "STORE_DEREF" and free and self._cells(frame, name)
+        ):
+            raise Refusal(f"forward writes to {name}")
 
     def _note_global(self, frame: FrameType, place: Place) -> None:
         name = place.name
@@ -210,23 +214,11 @@ class _Watch:
         refuse_changing(value, ".".join((name, *path)))
         sets = place.sets()
         if sets is not None and isinstance(value, (types.ModuleType, type, types.FunctionType)):
-            self._note_write(value, sets, ".".join((name, *path, sets)))
+            raise Refusal(f"forward writes to {'.'.join((name, *path, sets))}")
         if outside and not isinstance(value, (bool, int, float, str, list, dict, set)):
             path, value = (), root  # functions and classes of these modules do not change
         if where != "object" or path:
             self._add(where, holder, name, path, value)
-
-    def _note_write(self, holder: Any, name: str, what: str) -> None:
-        """Notes how to undo a write to a global, if the holder is a dict of globals, or to an attribute."""
-        put, remove = (dict.__setitem__, dict.__delitem__) if isinstance(holder, dict) else (setattr, delattr)
-        if isinstance(holder, types.CellType):
-            was = holder.cell_contents
-        else:
-            was = (holder if isinstance(holder, dict) else vars(holder)).get(name, _NOTHING)
-        undo: Any = functools.partial(remove, holder, name)
-        if was is not _NOTHING:
-            undo = functools.partial(put, holder, name, was)
-        self.bound.setdefault((id(holder), name), (what, undo))
 
     def _add(self, where: str, holder: Any, name: str, path: tuple[str, ...], value: Any) -> None:
         key = (where, id(holder), name, path)
@@ -278,14 +270,10 @@ class _Watch:
 
     def put_back(self) -> str | None:
         """Restores everything that watched code has written. Returns the name of one such value, or None."""
-        written = [self.reads[key] for key in self.values if not self.reads[key].holds()]
-        names = [read.what for read in written] + [name for name, _ in self.bound.values()]
+        written = [key for key in self.values if not self.reads[key].holds(None)]
         for held, before in self.copies:
-            held.clear()
-            (held.extend if isinstance(held, list) else held.update)(before)
-        for _, undo in self.bound.values():
-            undo()
-        for key, value in self.values.items():
-            if (read := self.reads[key]) in written and read.path:
-                setattr(read.owner(), read.path[-1], value)
-        return names[0] if names else None
+            put_back(held, before)
+        for key in written:
+            if self.reads[key].path:
+                self.reads[key].put_back(self.values[key])
+        return self.reads[written[0]].what if written else None

@@ -15,7 +15,7 @@ from torch.testing import assert_close
 
 import bnfast
 from bnfast.adopted import as_module
-from bnfast.fusing.activations import of_module
+from bnfast.kernels.epilogue import of_module
 from tests.support.convertible import BatchNormAct2d, around, data, network
 from tests.support.fused import Block
 from tests.support.training import assert_same_training, record

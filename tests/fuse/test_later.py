@@ -12,8 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.utils import parametrize
 
 import bnfast
@@ -47,15 +46,6 @@ def test_hooks_switch_a_site_back_and_forth(kind: str, calls: list[tuple[str | N
     model(data())
     assert fused_count(model) == 1
     assert calls == [(None, False), ("relu", False)]
-
-
-def test_convert_sync_batchnorm() -> None:
-    """Layers replaced: nothing is fused, and the result is that of the layers that came."""
-    ours = nn.SyncBatchNorm.convert_sync_batchnorm(bnfast.fuse(network())).eval()
-    assert {type(ours[0][1]), type(ours[1].bn1)} == {nn.SyncBatchNorm}
-    report = bnfast.fusion_report(ours)
-    assert (report.fused, len(report.skipped)) == ((), 6)
-    torch.testing.assert_close(ours(data()), network().eval()(data()))
 
 
 def _saved(model: nn.Module) -> nn.Module:
@@ -152,10 +142,6 @@ def test_distributed_data_parallel(tmp_path: Any) -> None:
     assert_same_training(ours, theirs)
 
 
-def _relu(b: Any, y: Tensor, x: Tensor) -> Tensor:
-    return F.relu(y)
-
-
 class Registered:
     """Subclasses of it are known by name, and have to be new."""
 
@@ -194,7 +180,7 @@ class Closed(Block):
 @pytest.mark.parametrize("make", [InRegister, OfMeta, Closed])
 def test_classes_that_watch_over_themselves(make: type[Block]) -> None:
     known, made = dict(Registered.known), list(_Meta.made)
-    ours, theirs = pair(lambda: make(_relu))
+    ours, theirs = pair(make)
     assert fused_count(ours) == 1
     assert fused_count(pickle.loads(pickle.dumps(ours))) == 1
     assert (Registered.known, _Meta.made) == (known, made)
@@ -231,7 +217,7 @@ def test_compiled_in_place_and_copied() -> None:
 
 
 def test_parametrized_since_and_pickled() -> None:
-    model = bnfast.fuse(Block(_relu, offset=nn.Parameter(torch.ones(1))))
+    model = bnfast.fuse(Block(offset=nn.Parameter(torch.ones(1))))
     parametrize.register_parametrization(model, "offset", nn.Identity())
     with pytest.raises(RuntimeError, match="only supported through state_dict"):
         pickle.dumps(model)

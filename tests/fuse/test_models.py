@@ -35,7 +35,6 @@ CASES = {
         lambda benchmarks: benchmarks.resnet50(width=8), (2, 3, 32, 32), 49, 16, 53, "benchmarks.resnet"
     ),
     "resnet18": Case(lambda tv: tv.models.resnet18(), IMAGE, 17, 8, 20),
-    "resnet50": Case(lambda tv: tv.models.resnet50(), IMAGE, 49, 16, 53),
     "resnet18, GroupNorm": Case(
         lambda tv: tv.models.resnet18(norm_layer=lambda c: nn.GroupNorm(8, c)), IMAGE, 17, 8, 20
     ),

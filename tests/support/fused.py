@@ -15,13 +15,18 @@ import bnfast
 CHANNELS = 4
 CONV = (CHANNELS, CHANNELS, 1)
 Make = Callable[[], nn.Module]
+FACTOR = 2.0  # some tests change it
+
+
+def relu(b: Any, y: Tensor, x: Tensor) -> Tensor:
+    return F.relu(y)
 
 
 class Block(nn.Module):
     """conv, norm, and then what `tail` does: tail(self, norm's output, block's input). The attributes may be
     modules and parameters, too."""
 
-    def __init__(self, tail: Callable[..., Any], **attributes: Any) -> None:
+    def __init__(self, tail: Callable[..., Any] = relu, **attributes: Any) -> None:
         super().__init__()
         self.conv, self.norm = nn.Conv2d(*CONV, bias=False), nn.BatchNorm2d(CHANNELS)
         self.kind = tail
@@ -36,9 +41,29 @@ def tail(function: Callable[..., Any], **attributes: Any) -> Make:
     return lambda: Block(function, **copy.deepcopy(attributes))
 
 
-def times(factor: Callable[[], Any]) -> Make:
-    """A block whose tail reads something that is neither its input nor its own."""
-    return tail(lambda b, y, x: F.relu(y) * factor())
+def times(factor: Callable[[Any], Any], **attributes: Any) -> Make:
+    """A block that multiplies its result by factor(block)."""
+    return tail(lambda b, y, x: F.relu(y) * factor(b), **attributes)
+
+
+def add_in_place(left: Tensor, right: Tensor) -> Tensor:
+    left += right
+    return left
+
+
+def written_shortcut(b: Any, y: Tensor, x: Tensor) -> Tensor:
+    shortcut = x * 2
+    return F.relu(add_in_place(b.other(shortcut), y)) * shortcut
+
+
+def around(factor: float) -> tuple[Callable[[Any], Any], Callable[[float], None]]:
+    """A function with a variable around it, two functions away, and one that sets the variable."""
+
+    def change(value: float) -> None:
+        nonlocal factor
+        factor = value
+
+    return (lambda: lambda b: (lambda: factor)())(), change
 
 
 class Residual(nn.Module):

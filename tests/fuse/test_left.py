@@ -16,56 +16,44 @@ from time import perf_counter
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 
-from tests.support.fusable_forms import add_in_place
-from tests.support.fused import CHANNELS, Block, Make, conv_norm_act, tail, times
+from tests.support import fused
+from tests.support.fused import Block, Make, add_in_place, conv_norm_act, data, pair, reason, tail, times
+from tests.support.training import assert_same_training, record
 
 
 class Settings:
     K = 2.0
 
 
-class WithAttributes(list[float]):
-    k: float
-
-
-class DictWithAttributes(dict[str, float]):
-    k: float
-
-
 SCALE = 2.0
+read_around, change_around = fused.around(2.0)
 TOTAL = 0
 CALLS: list[int] = []
-log = CALLS.append
 SET = {"slope": 2.0}
 get = SET.get
 ENVIRONMENT = os.environ
 FILE = sys.__stdin__
 QUEUE = collections.deque([2.0])
 VARIABLE = contextvars.ContextVar("VARIABLE", default=2.0)
-ITEMS = WithAttributes([1.0])
-PAIRS = DictWithAttributes(a=1.0)
+Returned = type("Returned", (nn.Conv2d,), {"forward": lambda self, x: x})
+ITEMS: Any = type("WithAttributes", (list,), {})([1.0])
 ORDERED: Any = collections.OrderedDict(a=1.0)
-ITEMS.k = PAIRS.k = ORDERED.k = 2.0
-
-
-@functools.lru_cache
-def cached() -> float:
-    return Settings.K
-
-
+ITEMS.k = ORDERED.k = 2.0
+cached = functools.lru_cache(lambda: Settings.K)
 cached()
 
 
 def state() -> list[Any]:
     """Everything that the blocks below write to."""
-    arrays = np.random.get_state()[1].tobytes()
-    return [TOTAL, [*CALLS], dict(vars(Settings)), dict(vars(state)), random.getstate(), arrays]
+    drawn = random.getstate(), np.random.get_state()[1].tobytes()
+    return [TOTAL, [*CALLS], read_around(None), dict(vars(Settings)), dict(vars(state)), *drawn]
 
 
 def asks(question: Callable[[Tensor], Any]) -> Make:
@@ -85,7 +73,7 @@ def _hooked() -> nn.Module:
 
 
 def _named_in() -> nn.Module:
-    return nn.Sequential(collections.OrderedDict({"in": nn.BatchNorm2d(CHANNELS), "out": nn.ReLU()}))
+    return nn.Sequential(collections.OrderedDict({"in": nn.BatchNorm2d(fused.CHANNELS), "out": nn.ReLU()}))
 
 
 # name: (block, words of the reason)
@@ -93,8 +81,6 @@ LEFT: dict[str, tuple[Make, str]] = {
     # What follows the layer is no activation, or something else is in the way.
     "no activation": (tail(lambda b, y, x: y), "its output is the block's"),
     "another module": (tail(lambda b, y, x: b.pool(y), pool=nn.MaxPool2d(2)), "MaxPool2d (pool) follows it"),
-    "dropout": (tail(lambda b, y, x: F.relu(b.drop(y)), drop=nn.Dropout()), "Dropout"),
-    "function between": (tail(lambda b, y, x: F.relu(F.dropout(y, 0.5, b.training))), "dropout"),
     "hook": (_hooked, "(2) has hooks"),
     "another use": (tail(lambda b, y, x: F.relu(y) + y), "another use"),
     "itself added": (tail(lambda b, y, x: F.relu(y + y)), "no other tensor"),
@@ -111,10 +97,16 @@ LEFT: dict[str, tuple[Make, str]] = {
     "added to what is used again": (
         tail(lambda b, y, x: F.relu(add_in_place(z := b.conv(x), y)) * z), "in place to a tensor",
     ),
+    "added to what a convolution with a forward of its own returns": (
+        tail(fused.written_shortcut, other=Returned(*fused.CONV)), "may write in place",
+    ),
     "statistics before the add": (
         tail(lambda b, y, x: F.relu(y + x * b.norm.running_mean[0])), "forward reads norm.running_mean too",
     ),
     "other hardtanh": (tail(lambda b, y, x: F.hardtanh(y, -1, 1)), "hardtanh"),
+    "other Identity": (
+        lambda: nn.Sequential(nn.BatchNorm2d(4), type("Other", (nn.Identity,), {})(), nn.ReLU()), "Other (1)",
+    ),
     "other ReLU": (lambda: conv_norm_act(type("Other", (nn.ReLU,), {})()), "Other"),
     "keyword": (_named_in, "in is no name"),
     # The forward may take another path the next time.
@@ -148,9 +140,7 @@ LEFT: dict[str, tuple[Make, str]] = {
         tail(lambda b, y, x: pytree.tree_map_only(Tensor, lambda t: t * 2, {"y": F.relu(y)})["y"]),
         "asks for the type",
     ),
-    "torch.jit.isinstance": (asks(lambda x: torch.jit.isinstance(x, Tensor)), "its input"),
     "torch.is_tensor": (asks(torch.is_tensor), "asks for the type"),
-    "is_lazy": (asks(nn.parameter.is_lazy), "asks for the type"),
     "Parameter": (asks(lambda x: isinstance(x, nn.Parameter)), "asks for the type"),
     "callable": (asks(lambda x: callable(x)), "asks whether something is callable"),
     "has_torch_function": (asks(lambda x: torch.overrides.has_torch_function((x,))), "which tells symbols"),
@@ -163,37 +153,37 @@ LEFT: dict[str, tuple[Make, str]] = {
     "__dict__": (tail(lambda b, y, x: F.relu(y) if b.__dict__ else y), "asks for __dict__"),
     "forward by its name": (tail(lambda b, y, x: F.relu(b.conv.forward(y))), "asks for forward"),
     "settings": (holds(Settings, lambda cfg: cfg.K), "reads thing"),
-    "os.environ": (times(lambda: float(os.environ.get("SCALE", 2.0))), "reads os.environ"),
-    "os.getenv": (times(lambda: float(os.getenv("SCALE", "2"))), "calls os.getenv"),
-    "environment by another name": (times(lambda: len(ENVIRONMENT)), "reads ENVIRONMENT"),
-    "clock": (times(lambda: time.time() and 2), "calls time.time"),
-    "clock by its name": (times(lambda: perf_counter() and 2), "calls perf_counter"),
+    "os.environ": (times(lambda b: float(os.environ.get("SCALE", 2.0))), "reads os.environ"),
+    "os.getenv": (times(lambda b: float(os.getenv("SCALE", "2"))), "calls os.getenv"),
+    "environment by another name": (times(lambda b: len(ENVIRONMENT)), "reads ENVIRONMENT"),
+    "clock": (times(lambda b: time.time() and 2), "calls time.time"),
+    "clock by its name": (times(lambda b: perf_counter() and 2), "calls perf_counter"),
     "clock held": (holds(time.monotonic, lambda clock: clock() and 2), "whose answer may change"),
-    "date": (times(lambda: datetime.datetime.now().year), "calls datetime.datetime.now"),
-    "recursion limit": (times(lambda: sys.getrecursionlimit()), "whose answer may change"),
-    "file": (times(lambda: 1 + len(open(os.devnull).read())), "calls open"),  # noqa: SIM115
-    "open file": (times(lambda: FILE and 1), "reads FILE"),
-    "deque": (times(lambda: QUEUE[0]), "QUEUE, which is or holds a deque"),
-    "all globals": (times(lambda: globals()["SCALE"]), "calls globals"),
-    "all of a class": (times(lambda: Settings.__dict__["K"]), "Settings.__dict__"),
-    "name computed": (times(lambda: getattr(Settings, (lambda: "K")())), "by a name that it computes"),
-    "dict.get": (times(lambda: get("slope")), "get, which belongs to a dict"),
+    "date": (times(lambda b: datetime.datetime.now().year), "calls datetime.datetime.now"),
+    "recursion limit": (times(lambda b: sys.getrecursionlimit()), "whose answer may change"),
+    "file": (times(lambda b: 1 + len(open(os.devnull).read())), "calls open"),  # noqa: SIM115
+    "open file": (times(lambda b: FILE and 1), "reads FILE"),
+    "deque": (times(lambda b: QUEUE[0]), "QUEUE, which is or holds a deque"),
+    "all globals": (times(lambda b: globals()["SCALE"]), "calls globals"),
+    "all of a class": (times(lambda b: Settings.__dict__["K"]), "Settings.__dict__"),
+    "name computed": (times(lambda b: getattr(Settings, (lambda: "K")())), "by a name that it computes"),
+    "dict.get": (times(lambda b: get("slope")), "get, which belongs to a dict"),
     "dict.get held": (holds(SET.get, lambda get: get("slope")), "get, which belongs to a dict"),
     "dict.get in a tuple": (holds((SET.get,), lambda held: held[0]("slope")), "get, which belongs to a dict"),
-    "list.append": (times(lambda: log(1) or 2), "append, which belongs to a list"),
-    "list.append held": (holds(CALLS.append, lambda log: log(1) or 2), "append, which belongs to a list"),
-    "ContextVar.get": (times(lambda: VARIABLE.get()), "VARIABLE"),
-    "ContextVar.get held": (holds(VARIABLE.get, lambda get: get()), "get, which belongs to a ContextVar"),
-    "attribute of a list": (times(lambda: ITEMS.k), "a WithAttributes, which has attributes"),
+    "ContextVar.get": (times(lambda b: VARIABLE.get()), "VARIABLE"),
+    "attribute of a list": (times(lambda b: ITEMS.k), "a WithAttributes, which has attributes"),
     "attribute of a list held": (holds(ITEMS, lambda held: held.k), "which has attributes"),
-    "attribute of a dict": (times(lambda: PAIRS.k), "a DictWithAttributes, which has attributes"),
-    "attribute of an OrderedDict": (times(lambda: ORDERED.k), "a OrderedDict, which has attributes"),
-    "attrgetter": (times(lambda: operator.attrgetter("K")(Settings)), "attrgetter"),
-    "lru_cache": (times(lambda: cached()), "a _lru_cache_wrapper"),
+    "attribute of an OrderedDict": (times(lambda b: ORDERED.k), "a OrderedDict, which has attributes"),
+    "attrgetter": (times(lambda b: operator.attrgetter("K")(Settings)), "attrgetter"),
+    "lru_cache": (times(lambda b: cached()), "a _lru_cache_wrapper"),
+    "class that copies itself": (
+        type("Own", (Block,), {"__getstate__": lambda self: self.__dict__}), "Own is copied or pickled in",
+    ),
     # It writes to what is not its own.
-    "attribute of a class set by name": (times(lambda: setattr(Settings, "last", 1) or 2), "calls setattr"),
+    "variable of a function written": (times(lambda b: change_around(3.0) or 2), "writes to factor"),
+    "attribute of a class set by name": (times(lambda b: setattr(Settings, "last", 1) or 2), "calls setattr"),
     "list held": (holds([0], lambda seen: seen.append(1) or 2), "writes to thing"),
-    "list written": (times(lambda: CALLS.append(1) or 2), "writes to CALLS"),
+    "list written": (times(lambda b: CALLS.append(1) or 2), "writes to CALLS"),
 }  # fmt: skip
 
 
@@ -265,3 +255,20 @@ def attribute_of_a_class_set(b: Any, y: Tensor, x: Tensor) -> Tensor:
 def attribute_of_a_function_set(b: Any, y: Tensor, x: Tensor) -> Tensor:
     state.last = y  # type: ignore[attr-defined]
     return F.relu(y)
+
+
+@pytest.mark.usefixtures("plain_torch")
+@pytest.mark.parametrize("name", LEFT)
+def test_leaves(name: str, calls: list[tuple[str | None, bool]]) -> None:
+    make, words = LEFT[name]
+    before = state()
+    ours, theirs = pair(make)
+    found = reason(ours)
+    assert words in found
+    assert state() == before
+    assert {n: v for n, v in vars(ours).items() if n[0] != "_"} == {
+        n: v for n, v in vars(theirs).items() if n[0] != "_"
+    }
+    assert type(ours) is type(theirs)
+    assert_same_training(record(ours, data()), record(theirs, data()))
+    assert calls == 3 * [(None, False)]
