@@ -15,7 +15,6 @@ import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from time import monotonic
 from typing import Any
 
@@ -39,7 +38,6 @@ FEWEST_ROUNDS = 3  # for quartiles to mean something, even if the time is up
 WARM_UP = 3  # steps: the first compiles and tries algorithms, the second has momentum to add to
 LEARNING_RATE, MOMENTUM = 0.01, 0.9
 FACTOR = 3.0
-LATE = "no time left"
 
 
 @dataclass(frozen=True)
@@ -158,11 +156,6 @@ class Contestant:
     def fail(self, why: str) -> None:
         self.record, self.step, self.run = replace(self.record, status=CANNOT, note=why), None, None
 
-    def make_ready(self, step: Step, losses: int, pool: Any) -> None:
-        run, peak = step.ready(self.record.mode, pool)
-        self.losses = curve(step, run, losses)
-        self.record, self.step, self.run = replace(self.record, peak_MB=peak / 1e6), step, run
-
     def compare(self, reference: Tensor, limit: float) -> None:
         if self.losses is None:
             return
@@ -182,7 +175,7 @@ class Contestant:
 
 
 @contextlib.contextmanager
-def excused(*contestants: Contestant) -> Iterator[None]:
+def excused(contestants: Sequence[Contestant]) -> Iterator[None]:
     """Whatever is raised inside becomes the reason why these cannot be measured."""
     try:
         yield
@@ -191,15 +184,15 @@ def excused(*contestants: Contestant) -> Iterator[None]:
             contestant.fail(one_line(error))
 
 
-def make_ready(contestants: Sequence[Contestant], make: Callable[[], Step], losses: int, pool: Any) -> None:
+def make_ready(contestants: Sequence[Contestant], step: Step, losses: int, pool: Any) -> None:
     """Of one variant, in all modes."""
-    with excused(*contestants):
-        step = make()
-        timing.on_a_side_stream(timing.repeated(step, WARM_UP))  # as a capture wants it
-        free()  # what is cached for that stream is of no use to others
-        for contestant in contestants:
-            with excused(contestant):
-                contestant.make_ready(step, losses, pool)
+    timing.on_a_side_stream(timing.repeated(step, WARM_UP))  # as a capture wants it
+    free()  # what is cached for that stream is of no use to others
+    for each in contestants:
+        with excused([each]):
+            run, peak = step.ready(each.record.mode, pool)
+            each.losses = curve(step, run, losses)
+            each.record, each.step, each.run = replace(each.record, peak_MB=peak / 1e6), step, run
 
 
 def measure_stage(
@@ -211,15 +204,14 @@ def measure_stage(
     for variant in progress(variants, desc=f"batch {size}, making ready"):
         own = [Contestant(beginning(task, variant, mode, batch[0])) for mode in MODES]
         contestants += own
-        if monotonic() >= end:
-            for each in own:
-                each.fail(LATE)
-        else:
-            make_ready(own, partial(Step, variant, task, *batch), effort.losses, pool)
-            free()
+        with excused(own):
+            if monotonic() >= end:
+                raise TimeoutError("no time left")
+            make_ready(own, Step(variant, task, *batch), effort.losses, pool)
+        free()
     first, *others = contestants
     if first.losses is not None:
-        with excused(first):
+        with excused([first]):
             limit = allowed(task, *batch, first.losses, effort.orders)
             for each in others:
                 each.compare(first.losses, limit)
@@ -227,7 +219,7 @@ def measure_stage(
         if number >= FEWEST_ROUNDS and monotonic() >= end:
             break
         for each in reversed(contestants) if number % 2 else contestants:
-            with excused(each):
+            with excused([each]):
                 each.sample(effort.steps)
     return [each.result() for each in contestants]
 

@@ -171,7 +171,7 @@ def test_nothing_is_begun_after_the_budget(monkeypatch: pytest.MonkeyPatch) -> N
     lines = list(measure_steps(SMALL, (4, 2), 2.5, (PLAIN, PLAIN), many))
     assert [line.status for line in lines] == [MEASURED] * 2 + [CANNOT] * 10
     assert {line.rounds for line in lines[:2]} == {3}
-    assert {line.note for line in lines[2:]} == {"no time left"}
+    assert {line.note for line in lines[2:]} == {"TimeoutError: no time left"}
     assert {line.suite for line in lines[:6]} == {"stage 1"} != {line.suite for line in lines[6:]}
     assert measured(TORCH, effort=many)["torch"].rounds == 7
 
