@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pytest
@@ -45,7 +45,13 @@ def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Machine:
 @pytest.fixture
 def restarts(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     found: list[str] = []
-    monkeypatch.setattr(os, "execve", lambda python, command, variables: found.append(python))
+
+    def execve(python: str, command: Sequence[str], variables: Mapping[str, str]) -> None:
+        assert command == [python, *sys.orig_argv[1:]]
+        assert variables[environment.RESTARTED] == python
+        found.append(python)
+
+    monkeypatch.setattr(os, "execve", execve)
     return found
 
 
