@@ -15,10 +15,7 @@ from benchmarks.suites import LAYOUTS, SUITES
 DEFAULT = "first-look"
 # Named here and not asked of their modules, which need torch.
 DTYPES = ("bf16", "fp16", "fp32")
-PARTS = (
-    "correctness", "machine", "resnet50", "groupnorm", "step", "compiled", "cudnn-frontend", "latencies",
-    "tiles", "sanitizer",
-)  # fmt: skip
+PARTS = ("correctness", "machine", "resnet50", "groupnorm", "step", "compiled", "cudnn-frontend", "tiles")
 BASELINES = ("torch", "native", "cudnn-op", "cudnn-frontend", "compile", "compile-max")
 
 
@@ -39,7 +36,10 @@ def parser() -> argparse.ArgumentParser:
         return job.add_argument
 
     about = "the default: train a network with torch.nn and with bnfast, and go through the layers of others"
-    trains(add(DEFAULT, "first_look", about))
+    option = add(DEFAULT, "first_look", about)
+    layers = f"of the network that is trained: {', '.join(LAYERS)} (default: %(default)s)"
+    option("--layer", choices=LAYERS, default=LAYERS[0], metavar="LAYER", help=layers)
+    option("--epochs", type=positive, default=6, help="of each training run (default: %(default)s)")
 
     option = add("run", "layers", "predict every normalization layer of some networks; on a GPU, time it")
     names = f"which networks: {', '.join(SUITES)} or all (default: %(default)s)"
@@ -55,12 +55,6 @@ def parser() -> argparse.ArgumentParser:
     )
     option("--quick", action="store_true", help="fewer readings, L2 cold only, no CUDA graphs")
 
-    option = add("step", "step", "time a training step of ResNet-50 with torch.nn, torch.compile, bnfast")
-    sizes = "images of a step, in this order (default: 256 64 32); a CPU has a tiny network instead"
-    option("--batch", type=positive, nargs="+", default=[256, 64, 32], metavar="N", help=sizes)
-    ends = "begin nothing new after so many (default: no end)"
-    option("--budget", type=positive, metavar="SECONDS", help=ends)
-
     option = add("gpu", "battery", "run what needs a GPU, what matters most first, in at most nine minutes")
     option("--limit", type=positive, default=540, metavar="SECONDS", help="(default: %(default)s)")
     only = f"only these, of {', '.join(PARTS)} (default: all)"
@@ -75,13 +69,7 @@ def parser() -> argparse.ArgumentParser:
 
     about = "make the section on performance of docs/benchmarks.md from benchmarks/results"
     add("readme", "report:write_readme", about, results=False)
-    add("memory", "memory", "count what ResNet-50 keeps for its backward")
     add("host", "host", "time what an eager call costs the host, with a GPU's driver made up")
-
-    option = add("digits", "digits", "train a network with a layer of torch.nn and with bnfast's")
-    layers = f"{', '.join(LAYERS)} (default: %(default)s)"
-    option("--layer", choices=LAYERS, default=LAYERS[0], metavar="LAYER", help=layers)
-    trains(option)
     return whole
 
 
@@ -90,12 +78,6 @@ def positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is no whole number above 0")
     return int(text)
-
-
-def trains(option: Callable[..., Any]) -> None:
-    """The options of jobs that train."""
-    option("--epochs", type=positive, default=6, help="of each training run (default: %(default)s)")
-    option("--seed", type=int, default=0, help="of network and batches (default: %(default)s)")
 
 
 def main(arguments: list[str]) -> int:

@@ -10,7 +10,6 @@ import argparse
 import contextlib
 import dataclasses
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -21,22 +20,11 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import (
-    ROOT,
-    cudnn,
-    machine,
-    measure,
-    predict,
-    records,
-    report,
-    stamp,
-    step,
-    suites,
-    tile_sweep,
-)
+from benchmarks import ROOT, cudnn, measure, predict, records, report, stamp, step, suites, tile_sweep
 from benchmarks.baselines import lacks
 from benchmarks.cases import of_network
 from benchmarks.layers import Run
+from benchmarks.machine import copies
 from benchmarks.records import CANNOT, MEASURED, Record
 from benchmarks.session import Session, begin, paragraph, progress
 from benchmarks.suites import Network
@@ -45,72 +33,44 @@ SUMMARY = 15.0  # seconds, for what comes before and after the parts
 LAST_WORDS = 5.0  # seconds, for a process that was interrupted
 FEWEST_SECONDS = 8.0  # for a process to begin at all
 EARLIER = 3.0  # a process that measures ends by itself so many seconds before it would be interrupted
-# What compute-sanitizer runs, many times slower: whole channels_last rows, planes, and a row a channel.
-SANITIZED = (
-    "-m", "gpu", "tests/gpu/test_parity.py",
-    "-k", "forms- and bfloat16 and (9x24x50 or 6x24x14x14 or 200x24)",
-)  # fmt: skip
 # The tests for a GPU, what matters most first: (files, which of their tests). Each is a process of its own,
 # since one compiles the kernels of all its tests before the first of them runs; so the first one is small.
 MOST_TELLING = "forms- or hostile-"
-TESTS: dict[str, tuple[tuple[str, ...], str]] = {
-    "correctness": (("gpu/test_parity",), MOST_TELLING),
-    "correctness-runtime": (
-        (
-            "gpu/test_measure",
-            "gpu/test_step",
-            "gpu/test_streams",
-            "gpu/test_hostpath",
-            "kernels/test_results",
-        ),
-        "",
-    ),
-    "correctness-fused": (("gpu/test_fused",), ""),
-    "correctness-rest": (("gpu/test_parity", "kernels/test_hostile"), f"not ({MOST_TELLING})"),
-    "correctness-shapes": (("gpu/test_large",), ""),
+TESTS = {
+    "correctness": ("gpu/test_parity", MOST_TELLING),
+    "correctness-runtime": ("gpu/test_measure gpu/test_streams gpu/test_hostpath kernels/test_results", ""),
+    "correctness-fused": ("gpu/test_fused", ""),
+    "correctness-rest": ("gpu/test_parity kernels/test_hostile", f"not ({MOST_TELLING})"),
+    "correctness-shapes": ("gpu/test_large", ""),
 }
-PYTEST = (sys.executable, "-m", "pytest")
 LATE = "out of time; "
 Work = Callable[[Session, float], Iterable[Record]]
-Commands = dict[str, Sequence[str]]
-
-
-def present() -> str | None:
-    return None
 
 
 @dataclass(frozen=True)
 class Part:
     """seconds: its share, as large as the others' are; what it leaves goes to those after it. work: makes
-    records, in a process of its own; or commands: of a session's folder, by name. needed: the command that
-    fails the part if it does not end in time. absent: why it cannot run here; None if it can."""
+    records, in a process of its own; without it TESTS are run, each in its own, and the part fails if the
+    one of its name does not end in time. package: without which it cannot run."""
 
     name: str
     seconds: float
     work: Work | None = None
-    commands: Callable[[Path], Commands] | None = None
-    needed: str = ""
-    absent: Callable[[], str | None] = present
+    package: str = ""
 
-
-def correctness(folder: Path) -> Commands:
-    commands: Commands = {}
-    for name, (files, selected) in TESTS.items():
-        xml = folder.absolute() / f"{name}.xml"
-        options = ["-v", "--tb=short", "-m", "gpu", "--maxfail=50", f"--junitxml={xml}"]
-        options += ["-k", selected] if selected else []
-        commands[name] = [*PYTEST, *options, *(f"tests/{file}.py" for file in files)]
-    return commands
-
-
-def compute_sanitizer() -> str | None:
-    return shutil.which("compute-sanitizer", path=f"{os.environ.get('PATH')}:/usr/local/cuda/bin")
-
-
-def sanitizer(folder: Path) -> Commands:
-    watched = ["--error-exitcode", "9", *PYTEST, "-q", "-x", *SANITIZED]
-    program = compute_sanitizer() or ""
-    return {f"sanitizer-{tool}": [program, "--tool", tool, *watched] for tool in ("memcheck", "racecheck")}
+    def commands(self, session: Session) -> dict[str, list[str]]:
+        """By the names of their processes."""
+        folder = session.folder.absolute()
+        if self.work:
+            given = [self.name, str(folder), str(session.device)]
+            return {self.name: [sys.executable, "-m", "benchmarks.battery", *given]}
+        commands = {}
+        for name, (files, selected) in TESTS.items():
+            options = ["-v", "--tb=short", "-m", "gpu", "--maxfail=50", f"--junitxml={folder / name}.xml"]
+            options += ["-k", selected] if selected else []
+            paths = [f"tests/{file}.py" for file in files.split()]
+            commands[name] = [sys.executable, "-m", "pytest", *options, *paths]
+        return commands
 
 
 def of_suite(
@@ -131,7 +91,7 @@ def of_suite(
 
 
 def steps(session: Session, seconds: float) -> Iterator[Record]:
-    return step.measure_steps(step.Task(session.device), step.BATCHES, seconds, step.STAGES, step.EFFORT)
+    return step.measure_steps(step.Task(session.device), step.BATCHES, seconds, step.STAGES)
 
 
 LAST, BOTH = suites.LAYOUTS[::-1], (torch.bfloat16, torch.float16)
@@ -139,19 +99,15 @@ SHORT = measure.Method(rounds=7)
 COLD = measure.Method(rounds=7, caches=("cold",), graph=False)
 RESNET, UNET = (suites.RESNET50, "resnet50"), (suites.SD15_UNET, "sd-unet")
 PARTS = (
-    Part("correctness", 120, commands=correctness, needed="correctness"),
-    Part("machine", 25, lambda session, seconds: machine.copies(session.device)),
-    Part("resnet50", 150, of_suite(*RESNET, LAST, BOTH, ("torch", "native", "cudnn-op"), SHORT)),
-    Part("groupnorm", 45, of_suite(*UNET, suites.LAYOUTS, BOTH[:1], ("torch",), SHORT)),
-    Part("step", 80, steps),
-    Part("compiled", 45, of_suite(*RESNET, LAST[:1], BOTH[:1], ("compile", "compile-max"), COLD)),
-    Part("cudnn-frontend", 15, of_suite(*RESNET, LAST[:1], BOTH, ("cudnn-frontend",), SHORT),
-         absent=lambda: lacks(cudnn.PACKAGE)),
-    Part("latencies", 20, lambda session, seconds: machine.launches(session.device)),
-    Part("tiles", 20, lambda session, seconds: tile_sweep.sweep(session.device)),
-    Part("sanitizer", 20, commands=sanitizer,
-         absent=lambda: None if compute_sanitizer() else "compute-sanitizer is not on this machine"),
-)  # fmt: skip
+    Part("correctness", 120),
+    Part("machine", 25, lambda session, seconds: copies(session.device)),
+    Part("resnet50", 165, of_suite(*RESNET, LAST, BOTH, ("torch", "native", "cudnn-op"), SHORT)),
+    Part("groupnorm", 50, of_suite(*UNET, suites.LAYOUTS, BOTH[:1], ("torch",), SHORT)),
+    Part("step", 90, steps),
+    Part("compiled", 50, of_suite(*RESNET, LAST[:1], BOTH[:1], ("compile", "compile-max"), COLD)),
+    Part("cudnn-frontend", 15, of_suite(*RESNET, LAST[:1], BOTH, ("cudnn-frontend",), SHORT), cudnn.PACKAGE),
+    Part("tiles", 25, lambda session, seconds: tile_sweep.sweep(session.device)),
+)
 
 
 def process(session: Session, name: str, command: Sequence[str], seconds: float) -> Record:
@@ -188,15 +144,12 @@ def run_part(session: Session, part: Part, seconds: float) -> None:
     """Its records go to NAME.csv, the output of its processes to files of their names, its fate to the
     summary: rather a failure than that it was late."""
     start, path = time.monotonic(), session.folder / f"{part.name}.csv"
-    why = part.absent()
+    why = lacks(part.package) if part.package else None
     if why is not None:
         session.note(part.name, "NOT RUN", why)
         return
-    given = (part.name, str(session.folder.absolute()), str(session.device))
-    measuring = [sys.executable, "-m", "benchmarks.battery", *given]
-    commands = part.commands(session.folder) if part.commands else {part.name: measuring}
     late, failed = "", ""
-    for name, command in commands.items():
+    for name, command in part.commands(session).items():
         left = start + seconds - LAST_WORDS - time.monotonic()
         if left < FEWEST_SECONDS:
             late = late or f"; no time was left for {name}"
@@ -205,14 +158,17 @@ def run_part(session: Session, part: Part, seconds: float) -> None:
             command = [*command, str(time.time() + left - EARLIER)]
         record = process(session, name, command, left)
         records.append(path, [dataclasses.replace(record, **stamp.columns(session.device))])
-        if record.status == CANNOT and record.note.startswith(LATE) and name != part.needed:
+        if record.status == CANNOT and record.note.startswith(LATE) and (part.work or name != part.name):
             late = late or f"; {name}: {record.note}"
         elif record.status == CANNOT:
             failed = failed or f"; {name}: {record.note}"
+    found = records.read(path) if path.exists() else records.frame([])
+    wrong = found["variant"][found["note"].str.contains(measure.WRONG)]
+    ours = ", ".join(sorted({*wrong} - (measure.BASELINES.keys() - {"bnfast"})))
+    failed = failed or (f"; {ours}: {measure.WRONG}" if ours else "")
     state = "FAIL" if failed else "PART" if late else "DONE"
-    count = len(records.read(path)) if path.exists() else 0
     took = time.monotonic() - start
-    session.note(part.name, state, f"{count} records in {took:.0f} s{failed or late}")
+    session.note(part.name, state, f"{len(found)} records in {took:.0f} s{failed or late}")
 
 
 def main(name: str, folder: str, device: str, end: str) -> None:

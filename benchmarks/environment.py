@@ -15,11 +15,14 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import importlib.util
+import itertools
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, NoReturn
+from textwrap import shorten
+from typing import TYPE_CHECKING, NoReturn
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -36,22 +39,11 @@ TO_BENCHMARK = {name: name for name in ("torch", "numpy", "pandas", "tqdm", "mat
 TO_BENCHMARK["sklearn"] = "scikit-learn"
 if sys.platform == "linux":
     TO_BENCHMARK["triton"] = "triton"
-TO_TEST = {**TO_BENCHMARK, "pytest_benchmark": "pytest-benchmark"}
-TO_TEST.update((name, name) for name in ("pytest", "hypothesis", "expecttest", "ruff", "mypy"))
-
-
-class Step(NamedTuple):
-    """What pip is told to do. If an optional step fails, the rest goes on."""
-
-    title: str
-    arguments: tuple[str, ...]
-    optional: bool = False
+TO_TEST = TO_BENCHMARK | {name: name for name in ("pytest", "hypothesis", "expecttest", "ruff", "mypy")}
 
 
 INSTALL = ("install", "--retries", "2")
-# Some Pythons put an old setuptools into a new environment, where it would hide the one below.
-UNCOVER = Step("removing what hides the packages below", ("uninstall", "-y", "setuptools"), optional=True)
-ITSELF = Step("bnfast itself", (*INSTALL, "--no-deps", "--no-build-isolation", "-e", str(ROOT)))
+ITSELF = (*INSTALL, "--no-deps", "--no-build-isolation", "-e", str(ROOT))
 
 
 def say(text: str) -> None:
@@ -64,10 +56,6 @@ def stop(*lines: str) -> NoReturn:
     sys.exit(1)
 
 
-def python_of(folder: Path) -> Path:
-    return folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
-
-
 def venv_folder() -> Path:
     return Path(os.environ.get("BNFAST_VENV") or ROOT / ".venv").absolute()
 
@@ -77,11 +65,9 @@ def pins(*names: str) -> dict[str, list[str]]:
     name a package, the last one counts."""
     found: dict[str, list[str]] = {}
     for name in names:
-        lines = (ROOT / name).read_text(encoding="utf-8").splitlines()
         own: dict[str, list[str]] = {}
-        for line in lines:
-            if "==" in line and not line.startswith("#"):
-                own.setdefault(line.partition("==")[0], []).append(line)
+        for line in re.findall(r"^\w.*==.*$", (ROOT / name).read_text(encoding="utf-8"), re.MULTILINE):
+            own.setdefault(line.partition("==")[0], []).append(line)
         found.update(own)
     return found
 
@@ -112,16 +98,13 @@ def usable_torch() -> bool:
     return (int(major), int(minor)) >= OLDEST_TORCH
 
 
-def packages_below() -> list[str]:
-    """The folders of the packages that this Python has."""
-    return [entry for entry in sys.path if Path(entry).name in ("site-packages", "dist-packages")]
-
-
-def build(folder: Path, installs: Sequence[Step], below: Sequence[str]) -> Path:
+def build(
+    folder: Path, installs: Sequence[Sequence[str]], below: Sequence[str] = (), optional: bool = False
+) -> Path:
     """Makes an environment that sees the packages in the folders `below` after its own, unless this one was
     finished; one that was cut short is taken up again, and one of another Python is emptied. Returns its
-    Python."""
-    python, mark, version = python_of(folder), folder / STAMP, "{}.{}".format(*sys.version_info)
+    Python. installs: what pip is told to do; if it is `optional` and fails, the rest goes on."""
+    python, mark, version = folder / "bin" / "python", folder / STAMP, "{}.{}".format(*sys.version_info)
     total = hashlib.sha256(repr((ROOT, installs, below)).encode())
     for name in ("setup.py", "pyproject.toml"):
         total.update((ROOT / name).read_bytes())
@@ -132,19 +115,20 @@ def build(folder: Path, installs: Sequence[Step], below: Sequence[str]) -> Path:
     if not made and folder.exists() and any(folder.iterdir()):
         stop(f"{folder} was not made by this command: start it with that Python, or set BNFAST_VENV.")
     clear = ["--clear"] * bool(made and made[0] != version)
-    run(f"the environment {folder}", (sys.executable, "-m", "venv", *clear, str(folder)))
+    run(sys.executable, "-m", "venv", *clear, str(folder))
     mark.write_text(version)
     next(folder.rglob("site-packages")).joinpath("packages_below.pth").write_text("\n".join(below) + "\n")
     pip = (str(python), "-m", "pip", "-qq", "--disable-pip-version-check")
-    done = [run(each.title, (*pip, *each.arguments), each.optional) for each in (*installs, ITSELF)]
+    done = [run(*pip, *each, optional=optional) for each in installs]
+    run(*pip, *ITSELF)
     if all(done):
         mark.write_text(" ".join(finished))
     return python
 
 
-def run(title: str, command: Sequence[str], optional: bool = False) -> bool:
+def run(*command: str, optional: bool = False) -> bool:
     """Whether a command succeeded. If one fails that is not optional, this ends the program."""
-    say(title)
+    say(shorten(" ".join(command), 200, placeholder=" ..."))
     if subprocess.call(command, cwd=ROOT) == 0:
         return True
     if not optional:
@@ -162,36 +146,27 @@ def separate(folder: Path, names: Sequence[str]) -> Path:
     alone: see requirements.txt."""
     wanted = pins(*names)
     torch = wanted.pop("torch")
-    rest = [line for lines in wanted.values() for line in lines]
-    title = f"{torch[0]} (0.2 GB without CUDA, about 3 GB with it)"
-    installs = [Step(title, (*INSTALL, *torch)), Step("the rest of requirements.txt", (*INSTALL, *rest))]
-    return build(folder, installs, [])
+    return build(folder, [(*INSTALL, *torch), (*INSTALL, *itertools.chain(*wanted.values()))])
 
 
-def layered(folder: Path, requirements: Sequence[str]) -> Path:
-    """The Python of an environment like this one, but with `requirements` in place of what it has."""
-    options = ("--no-deps", "--ignore-installed")
-    added = Step(" ".join(requirements), (*INSTALL, *options, *requirements))
-    return build(folder, [UNCOVER, added], packages_below())
+def layered(folder: Path, requirements: Sequence[str], instead: bool = True) -> Path:
+    """The Python of an environment like this one, but with `requirements` in place of what it has; if not
+    `instead`, beside it, where they can be had."""
+    below = [entry for entry in sys.path if Path(entry).name in ("site-packages", "dist-packages")]
+    options = ("--no-deps", "--ignore-installed") if instead else ()
+    # Some Pythons put an old setuptools into a new environment, where it would hide the one below.
+    installs = [
+        ("uninstall", "-y", "setuptools"),
+        *([(*INSTALL, *options, *requirements)] if requirements else []),
+    ]
+    return build(folder, installs, below, optional=not instead)
 
 
 def completed(folder: Path) -> Path:
     """The Python of an environment like this one, with what this one lacks for either command."""
     names = [TO_TEST[name] for name in missing(TO_TEST) if name != OURSELVES]
     names += [name for name in ("setuptools", "wheel") if not importable(name)]
-    lines = [line for name in names for line in pins("requirements.txt")[name]]
-    added = [Step(", ".join(names), (*INSTALL, *lines), optional=True)] if names else []
-    return build(folder, [UNCOVER, *added], packages_below())
-
-
-def restart(python: Path) -> NoReturn:
-    """The same command again, in another Python."""
-    command = [str(python), *sys.orig_argv[1:]]
-    sys.stdout.flush()
-    environment = {**os.environ, RESTARTED: str(python)}
-    if os.name == "nt":
-        sys.exit(subprocess.call(command, env=environment))
-    os.execve(command[0], command, environment)
+    return layered(folder, [line for name in names for line in pins("requirements.txt")[name]], instead=False)
 
 
 def ensure(wanted: Mapping[str, str] = TO_BENCHMARK) -> list[str]:
@@ -215,4 +190,7 @@ def ensure(wanted: Mapping[str, str] = TO_BENCHMARK) -> list[str]:
     if not (folder / STAMP).exists():
         say(f"this Python ({sys.executable}) lacks {', '.join(lacking)}.")
         say(f"Preparing an environment in {folder}: once, some minutes. BNFAST_NO_SETUP=1 prevents it.")
-    restart(completed(folder) if usable_torch() else separate(folder, ["requirements.txt"]))
+        say("PyTorch, where it is lacking, is the largest part: 0.2 GB without CUDA, about 3 GB with it.")
+    python = str(completed(folder) if usable_torch() else separate(folder, ["requirements.txt"]))
+    sys.stdout.flush()
+    os.execve(python, [python, *sys.orig_argv[1:]], {**os.environ, RESTARTED: python})

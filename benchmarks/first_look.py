@@ -7,7 +7,7 @@ import argparse
 import pandas as pd
 import torch
 
-from benchmarks import LAYERS, digits, layers, memory, predict, records, tables
+from benchmarks import digits, layers, memory, predict, records, tables
 from benchmarks.cases import of_network
 from benchmarks.session import Session, as_text, begin, section
 from benchmarks.suites import RESNET50, SUITES
@@ -47,10 +47,9 @@ def networks(session: Session) -> None:
 
 def run(options: argparse.Namespace, lacking: list[str]) -> int:
     """All parts. Returns 1 if anything disagreed, else 0; a part that could not run is only named."""
-    title = "bnfast, a first look: does it train like torch.nn, do its kernels agree, what do they move?"
-    session = begin(options, lacking, title)
-    digits.train_twice(session, LAYERS[0], options.epochs, options.seed)
-    digits.train_with_kernels(session, LAYERS[0])
+    session = begin(options, lacking, "bnfast, a first look: does it train like torch.nn, what does it move?")
+    digits.train_twice(session, options.layer, options.epochs)
+    digits.train_with_kernels(session, options.layer)
     resnet(session)
     networks(session)
     memory.show(session, "5. Memory")

@@ -7,60 +7,56 @@ the CPU: its host time without a GPU's driver too, and a little arithmetic."""
 from __future__ import annotations
 
 import argparse
-import dataclasses
 from collections.abc import Callable, Iterator
 from functools import partial
+from statistics import median
 
+import pandas as pd
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 import bnfast
-from benchmarks import records, stamp
-from benchmarks.records import MEASURED, Record
+from benchmarks import stamp
 from benchmarks.session import as_text, begin, section
-from benchmarks.timing import Spread, one_thread
+from benchmarks.timing import one_thread
 from codegen import why_not_compiled
 
 ROUNDS, CALLS = 40, 50
 Call = Callable[[], Tensor]
 
 
-def calls() -> dict[tuple[str, str], tuple[Call, Call]]:
-    """(function, with or without gradient): ours and torch's."""
-    x, rows = torch.randn(2, 4, 2, 2), torch.randn(4, 64)
-    found: dict[tuple[str, str], tuple[Call, Call]] = {}
-    for gradient in (False, True):
-        affine = [torch.full((4,), value, requires_grad=gradient) for value in (1.0, 0.0)]
-        wide = [torch.full((64,), value, requires_grad=gradient) for value in (1.0, 0.0)]
+def calls() -> Iterator[tuple[str, Call, Call]]:
+    """Function, with or without gradient; ours; torch's."""
+    for mode in ("without gradient", "with gradient"):
+        few, many = (
+            [torch.full((size,), value, requires_grad=mode == "with gradient") for value in (1.0, 0.0)]
+            for size in (4, 64)
+        )
+        x = torch.randn(2, 4, 2, 2)
         given = {
-            "batch_norm": (x, torch.zeros(4), torch.ones(4), *affine, True),
-            "group_norm": (x, 2, *affine),
-            "instance_norm": (x, None, None, *affine),
-            "layer_norm": (rows, (64,), *wide),
+            "batch_norm": (x, torch.zeros(4), torch.ones(4), *few, True),
+            "group_norm": (x, 2, *few),
+            "instance_norm": (x, None, None, *few),
+            "layer_norm": (torch.randn(4, 64), (64,), *many),
         }
         for name, arguments in given.items():
             ours, theirs = (partial(getattr(library, name), *arguments) for library in (bnfast.functional, F))
-            found[name, "with gradient" if gradient else "without gradient"] = ours, theirs
-    return found
+            yield f"{name}, {mode}", ours, theirs
 
 
-def measure() -> Iterator[Record]:
-    """Two records for each of `calls`: bnfast's and torch's. Their readings take turns."""
+def measure() -> pd.DataFrame:
+    """A row for each of `calls`: microseconds of both, whose readings take turns."""
     from codegen.fake_driver import host_microseconds  # needs Triton
     from codegen.launches import as_on_a_gpu
 
+    rows = []
     with one_thread(), as_on_a_gpu():
-        for (name, mode), pair in calls().items():
-            for call in pair:
-                call()
+        for name, *pair in calls():
             readings = [[host_microseconds(call, CALLS) for call in pair] for _ in range(ROUNDS)]
-            for variant, samples in zip(("bnfast", "torch"), zip(*readings, strict=True), strict=True):
-                spread = {key: round(value, 2) for key, value in Spread.of(samples).columns().items()}
-                yield Record(
-                    "host", MEASURED, variant, name, direction="forward", mode="eager",
-                    host_us=spread.pop("us"), note=mode, **spread,
-                )  # fmt: skip
+            ours, theirs = map(median, zip(*readings, strict=True))
+            rows.append((name, ours, theirs, ours / theirs))
+    return pd.DataFrame(rows, columns=["function", "bnfast us", "torch us", "ratio"]).round(2)
 
 
 def run(options: argparse.Namespace, lacking: list[str]) -> int:
@@ -70,11 +66,8 @@ def run(options: argparse.Namespace, lacking: list[str]) -> int:
     if why_not:
         session.note("host", "NOT RUN", why_not)
         return session.close()
-    found = [dataclasses.replace(r, **stamp.columns(session.device)) for r in measure()]
-    records.append(session.folder / "host.csv", found)
-    lines = records.frame(found).pivot_table("host_us", ["ran", "note"], "variant", sort=False)
-    lines.index = lines.index.map(", ".join).rename("function")
-    table = lines.add_suffix(" us").assign(ratio=(lines["bnfast"] / lines["torch"]).round(2))
-    print(as_text(table.reset_index()))
-    session.note("host", "DONE", f"{len(table)} calls measured, medians of {ROUNDS} readings")
+    found = measure()
+    found.assign(**stamp.columns(session.device)).to_csv(session.folder / "host.csv", index=False)
+    print(as_text(found))
+    session.note("host", "DONE", f"{len(found)} calls measured, medians of {ROUNDS} readings")
     return session.close()

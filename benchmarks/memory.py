@@ -1,12 +1,11 @@
-"""The job `memory`: what a network keeps from its forward for its backward, as it stands and with bnfast.
+"""What a network keeps from its forward for its backward, as it stands and with bnfast: a part of the first
+look.
 
 The tensors are torch's fake ones: autograd and bnfast's operators say what they keep, of which shape and
 dtype, and nothing is computed. So ResNet-50's usual batch is counted on any machine."""
 
 from __future__ import annotations
 
-import argparse
-import traceback
 from collections.abc import Callable
 from unittest import mock
 
@@ -17,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import bnfast
 from benchmarks.resnet import resnet50
-from benchmarks.session import Session, as_text, begin, progress, section
+from benchmarks.session import Session, as_text, progress, section
 from bnfast import dispatch
 
 BATCH, SIZE = 256, 224
@@ -40,24 +39,21 @@ ABOUT = (
 
 
 def kept(model: nn.Module, x: Tensor) -> dict[str, int]:
-    """Bytes that a training forward keeps, by the name of the module in whose forward they are kept first."""
-    names = {module: name for name, module in model.named_modules()}
-    found = dict.fromkeys(names.values(), 0)
-    seen = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}
-    tensors = []  # an address is nobody else's only as long as its tensor lives
+    """Bytes that a training forward keeps, by the name of the child that keeps them first. The children run
+    one after another."""
+    found: dict[str, int] = {}
+    parameters = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}
+    tensors: dict[int, Tensor] = {}  # an address is nobody else's only as long as its tensor lives
 
     def pack(t: Tensor) -> Tensor:
-        storage = t.untyped_storage()
-        if storage._cdata not in seen:
-            seen.add(storage._cdata)
-            tensors.append(t)
-            callers = (frame.f_locals.get("self") for frame, _ in traceback.walk_stack(None))
-            modules = (each for each in callers if isinstance(each, nn.Module) and each in names)
-            found[names[next(modules)]] += storage.nbytes()
+        tensors.setdefault(t.untyped_storage()._cdata, t)
         return t
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        model.train()(x)
+        for name, child in model.train().named_children():
+            x = child(x)
+            sizes = {key: t.untyped_storage().nbytes() for key, t in tensors.items() if key not in parameters}
+            found[name] = sum(sizes.values()) - sum(found.values())
     return found
 
 
@@ -79,16 +75,8 @@ def in_bf16(make: Callable[[], nn.Module]) -> nn.Module:
         torch.set_default_dtype(torch.float32)
 
 
-def by_block(kept: pd.DataFrame) -> pd.DataFrame:
-    """stem, layer1.0 ... layer4.2, head, and the total. kept: bytes by the names of modules."""
-    parts = kept.index.str.split(".")
-    blocks = [".".join(name[: 2 if name[0].startswith("layer") else 1]) or "the model" for name in parts]
-    sums = kept.groupby(blocks, sort=False).sum()
-    return pd.concat([sums[sums.any(axis=1)], kept.sum().to_frame("total").T])
-
-
 def show(session: Session, title: str) -> None:
-    """The table by blocks, and a CSV file by modules."""
+    """A row for each child of the network, and the total."""
     section(title, ABOUT)
     if session.cannot("memory", "triton"):
         return
@@ -97,17 +85,9 @@ def show(session: Session, title: str) -> None:
     found = pd.DataFrame(
         {f"{activation}: {variant}": count(activation, variant) for activation, variant in bar}
     )
-    found = found.fillna(0).astype(int)  # fused modules have other names
-    found.to_csv(session.folder / "memory.csv", index_label="module")
-    blocks = by_block(found)
+    found.loc["total"] = total = found.sum()
+    found.to_csv(session.folder / "memory.csv", index_label="part")
     print()
-    print(as_text((blocks / 1e6).map("{:.1f}".format).rename_axis("MB").reset_index()))
-    total = blocks.loc["total"]
+    print(as_text((found / 1e6).map("{:.1f}".format).rename_axis("MB").reset_index()))
     ratios = [f"{a} {total[f'{a}: fused'] / total[f'{a}: torch.nn']:.3f}" for a in ACTIVATIONS]
     session.note("memory", "DONE", f"kept for the backward, fused over torch.nn: {', '.join(ratios)}")
-
-
-def run(options: argparse.Namespace, lacking: list[str]) -> int:
-    session = begin(options, lacking, "bnfast: what is kept for the backward")
-    show(session, "ResNet-50")
-    return session.close()

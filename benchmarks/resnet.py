@@ -11,26 +11,26 @@ import torch
 from torch import Tensor, nn
 
 import bnfast
-from bnfast import dispatch
 
 Activation = Callable[[], nn.Module]
+Norm = Callable[[int], nn.Module]  # of so many channels
 
 
 class Bottleneck(nn.Module):
-    """act(x + 1x1, 3x3, 1x1 convolutions of x), each with a BatchNorm; the first changes x's size too."""
+    """act(x + 1x1, 3x3, 1x1 convolutions of x), each with a norm; the first changes x's size too."""
 
-    def __init__(self, channels: int, width: int, stride: int, activation: Activation) -> None:
+    def __init__(
+        self, channels: int, width: int, stride: int, activation: Activation, norm: Norm = nn.BatchNorm2d
+    ) -> None:
         super().__init__()
         out = 4 * width
-        self.conv1, self.bn1 = nn.Conv2d(channels, width, 1, bias=False), nn.BatchNorm2d(width)
-        self.conv2 = nn.Conv2d(width, width, 3, stride, padding=1, bias=False)
-        self.bn2 = nn.BatchNorm2d(width)
-        self.conv3, self.bn3 = nn.Conv2d(width, out, 1, bias=False), nn.BatchNorm2d(out)
+        self.conv1, self.bn1 = nn.Conv2d(channels, width, 1, bias=False), norm(width)
+        self.conv2, self.bn2 = nn.Conv2d(width, width, 3, stride, padding=1, bias=False), norm(width)
+        self.conv3, self.bn3 = nn.Conv2d(width, out, 1, bias=False), norm(out)
         self.act = activation()
         self.shortcut: nn.Module = nn.Identity()
         if stride > 1 or channels != out:
-            convolution = nn.Conv2d(channels, out, 1, stride, bias=False)
-            self.shortcut = nn.Sequential(convolution, nn.BatchNorm2d(out))
+            self.shortcut = nn.Sequential(nn.Conv2d(channels, out, 1, stride, bias=False), norm(out))
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.act(self.bn1(self.conv1(x)))
@@ -69,9 +69,6 @@ class Task:
     classes: int = 1000
     image: int = 224
 
-    def __str__(self) -> str:
-        return "ResNet-50" + f" of width {self.width}" * (self.width != 64)
-
     def batch(self, size: int) -> tuple[Tensor, Tensor]:
         """Normal random images [size, 3, image, image], channels_last, and random labels [size]."""
         generator = torch.Generator().manual_seed(0)
@@ -102,15 +99,11 @@ def network(task: Task) -> nn.Module:
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
             elif isinstance(module, Bottleneck):
-                nn.init.zeros_(module.bn3.weight)
+                nn.init.zeros_(module.bn3.get_parameter("weight"))
     model.to(task.dtype)
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.to(wide(task.dtype))
-    return model
-
-
-def same(model: nn.Module) -> nn.Module:
     return model
 
 
@@ -120,14 +113,8 @@ class Variant:
     loss and optimizer stay as they are."""
 
     name: str
-    change: Callable[[nn.Module], nn.Module] = same
+    change: Callable[[nn.Module], nn.Module] = lambda model: model
     compiled: bool = False
-
-    def ran(self, x: Tensor) -> str:
-        """Who computes the normalization in a network that is given x."""
-        if self.change not in (bnfast.fuse, bnfast.convert):
-            return "torch"
-        return "plain torch" if dispatch.reason_for_torch(x) else "bnfast's kernels"
 
 
 TORCH = Variant("torch")

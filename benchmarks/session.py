@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import itertools
 import platform
-import re
 import sys
 import time
 from collections.abc import Callable
@@ -98,33 +96,23 @@ class Session:
 def device_of(asked: str | None) -> torch.device:
     """A GPU with its number, which torch.cuda.set_device needs; asked: None for a GPU if there is one."""
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    asked = asked or ("cuda" if count else "cpu")
-    if asked == "cpu":
-        return torch.device("cpu")
-    found = re.fullmatch(r"cuda(?::(\d+))?", asked)
-    number = int((found and found.group(1)) or 0)
-    if found is None or number >= count:
-        raise Refused(
-            f'argument --device: {asked!r} is not "cpu" or a GPU of this machine '
-            f'("cuda", "cuda:1", ...), which has {count}'
-        )
-    return torch.device("cuda", number)
+    gpus = {f"cuda:{number}": torch.device("cuda", number) for number in range(count)}
+    known = {**gpus, "cuda": gpus["cuda:0"]} if gpus else {}
+    known["cpu"] = torch.device("cpu")
+    asked = asked or ("cuda" if gpus else "cpu")
+    if asked not in known:
+        raise Refused(f"argument --device: {asked!r} is not one of {', '.join(known)}")
+    return known[asked]
 
 
 def new_folder(parent: Path | None = None) -> Path:
-    """A folder for this run, named by date and time; two runs within a second get two folders. Refused where
-    none can be made."""
-    parent = RESULTS if parent is None else parent
-    folder = first = parent / datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
-    for number in itertools.count(2):
-        try:
-            folder.mkdir(parents=True)
-            return folder
-        except FileExistsError:
-            folder = first.with_name(f"{first.name}_{number}")
-        except OSError as e:
-            raise Refused(f"argument --out: no folder can be made in {parent}: {e.strerror}") from None
-    raise AssertionError("a count has no end")
+    """A folder for this run, named by date and time. Refused where none can be made."""
+    folder = (parent or RESULTS) / datetime.now().strftime("%Y-%m-%d_%H-%M-%S.%f")
+    try:
+        folder.mkdir(parents=True)
+    except OSError as e:
+        raise Refused(f"argument --out: no folder can be made in {folder.parent}: {e.strerror}") from None
+    return folder
 
 
 def begin(options: argparse.Namespace, lacking: list[str], title: str) -> Session:

@@ -1,5 +1,5 @@
-"""The job `step`: a training step of ResNet-50 (resnet.py), with torch.nn, torch.compile and bnfast: its
-time, its memory, and whether variants train alike.
+"""A training step of ResNet-50 (resnet.py), with torch.nn, torch.compile and bnfast: its time and its memory,
+once it is known to train as torch.nn's does.
 
 Time: a sample begins with the weights before the first step and one step that is not timed, so that the clock
 never starts on an idle device; then a few steps run between two events. The variants of a stage, eager and as
@@ -9,15 +9,12 @@ cuDNN may try algorithms (torch.backends.cudnn.benchmark), as it may where peopl
 
 from __future__ import annotations
 
-import argparse
 import contextlib
-import dataclasses
 import gc
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass, field, replace
 from time import monotonic
 from typing import Any
 
@@ -25,27 +22,22 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks import records, report, stamp, timing
+from benchmarks import timing
+from benchmarks.measure import WRONG
 from benchmarks.records import CANNOT, MEASURED, Record
 from benchmarks.resnet import COMPILED, PLAIN, TORCH, Task, Variant, network, wide
-from benchmarks.session import begin, paragraph, progress, section
+from benchmarks.session import progress
 from benchmarks.timing import Spread, one_line
 from codegen.cases import NAMES
 
 Run = Callable[[], Tensor]  # one training step, its loss
-Stages = Sequence[Sequence[Variant]]
+STAGES = (PLAIN, COMPILED)
 BATCHES = (256, 64, 32)
 MODES = ("eager", "graph")
 FEWEST_ROUNDS = 3  # for quartiles to mean something, even if the time is up
 WARM_UP = 3  # steps: the first compiles and tries algorithms, the second has momentum to add to
 LEARNING_RATE, MOMENTUM = 0.01, 0.9
 FACTOR = 3.0
-ABOUT = (
-    "Forward, loss, backward and a fused SGD with momentum; a graph has all of it in one CUDA graph. ms: the "
-    "median of a step. of torch: its time in those of torch, in the same mode. peak MB: what a step adds to "
-    "weights, momentum and batch. apart: the largest relative difference of the losses from torch's eager "
-    "ones over 20 steps; allowed: three times what torch's own differ by when the batch is in another order."
-)
 
 
 @dataclass(frozen=True)
@@ -58,7 +50,7 @@ class Effort:
     orders: int = 3
 
 
-STAGES, EFFORT = (PLAIN, COMPILED), Effort()
+EFFORT = Effort()
 
 
 class Step:
@@ -90,32 +82,27 @@ class Step:
         for state in self._optimizer.state.values():
             state["momentum_buffer"].zero_()
 
-    def peak(self, work: Callable[[], Run]) -> tuple[int, Run]:
-        """The bytes that are allocated at the peak of `work`, and what it returns."""
+    def ready(self, mode: str, pool: Any) -> tuple[Run, int]:
+        """The step, warmed up before, in one of MODES, and the bytes allocated at its peak.
+
+        pool: memory that graphs share, since several steps' activations would not fit beside one another.
+        That is sound as long as they never run at once, and the loss of one is read before another runs."""
         self._optimizer.zero_grad(set_to_none=True)
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
-        result = work()
+        if mode == "eager":
+            run: Run = self
+            self()
+        else:
+            graph, loss = timing.captured(self, pool)
+
+            def run() -> Tensor:
+                graph.replay()
+                return loss
+
         torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before, result
-
-    def eager(self, pool: Any) -> Run:
-        self()
-        return self
-
-    def graph(self, pool: Any) -> Run:
-        """The whole step, warmed up before, as a CUDA graph; call what is returned to replay it.
-
-        pool: memory that graphs share, since several steps' activations would not fit beside one another.
-        That is sound as long as they never run at once, and the loss of one is read before another runs."""
-        graph, loss = timing.captured(self, pool)
-
-        def replay() -> Tensor:
-            graph.replay()
-            return loss
-
-        return replay
+        return run, torch.cuda.max_memory_allocated() - before
 
 
 # losses
@@ -157,17 +144,25 @@ def allowed(task: Task, x: Tensor, labels: Tensor, reference: Tensor, orders: in
 
 @dataclass
 class Contestant:
-    """A variant in one mode: losses of its first steps, and samples in microseconds a step. failure: why it
-    cannot be measured; then the rest says nothing."""
+    """A variant in one mode. record: what is known of it so far; CANNOT, with the reason, if it cannot be
+    measured. losses: of its first steps. samples: microseconds a step."""
 
-    variant: Variant
-    mode: str
-    failure: str = ""
+    record: Record
     step: Step | None = None
     run: Run | None = None
-    peak: int = 0
     losses: Tensor | None = None
     samples: list[float] = field(default_factory=list)
+
+    def fail(self, why: str) -> None:
+        self.record, self.step, self.run = replace(self.record, status=CANNOT, note=why), None, None
+
+    def compare(self, reference: Tensor, limit: float) -> None:
+        if self.losses is None:
+            return
+        found = apart(self.losses, reference)
+        self.record = replace(self.record, loss_apart=found, loss_allowed=limit)
+        if not found <= limit:
+            self.fail(f"{WRONG}: losses are {found:.1e} apart, {limit:.1e} allowed")
 
     def sample(self, steps: int) -> None:
         if self.step is not None and self.run is not None:
@@ -175,95 +170,72 @@ class Contestant:
             self.run()
             self.samples.append(stopwatch(timing.repeated(self.run, steps)) / steps)
 
+    def result(self) -> Record:
+        return self.record if self.run is None else replace(self.record, **Spread.of(self.samples).columns())
+
 
 @contextlib.contextmanager
-def excused(*contestants: Contestant) -> Iterator[None]:
+def excused(contestants: Sequence[Contestant]) -> Iterator[None]:
     """Whatever is raised inside becomes the reason why these cannot be measured."""
     try:
         yield
     except Exception as error:
         for contestant in contestants:
-            contestant.failure, contestant.step, contestant.run = one_line(error), None, None
+            contestant.fail(one_line(error))
 
 
-def make_ready(
-    contestants: Sequence[Contestant], task: Task, batch: tuple[Tensor, Tensor], losses: int, pool: Any
-) -> None:
+def make_ready(contestants: Sequence[Contestant], step: Step, losses: int, pool: Any) -> None:
     """Of one variant, in all modes."""
-    with excused(*contestants):
-        step = Step(contestants[0].variant, task, *batch)
-        timing.on_a_side_stream(timing.repeated(step, WARM_UP))  # as a capture wants it
-        free()  # what is cached for that stream is of no use to others
-        for contestant in contestants:
-            with excused(contestant):
-                contestant.peak, run = step.peak(partial(getattr(step, contestant.mode), pool))
-                contestant.losses = curve(step, run, losses)
-                contestant.step, contestant.run = step, run
+    timing.on_a_side_stream(timing.repeated(step, WARM_UP))  # as a capture wants it
+    free()  # what is cached for that stream is of no use to others
+    for each in contestants:
+        with excused([each]):
+            run, peak = step.ready(each.record.mode, pool)
+            each.losses = curve(step, run, losses)
+            each.record, each.step, each.run = replace(each.record, peak_MB=peak / 1e6), step, run
 
 
 def measure_stage(
     task: Task, size: int, variants: Sequence[Variant], effort: Effort, end: float
 ) -> list[Record]:
     """A failure of one contestant is its own. The first variant's eager losses are the reference of all."""
-    batch, pool, limit = task.batch(size), torch.cuda.graph_pool_handle(), None
+    batch, pool = task.batch(size), torch.cuda.graph_pool_handle()
     contestants: list[Contestant] = []
     for variant in progress(variants, desc=f"batch {size}, making ready"):
-        late = "no time left" * (monotonic() >= end)
-        own = [Contestant(variant, mode, late) for mode in MODES]
+        own = [Contestant(beginning(task, variant, mode, batch[0])) for mode in MODES]
         contestants += own
-        if not late:
-            make_ready(own, task, batch, effort.losses, pool)
-            free()
-    first = contestants[0]
+        with excused(own):
+            if monotonic() >= end:
+                raise TimeoutError("no time left")
+            make_ready(own, Step(variant, task, *batch), effort.losses, pool)
+        free()
+    first, *others = contestants
     if first.losses is not None:
-        with excused(first):
+        with excused([first]):
             limit = allowed(task, *batch, first.losses, effort.orders)
+            for each in others:
+                each.compare(first.losses, limit)
     for number in progress(range(effort.rounds), desc=f"batch {size}, rounds"):
         if number >= FEWEST_ROUNDS and monotonic() >= end:
             break
-        for contestant in reversed(contestants) if number % 2 else contestants:
-            with excused(contestant):
-                contestant.sample(effort.steps)
-    return [record(each, task, batch[0], first, limit) for each in contestants]
+        for each in reversed(contestants) if number % 2 else contestants:
+            with excused([each]):
+                each.sample(effort.steps)
+    return [each.result() for each in contestants]
+
+
+def beginning(task: Task, variant: Variant, mode: str, x: Tensor) -> Record:
+    return Record(
+        "step", MEASURED, variant.name, network="ResNet-50", norm="BatchNorm",
+        shape="x".join(map(str, x.shape)), dtype=NAMES[task.dtype], layout="channels_last",
+        activation="relu", direction="step", mode=mode,
+    )  # fmt: skip
 
 
 def free() -> None:
     """Gives back what is referred to no more."""
     gc.collect()  # modules refer to one another in circles
     torch.cuda.empty_cache()
-
-
-def record(it: Contestant, task: Task, x: Tensor, first: Contestant, limit: float | None) -> Record:
-    shared = Record(
-        "step", CANNOT, it.variant.name, network=str(task), norm="BatchNorm",
-        shape="x".join(map(str, x.shape)), dtype=NAMES[task.dtype], layout="channels_last",
-        activation="relu", direction="step", mode=it.mode, note=it.failure,
-    )  # fmt: skip
-    if it.failure:
-        return shared
-    comparable = it is not first and limit is not None
-    return dataclasses.replace(
-        shared, status=MEASURED, ran=it.variant.ran(x), **Spread.of(it.samples).columns(),
-        peak_MB=it.peak / 1e6,
-        loss_apart=apart(it.losses, first.losses) if comparable else None,  # type: ignore[arg-type]
-        loss_allowed=limit if comparable else None,
-    )  # fmt: skip
-
-
-def measure_steps(
-    task: Task, batches: Sequence[int] = BATCHES, budget: float | None = None, stages: Stages = STAGES,
-    effort: Effort = EFFORT,
-) -> Iterator[Record]:  # fmt: skip
-    """A record for each variant, mode and batch size, as soon as a stage is measured at a batch size. Each
-    stage has its number in `suite`. budget: seconds, after which nothing new is begun: what was not begun is
-    CANNOT, and what was is ended, with few rounds."""
-    end = math.inf if budget is None else monotonic() + budget
-    for (number, variants), size in itertools.product(enumerate(stages, 1), batches):
-        with torch.backends.cudnn.flags(enabled=True, benchmark=True):
-            found = measure_stage(task, size, variants, effort, end)
-        torch.compiler.reset()
-        free()
-        yield from (dataclasses.replace(each, suite=f"stage {number}") for each in found)
 
 
 def stopwatch(work: Callable[[], object]) -> float:
@@ -276,38 +248,17 @@ def stopwatch(work: Callable[[], object]) -> float:
     return float(begin.elapsed_time(end)) * 1e3
 
 
-# the job
-
-
-def disagreeing(lines: Sequence[Record]) -> list[str]:
-    """Whose losses are not within what is allowed; a NaN is not."""
-    return [
-        f"{line.variant} ({line.mode}, {line.shape}): losses {line.loss_apart:.1e} apart, "
-        f"{line.loss_allowed:.1e} allowed"
-        for line in lines
-        if line.loss_apart is not None and line.loss_allowed is not None
-        and not line.loss_apart <= line.loss_allowed
-    ]  # fmt: skip
-
-
-def run(options: argparse.Namespace, lacking: list[str]) -> int:
-    """Each stage is on the disk as soon as it is measured; Ctrl-C shows what was measured until then."""
-    session = begin(options, lacking, "bnfast: a training step of ResNet-50")
-    if not session.gpu:
-        session.note("step", "NOT RUN", "needs a GPU")
-        return session.close()
-    section("A training step", ABOUT)
-    lines, shared = list[Record](), stamp.columns(session.device)
-    try:
-        for line in measure_steps(Task(session.device), options.batch, options.budget, STAGES, EFFORT):
-            lines.append(dataclasses.replace(line, **shared))
-            records.append(session.folder / "step.csv", lines[-1:])
-    except KeyboardInterrupt:
-        paragraph("Stopped: what follows is what was measured until then.")
-    report.show_steps(records.frame(lines))
-    faults, compared = disagreeing(lines), any(line.loss_apart is not None for line in lines)
-    text = f"{sum(line.status == MEASURED for line in lines)} of {len(lines)} measured, "
-    text += "all losses agree" if compared else "and no losses to compare"
-    state = "FAIL" if faults else "PASS" if compared else "NOT RUN"
-    session.note("step", state, "; ".join(faults) or text)
-    return session.close()
+def measure_steps(
+    task: Task, batches: Sequence[int], seconds: float = math.inf,
+    stages: Sequence[Sequence[Variant]] = STAGES, effort: Effort = EFFORT,
+) -> Iterator[Record]:  # fmt: skip
+    """A record for each variant, mode and batch size, as soon as a stage is measured at a batch size. Each
+    stage has its number in `suite`. seconds: nothing new is begun after them; what was is ended, with few
+    rounds."""
+    end = monotonic() + seconds
+    for (number, variants), size in itertools.product(enumerate(stages, 1), batches):
+        with torch.backends.cudnn.flags(enabled=True, benchmark=True):
+            found = measure_stage(task, size, variants, effort, end)
+        torch.compiler.reset()
+        free()
+        yield from (replace(each, suite=f"stage {number}") for each in found)

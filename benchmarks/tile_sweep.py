@@ -6,7 +6,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Iterator
 from unittest import mock
 
 import pandas as pd
@@ -16,16 +17,14 @@ from benchmarks import measure
 from benchmarks.records import MEASURED, Record
 from codegen.cases import Case
 
-Program = tuple[
-    int, int, int, int
-]  # warps, programs an SM, registers a thread, 16-byte loads under way a thread
+# warps, programs an SM, registers a thread, 16-byte loads under way a thread
+Program = tuple[int, int, int, int]
 # Each is spill-free in the static tests' cases or shows itself slow here.
 CANDIDATES: dict[str, tuple[Program, ...]] = {
     "REDUCE": ((8, 2, 128, 8), (4, 4, 128, 8), (8, 3, 80, 4), (4, 6, 80, 4), (16, 1, 128, 8), (8, 4, 64, 4)),
     "REDUCE_NCHW": ((8, 4, 64, 4), (4, 8, 64, 4), (8, 2, 128, 8), (16, 2, 64, 4)),
     "ELEMENTWISE": ((4, 7, 72, 4), (4, 8, 64, 4), (4, 6, 80, 4), (4, 4, 128, 8), (8, 4, 64, 4)),
 }
-EVERY = [(family, each) for family, several in CANDIDATES.items() for each in several]
 KEEPS = 1.05  # a planned program this close to the best one stays
 PLANNED = "planned"  # in the note of a record
 METHOD = measure.Method(rounds=7, caches=("cold",), graph=False)
@@ -57,17 +56,15 @@ def planned_with(family: str, program: Program) -> Iterator[bool]:
         forget()
 
 
-def sweep(
-    device: torch.device, cases: Sequence[Case] | None = None, method: measure.Method = METHOD
-) -> Iterator[Record]:
+def sweep(device: torch.device) -> Iterator[Record]:
     """Forward and backward of each case with each candidate."""
-    for case in CASES if cases is None else cases:
-        for family, program in EVERY:
-            with planned_with(family, program) as planned:
-                for record in measure.of_case(case, measure.get(["bnfast"]), device, method):
-                    note = "; ".join(filter(None, (PLANNED * planned, record.note)))
-                    name = f"{family} {'/'.join(map(str, program))}"
-                    yield dataclasses.replace(record, kind="sweep", variant=name, note=note)
+    candidates = [(family, each) for family, several in CANDIDATES.items() for each in several]
+    for case, (family, program) in itertools.product(CASES, candidates):
+        with planned_with(family, program) as planned:
+            for record in measure.of_case(case, measure.get(["bnfast"]), device, METHOD):
+                note = "; ".join(filter(None, (PLANNED * planned, record.note)))
+                name = f"{family} {'/'.join(map(str, program))}"
+                yield dataclasses.replace(record, kind="sweep", variant=name, note=note)
 
 
 def beaten(found: pd.DataFrame) -> list[str]:

@@ -114,37 +114,30 @@ def suite(gate: Gate, where: str, extra: list[str], python: str = sys.executable
     return Outcome(name, passed, failed, total["skipped"], time.monotonic() - start, note)
 
 
-class Environment(NamedTuple):
-    """Gates with some versions. make: makes an environment that has them, in a folder; None for this one."""
-
-    what: str
-    gates: tuple[Gate, ...]
-    name: str = ""
-    make: Callable[[Path], Path] | None = None
-
-    def outcomes(self, extra: list[str]) -> list[Outcome]:
-        """That it could not be made is a failure."""
-        python = sys.executable
-        if self.make is not None:
-            headline(f"an environment with {self.what}")
-            own = environment.venv_folder()
-            try:
-                python = str(self.make(own.with_name(f"{own.name}-{self.name}")))
-            except SystemExit:
-                return [Outcome(self.what, failed=1, note="FAILED: its environment could not be made")]
-        return [suite(gate, self.what, extra, python) for gate in self.gates]
-
-
 def pinned(name: str, file: str) -> str:
     """The version of a package in a requirements file."""
     return environment.pins(file)[name][0].partition("==")[2].partition(";")[0]
 
 
-def environments(everything: bool) -> Iterator[Environment | Outcome]:
-    """This one, and beside it those with other versions of Triton, other libraries and the oldest pair; and
-    what is not run on this machine, and why."""
+def elsewhere(
+    what: str, name: str, make: Callable[[Path], Path], gates: tuple[Gate, ...], extra: list[str]
+) -> Iterator[Outcome]:
+    """Gates in an environment of this name, which `make` makes in a folder. That it cannot is a failure."""
+    headline(f"an environment with {what}")
+    own = environment.venv_folder()
+    try:
+        python = str(make(own.with_name(f"{own.name}-{name}")))
+    except SystemExit:
+        yield Outcome(what, failed=1, note="FAILED: its environment could not be made")
+    else:
+        yield from (suite(gate, what, extra, python) for gate in gates)
+
+
+def in_environments(everything: bool, extra: list[str]) -> Iterator[Outcome]:
+    """In this one, and beside it in those with other versions of Triton, other libraries and the oldest pair;
+    and what is not run on this machine, and why."""
     here, newest = metadata.version("triton"), TRITONS[-1]
-    yield Environment(f"Triton {here}", (WHOLE, STATIC))
+    yield from (suite(gate, f"Triton {here}", extra) for gate in (WHOLE, STATIC))
     if os.environ.get("BNFAST_NO_SETUP") == "1":
         yield Outcome("other versions", note="not run: BNFAST_NO_SETUP=1 forbids environments for them")
         return
@@ -152,19 +145,18 @@ def environments(everything: bool) -> Iterator[Environment | Outcome]:
         if triton != here:
             gates = (WHOLE, STATIC) if everything and triton == newest else (STATIC,)
             make = partial(environment.layered, requirements=[f"triton=={triton}"])
-            yield Environment(f"Triton {triton}", gates, f"triton-{triton}", make)
+            yield from elsewhere(f"Triton {triton}", f"triton-{triton}", make, gates, extra)
     if metadata.version("torch").partition("+")[0] == pinned("torch", "requirements.txt"):
         pins = environment.pins("requirements-libraries.txt").values()
         make = partial(environment.layered, requirements=[line for lines in pins for line in lines])
-        yield Environment("timm, Opacus and others", (LIBRARIES,), "libraries", make)
+        yield from elsewhere("timm, Opacus and others", "libraries", make, (LIBRARIES,), extra)
     else:
         yield Outcome("libraries", note="not run: torchvision, as pinned, is built for another PyTorch")
-    make = partial(environment.separate, names=("requirements.txt", "requirements-oldest.txt"))
     oldest = {name: pinned(name, "requirements-oldest.txt") for name in ("torch", "triton")}
-    if all(metadata.version(name).partition("+")[0] == version for name, version in oldest.items()):
-        return  # this environment is that
-    what = " and ".join(map(" ".join, oldest.items()))
-    yield Environment(what, (WHOLE, STATIC) if everything else (OLDEST, COVERING), "oldest", make)
+    if any(metadata.version(name).partition("+")[0] != version for name, version in oldest.items()):
+        make = partial(environment.separate, names=("requirements.txt", "requirements-oldest.txt"))
+        gates = (WHOLE, STATIC) if everything else (OLDEST, COVERING)
+        yield from elsewhere(" and ".join(map(" ".join, oldest.items())), "oldest", make, gates, extra)
 
 
 def on_gpu(extra: list[str]) -> Outcome:
@@ -192,9 +184,7 @@ def main(arguments: list[str]) -> int:
         outcomes = [suite(QUICK, f"Triton {metadata.version('triton')}", extra)]
     else:
         outcomes = [check(name) for name in ("ruff check .", "ruff format --check .", "mypy")]
-        for each in environments(options.all):
-            outcomes += [each] if isinstance(each, Outcome) else each.outcomes(extra)
-        outcomes.append(on_gpu(extra))
+        outcomes += [*in_environments(options.all, extra), on_gpu(extra)]
 
     headline("summary")
     for outcome in outcomes:

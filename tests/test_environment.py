@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pytest
@@ -26,11 +27,11 @@ class Machine:
         monkeypatch.setenv("BNFAST_VENV", str(folder))
 
     def call(self, command: Sequence[str], cwd: Path) -> int:
-        self.commands.append(" ".join(command).replace(str(self.folder), "FOLDER"))
+        self.commands.append(" ".join(command))
         if "venv" in command:
             (self.folder / "lib" / "site-packages").mkdir(parents=True, exist_ok=True)
             (self.folder / "bin").mkdir(exist_ok=True)
-            environment.python_of(self.folder).touch()
+            (self.folder / "bin" / "python").touch()
         return int(self.failing in self.commands[-1])
 
 
@@ -42,9 +43,15 @@ def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Machine:
 
 
 @pytest.fixture
-def restarts(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
-    found: list[Path] = []
-    monkeypatch.setattr(environment, "restart", found.append)
+def restarts(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    found: list[str] = []
+
+    def execve(python: str, command: Sequence[str], variables: Mapping[str, str]) -> None:
+        assert command == [python, *sys.orig_argv[1:]]
+        assert variables[environment.RESTARTED] == python
+        found.append(python)
+
+    monkeypatch.setattr(os, "execve", execve)
     return found
 
 
@@ -64,6 +71,7 @@ def test_every_module_has_a_pin_for_each_python() -> None:
 
 
 def test_the_oldest_pair_takes_the_place_of_the_pinned_one() -> None:
+    """And no library brings its own of what is pinned."""
     newer, older = (environment.pins(name) for name in FILES)
     both = environment.pins(*FILES)
     assert both == newer | older
@@ -71,10 +79,7 @@ def test_the_oldest_pair_takes_the_place_of_the_pinned_one() -> None:
     assert pinned("torch", FILES[1]) == "{}.{}.0".format(*environment.OLDEST_TORCH)
     assert pinned("triton", FILES[1]) == TRITONS[0]
     assert pinned("triton", FILES[0]) in TRITONS
-
-
-def test_no_library_brings_its_own_of_what_is_pinned() -> None:
-    assert environment.pins("requirements-libraries.txt").keys().isdisjoint(environment.pins(*FILES))
+    assert both.keys().isdisjoint(environment.pins("requirements-libraries.txt"))
 
 
 def test_the_files_of_the_gates_exist() -> None:
@@ -87,7 +92,7 @@ def test_the_files_of_the_gates_exist() -> None:
 
 
 def test_torch_is_installed_first_and_alone(machine: Machine) -> None:
-    assert environment.separate(machine.folder, FILES[:1]) == environment.python_of(machine.folder)
+    assert environment.separate(machine.folder, FILES[:1]) == machine.folder / "bin" / "python"
     _, torch, rest, itself = machine.commands
     assert torch.endswith(f"--retries 2 torch=={pinned('torch', FILES[0])}")
     assert "numpy" in rest
@@ -138,7 +143,7 @@ def test_an_environment_of_somebody_else_is_left_alone_and_an_own_one_of_another
     assert machine.commands == []
     (machine.folder / environment.STAMP).write_text("3.5 finished")
     environment.layered(machine.folder, [])
-    assert machine.commands[0].endswith("-m venv --clear FOLDER")
+    assert f"-m venv --clear {machine.folder}" in machine.commands[0]
 
 
 def test_layered_environments_find_both(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -163,7 +168,7 @@ def test_layered_environments_find_both(tmp_path: Path, monkeypatch: pytest.Monk
 
 @pytest.mark.parametrize(("torch", "torch_is_installed"), [("2.10.3", True), ("2.11.0", False), (None, True)])
 def test_both_commands_share_an_environment(
-    torch: str | None, torch_is_installed: bool, machine: Machine, restarts: list[Path],
+    torch: str | None, torch_is_installed: bool, machine: Machine, restarts: list[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     """The first one makes it with what the other needs, too: the second takes it as it is."""
@@ -180,30 +185,29 @@ def test_both_commands_share_an_environment(
         assert any("tqdm==" in command and "ruff==" in command for command in machine.commands)
         assert any(" torch==" in command for command in machine.commands) == torch_is_installed
         assert len(machine.commands) == 4
-    assert restarts == [environment.python_of(machine.folder)] * 2
-
-
-def test_ensure_goes_on_where_nothing_lacks(machine: Machine, restarts: list[Path]) -> None:
-    assert environment.ensure({"sys": "sys"}) == restarts == machine.commands == []
+    assert restarts == [str(machine.folder / "bin" / "python")] * 2
 
 
 @pytest.mark.parametrize("variable", ["BNFAST_NO_SETUP", environment.RESTARTED])
+@pytest.mark.parametrize(("lacking", "vital"), [([], False), (["matplotlib"], False), (["torch"], True)])
 def test_ensure_sets_up_no_second_time_nor_where_it_is_forbidden(
-    variable: str, machine: Machine, restarts: list[Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv(variable, "1")
-    for lacking, vital in ((["matplotlib"], False), (["torch"], True)):
-        monkeypatch.setattr(environment, "missing", lambda wanted, lacking=lacking: lacking)
-        if vital:
-            with pytest.raises(SystemExit):
-                environment.ensure()
-        else:
-            assert environment.ensure() == lacking
+    lacking: list[str], vital: bool, variable: str, machine: Machine, restarts: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Nor where nothing lacks."""
+    if lacking:
+        monkeypatch.setenv(variable, "1")
+    monkeypatch.setattr(environment, "missing", lambda wanted: lacking)
+    if vital:
+        with pytest.raises(SystemExit):
+            environment.ensure()
+    else:
+        assert environment.ensure() == lacking
     assert restarts == machine.commands == []
 
 
 def test_another_checkouts_kernels_are_not_ours(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    assert environment.missing({}) == []
+    assert environment.missing({"sys": "sys"}) == []
     monkeypatch.setattr(environment, "ROOT", tmp_path)
     assert environment.missing({"nobody.has.this": ""}) == ["nobody.has.this", environment.OURSELVES]
 

@@ -3,34 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import re
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks import (
-    ROOT,
-    __main__,
-    battery,
-    layers,
-    machine,
-    measure,
-    predict,
-    records,
-    report,
-    session,
-    stamp,
-    suites,
-    tile_sweep,
-    timing,
-)
+from benchmarks import __main__, battery, digits, measure, records, report, session, stamp, suites, tile_sweep
+from benchmarks.layers import Run, layouts
 from benchmarks.records import CANNOT, MEASURED, PREDICTED, Record, frame
 from benchmarks.session import WIDTH
-from codegen.cases import DTYPES, Case
+from codegen.cases import DIRECTIONS, DTYPES, Case
 from tests.support.made_up_gpu import make_up
 
 CPU = torch.device("cpu")
@@ -39,8 +23,8 @@ TINY = Case("BatchNorm", (2, 4, 3, 3), 0, torch.bfloat16, True, suite="suite", n
 # the command
 
 
-@pytest.mark.parametrize("arguments", ["run --suite vgg", "digits --layer RMSNorm", "gpu --limit 0", "report",
-                                       "gpu --part nonsense", "digits --epochs 0"])  # fmt: skip
+@pytest.mark.parametrize("arguments", ["run --suite vgg", "--layer RMSNorm", "gpu --limit 0", "report",
+                                       "gpu --part nonsense", "first-look --epochs 0"])  # fmt: skip
 def test_wrong_arguments_are_refused(arguments: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
         __main__.main(arguments.split())
@@ -49,9 +33,9 @@ def test_wrong_arguments_are_refused(arguments: str, capsys: pytest.CaptureFixtu
 
 
 @pytest.mark.parametrize(("arguments", "named"), [
-    ("memory --device nonsense", "argument --device: 'nonsense' is not \"cpu\" or a GPU"),
-    ("memory --device cuda:99", "argument --device: 'cuda:99'"),
-    (f"memory --device cpu --out {__file__}", "argument --out: no folder can be made in"),
+    ("host --device nonsense", "argument --device: 'nonsense' is not one of "),
+    ("host --device cuda:99", "argument --device: 'cuda:99'"),
+    (f"host --device cpu --out {__file__}", "argument --out: no folder can be made in"),
     ("report nowhere", "argument PATH: nowhere: there is no such file"),
     ("report nowhere nowhere", "argument PATH: nowhere: there is no such file"),
     ("report nowhere nowhere nowhere", "argument PATH: one run is shown, two are compared, and these are 3"),
@@ -76,13 +60,6 @@ def test_a_gpu_has_its_number(asked: str | None, number: int, monkeypatch: pytes
     assert chosen == [number]
 
 
-def test_what_is_run_by_default() -> None:
-    parse = __main__.parser().parse_args
-    assert (parse(["run"]).suite, parse(["digits"]).layer) == ("resnet50", "BatchNorm")
-    first = parse(["first-look", "--epochs", "3", "--seed", "1", "--device", "cpu", "--out", "here"])
-    assert (first.module, first.epochs, first.out) == ("first_look", 3, Path("here"))
-
-
 def test_the_page_is_written(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     text = report.PAGE.read_text(encoding="utf-8")
     monkeypatch.setattr(report, "PAGE", tmp_path / "benchmarks.md")
@@ -94,21 +71,21 @@ def test_the_page_is_written(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
 
 def test_names_that_the_command_knows_are_those_that_exist() -> None:
     assert {"bnfast", *__main__.BASELINES} == measure.BASELINES.keys()
+    assert digits.PAIRS.keys() == {*__main__.LAYERS}
     assert tuple(part.name for part in battery.PARTS) == __main__.PARTS
     assert set(__main__.DTYPES) <= set(DTYPES)
 
 
 def test_each_run_has_a_folder_of_its_own(tmp_path: Path) -> None:
-    folders = [session.new_folder(tmp_path / "deep") for _ in range(3)]
-    assert len(set(folders)) == 3
-    assert all(folder.is_dir() for folder in folders)
-    assert all(re.fullmatch(r"\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d(_\d+)?", folder.name) for folder in folders)
+    folders = {session.new_folder(tmp_path / "deep") for _ in range(3)}
+    assert folders == {*tmp_path.glob("deep/*-*-*_*-*-*")}
+    assert len(folders) == 3
 
 
 def test_layouts() -> None:
-    assert layers.layouts(suites.SDXL_VAE, None) == ("contiguous",)
-    assert layers.layouts(suites.SDXL_VAE, "channels_last") == ("channels_last",)
-    assert layers.layouts(suites.SDXL_VAE, "both") == suites.LAYOUTS
+    assert layouts(suites.SDXL_VAE, None) == ("contiguous",)
+    assert layouts(suites.SDXL_VAE, "channels_last") == ("channels_last",)
+    assert layouts(suites.SDXL_VAE, "both") == suites.LAYOUTS
 
 
 @pytest.mark.parametrize(("shape", "last", "message"), [
@@ -124,8 +101,8 @@ def test_run_of_a_suite_without_a_gpu(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Predictions, in the terminal and in a file."""
-    monkeypatch.setattr(predict, "why_not_compiled", lambda: "no registers: a test")
-    monkeypatch.setattr(__main__.environment, "ensure", lambda: ["matplotlib"])
+    monkeypatch.setattr("benchmarks.predict.why_not_compiled", lambda: "no registers: a test")
+    monkeypatch.setattr("benchmarks.environment.ensure", lambda: ["matplotlib"])
     code, folder = job(tmp_path, "run", "--suite", "sd-vae", "--layout", "both")
     assert code == 0
     text = capsys.readouterr().out
@@ -137,19 +114,6 @@ def test_run_of_a_suite_without_a_gpu(
     assert {note.rpartition("; ")[2] for note in found["note"]} == {"no registers: a test"}
 
 
-@pytest.mark.slow
-def test_a_case_is_timed_by_pytest_benchmark() -> None:
-    """`pytest benchmarks` works as a command of its own."""
-    chosen = "GroupNorm and (bnfast or torch or frontend)"
-    own = ("TRITON_INTERPRET", "PYTEST_")  # the outer pytest's variables say that it has workers
-    variables = {key: value for key, value in os.environ.items() if not key.startswith(own)}
-    command = [*battery.PYTEST, "-q", "benchmarks", "-k", chosen, "-pno:cacheprovider", "-pno:xdist"]
-    found = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, timeout=240)
-    assert found.returncode == 0, found.stdout + found.stderr
-    assert "4 passed, 2 skipped" in found.stdout
-    assert "test_layer[bnfast-" in found.stdout
-
-
 # the tile sweep
 
 
@@ -158,13 +122,14 @@ def test_every_candidate_takes_the_place_of_the_planned_one() -> None:
     from bnfast.kernels.records import Problem
 
     x, planned = Problem(256, 256, 3136, 2, True), []
-    for family, program in tile_sweep.EVERY:
-        with tile_sweep.planned_with(family, program) as is_planned:
-            planned += [family] * is_planned
-            assert getattr(plan, family)[0] == plan.Program(*program)
-            found = plan.plan_elementwise(x, 1) if family == "ELEMENTWISE" else plan.plan_reduction(x, 1)
-            if family != "REDUCE_NCHW":
-                assert (found.warps, found.registers) == (program[0], program[2])
+    for family, programs in tile_sweep.CANDIDATES.items():
+        for program in programs:
+            with tile_sweep.planned_with(family, program) as is_planned:
+                planned += [family] * is_planned
+                assert getattr(plan, family)[0] == plan.Program(*program)
+                found = plan.plan_elementwise(x, 1) if family == "ELEMENTWISE" else plan.plan_reduction(x, 1)
+                if family != "REDUCE_NCHW":
+                    assert (found.warps, found.registers) == (program[0], program[2])
     assert planned == [*tile_sweep.CANDIDATES]
     assert plan.plan_reduction(x, 1).warps == plan.REDUCE[0].warps
 
@@ -183,17 +148,6 @@ def test_a_better_tile_is_named() -> None:
     assert "is nan times as fast" in tile_sweep.beaten(frame(stands[1:]))[0]
 
 
-def test_a_sweep_says_which_program_is_the_planned_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One for each family and direction; and every candidate is timed with its own program."""
-    monkeypatch.setattr(timing, "COLD_BYTES", 1)
-    method = dataclasses.replace(tile_sweep.METHOD, stopwatch=lambda work: (work(), 1.0)[1], rounds=1)
-    found = list(tile_sweep.sweep(CPU, [TINY], method))
-    assert {(r.status, r.kind) for r in found} == {(MEASURED, "sweep")}
-    assert len({r.variant for r in found}) == len(tile_sweep.EVERY)
-    own = [r.variant.partition(" ")[0] for r in found if r.note == "planned"]
-    assert own == [family for family in tile_sweep.CANDIDATES for _ in range(2)]
-
-
 # a GPU made up
 
 
@@ -210,11 +164,11 @@ def test_every_figure_is_on_disk_when_it_is_made(tmp_path: Path, monkeypatch: py
         yield Record(**columns, status=MEASURED, us=2.0)
 
     monkeypatch.setattr(measure, "of_case", of_case)
-    monkeypatch.setattr(machine, "copies", lambda device: [])
-    monkeypatch.setattr(machine, "copy_rate", lambda lines: 4200.0)
+    monkeypatch.setattr("benchmarks.machine.copies", lambda device: [])
+    monkeypatch.setattr("benchmarks.machine.copy_rate", lambda lines: 4200.0)
     monkeypatch.setattr(stamp, "clocks", lambda device: {"clock_MHz": 1755.0})
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
-    run = layers.Run(session.Session(tmp_path, CPU, []), measure.Method(), ["torch"], tmp_path / "layers.csv")
+    run = Run(session.Session(tmp_path, CPU, []), measure.Method(), ["torch"], tmp_path / "layers.csv")
     found = [*run.case(TINY), *run.case(dataclasses.replace(TINY, shape=(9, 4, 3, 3)))]
     assert records.read(tmp_path / "layers.csv").equals(frame(found))
     assert [(r.status, r.us, r.copy_GBps, r.clock_MHz) for r in found] == [
@@ -255,17 +209,6 @@ def test_run_from_end_to_end(options: list[str], tmp_path: Path, capsys: pytest.
     assert (folder / "ResNet-50-BatchNorm-bf16-channels_last.png").exists()
 
 
-@pytest.mark.usefixtures("gpu")
-def test_step_from_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    code, folder = job(tmp_path, "step", "--batch", "4")
-    text = capsys.readouterr().out
-    assert code == 0, text
-    assert "PASS     step 6 of 6 measured, all losses agree" in text
-    found = records.read(folder / "step.csv")
-    assert set(found["status"]) == {MEASURED}
-    assert (found["peak_MB"] > 0).all()
-
-
 @pytest.mark.slow
 @pytest.mark.usefixtures("gpu")
 def test_the_battery_from_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -276,23 +219,28 @@ def test_the_battery_from_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixtu
     summary = text[text.index("\nSummary\n") :]
     lines = re.findall(r"^(DONE|PART|NOT RUN|FAIL) +([\w-]+) ", summary, re.MULTILINE)
     ended = {name: state for state, name in lines}
-    absent = dict.fromkeys(("cudnn-frontend", "sanitizer"), "NOT RUN")
-    assert ended == dict.fromkeys(__main__.PARTS, "DONE") | absent
+    assert ended == dict.fromkeys(__main__.PARTS, "DONE") | {"cudnn-frontend": "NOT RUN"}
     made = {path.stem for path in folder.glob("*.csv")}
     assert made == {part for part, state in ended.items() if state == "DONE"}
     assert max(map(len, text.splitlines()[:-1])) <= 120
     assert (folder / "ResNet-50-BatchNorm-bf16-channels_last.png").exists()
     assert __main__.main(["report", str(folder)]) == 0
     assert __main__.main(["report", str(folder), str(folder)]) == 0
+    steps, tiles = (records.read(folder / f"{part}.csv") for part in ("step", "tiles"))
+    assert steps["status"].tolist() == [MEASURED] * 7  # three networks, eager and as a graph; the process
+    assert (steps["peak_MB"][:6] > 0).all()
+    assert tiles["variant"].nunique() == sum(map(len, tile_sweep.CANDIDATES.values())) + 1
+    own = tiles["variant"][tiles["note"] == tile_sweep.PLANNED].str.partition(" ")[0]
+    assert own.tolist() == [family for family in tile_sweep.CANDIDATES for _ in DIRECTIONS]
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("gpu")
 def test_the_first_look_from_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    code, folder = job(tmp_path, "first-look", "--epochs", "1")
+    code, folder = job(tmp_path, "--epochs", "1")
     text = capsys.readouterr().out
     assert code == 0, text
-    assert "PASS     kernels" in text
+    assert "PASS     training" in text
     assert re.search(r"^DONE +resnet-50 +2 of 2 cases measured$", text, re.MULTILINE), text
     assert "python3 -m benchmarks run --suite" in text
     others = [

@@ -1,5 +1,4 @@
-"""The probes of the GPU itself report what fake clocks really do, and run with their kernels; and what a
-GPU says of itself."""
+"""The copy rate is what fake clocks really do, and of kernels that copy; and what a GPU says of itself."""
 
 from __future__ import annotations
 
@@ -33,38 +32,34 @@ def small_machine(monkeypatch: pytest.MonkeyPatch) -> None:
 # the copy rate
 
 
-def test_known_rates_are_reported_and_the_best_one_is_the_yardstick() -> None:
-    clock, rates = Clock(), {"slow": 1500.0, "fast": 4321.0}
+@pytest.mark.parametrize(("free", "size"), [(FREE, 512 * KB), (16 * 256 * KB + 240, 256 * KB)])
+def test_known_rates_are_reported_of_cold_buffers(
+    free: int, size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """None has been used for four times the L2. Where memory is short, they are smaller, and no more than a
+    quarter of it. The best way is the yardstick."""
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 2 * free))
+    clock, rates, used = Clock(), {"slow": 1500.0, "fast": 4321.0, "medium": 2000.0}, list[int]()
 
     def way(rate: float) -> machine.Copy:
-        return lambda source, to: clock.work(2 * source.nbytes / rate / 1e3)
+        def run(source: Tensor, destination: Tensor) -> None:
+            assert source.nbytes == destination.nbytes == size
+            used.append(source.data_ptr())
+            clock.work(2 * size / rate / 1e3)
+
+        return run
 
     ways = {name: way(rate) for name, rate in rates.items()}
     lines = list(machine.copies(CPU, clock.stopwatch, ways, rounds=5))
     assert {line.ran: line.GBps for line in lines} == pytest.approx(rates)
-    assert all(line.us_low == pytest.approx(line.us) == pytest.approx(line.us_high) for line in lines)
     for line in lines:
-        assert (line.cache, line.floor_bytes, line.rounds) == ("cold", 2 * 512 * KB, 5)
+        assert line.us_low == pytest.approx(line.us) == pytest.approx(line.us_high)
+        assert (line.cache, line.floor_bytes, line.rounds) == ("cold", 2 * size, 5)
     assert machine.copy_rate(lines) == pytest.approx(4321)
-
-
-@pytest.mark.parametrize(("free", "size"), [(FREE, 512 * KB), (16 * 256 * KB + 240, 256 * KB)])
-def test_cold_buffers_have_not_been_used_for_four_times_the_l2(
-    free: int, size: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Where memory is short, they are smaller, and no more than a quarter of it."""
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 2 * free))
-    used: list[tuple[int, int]] = []
-
-    def run(source: Tensor, destination: Tensor) -> None:
-        assert source.nbytes == destination.nbytes == size
-        used.append((source.data_ptr(), source.nbytes))
-
-    list(machine.copies(CPU, timing.on_host, dict.fromkeys(("one", "two", "three"), run), rounds=5))
     last: dict[int, int] = {}
-    for number, (address, _) in enumerate(used):
+    for number, address in enumerate(used):
         if address in last:
-            assert sum(nbytes for _, nbytes in used[last[address] + 1 : number]) >= timing.COLD_BYTES
+            assert (number - last[address] - 1) * size >= timing.COLD_BYTES
         last[address] = number
     assert len(used) > len(last) == 2
     assert 2 * len(last) * size <= free // 4
@@ -78,79 +73,36 @@ def test_too_little_memory_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         machine.copy_rate(lines)
 
 
-def test_the_real_ways_copy() -> None:
-    lines = list(machine.copies(CPU, timing.on_host, rounds=1))
-    assert [line.ran for line in lines] == ["Tensor.copy_", "copy_kernel"]
-    assert all(line.us and line.GBps for line in lines)
-
-
 @pytest.mark.parametrize("values", [512, 3000, 9 * 1024])
 def test_the_kernel_copies_once(values: int) -> None:
     x, y = torch.randn(values), torch.zeros(values)
     with trace(x=x, y=y) as t:
-        machine.copy(x, y)
+        machine.WAYS["copy_kernel"](x, y)
     assert torch.equal(x, y)
     assert (t["x"].reads, t["x"].writes, t["y"].reads, t["y"].writes) == (1, 0, 0, 1)
     assert not t.out_of_bounds
     assert not t.hazards
-
-
-# launches
-
-
-def test_known_launch_gaps_and_host_times_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:
-    gpu, host = Clock(), Clock()
-
-    def launched(x: Tensor, programs: int) -> None:
-        gpu.work(2.0 + programs)
-        host.work(11.0)
-
-    def in_graph(work: timing.Work) -> timing.Work:
-        took = gpu.stopwatch(work)
-        return lambda: gpu.work(took / 4)
-
-    def stopwatch(work: timing.Work) -> float:
-        return gpu.stopwatch(work) + 50  # events cost something, too
-
-    four = SimpleNamespace(multi_processor_count=4)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: four)
-    monkeypatch.setattr(machine, "in_graph", in_graph)
-    lines = list(machine.launches(CPU, stopwatch, host.stopwatch, launched, rounds=5))
-    assert [(line.variant, line.shape, line.mode, line.us, line.host_us) for line in lines] == [
-        ("launch gap", "grid of 1", "eager", 3.0, None), ("launch gap", "grid of 1", "graph", 0.75, None),
-        ("launch gap", "grid of 4", "eager", 6.0, None), ("launch gap", "grid of 4", "graph", 1.5, None),
-        ("launch, host", "grid of 1", "eager", None, 11.0),
-    ]  # fmt: skip
+    machine.WAYS["Tensor.copy_"](torch.ones(values), y)
+    assert (y == 1).all()
 
 
 # what a GPU says of itself
 
 
-def test_clocks_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[Sequence[str]] = []
-
-    def run(command: Sequence[str], **options: Any) -> Any:
-        asked.append(command)
-        assert options["timeout"] == stamp.PATIENCE
-        return SimpleNamespace(stdout=ANSWER, returncode=0)
-
-    monkeypatch.setattr(subprocess, "run", run)
-    assert stamp.clocks(CPU) == FOUND
-    assert asked[0][0] == "nvidia-smi"
-    assert "clocks.sm" in asked[0][1]
-
-
 @pytest.mark.parametrize(("answer", "code", "found"), [
-    ("570.86.15, [Not Supported], [Unknown Error]\n", 0, {"driver": "570.86.15"}), ("", 0, {}),
-    ("No devices were found\n", 0, {}), (ANSWER * 2, 0, {}), (ANSWER, 9, {}), (FileNotFoundError(), 0, {}),
-    (subprocess.TimeoutExpired("nvidia-smi", 1), 0, {}),
+    (ANSWER, 0, FOUND), ("570.86.15, [Not Supported], [Unknown Error]\n", 0, {"driver": "570.86.15"}),
+    ("", 0, {}), ("No devices were found\n", 0, {}), (ANSWER * 2, 0, {}), (ANSWER, 9, {}),
+    (FileNotFoundError(), 0, {}), (subprocess.TimeoutExpired("nvidia-smi", 1), 0, {}),
 ], ids=str)  # fmt: skip
-def test_what_the_gpu_does_not_tell_is_none_and_no_error(
+def test_clocks_are_read_and_what_the_gpu_does_not_tell_is_none(
     answer: str | Exception, code: int, found: dict[str, object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nor does an answer of another form, or one of several GPUs, tell anything."""
 
-    def run(*command: object, **options: object) -> Any:
+    def run(command: Sequence[str], **options: Any) -> Any:
+        assert command[0] == "nvidia-smi"
+        assert "clocks.sm" in command[1]
+        assert options["timeout"] == stamp.PATIENCE
         if isinstance(answer, Exception):
             raise answer
         return SimpleNamespace(stdout=answer, returncode=code)

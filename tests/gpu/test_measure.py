@@ -1,4 +1,5 @@
-"""The benchmarks' clock on a GPU: every kind of layer, in both layouts and as the suites measure it."""
+"""The benchmarks on a GPU: every kind of layer, in both layouts and as the suites measure it; and the
+training step of a narrow ResNet-50."""
 
 from __future__ import annotations
 
@@ -9,6 +10,8 @@ import torch
 
 from benchmarks import cases, measure, suites
 from benchmarks.records import MEASURED
+from benchmarks.resnet import PLAIN, Task
+from benchmarks.step import Effort, measure_steps
 from benchmarks.suites import Network
 
 pytestmark = pytest.mark.gpu
@@ -39,3 +42,12 @@ def test_layers_are_timed(network: Network, layout: str, dtype: torch.dtype) -> 
         assert r.copied_MB in (0, None) or r.variant == "torch"
     assert {r.ran for r in found if r.variant == "bnfast"} == {"Triton"}
     assert {r.ran for r in found if r.variant == "torch"} <= {"Native", "Cudnn"}
+
+
+def test_training_steps_are_timed() -> None:
+    """Of every variant, eager and as a graph; none is timed whose losses are wrong."""
+    task = Task(torch.device("cuda"), width=16, classes=10, image=64)
+    lines = list(measure_steps(task, (16,), stages=(PLAIN,), effort=Effort(rounds=3, steps=1)))
+    assert [(line.status, line.note) for line in lines] == [(MEASURED, "")] * 2 * len(PLAIN)
+    x_bytes = 16 * 3 * 64 * 64 * 2  # a step keeps far more than its input; less is a count that missed it
+    assert all(line.us and line.peak_MB and line.peak_MB * 1e6 > 10 * x_bytes for line in lines)

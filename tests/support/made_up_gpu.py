@@ -13,22 +13,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import (
-    battery,
-    environment,
-    layers,
-    machine,
-    measure,
-    memory,
-    session,
-    step,
-    tile_sweep,
-    timing,
-)
+from benchmarks import battery, cases, measure, session
 from benchmarks.records import MEASURED, Record
 from benchmarks.resnet import PLAIN, Task
 from codegen.cases import Case
-from tests.support.steps import QUICK
 
 
 class Event:
@@ -62,17 +50,13 @@ def captured(work: Callable[[], Any], pool: Any = None) -> tuple[Any, Any]:
     return SimpleNamespace(replay=replay), result
 
 
-def small(original: Callable[..., list[Case]]) -> Callable[..., list[Case]]:
+def of_network(*what: Any) -> list[Case]:
     """Two layers of a network, so small that a CPU takes no time."""
-
-    def of_network(*what: Any, **options: Any) -> list[Case]:
-        found = []
-        for number, case in enumerate(original(*what, **options)[:2]):
-            shape = (2, 8, *[3 + number] * (len(case.shape) - 2))
-            found.append(dataclasses.replace(case, shape=shape, groups=min(case.groups, 4)))
-        return found
-
-    return of_network
+    found = []
+    for number, case in enumerate(cases.of_network(*what)[:2]):
+        shape = (2, 8, *[3 + number] * (len(case.shape) - 2))
+        found.append(dataclasses.replace(case, shape=shape, groups=min(case.groups, 4)))
+    return found
 
 
 def process(look: session.Session, name: str, command: list[str], seconds: float) -> Record:
@@ -82,33 +66,37 @@ def process(look: session.Session, name: str, command: list[str], seconds: float
     return Record("probe", MEASURED, variant=name, note="exit code 0; 3 passed")
 
 
+ANSWERS = {
+    "get_device_name": "made up", "get_device_properties": SimpleNamespace(multi_processor_count=4),
+    "mem_get_info": (1 << 30, 1 << 31), "memory_allocated": 1000, "max_memory_allocated": 5000,
+    "graph_pool_handle": (0, 1), "synchronize": None, "empty_cache": None, "reset_peak_memory_stats": None,
+    "_sleep": None,
+}  # fmt: skip
+PATCHES = {
+    **{f"torch.cuda.{name}": lambda *given, answer=answer: answer for name, answer in ANSWERS.items()},
+    "torch.cuda.Event": Event,
+    "benchmarks.timing.is_gpu": lambda device: True,
+    "benchmarks.timing.captured": captured,
+    "benchmarks.timing.on_a_side_stream": lambda work: work(),
+    "benchmarks.timing.COLD_BYTES": 1,
+    "benchmarks.session.Session.why_plain_torch": lambda self: None,
+    "benchmarks.environment.ensure": list,
+    "benchmarks.memory.BATCH": 2,
+    "benchmarks.machine.SIZE": 1 << 16,
+    "benchmarks.battery.process": process,
+    "benchmarks.battery.of_network": of_network,
+    "benchmarks.layers.of_network": of_network,
+    "benchmarks.tile_sweep.CASES": [Case("BatchNorm", (2, 4, 3, 3), 0, torch.bfloat16, True)],
+    # with tests.conftest's network of four layers
+    "benchmarks.step.Task": lambda device: Task(device, torch.float64, width=2, classes=10, image=8),
+    "benchmarks.step.BATCHES": (4,),
+    "benchmarks.step.STAGES": (PLAIN,),
+}
+
+
 def make_up(patch: pytest.MonkeyPatch) -> None:
     """patch: the test's own, so that what a test patches over this is undone before this is."""
-    properties = SimpleNamespace(multi_processor_count=4)
-    answers: dict[str, Any] = {
-        "get_device_name": "made up", "get_device_properties": properties, "mem_get_info": (1 << 30, 1 << 31),
-        "memory_allocated": 1000, "max_memory_allocated": 5000, "graph_pool_handle": (0, 1),
-    }  # fmt: skip
-    nothing = dict.fromkeys(("synchronize", "empty_cache", "reset_peak_memory_stats", "_sleep"))
-    for name, answer in {**answers, **nothing}.items():
-        patch.setattr(torch.cuda, name, lambda *given, answer=answer: answer)
-    patch.setattr(torch.cuda, "Event", Event)
-    patch.setattr(timing, "is_gpu", lambda device: True)
-    patch.setattr(timing, "captured", captured)
-    patch.setattr(timing, "on_a_side_stream", lambda work: work())
-    patch.setattr(timing, "COLD_BYTES", 1)
-    patch.setattr(session.Session, "why_plain_torch", lambda self: None)
-    patch.setattr(environment, "ensure", list)
-    patch.setattr(memory, "BATCH", 2)
-    patch.setattr(machine, "SIZE", 1 << 16)
-    patch.setattr(battery, "process", process)
-    for module in (layers, battery):
-        patch.setattr(module, "of_network", small(module.of_network))
-    patch.setattr(tile_sweep, "CASES", [Case("BatchNorm", (2, 4, 3, 3), 0, torch.bfloat16, True)])
+    for name, value in PATCHES.items():
+        patch.setattr(name, value)
     for name in ("compile", "compile-max"):  # which take half a minute
         patch.setitem(measure.BASELINES, name, dataclasses.replace(measure.BASELINES["torch"], name=name))
-    # with tests.conftest's network of four layers
-    patch.setattr(step, "Task", lambda device: Task(device, torch.float64, width=2, classes=10, image=8))
-    patch.setattr(step, "BATCHES", (4,))
-    patch.setattr(step, "STAGES", (PLAIN[:3],))
-    patch.setattr(step, "EFFORT", QUICK)
