@@ -50,7 +50,7 @@ setup(
         # bring the Triton that fits them.
         "triton": ["triton>=3.6,<3.10"],
         "test": ["pytest>=8", "expecttest", "hypothesis", "ruff", "mypy", "numpy"],
-        "benchmark": ["matplotlib", "numpy", "pandas", "scikit-learn", "tqdm"],
+        "benchmark": ["matplotlib", "numpy", "pandas", "pytest-benchmark", "scikit-learn", "tqdm"],
     },
     classifiers=[
         "Intended Audience :: Developers",

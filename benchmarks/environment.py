@@ -39,7 +39,8 @@ TO_BENCHMARK = {name: name for name in ("torch", "numpy", "pandas", "tqdm", "mat
 TO_BENCHMARK["sklearn"] = "scikit-learn"
 if sys.platform == "linux":
     TO_BENCHMARK["triton"] = "triton"
-TO_TEST = TO_BENCHMARK | {name: name for name in ("pytest", "hypothesis", "expecttest", "ruff", "mypy")}
+TO_TEST = {**TO_BENCHMARK, "pytest_benchmark": "pytest-benchmark"}
+TO_TEST.update((name, name) for name in ("pytest", "hypothesis", "expecttest", "ruff", "mypy"))
 
 
 INSTALL = ("install", "--retries", "2")

@@ -3,14 +3,29 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks import __main__, battery, digits, measure, records, report, session, stamp, suites, tile_sweep
+from benchmarks import (
+    ROOT,
+    __main__,
+    battery,
+    digits,
+    measure,
+    records,
+    report,
+    session,
+    stamp,
+    suites,
+    tile_sweep,
+)
 from benchmarks.layers import Run, layouts
 from benchmarks.records import CANNOT, MEASURED, PREDICTED, Record, frame
 from benchmarks.session import WIDTH
@@ -112,6 +127,29 @@ def test_run_of_a_suite_without_a_gpu(
     assert len(found) == 2 * 2 * 2 * 7
     assert set(found["status"]) == {PREDICTED}
     assert {note.rpartition("; ")[2] for note in found["note"]} == {"no registers: a test"}
+
+
+@pytest.mark.slow
+def test_a_case_is_timed_by_pytest_benchmark() -> None:
+    """`pytest benchmarks` works as a command of its own."""
+    chosen = "GroupNorm and (bnfast or torch or frontend)"
+    own = ("TRITON_INTERPRET", "PYTEST_")  # the outer pytest's variables say that it has workers
+    variables = {key: value for key, value in os.environ.items() if not key.startswith(own)}
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "benchmarks",
+        "-k",
+        chosen,
+        "-pno:cacheprovider",
+        "-pno:xdist",
+    ]
+    found = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, timeout=240)
+    assert found.returncode == 0, found.stdout + found.stderr
+    assert "4 passed, 2 skipped" in found.stdout
+    assert "test_layer[bnfast-" in found.stdout
 
 
 # the tile sweep
