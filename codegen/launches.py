@@ -50,7 +50,7 @@ class Launched:
 
     @property
     def bytes(self) -> int:
-        """What it reads and writes, counted as plans do (BatchNormPlan, GroupNormPlan)."""
+        """What it reads and writes, counted as plans do (plan.StepPlan)."""
         tensors = {name: t for name, t in self.arguments.items() if isinstance(t, Tensor)}
         counted = {
             name: t.nbytes

@@ -19,7 +19,7 @@ def passes(
     n: int, c: int, s: int, itemsize: int, channels_last: bool, aligned: bool, sms: int
 ) -> list[plan.PassPlan]:
     p = plan.batch_norm(n, c, s, itemsize, channels_last or s == 1, sms, aligned)
-    return [p.statistics, p.transform, p.gradient_sums, p.gradient_transform]
+    return [*p.forward, *p.backward]
 
 
 @settings(max_examples=300, deadline=None)
@@ -28,9 +28,10 @@ def test_any_sizes_are_covered(size: tuple[int, int, int, int, bool], aligned: b
     for planned in passes(*size, aligned, sms):
         view = planned.view
         assert 1 <= planned.splits <= planned.tiles  # a program without a tile would have no pivot
-        assert (planned.tiles - 1) * planned.tile_rows < view.rows <= planned.tiles * planned.tile_rows
+        rows = planned.tile.tile_rows
+        assert (planned.tiles - 1) * rows < view.rows <= planned.tiles * rows
         assert view.width <= view.lanes or view.mode == "nchw"
-        assert view.mode != "nchw" or planned.tile_rows <= view.pieces
+        assert view.mode != "nchw" or rows <= view.pieces
         assert view.pitch % planned.vec == view.width % planned.vec == 0
         assert planned.vec == 1 or aligned
         assert view.total == size[0] * size[1] * size[2]
@@ -50,7 +51,7 @@ def test_any_sizes_are_covered(size: tuple[int, int, int, int, bool], aligned: b
 @pytest.mark.parametrize(("c", "hw"), RESNET50)
 def test_large_shapes_fill_the_gpu(c: int, hw: int, channels_last: bool) -> None:
     p = plan.batch_norm(256, c, hw * hw, 2, channels_last, SMS)
-    for planned in (p.statistics, p.gradient_sums):
+    for planned in (p.forward[0], p.backward[0]):
         assert planned.vec * 2 == plan.VECTOR_BYTES
         assert planned.programs >= 0.75 * SMS
         # lanes without data carry no bytes: counted out, unlike in the static tests
@@ -87,7 +88,7 @@ def test_more_than_2_to_the_31_elements() -> None:
 
 def test_sizes_that_do_not_fit_are_refused() -> None:
     with pytest.raises(ValueError, match="too large"):
-        _ = plan.batch_norm(2, 2**31, 1, 2, True).statistics.geometry
+        _ = plan.batch_norm(2, 2**31, 1, 2, True).forward[0].geometry
 
 
 @pytest.mark.parametrize("itemsize", [2, 4])
