@@ -7,7 +7,7 @@ read from compiled kernels."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from typing import Any
 
@@ -71,16 +71,13 @@ class PassPlan:
     """One kernel's pass over x."""
 
     view: View
-    vec: int
-    unroll: int  # loads that a thread has in flight of each input
-    group_rows: int  # rows that one load of all threads covers; a tile has unroll * group_rows
+    tile: Tile
     warps: int
     registers: int  # a thread, at most
     tiles: int  # of a block
     splits: int  # programs that share a block's tiles
     inputs: int  # tensors read
     itemsize: int
-    reduces: bool
     samples: int = 1  # matrices like the view, one after another; 1 if groups span all samples
     group_size: int = 1  # channels of a group that lies within a sample
 
@@ -94,51 +91,13 @@ class PassPlan:
         return self.samples * (self.view.blocks + 1)
 
     @cached_property
-    def tile(self) -> Tile:
-        """The constants that the kernel is compiled with."""
-        v = self.view
-        align = self.vec if v.mode == "nchw_packed" and v.inner % self.vec == 0 else 1
-        walk = (v.mode, self.vec, self.unroll, self.group_rows, v.lanes, align)
-        if not self.reduces:
-            return Tile(*walk)
-        return Tile(
-            *walk, v.channels_per_block, self.channels_per_iter, v.lanes_per_channel, self.partials_per_iter,
-            *self.members,
-        )  # fmt: skip
-
-    @cached_property
-    def members(self) -> tuple[int, int]:
-        """(groups, channels of each) that the last program of a sample merges at a time: as many as its
-        registers hold."""
-        values = (8 if self.registers >= 128 else 2) * WARP * self.warps
-        members = min(power_of_two(self.group_size), values)
-        return min(power_of_two(self.view.channels // self.group_size), values // members), members
-
-    @cached_property
-    def partials_per_iter(self) -> int:
-        """Partial results that the last program of a block merges at a time: 4 values a thread, so that loads
-        overlap within 64 registers."""
-        return min(power_of_two(self.splits), max(1, 4 * WARP * self.warps // self.view.channels_per_block))
-
-    @cached_property
-    def channels_per_iter(self) -> int:
-        """Channels that a program reduces over its lanes at a time, limited by registers."""
-        if self.view.mode == "nhwc":
-            return self.view.lanes
-        # beside eight loads, Triton 3.9 spills two registers at 4 [sass]
-        values = 4 if self.registers >= 128 and self.unroll < 8 else 2
-        return min(
-            self.view.channels_per_block, max(1, values * WARP * self.warps // self.view.lanes_per_channel)
-        )
-
-    @cached_property
     def geometry(self) -> Geometry:
         """Raises TooLarge where a size does not fit 32 bits."""
         v = self.view
         total = v.total if v.mode == "nhwc_packed" or self.samples > 1 else 0
         g = Geometry(
-            v.rows, v.pitch // self.vec, v.width // self.vec, v.inner, v.channels,
-            self.tiles, v.pieces, total // self.vec, v.blocks, self.splits,
+            v.rows, v.pitch // self.tile.vec, v.width // self.tile.vec, v.inner, v.channels,
+            self.tiles, v.pieces, total // self.tile.vec, v.blocks, self.splits,
             self.group_size, self.samples * v.channels // self.group_size,
         )  # fmt: skip
         # lanes beyond the end are masked by comparing their offsets, which must fit too
@@ -196,6 +155,24 @@ def _evened(tiles: int, splits: int) -> int:
     return even if even >= 0.85 * splits else splits
 
 
+def _reducing(tile: Tile, view: View, warps: int, registers: int, splits: int, group_size: int) -> Tile:
+    """The tile with what a reduction does at a time: as much as its registers hold."""
+    threads, channels, channels_at_once = WARP * warps, view.channels_per_block, view.lanes
+    if view.mode != "nhwc":
+        # beside eight loads, Triton 3.9 spills two registers at 4 [sass]
+        values = 4 if registers >= 128 and tile.unroll < 8 else 2
+        channels_at_once = min(channels, max(1, values * threads // view.lanes_per_channel))
+    # 4 values a thread, so that loads overlap within 64 registers
+    partials = min(power_of_two(splits), max(1, 4 * threads // channels))
+    values = (8 if registers >= 128 else 2) * threads
+    members = min(power_of_two(group_size), values)
+    groups = min(power_of_two(view.channels // group_size), values // members)
+    return replace(
+        tile, channels=channels, channels_per_iter=channels_at_once, partials_per_iter=partials,
+        lanes_per_channel=view.lanes_per_channel, groups_per_iter=groups, members_per_iter=members,
+    )  # fmt: skip
+
+
 def _pass(
     x: Problem, view: View, program: Program, inputs: int, reduces: bool, samples: int, group_size: int
 ) -> tuple[PassPlan, bool]:
@@ -221,10 +198,11 @@ def _pass(
     splits = _evened(tiles, programs // strips if reduces else ceil_div(programs, strips))
     # no more warps than there are vectors in group_rows rows
     warps = max(1, min(warps, ceil_div(group_rows * view.lanes * x.itemsize, VECTOR_BYTES * WARP)))
-    plan = PassPlan(
-        view, vec, unroll, group_rows, warps, registers, tiles, splits, inputs, x.itemsize, reduces, samples,
-        group_size,
-    )  # fmt: skip
+    align = vec if view.mode == "nchw_packed" and view.inner % vec == 0 else 1
+    tile = Tile(view.mode, vec, unroll, group_rows, view.lanes, align)
+    if reduces:
+        tile = _reducing(tile, view, warps, registers, splits, group_size)
+    plan = PassPlan(view, tile, warps, registers, tiles, splits, inputs, x.itemsize, samples, group_size)
     return plan, tiles * strips >= programs
 
 

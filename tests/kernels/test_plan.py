@@ -28,22 +28,15 @@ def test_any_sizes_are_covered(size: tuple[int, int, int, int, bool], aligned: b
     for planned in passes(*size, aligned, sms):
         view = planned.view
         assert 1 <= planned.splits <= planned.tiles  # a program without a tile would have no pivot
-        rows = planned.tile.tile_rows
+        tile, rows = planned.tile, planned.tile.tile_rows
         assert (planned.tiles - 1) * rows < view.rows <= planned.tiles * rows
         assert view.width <= view.lanes or view.mode == "nchw"
         assert view.mode != "nchw" or rows <= view.pieces
-        assert view.pitch % planned.vec == view.width % planned.vec == 0
-        assert planned.vec == 1 or aligned
+        assert view.pitch % tile.vec == view.width % tile.vec == 0
+        assert tile.vec == 1 or aligned
         assert view.total == size[0] * size[1] * size[2]
         # the extents of tiles and grids are powers of two, as Triton wants them
-        extents = (
-            planned.unroll,
-            planned.group_rows,
-            view.lanes,
-            view.channels_per_block,
-            view.lanes_per_channel,
-            planned.partials_per_iter,
-        )
+        extents = [value for value in vars(tile).values() if isinstance(value, int)]
         assert all(extent & (extent - 1) == 0 for extent in extents)
 
 
@@ -52,7 +45,7 @@ def test_any_sizes_are_covered(size: tuple[int, int, int, int, bool], aligned: b
 def test_large_shapes_fill_the_gpu(c: int, hw: int, channels_last: bool) -> None:
     p = plan.batch_norm(256, c, hw * hw, 2, channels_last, SMS)
     for planned in (p.forward[0], p.backward[0]):
-        assert planned.vec * 2 == plan.VECTOR_BYTES
+        assert planned.tile.vec * 2 == plan.VECTOR_BYTES
         assert planned.programs >= 0.75 * SMS
         # lanes without data carry no bytes: counted out, unlike in the static tests
         assert planned.bytes_per_program * planned.programs / SMS >= 47 * 1024

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import bnfast
-from bnfast.checks import one_step, truth
+from bnfast.checks import one_step
 from bnfast.checks.cases import Case, batch_renorm, given, group_norm, instance_norm, layer_norm
 from bnfast.kernels import group_plan, plan
 from bnfast.kernels.layouts import is_channels_last
@@ -159,7 +159,7 @@ def test_only_what_is_wanted(case: Case, wanted: str, launches: int, x_reads: fl
     [Case((8, 24, 7, 7), training=False), *(layer_norm(s) for s in ((300, 64), (7, 768), (2, 8201)))],
     ids=str,
 )
-def test_no_table_where_no_backward_follows(case: Case) -> None:
+def test_no_stats_where_no_backward_follows(case: Case) -> None:
     g = given(case, CPU)
     module = one_step.layer(case, bnfast, g)
     y = module(g.x)
@@ -177,7 +177,8 @@ def test_no_table_where_no_backward_follows(case: Case) -> None:
     ids=str,
 )
 def test_unaligned_storage(case: Case, launches: int, reads: float, cut: int) -> None:
-    """Tensors that start anywhere in their storage: the same traffic, no vector reaching outside."""
+    """Tensors that start anywhere in their storage: the same traffic, no vector reaching outside.
+    test_numerics.py has the values."""
     g = given(case, CPU)
     g = replace(g, **{name: shifted(t, cut) for name, t in g.tensors().items()})
     module = one_step.layer(case, bnfast, g)
@@ -185,5 +186,3 @@ def test_unaligned_storage(case: Case, launches: int, reads: float, cut: int) ->
         y = module(g.x)
     clean(t, launches)
     assert (t["x"].reads, t.of(y).writes) == (reads, 1.0)
-    verdicts = truth.judge(case, g, one_step.run(case, bnfast, g))
-    assert all(verdict.ok for verdict in verdicts.values()), {n: str(v) for n, v in verdicts.items()}
