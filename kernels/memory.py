@@ -5,6 +5,10 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
+# eviction policies; Triton 3.6 takes no plain strings as defaults
+ONCE = tl.constexpr("evict_first")
+ANY = tl.constexpr("")
+
 
 class Channels(NamedTuple):
     """The channels, or groups, of which a program has a value each, and which of them exist."""
@@ -21,19 +25,19 @@ def as_scalar(value, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def read(ptrs, mask, POLICY: tl.constexpr = "evict_first"):
+def read(ptrs, mask, POLICY: tl.constexpr = ONCE):
     """Values, 0 where mask is not set. POLICY: evict_first, because most are not read again soon."""
     return tl.load(ptrs, mask=mask, other=0.0, eviction_policy=POLICY)
 
 
 @triton.jit
-def write(ptrs, value, mask, POLICY: tl.constexpr = "evict_first"):
+def write(ptrs, value, mask, POLICY: tl.constexpr = ONCE):
     """Stores value in the pointers' type."""
     tl.store(ptrs, value.to(ptrs.dtype.element_ty), mask=mask, eviction_policy=POLICY)
 
 
 @triton.jit
-def load_or(ptr, offs, mask, default: tl.constexpr, ACC: tl.constexpr, POLICY: tl.constexpr = ""):
+def load_or(ptr, offs, mask, default: tl.constexpr, ACC: tl.constexpr, POLICY: tl.constexpr = ANY):
     """Values of an optional tensor, in the type ACC; `default` if there is no tensor."""
     if ptr is None:
         value = tl.full(offs.shape, default, ACC)

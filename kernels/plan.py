@@ -137,12 +137,19 @@ class PassPlan:
         return self.splits * (3 * self.view.channels_per_block + 1) * max(4, self.itemsize)
 
 
+def _rows_view(m: int, c: int, itemsize: int, *lanes: int) -> View:
+    """[m, c], packed in tiles of the first of these widths that is wide enough, if rows are not whole
+    vectors."""
+    view = nhwc_view(m, c, itemsize)
+    if view.vector(itemsize, True) * itemsize == VECTOR_BYTES:
+        return view
+    return next(filter(None, (nhwc_packed_view(m, c, itemsize, width) for width in lanes)), view)
+
+
 def _reduce_view(n: int, c: int, s: int, itemsize: int, channels_last: bool, program: Program) -> View:
     lanes = program.warps * WARP * (VECTOR_BYTES // itemsize)
     if channels_last:
-        rows = nhwc_view(n * s, c, itemsize)
-        narrow = rows.vector(itemsize, True) * itemsize < VECTOR_BYTES
-        return (nhwc_packed_view(n * s, c, itemsize, lanes) if narrow else None) or rows
+        return _rows_view(n * s, c, itemsize, lanes)
     if s > 2 * lanes:
         return nchw_view(n, c, s, lanes)
     return nchw_packed_view(n, c, s, itemsize, lanes if s <= lanes else 2 * lanes)
@@ -238,14 +245,7 @@ def plan_elementwise(
     vector, program = VECTOR_BYTES // itemsize, ELEMENTWISE[_cost(activation)]
     lanes = ELEMENTWISE[0].warps * WARP * vector
     if channels_last:
-        view = nhwc_view(n * s, c, itemsize)
-        if view.vector(itemsize, True) * itemsize < VECTOR_BYTES:
-            # wide rows may need a wider tile
-            view = (
-                nhwc_packed_view(n * s, c, itemsize, lanes)
-                or nhwc_packed_view(n * s, c, itemsize, 4 * lanes)
-                or view
-            )
+        view = _rows_view(n * s, c, itemsize, lanes, 4 * lanes)
     elif s >= ELEMENTWISE[0].loads * lanes and s % vector == 0:
         view = nchw_view(n, c, s, lanes)  # one channel a program: scalar coefficients
     else:

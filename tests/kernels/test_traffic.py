@@ -69,20 +69,18 @@ STEPS = [
 
 def assert_planned(case: Case, x: Tensor, forward: Trace, backward: Trace) -> None:
     """The plan counts the same launches and bytes: all of data and of what programs hand over; and of a
-    GroupNorm's tables, which many programs read, each value once out and once in."""
+    GroupNorm's statistics and coefficients, which many programs read, each value once out and once in."""
     n, c, *space = case.shape
+    sizes, memory = (n, c, prod(space)), (x.element_size(), is_channels_last(x))
+    planned = plan.batch_norm(*sizes, *memory, sms=SMS)
     if case.in_sample:
-        sizes = (n, c, prod(space), case.in_sample, x.element_size(), not x.is_contiguous())
-        planned = group_plan.group_norm(*sizes, sms=SMS)
-    else:
-        sizes = (n, c, prod(space), x.element_size(), is_channels_last(x))
-        planned = plan.batch_norm(*sizes, sms=SMS)
+        planned = group_plan.group_norm(*sizes, case.in_sample, *memory, sms=SMS)
     assert (forward.launches, backward.launches) == (planned.forward_launches, planned.backward_launches)
     for t, planned_bytes in ((forward, planned.forward_bytes), (backward, planned.backward_bytes)):
-        names = {"stats_ptr", "dx_coeffs_ptr"} & t.traffic.keys() if case.in_sample else ()
-        tables = [t[name] for name in names]
         moved = t.moved("x", "y", "dy", "dx", "partials", "sums")
-        assert moved + sum(table.unique_read + table.unique_written for table in tables) == planned_bytes
+        for name in {"stats_ptr", "dx_coeffs_ptr"} & t.traffic.keys() if case.in_sample else ():
+            moved += t[name].unique_read + t[name].unique_written
+        assert moved == planned_bytes
 
 
 def written_once(*results: Traffic) -> bool:
