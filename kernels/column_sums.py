@@ -25,7 +25,7 @@ def column_sums_kernel(
     column = block * T.lanes + tl.arange(0, T.lanes)
     exists = column < columns
     offs_r = tl.arange(0, T.rows)[:, None]
-    total = tl.zeros((T.rows, T.lanes), partials_ptr.dtype.element_ty)
+    total = tl.full((T.rows, T.lanes), 0.0, partials_ptr.dtype.element_ty)
     for start in tl.range(0, rows, T.rows):
         theirs_ptr = partials_ptr + tl.cast(start + offs_r, tl.int64) * (HALVES * columns) + half * columns
         mask = (start + offs_r < rows) & exists[None, :]

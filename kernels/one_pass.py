@@ -115,7 +115,7 @@ def group_norm_kernel(
     first = tl.program_id(0) * T.groups
     base = tl.cast(first, tl.int64) * group_size * (tl.cast(inner_v, tl.int64) * T.vec)
     tiles = ()
-    total = tl.zeros((T.groups,), ACC)
+    total = tl.full((T.groups,), 0.0, ACC)
     for k in tl.static_range(TILES):
         offs, mask, _, _ = vectors(first, k, g, T)
         tiles = tiles + (read(x_ptr + base + offs, mask),)
@@ -123,8 +123,8 @@ def group_norm_kernel(
         total += sum_by_group(tiles[k].to(ACC), T)
     count = as_scalar(1.0, ACC) * group_size * inner_v * T.vec
     mean = total / count
-    moved = tl.zeros((T.groups,), ACC)
-    squares = tl.zeros((T.groups,), ACC)
+    moved = tl.full((T.groups,), 0.0, ACC)
+    squares = tl.full((T.groups,), 0.0, ACC)
     for k in tl.static_range(TILES):
         _, mask, _, _ = vectors(first, k, g, T)
         distance = tl.where(mask, tiles[k].to(ACC) - by_row(mean, T), 0.0)
@@ -170,10 +170,10 @@ def group_norm_gradients_kernel(
         xs = xs + (read(x_ptr + base + offs, mask),)
     mine = groups_of(first, g, T)
     mean, rstd = load_row(stats_ptr, 0, mine, groups), load_row(stats_ptr, 1, mine, groups)
-    sum_wdy = tl.zeros((T.groups,), ACC)
-    sum_wdy_xmu = tl.zeros((T.groups,), ACC)
-    channel_dy = tl.zeros((T.groups * T.channels,), ACC)
-    channel_dy_xmu = tl.zeros((T.groups * T.channels,), ACC)
+    sum_wdy = tl.full((T.groups,), 0.0, ACC)
+    sum_wdy_xmu = tl.full((T.groups,), 0.0, ACC)
+    channel_dy = tl.full((T.groups * T.channels,), 0.0, ACC)
+    channel_dy_xmu = tl.full((T.groups * T.channels,), 0.0, ACC)
     tl.static_assert(ACT.name == "none" or ACT.name == "relu" or ACT.name == "relu6")
     masked = ()
     for k in tl.static_range(TILES):
@@ -202,8 +202,8 @@ def group_norm_gradients_kernel(
                 to_ptr = sums_ptr + tl.cast(index // groups_per_sample, tl.int64) * (2 * channels) + offs_c
                 tl.store(to_ptr, by_channel(rstd, T) * channel_dy_xmu, mask=exists)
                 tl.store(to_ptr + channels, channel_dy, mask=exists)
-            channel_dy = tl.zeros((T.groups * T.channels,), ACC)
-            channel_dy_xmu = tl.zeros((T.groups * T.channels,), ACC)
+            channel_dy = tl.full((T.groups * T.channels,), 0.0, ACC)
+            channel_dy_xmu = tl.full((T.groups * T.channels,), 0.0, ACC)
     count = as_scalar(1.0, ACC) * group_size * inner_v * T.vec
     c_xmu, c_one = group_norm_dx_coeffs(rstd, GradientSums(sum_wdy, sum_wdy_xmu), count)
     for k in tl.static_range(TILES):

@@ -24,7 +24,7 @@ from .geometry import (
     tile,
     values_per_channel,
 )
-from .memory import load_shared, read, store_rows
+from .memory import load_shared, store_rows
 from .moments import (
     Moments,
     finite_or_zero,
@@ -96,13 +96,13 @@ def sums_by_lane(x_ptr, block, split, g, T: tl.constexpr, ACC: tl.constexpr):
     t = tile(block, last, g, T)
     seen = t.size
     # evict_last: the second launch reads x again, backwards, and finds its end in L2
-    raw = read(x_ptr + t.base + t.offs, t.mask, "evict_last")
+    raw = tl.load(x_ptr + t.base + t.offs, mask=t.mask, other=0.0, eviction_policy="evict_last")
     sums = tl.sum(tl.sum(tl.reshape(raw, (T.unroll, T.rows, T.lanes)).to(ACC), 0), 0)
     pivot = pivot_by_lane(sums, seen, g, T)
     total, squares = pivoted_sums(raw, t.mask, pivot, T, True, ACC)
     for index in tl.range(split, last, g.splits):
         t = tile(block, index, g, T, True)
-        raw = read(x_ptr + t.base + t.offs, t.mask, "evict_last")
+        raw = tl.load(x_ptr + t.base + t.offs, mask=t.mask, other=0.0, eviction_policy="evict_last")
         more_total, more_squares = pivoted_sums(raw, t.mask, pivot, T, T.mode == "nchw", ACC)
         total += more_total
         squares += more_squares

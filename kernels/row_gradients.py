@@ -80,9 +80,9 @@ def row_gradients_kernel(
     sums_w = ()
     sums_b = ()
     for _ in tl.static_range(PARTS if WEIGHT else 0):
-        sums_w = sums_w + (tl.zeros((T.rows, T.lanes), ACC),)
+        sums_w = sums_w + (tl.full((T.rows, T.lanes), 0.0, ACC),)
     for _ in tl.static_range(PARTS if BIAS else 0):
-        sums_b = sums_b + (tl.zeros((T.rows, T.lanes), ACC),)
+        sums_b = sums_b + (tl.full((T.rows, T.lanes), 0.0, ACC),)
     for group in tl.range(tl.program_id(0), groups, programs):
         first = group * ROWS
         base, row, lane, inside = group_of_rows(first, rows, width, ROWS, T.lanes)
@@ -94,8 +94,8 @@ def row_gradients_kernel(
             dys += (read(dy_ptr + base + offs, mask),)
             xs += (read(x_ptr + base + offs, mask),)
         mean, rstd = load_statistics(stats_ptr, rows, first, row, inside)
-        mean_wdy = tl.zeros((ROWS, T.lanes // T.vec), ACC)
-        mean_wdy_xhat = tl.zeros((ROWS, T.lanes // T.vec), ACC)
+        mean_wdy = tl.full((ROWS, T.lanes // T.vec), 0.0, ACC)
+        mean_wdy_xhat = tl.full((ROWS, T.lanes // T.vec), 0.0, ACC)
         new_w = ()
         new_b = ()
         for part in tl.static_range(PARTS):
@@ -150,8 +150,8 @@ def column_gradients_kernel(
     program = tl.program_id(0) // blocks
     column = block * T.lanes + tl.arange(0, T.lanes)[None, :]
     exists = column < width
-    sum_w = tl.zeros((T.rows, T.lanes), ACC)
-    sum_b = tl.zeros((T.rows, T.lanes), ACC)
+    sum_w = tl.full((T.rows, T.lanes), 0.0, ACC)
+    sum_b = tl.full((T.rows, T.lanes), 0.0, ACC)
     for group in tl.range(program, groups, programs):
         first = group * ROWS
         base, row, _, inside = group_of_rows(first, rows, width, ROWS, T.lanes)

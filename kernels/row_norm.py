@@ -71,13 +71,13 @@ def row_norm_kernel(
         column, exists = columns(part, lane, width, T)
         # evict_first: x is not read again soon, and L1 is better used for gamma and beta
         tiles = tiles + (read(x_ptr + base + (row * width + column), inside & exists),)
-    total = tl.zeros((T.rows, T.lanes), ACC)
+    total = tl.full((T.rows, T.lanes), 0.0, ACC)
     for part in tl.static_range(PARTS):
         total += tiles[part].to(ACC)
     # At mean 1e4 and std 1 the rounding of this mean matters: the mean distance from it corrects it.
     pivot = (tl.sum(total, 1) / count)[:, None]
-    distances = tl.zeros((T.rows, T.lanes), ACC)
-    squares = tl.zeros((T.rows, T.lanes), ACC)
+    distances = tl.full((T.rows, T.lanes), 0.0, ACC)
+    squares = tl.full((T.rows, T.lanes), 0.0, ACC)
     for part in tl.static_range(PARTS):
         column, exists = columns(part, lane, width, T)
         distance = tiles[part].to(ACC) - pivot
@@ -142,7 +142,8 @@ def long_row_norm_kernel(
         shift += moved
     # the rest of the row, of which a lane has some values or none
     mask = offs < width - steps * STEP
-    x = read(x_ptr + base + (steps * STEP + offs), mask, "evict_last").to(ACC)
+    x_ptrs = x_ptr + base + (steps * STEP + offs)
+    x = tl.load(x_ptrs, mask=mask, other=0.0, eviction_policy="evict_last").to(ACC)
     distance = tl.where(mask, (x - pivot) - shift[None, :], 0.0)
     total = tl.sum(distance, 0)
     count = (steps * U + tl.sum(mask.to(tl.int32), 0)).to(ACC)
