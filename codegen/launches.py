@@ -50,7 +50,7 @@ class Launched:
 
     @property
     def bytes(self) -> int:
-        """What it reads and writes, counted as plans do (BatchNormPlan, GroupNormPlan)."""
+        """What it reads and writes, counted as plans do (plan.StepPlan)."""
         return self._merged() + sum(
             t.nbytes * TIMES.get((self.kernel, name), 1)
             for name, t in self.arguments.items()

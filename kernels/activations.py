@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
+from .memory import read
+
 
 class Affine(NamedTuple):
     """The coefficients of scale * (x - mean) + shift."""
@@ -140,7 +142,7 @@ def before_activation(g, x, affine, residual_ptr, offs, mask, ACT: tl.constexpr,
     the address that offs count from, or None."""
     v = affine.scale * (x.to(ACC) - affine.mean) + affine.shift
     if residual_ptr is not None:
-        v += tl.load(residual_ptr + offs, mask=mask, other=0.0, eviction_policy="evict_first").to(ACC)
+        v += read(residual_ptr + offs, mask).to(ACC)
     return times_slope(g.to(ACC), v, ACT)
 
 

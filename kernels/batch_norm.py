@@ -18,9 +18,8 @@ from .epilogue import IDENTITY, NO_EPILOGUE, Activation, Epilogue
 from .launch import workspace
 from .launch_plan import LaunchPlan, Signature, address, device_and_stream, launch_plan
 from .layouts import dense, dense_like
-from .normalizers.batch_norm import BATCH_NORM
+from .normalizers.batch_norm import BATCH_NORM, MOMENTS
 from .normalizers.batch_renorm import BATCH_RENORM
-from .normalizers.moments import MOMENTS
 from .records import BatchNormOptions, Buffers, Forward, Gradients, Wanted
 from .reduce import gradient_sums_kernel, statistics_kernel
 

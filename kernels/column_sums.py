@@ -4,7 +4,7 @@ fixed, so that the same input gives the same bits."""
 import triton
 import triton.language as tl
 
-from .normalizers.common import store_as
+from .memory import store_as
 
 SIZES = ["rows", "columns", "blocks"]
 # the caller's tensors, which need no alignment
@@ -19,25 +19,21 @@ def column_sums_kernel(
 ):  # fmt: skip
     """partials: [rows, 2, columns], whose halves are summed to first and second, [columns] each; [rows, 1,
     columns] if only one of these is given. A program sums `lanes` columns of one half, `rows` rows a step."""
-    R: tl.constexpr = T.rows
-    LANES: tl.constexpr = T.lanes
     HALVES: tl.constexpr = (first_ptr is not None) + (second_ptr is not None)
     block = tl.program_id(0) % blocks
     half = tl.program_id(0) // blocks
-    column = block * LANES + tl.arange(0, LANES)
+    column = block * T.lanes + tl.arange(0, T.lanes)
     exists = column < columns
-    offs_r = tl.arange(0, R)[:, None]
-    total = tl.zeros((R, LANES), partials_ptr.dtype.element_ty)
-    for start in tl.range(0, rows, R):
+    offs_r = tl.arange(0, T.rows)[:, None]
+    total = tl.full((T.rows, T.lanes), 0.0, partials_ptr.dtype.element_ty)
+    for start in tl.range(0, rows, T.rows):
         theirs_ptr = partials_ptr + tl.cast(start + offs_r, tl.int64) * (HALVES * columns) + half * columns
         mask = (start + offs_r < rows) & exists[None, :]
         total += tl.load(theirs_ptr + column[None, :], mask=mask, other=0.0)
     sums = tl.sum(total, 0)
     if first_ptr is None:
         store_as(second_ptr + column, sums, exists)
-    elif second_ptr is None:
-        store_as(first_ptr + column, sums, exists)
-    elif half == 0:
+    elif second_ptr is None or half == 0:
         store_as(first_ptr + column, sums, exists)
     else:
         store_as(second_ptr + column, sums, exists)

@@ -14,8 +14,9 @@ import triton.language as tl
 
 from .activations import Affine, activate, before_activation, pack
 from .geometry import by_lane, lanes_and_channels, place, start_of, tile
-from .normalizers.batch_norm import from_running_statistics, store_stats
-from .normalizers.common import Channels, Parameters
+from .memory import Channels, read, store_rows, write
+from .normalizers.batch_norm import from_running_statistics
+from .normalizers.common import Parameters
 from .records import Geometry
 from .reduce import PARAMETERS, SIZES
 
@@ -39,18 +40,17 @@ def transform_kernel(
     )
     params = Parameters(weight_ptr, bias_ptr, running_mean_ptr, running_var_ptr, batches_ptr)
     block, split, sample = place(tl.program_id(0), g)
-    offs_c, mask_c = lanes_and_channels(block, g, T)
-    c = Channels(offs_c, mask_c)
+    c = lanes_and_channels(block, g, T)
     if NORM is None:
         mean, scale, shift, rstd = from_running_statistics(c, params, eps, ACC)
         if stats_ptr is not None:
-            first = mask_c & (split == 0)
+            first = c.mask & (split == 0)
             if T.mode == "nchw_packed":  # of a channel's many lanes the first one stores
                 lane = tl.arange(0, T.lanes // T.channel_align) * T.channel_align
                 first = first & ((block * (g.width_v * T.vec) + lane) % g.inner == 0)
             elif T.mode != "nchw":
                 first = first & (block * (g.width_v * T.vec) + tl.arange(0, T.lanes) < g.channels)
-            store_stats(stats_ptr, offs_c, first, g.channels, mean, scale, shift, rstd)
+            store_rows(stats_ptr, Channels(c.offs, first), g.channels, mean, scale, shift, rstd)
     else:
         mean, scale, shift = NORM.coefficients(c, sample, stats_ptr, params, g, ACC)
     mean, scale, shift = by_lane(mean, T), by_lane(scale, T), by_lane(shift, T)
@@ -62,14 +62,12 @@ def transform_kernel(
         index = g.tiles - 1 - step  # backwards: the first launch has left the end of x in L2
         t = tile(block, index, g, T)
         base = t.base + start
-        x = tl.load(x_ptr + base + t.offs, mask=t.mask, other=0.0, eviction_policy="evict_first").to(ACC)
+        x = read(x_ptr + base + t.offs, t.mask).to(ACC)
         y = scale * (x - mean) + shift if CENTRED else scale * x
         if residual_ptr is not None:
-            y += tl.load(
-                residual_ptr + base + t.offs, mask=t.mask, other=0.0, eviction_policy="evict_first"
-            ).to(ACC)
+            y += read(residual_ptr + base + t.offs, t.mask).to(ACC)
         activated = activate(y, ACT).to(y_ptr.dtype.element_ty)
-        tl.store(y_ptr + base + t.offs, activated, mask=t.mask, eviction_policy="evict_first")
+        write(y_ptr + base + t.offs, activated, t.mask)
         if relu_mask_ptr is not None:  # after the other store: before it, Triton 3.9 spills a register [sass]
             bits = tile(block, index, g, T, False, True)
             tl.store(relu_mask_ptr + start // 8 + bits.base + bits.offs, pack(y > 0), mask=bits.mask)
@@ -87,23 +85,20 @@ def gradient_transform_kernel(
         rows, pitch_v, width_v, inner, channels, tiles, pieces, total_v, blocks, splits, group_size, groups
     )
     block, split, sample = place(tl.program_id(0), g)
-    offs_c, mask_c = lanes_and_channels(block, g, T)
-    lanes = Channels(offs_c, mask_c)
+    c = lanes_and_channels(block, g, T)
     params = Parameters(weight_ptr, bias_ptr, None, None, None)
-    mean, scale, shift = NORM.coefficients(lanes, sample, stats_ptr, params, g, ACC)
-    c_dy, c_xmu, c_one = NORM.dx_coefficients(lanes, sample, stats_ptr, dx_coeffs_ptr, params, g, ACC)
+    mean, scale, shift = NORM.coefficients(c, sample, stats_ptr, params, g, ACC)
+    c_dy, c_xmu, c_one = NORM.dx_coefficients(c, sample, stats_ptr, dx_coeffs_ptr, params, g, ACC)
     mean, shift = by_lane(mean, T), by_lane(shift, T)
     c_dy, c_xmu, c_one = by_lane(c_dy, T), by_lane(c_xmu, T), by_lane(c_one, T)
     start_element = start_of(sample, g, T)
     for step in tl.range(split, g.tiles, g.splits):
         t = tile(block, g.tiles - 1 - step, g, T)  # backwards, as in the forward
         base = t.base + start_element
-        grad = tl.load(dy_ptr + base + t.offs, mask=t.mask, other=0.0, eviction_policy="evict_first").to(ACC)
-        x = tl.load(x_ptr + base + t.offs, mask=t.mask, other=0.0, eviction_policy="evict_first").to(ACC)
+        grad = read(dy_ptr + base + t.offs, t.mask).to(ACC)
+        x = read(x_ptr + base + t.offs, t.mask).to(ACC)
         if ACT.name != "none":
             affine = Affine(mean, c_dy, shift)  # c_dy is the scale
             grad = before_activation(grad, x, affine, None, t.offs, t.mask, ACT, ACC)
         dx = c_dy * grad + c_xmu * (x - mean) + c_one
-        tl.store(
-            dx_ptr + base + t.offs, dx.to(dx_ptr.dtype.element_ty), mask=t.mask, eviction_policy="evict_first"
-        )
+        write(dx_ptr + base + t.offs, dx, t.mask)

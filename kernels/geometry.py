@@ -29,6 +29,8 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
+from .memory import Channels
+
 
 class Block(NamedTuple):
     """The addresses of a tile: base + offs, where mask holds."""
@@ -37,13 +39,6 @@ class Block(NamedTuple):
     offs: Any  # [tile_rows, lanes]
     mask: Any
     size: Any  # how much of it exists: rows (nhwc, nchw_packed) or elements (nhwc_packed, nchw)
-
-
-@triton.jit
-def as_scalar(value, DTYPE: tl.constexpr):
-    """A float argument in the accumulator's type. Arguments are fp64, since Inductor passes Python floats as
-    fp64 and fp64 tensors need the precision."""
-    return tl.full((1,), value, DTYPE)
 
 
 @triton.jit
@@ -60,8 +55,8 @@ def start_of(sample, g, T: tl.constexpr):
 
 @triton.jit
 def lanes_and_channels(block, g, T: tl.constexpr):
-    """The channel of each lane of a block, (offs_c, mask_c): of every channel_align-th lane, or [1] if a
-    block is one channel."""
+    """The channel of each lane of a block, as Channels: of every channel_align-th lane, or [1] if a block is
+    one channel."""
     if T.mode == "nchw":
         offs_c = block + tl.arange(0, 1)
         mask_c = offs_c < g.channels
@@ -75,7 +70,7 @@ def lanes_and_channels(block, g, T: tl.constexpr):
             offs_c = position % g.channels
         else:
             offs_c = position // g.inner
-    return offs_c, mask_c
+    return Channels(offs_c, mask_c)
 
 
 @triton.jit
@@ -162,9 +157,9 @@ def channels_per_block(g, T: tl.constexpr):
 
 @triton.jit
 def channels_of_block(block, k, count, g):
-    """The k-th of a block's `count` channels, (offs_c, mask_c), of k's shape."""
+    """The k-th of a block's `count` channels, as Channels of k's shape."""
     offs_c = block * count + k
-    return offs_c, (k < count) & (offs_c < g.channels)
+    return Channels(offs_c, (k < count) & (offs_c < g.channels))
 
 
 @triton.jit

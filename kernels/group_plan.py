@@ -8,9 +8,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from typing import Any, ClassVar
 
 from .epilogue import NO_EPILOGUE_PLAN, EpiloguePlan
-from .plan import INT32, WARP, PassPlan, plan_elementwise, plan_reduction
+from .plan import INT32, WARP, PassPlan, StepPlan, plan_elementwise, plan_reduction
 from .records import GroupGeometry, OnePassTile, Problem
 from .views import VECTOR_BYTES, ceil_div, floor_power_of_two, power_of_two
 
@@ -31,6 +32,7 @@ class OnePassPlan:
     inputs: int
     itemsize: int
     registers: int = 128
+    handed: ClassVar[int] = 0  # to other programs: see PassPlan
 
     @cached_property
     def programs(self) -> int:
@@ -112,87 +114,34 @@ def two_pass(
     return make(seen, inputs, x.n, group_size, activation)
 
 
-@dataclass(frozen=True)
-class GroupNormPlan:
-    """The launches of a training step over x [n, c, s] and the bytes it moves, where all gradients are
-    wanted. forward and backward are each one launch, or two passes. The backward has one launch more, which
-    sums the parameters' gradients over samples."""
-
-    n: int
-    c: int
-    s: int
-    groups: int
-    itemsize: int
-    forward: OnePassPlan | tuple[PassPlan, PassPlan]
-    backward: OnePassPlan | tuple[PassPlan, PassPlan]
-    epilogue: EpiloguePlan = NO_EPILOGUE_PLAN
-
-    @property
-    def forward_launches(self) -> int:
-        return 1 if isinstance(self.forward, OnePassPlan) else 2
-
-    @property
-    def backward_launches(self) -> int:
-        return 2 if isinstance(self.backward, OnePassPlan) else 3
-
-    @property
-    def x_bytes(self) -> int:
-        """T: the bytes of x."""
-        return self.n * self.c * self.s * self.itemsize
-
-    @property
-    def forward_bytes(self) -> int:
-        """x once, or twice and the partial results of the passes; y once; the statistics of all groups,
-        written, and read by the second pass; and the epilogue's bytes. Weight and bias are not counted, nor
-        are statistics that several programs read."""
-        more = self.epilogue.forward_bytes(self.n * self.c * self.s, self.itemsize)
-        if isinstance(self.forward, OnePassPlan):
-            return 2 * self.x_bytes + more + self._stats_bytes
-        return 3 * self.x_bytes + more + 2 * self._partial_bytes(self.forward[0]) + 2 * self._stats_bytes
-
-    @property
-    def backward_bytes(self) -> int:
-        """dy and x once, or twice and the partial results of the passes; dx once; the forward's statistics,
-        and for two passes the coefficients of dx, out and back; each sample's sums for weight and bias, out
-        and back; and the epilogue's bytes."""
-        sums = 2 * 2 * self.n * self.c * self._wide
-        sums += self.epilogue.backward_bytes(self.n * self.c * self.s, self.itemsize)
-        if isinstance(self.backward, OnePassPlan):
-            return 3 * self.x_bytes + self._stats_bytes + sums
-        return 5 * self.x_bytes + 2 * self._partial_bytes(self.backward[0]) + 3 * self._stats_bytes + sums
-
-    @property
-    def _wide(self) -> int:
-        """Bytes of a number in the accumulator's type."""
-        return max(4, self.itemsize)
-
-    @property
-    def _stats_bytes(self) -> int:
-        """Two numbers for each group."""
-        return 2 * self.n * self.groups * self._wide
-
-    def _partial_bytes(self, plan: PassPlan) -> int:
-        """Each program's partial results, and those of channels that are merged to groups."""
-        merged = plan.samples * plan.values * plan.view.channels if plan.group_size > 1 else 0
-        return (plan.partials + merged) * self._wide
-
-
 def group_norm(
     n: int, c: int, s: int, groups: int, itemsize: int, channels_last: bool,
     sms: int = 132, aligned: bool = True, epilogue: EpiloguePlan = NO_EPILOGUE_PLAN,
-) -> GroupNormPlan:  # fmt: skip
+) -> StepPlan:  # fmt: skip
     channels_last = channels_last or s == 1
     x = Problem(n, c, s, itemsize, channels_last, aligned, sms)
 
-    def plan(make: Callable[..., PassPlan], by_group: bool, inputs: int, activation: str) -> PassPlan:
-        return two_pass(make, x, groups, by_group, inputs, activation)
+    def plan(make: Callable[..., PassPlan], *how: Any) -> PassPlan:
+        return two_pass(make, x, groups, *how)
 
-    forward = one_pass(x, groups, 1, kept=epilogue.kept) or (
-        plan(plan_reduction, not channels_last, 1, "none"),
-        plan(plan_elementwise, False, 1 + epilogue.residual, epilogue.activation),
+    held = (
+        one_pass(x, groups, 1, kept=epilogue.kept),
+        one_pass(x, groups, 2, epilogue.activation, epilogue.kept),
     )
-    backward = one_pass(x, groups, 2, epilogue.activation, epilogue.kept) or (
-        plan(plan_reduction, False, 2 + (epilogue.kept == "residual"), epilogue.activation),
-        plan(plan_elementwise, False, 2, epilogue.activation_of_dx),
+    forward = (
+        (held[0],)
+        if held[0]
+        else (
+            plan(plan_reduction, not channels_last, 1, "none"),
+            plan(plan_elementwise, False, 1 + epilogue.residual, epilogue.activation),
+        )
     )
-    return GroupNormPlan(n, c, s, groups, itemsize, forward, backward, epilogue)
+    backward = (
+        (held[1],)
+        if held[1]
+        else (
+            plan(plan_reduction, False, 2 + (epilogue.kept == "residual"), epilogue.activation),
+            plan(plan_elementwise, False, 2, epilogue.activation_of_dx),
+        )
+    )
+    return StepPlan(n * c * s, itemsize, forward, backward, epilogue, stats=2 * n * groups, sums=2 * n * c)

@@ -22,8 +22,12 @@ from .launch_plan import address, device_and_stream, launch_plan, multiprocessor
 from .layouts import accumulator, dense_like
 from .plan import VECTOR_BYTES
 from .records import Buffers, Forward, Gradients, LayerNormOptions, Wanted
-from .row_activation import row_activation_kernel
-from .row_gradients import column_gradients_kernel, row_gradients_kernel, wide_gradients_kernel
+from .row_gradients import (
+    column_gradients_kernel,
+    row_activation_kernel,
+    row_gradients_kernel,
+    wide_gradients_kernel,
+)
 from .row_norm import long_row_norm_kernel, row_norm_kernel
 
 _FORWARD = ("x", "y", "stats", "weight", "bias", "residual", "none")

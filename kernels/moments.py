@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
+from .memory import load_shared
+
 
 @triton.jit
 def finite_or_zero(value):
@@ -98,18 +100,10 @@ def merge_along(m, AXIS: tl.constexpr):
 
 
 @triton.jit
-def store_channels(ptr, offs_c, mask_c, g, pivot, shift, m2):
-    """Stores channels of [3, channels]."""
-    tl.store(ptr + offs_c, pivot, mask=mask_c)
-    tl.store(ptr + g.channels + offs_c, shift, mask=mask_c)
-    tl.store(ptr + 2 * g.channels + offs_c, m2, mask=mask_c)
-
-
-@triton.jit
 def load_channels(ptr, mask, g):
-    """(pivot, shift, M2) of channels that store_channels has stored."""
-    # .cg: other programs of this launch have written them, so they must not come from L1
-    pivot = tl.load(ptr, mask=mask, other=0.0, cache_modifier=".cg")
-    shift = tl.load(ptr + g.channels, mask=mask, other=0.0, cache_modifier=".cg")
-    m2 = tl.load(ptr + 2 * g.channels, mask=mask, other=0.0, cache_modifier=".cg")
-    return pivot, shift, m2
+    """(pivot, shift, M2) of channels, three rows that other programs have stored."""
+    return (
+        load_shared(ptr, mask),
+        load_shared(ptr + g.channels, mask),
+        load_shared(ptr + 2 * g.channels, mask),
+    )

@@ -9,9 +9,9 @@ import triton
 import triton.language as tl
 
 from .activations import Affine, activate, before_activation, pack, unpack
-from .geometry import as_scalar
+from .memory import Channels, as_scalar, load_or, load_row, read, store_rows, write
 from .moments import not_negative, product, product_in_tile
-from .normalizers.common import GradientSums, load_or
+from .normalizers.common import GradientSums
 from .normalizers.group_norm import group_norm_dx_coeffs, group_rstd
 from .records import GroupGeometry
 
@@ -41,9 +41,45 @@ def vectors(first, K: tl.constexpr, g, T: tl.constexpr):
 
 
 @triton.jit
-def sum_by_channel(values, CHANNELS: tl.constexpr, SPAN: tl.constexpr):
-    """[rows, VEC] -> [CHANNELS], SPAN rows a channel."""
-    return tl.sum(tl.reshape(tl.sum(values, 1), (CHANNELS, SPAN)), 1)
+def sum_by_channel(values, T: tl.constexpr):
+    """[rows, vec] -> [groups * channels]."""
+    return tl.sum(tl.reshape(tl.sum(values, 1), (T.groups * T.channels, T.span)), 1)
+
+
+@triton.jit
+def sum_by_group(values, T: tl.constexpr):
+    """[rows, vec] -> [groups]."""
+    return tl.sum(tl.reshape(tl.sum(values, 1), (T.groups, T.channels * T.span)), 1)
+
+
+@triton.jit
+def by_row(values, T: tl.constexpr):
+    """Broadcasts values of groups or channels to the rows of a tile: [rows, 1]."""
+    COUNT: tl.constexpr = values.shape[0]
+    return tl.reshape(tl.broadcast_to(values[:, None], (COUNT, T.rows // COUNT)), (T.rows, 1))
+
+
+@triton.jit
+def by_channel(values, T: tl.constexpr):
+    """Broadcasts values of groups to their channels: [groups * channels]."""
+    return tl.reshape(tl.broadcast_to(values[:, None], (T.groups, T.channels)), (T.groups * T.channels,))
+
+
+@triton.jit
+def groups_of(first, g, T: tl.constexpr):
+    """The groups of a program."""
+    offs_group = first + tl.arange(0, T.groups)
+    return Channels(offs_group, offs_group < g.groups)
+
+
+@triton.jit
+def affine_of(channel, group, mean, rstd, weight_ptr, bias_ptr, g, T: tl.constexpr, ACC: tl.constexpr):
+    """The Affine of each row of a tile, from what `vectors` says of its channels."""
+    offs_c = group % g.groups_per_sample * g.group_size + channel
+    exists = channel < g.group_size
+    scale = by_row(load_or(weight_ptr, offs_c, exists, 1.0, ACC), T) * by_row(rstd, T)
+    shift = by_row(load_or(bias_ptr, offs_c, exists, 0.0, ACC), T)
+    return Affine(by_row(mean, T), scale, shift)
 
 
 @triton.jit
@@ -64,13 +100,6 @@ def through_activation(dy, x, affine, relu_mask_ptr, base, offs, mask, ACT: tl.c
     return grad
 
 
-@triton.jit
-def by_row(values, ROWS: tl.constexpr):
-    """Broadcasts values of groups or channels to the rows of a tile: [ROWS, 1]."""
-    SHARE: tl.constexpr = ROWS // values.shape[0]
-    return tl.reshape(tl.broadcast_to(values[:, None], (values.shape[0], SHARE)), (ROWS, 1))
-
-
 @triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=PARAMETERS)
 def group_norm_kernel(
     x_ptr, y_ptr, stats_ptr, weight_ptr, bias_ptr, residual_ptr, relu_mask_ptr,
@@ -81,54 +110,40 @@ def group_norm_kernel(
     """stats: [2, groups], mean and rstd. residual, relu_mask (with vec 8 only) and ACT are as in
     elementwise.py."""
     ACC: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
-    ROWS: tl.constexpr = T.rows
     TILES: tl.constexpr = T.tiles
-    GROUPS: tl.constexpr = T.groups
-    CHANNELS: tl.constexpr = T.channels
-    SPAN: tl.constexpr = T.span
     g = GroupGeometry(groups, group_size, inner_v, groups_per_sample)
-    first = tl.program_id(0) * GROUPS
+    first = tl.program_id(0) * T.groups
     base = tl.cast(first, tl.int64) * group_size * (tl.cast(inner_v, tl.int64) * T.vec)
     tiles = ()
-    total = tl.zeros((GROUPS,), ACC)
+    total = tl.full((T.groups,), 0.0, ACC)
     for k in tl.static_range(TILES):
         offs, mask, _, _ = vectors(first, k, g, T)
-        x = tl.load(x_ptr + base + offs, mask=mask, other=0.0, eviction_policy="evict_first")
-        tiles = tiles + (x,)
+        tiles = tiles + (read(x_ptr + base + offs, mask),)
     for k in tl.static_range(TILES):
-        total += sum_by_channel(tiles[k].to(ACC), GROUPS, CHANNELS * SPAN)
+        total += sum_by_group(tiles[k].to(ACC), T)
     count = as_scalar(1.0, ACC) * group_size * inner_v * T.vec
     mean = total / count
-    moved = tl.zeros((GROUPS,), ACC)
-    squares = tl.zeros((GROUPS,), ACC)
+    moved = tl.full((T.groups,), 0.0, ACC)
+    squares = tl.full((T.groups,), 0.0, ACC)
     for k in tl.static_range(TILES):
         _, mask, _, _ = vectors(first, k, g, T)
-        distance = tl.where(mask, tiles[k].to(ACC) - by_row(mean, ROWS), 0.0)
-        moved += sum_by_channel(distance, GROUPS, CHANNELS * SPAN)
-        squares += sum_by_channel(
-            product_in_tile(distance, distance, T.vec, THREADS), GROUPS, CHANNELS * SPAN
-        )  # fmt: skip
+        distance = tl.where(mask, tiles[k].to(ACC) - by_row(mean, T), 0.0)
+        moved += sum_by_group(distance, T)
+        squares += sum_by_group(product_in_tile(distance, distance, T.vec, THREADS), T)
     # the sum of large values has lost digits that the sum of their distances keeps
     shift = moved / count
     mean += shift
     variance = not_negative(squares / count - shift * shift)
     rstd = group_rstd(variance, as_scalar(eps, ACC), ACC)
-    offs_group = first + tl.arange(0, GROUPS)
-    tl.store(stats_ptr + offs_group, mean, mask=offs_group < groups)
-    tl.store(stats_ptr + groups + offs_group, rstd, mask=offs_group < groups)
+    store_rows(stats_ptr, groups_of(first, g, T), groups, mean, rstd)
     for k in tl.static_range(TILES):
         offs, mask, channel, group = vectors(first, k, g, T)
-        offs_c = (first + group) % groups_per_sample * group_size + channel
-        exists = channel < group_size
-        scale = by_row(load_or(weight_ptr, offs_c, exists, 1.0, ACC), ROWS) * by_row(rstd, ROWS)
-        bias = by_row(load_or(bias_ptr, offs_c, exists, 0.0, ACC), ROWS)
-        y = scale * (tiles[k].to(ACC) - by_row(mean, ROWS)) + bias
+        affine = affine_of(channel, first + group, mean, rstd, weight_ptr, bias_ptr, g, T, ACC)
+        y = affine.scale * (tiles[k].to(ACC) - affine.mean) + affine.shift
         if residual_ptr is not None:
-            y += tl.load(residual_ptr + base + offs, mask=mask, other=0.0, eviction_policy="evict_first").to(
-                ACC
-            )
+            y += read(residual_ptr + base + offs, mask).to(ACC)
         activated = activate(y, ACT).to(y_ptr.dtype.element_ty)
-        tl.store(y_ptr + base + offs, activated, mask=mask, eviction_policy="evict_first")
+        write(y_ptr + base + offs, activated, mask)
         if relu_mask_ptr is not None:
             tl.store(relu_mask_ptr + base // 8 + byte_of(offs), pack(y > 0), mask=mask)
 
@@ -143,84 +158,57 @@ def group_norm_gradients_kernel(
     of dx is at group_norm_dx_coeffs. ACT may only be an activation whose slope is 0 or 1: dy times its slope
     takes no more bits than dy, and there are no registers for more (others take two passes)."""
     ACC: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
-    ROWS: tl.constexpr = T.rows
     TILES: tl.constexpr = T.tiles
-    GROUPS: tl.constexpr = T.groups
-    CHANNELS: tl.constexpr = T.channels
-    SPAN: tl.constexpr = T.span
     g = GroupGeometry(groups, group_size, inner_v, groups_per_sample)
-    first = tl.program_id(0) * GROUPS
+    first = tl.program_id(0) * T.groups
     base = tl.cast(first, tl.int64) * group_size * (tl.cast(inner_v, tl.int64) * T.vec)
     xs = ()
     dys = ()
     for k in tl.static_range(TILES):
         offs, mask, _, _ = vectors(first, k, g, T)
-        dys = dys + (tl.load(dy_ptr + base + offs, mask=mask, other=0.0, eviction_policy="evict_first"),)
-        xs = xs + (tl.load(x_ptr + base + offs, mask=mask, other=0.0, eviction_policy="evict_first"),)
-    offs_group = first + tl.arange(0, GROUPS)
-    mean = tl.load(stats_ptr + offs_group, mask=offs_group < groups, other=0.0)
-    rstd = tl.load(stats_ptr + groups + offs_group, mask=offs_group < groups, other=0.0)
-    sum_wdy = tl.zeros((GROUPS,), ACC)
-    sum_wdy_xmu = tl.zeros((GROUPS,), ACC)
-    channel_dy = tl.zeros((GROUPS * CHANNELS,), ACC)
-    channel_dy_xmu = tl.zeros((GROUPS * CHANNELS,), ACC)
+        dys = dys + (read(dy_ptr + base + offs, mask),)
+        xs = xs + (read(x_ptr + base + offs, mask),)
+    mine = groups_of(first, g, T)
+    mean, rstd = load_row(stats_ptr, 0, mine, groups), load_row(stats_ptr, 1, mine, groups)
+    sum_wdy = tl.full((T.groups,), 0.0, ACC)
+    sum_wdy_xmu = tl.full((T.groups,), 0.0, ACC)
+    channel_dy = tl.full((T.groups * T.channels,), 0.0, ACC)
+    channel_dy_xmu = tl.full((T.groups * T.channels,), 0.0, ACC)
     tl.static_assert(ACT.name == "none" or ACT.name == "relu" or ACT.name == "relu6")
     masked = ()
     for k in tl.static_range(TILES):
         offs, mask, channel, group = vectors(first, k, g, T)
         grad = dys[k].to(ACC)  # 0 where the mask is not set
         if ACT.name != "none":
-            offs_c = (first + group) % groups_per_sample * group_size + channel
-            exists = channel < group_size
-            scale = by_row(load_or(weight_ptr, offs_c, exists, 1.0, ACC), ROWS) * by_row(rstd, ROWS)
-            bias = by_row(load_or(bias_ptr, offs_c, exists, 0.0, ACC), ROWS)
-            affine = Affine(by_row(mean, ROWS), scale, bias)
+            affine = affine_of(channel, first + group, mean, rstd, weight_ptr, bias_ptr, g, T, ACC)
             grad = through_activation(dys[k], xs[k], affine, relu_mask_ptr, base, offs, mask, ACT, ACC)
             masked = masked + (grad.to(dy_ptr.dtype.element_ty),)
         else:
             masked = masked + (dys[k],)
         if dresidual_ptr is not None:
-            tl.store(dresidual_ptr + base + offs, grad.to(dresidual_ptr.dtype.element_ty), mask=mask)
-        channel_dy += sum_by_channel(grad, GROUPS * CHANNELS, SPAN)
-        distance = xs[k].to(ACC) - by_row(mean, ROWS)
-        channel_dy_xmu += sum_by_channel(
-            product_in_tile(grad, distance, T.vec, THREADS), GROUPS * CHANNELS, SPAN
-        )
+            write(dresidual_ptr + base + offs, grad, mask, "")
+        channel_dy += sum_by_channel(grad, T)
+        distance = xs[k].to(ACC) - by_row(mean, T)
+        channel_dy_xmu += sum_by_channel(product_in_tile(grad, distance, T.vec, THREADS), T)
         if k % T.pieces == T.pieces - 1:
             index = first + group
             offs_c = index % groups_per_sample * group_size + channel
             exists = (channel < group_size) & (index < groups)
             weight = load_or(weight_ptr, offs_c, exists, 1.0, ACC)
-            sum_wdy += tl.sum(tl.reshape(product(weight, channel_dy), (GROUPS, CHANNELS)), 1)
-            sum_wdy_xmu += tl.sum(tl.reshape(product(weight, channel_dy_xmu), (GROUPS, CHANNELS)), 1)
+            sum_wdy += tl.sum(tl.reshape(product(weight, channel_dy), (T.groups, T.channels)), 1)
+            sum_wdy_xmu += tl.sum(tl.reshape(product(weight, channel_dy_xmu), (T.groups, T.channels)), 1)
             if sums_ptr is not None:
                 channels = groups_per_sample * group_size
                 to_ptr = sums_ptr + tl.cast(index // groups_per_sample, tl.int64) * (2 * channels) + offs_c
-                tl.store(to_ptr, by_channel(rstd, GROUPS * CHANNELS) * channel_dy_xmu, mask=exists)
+                tl.store(to_ptr, by_channel(rstd, T) * channel_dy_xmu, mask=exists)
                 tl.store(to_ptr + channels, channel_dy, mask=exists)
-            channel_dy = tl.zeros((GROUPS * CHANNELS,), ACC)
-            channel_dy_xmu = tl.zeros((GROUPS * CHANNELS,), ACC)
+            channel_dy = tl.full((T.groups * T.channels,), 0.0, ACC)
+            channel_dy_xmu = tl.full((T.groups * T.channels,), 0.0, ACC)
     count = as_scalar(1.0, ACC) * group_size * inner_v * T.vec
     c_xmu, c_one = group_norm_dx_coeffs(rstd, GradientSums(sum_wdy, sum_wdy_xmu), count)
     for k in tl.static_range(TILES):
         offs, mask, channel, group = vectors(first, k, g, T)
-        weight = load_or(
-            weight_ptr,
-            (first + group) % groups_per_sample * group_size + channel,
-            channel < group_size,
-            1.0,
-            ACC,
-        )
-        distance = xs[k].to(ACC) - by_row(mean, ROWS)
-        c_dy = by_row(weight, ROWS) * by_row(rstd, ROWS)
-        dx = c_dy * masked[k].to(ACC) + by_row(c_xmu, ROWS) * distance + by_row(c_one, ROWS)
-        tl.store(
-            dx_ptr + base + offs, dx.to(dx_ptr.dtype.element_ty), mask=mask, eviction_policy="evict_first"
-        )  # fmt: skip
-
-
-@triton.jit
-def by_channel(values, CHANNELS: tl.constexpr):
-    """Broadcasts values of groups to their channels: [CHANNELS]."""
-    SHARE: tl.constexpr = CHANNELS // values.shape[0]
-    return tl.reshape(tl.broadcast_to(values[:, None], (values.shape[0], SHARE)), (CHANNELS,))
+        affine = affine_of(channel, first + group, mean, rstd, weight_ptr, None, g, T, ACC)
+        distance = xs[k].to(ACC) - affine.mean
+        dx = affine.scale * masked[k].to(ACC) + by_row(c_xmu, T) * distance + by_row(c_one, T)
+        write(dx_ptr + base + offs, dx, mask)

@@ -6,8 +6,10 @@ read from compiled kernels."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
+from typing import Any
 
 from .epilogue import ACTIVATIONS, NO_EPILOGUE_PLAN, EpiloguePlan
 from .records import Geometry, Problem, Tile
@@ -69,16 +71,13 @@ class PassPlan:
     """One kernel's pass over x."""
 
     view: View
-    vec: int
-    unroll: int  # loads that a thread has in flight of each input
-    group_rows: int  # rows that one load of all threads covers; a tile has unroll * group_rows
+    tile: Tile
     warps: int
     registers: int  # a thread, at most
     tiles: int  # of a block
     splits: int  # programs that share a block's tiles
     inputs: int  # tensors read
     itemsize: int
-    reduces: bool
     samples: int = 1  # matrices like the view, one after another; 1 if groups span all samples
     group_size: int = 1  # channels of a group that lies within a sample
 
@@ -92,59 +91,17 @@ class PassPlan:
         return self.samples * (self.view.blocks + 1)
 
     @cached_property
-    def tile(self) -> Tile:
-        """The constants that the kernel is compiled with."""
-        v = self.view
-        align = self.vec if v.mode == "nchw_packed" and v.inner % self.vec == 0 else 1
-        walk = (v.mode, self.vec, self.unroll, self.group_rows, v.lanes, align)
-        if not self.reduces:
-            return Tile(*walk)
-        return Tile(
-            *walk, v.channels_per_block, self.channels_per_iter, v.lanes_per_channel, self.partials_per_iter,
-            *self.members,
-        )  # fmt: skip
-
-    @cached_property
-    def members(self) -> tuple[int, int]:
-        """(groups, channels of each) that the last program of a sample merges at a time: as many as its
-        registers hold."""
-        values = (8 if self.registers >= 128 else 2) * WARP * self.warps
-        members = min(power_of_two(self.group_size), values)
-        return min(power_of_two(self.view.channels // self.group_size), values // members), members
-
-    @cached_property
-    def tile_rows(self) -> int:
-        return self.unroll * self.group_rows
-
-    @cached_property
-    def partials_per_iter(self) -> int:
-        """Partial results that the last program of a block merges at a time: 4 values a thread, so that loads
-        overlap within 64 registers."""
-        return min(power_of_two(self.splits), max(1, 4 * WARP * self.warps // self.view.channels_per_block))
-
-    @cached_property
-    def channels_per_iter(self) -> int:
-        """Channels that a program reduces over its lanes at a time, limited by registers."""
-        if self.view.mode == "nhwc":
-            return self.view.lanes
-        # beside eight loads, Triton 3.9 spills two registers at 4 [sass]
-        values = 4 if self.registers >= 128 and self.unroll < 8 else 2
-        return min(
-            self.view.channels_per_block, max(1, values * WARP * self.warps // self.view.lanes_per_channel)
-        )
-
-    @cached_property
     def geometry(self) -> Geometry:
         """Raises TooLarge where a size does not fit 32 bits."""
         v = self.view
         total = v.total if v.mode == "nhwc_packed" or self.samples > 1 else 0
         g = Geometry(
-            v.rows, v.pitch // self.vec, v.width // self.vec, v.inner, v.channels,
-            self.tiles, v.pieces, total // self.vec, v.blocks, self.splits,
+            v.rows, v.pitch // self.tile.vec, v.width // self.tile.vec, v.inner, v.channels,
+            self.tiles, v.pieces, total // self.tile.vec, v.blocks, self.splits,
             self.group_size, self.samples * v.channels // self.group_size,
         )  # fmt: skip
         # lanes beyond the end are masked by comparing their offsets, which must fit too
-        in_tile = self.tile_rows * (v.lanes if v.mode == "nchw" else v.pitch) + v.lanes
+        in_tile = self.tile.tile_rows * (v.lanes if v.mode == "nchw" else v.pitch) + v.lanes
         narrow = g._replace(total_v=0)  # kernels use the total in 64 bits
         if max(*narrow, in_tile, self.programs, self.samples * v.channels * 6, self.partials) >= INT32:
             raise TooLarge(f"this tensor is too large for 32-bit tile offsets, grid or tables: {v}")
@@ -162,10 +119,17 @@ class PassPlan:
         counts = self.view.blocks if self.inputs == 1 else 0
         return self.samples * self.splits * (self.values * self.view.channels + counts)
 
+    @property
+    def handed(self) -> int:
+        """Values that programs hand to others: partial results, and those of channels that are merged to
+        groups."""
+        merged = self.samples * self.values * self.view.channels if self.group_size > 1 else 0
+        return self.partials + merged
+
     @cached_property
     def bytes_per_program(self) -> float:
         """Bytes that a program has in flight when it issues the loads of one tile, of all inputs."""
-        return self.inputs * self.tile_rows * self.view.lanes * self.itemsize * self.view.used
+        return self.inputs * self.tile.tile_rows * self.view.lanes * self.itemsize * self.view.used
 
     @cached_property
     def tail_bytes(self) -> int:
@@ -173,36 +137,22 @@ class PassPlan:
         return self.splits * (3 * self.view.channels_per_block + 1) * max(4, self.itemsize)
 
 
+def _rows_view(m: int, c: int, itemsize: int, *lanes: int) -> View:
+    """[m, c], packed in tiles of the first of these widths that is wide enough, if rows are not whole
+    vectors."""
+    view = nhwc_view(m, c, itemsize)
+    if view.vector(itemsize, True) * itemsize == VECTOR_BYTES:
+        return view
+    return next(filter(None, (nhwc_packed_view(m, c, itemsize, width) for width in lanes)), view)
+
+
 def _reduce_view(n: int, c: int, s: int, itemsize: int, channels_last: bool, program: Program) -> View:
     lanes = program.warps * WARP * (VECTOR_BYTES // itemsize)
     if channels_last:
-        rows = nhwc_view(n * s, c, itemsize)
-        narrow = rows.vector(itemsize, True) * itemsize < VECTOR_BYTES
-        return (nhwc_packed_view(n * s, c, itemsize, lanes) if narrow else None) or rows
+        return _rows_view(n * s, c, itemsize, lanes)
     if s > 2 * lanes:
         return nchw_view(n, c, s, lanes)
     return nchw_packed_view(n, c, s, itemsize, lanes if s <= lanes else 2 * lanes)
-
-
-def _shape(view: View, itemsize: int, aligned: bool, inputs: int, program: Program) -> tuple[int, int, int]:
-    """(vec, unroll, group_rows) of a tile for a program of this size."""
-    vectors = (
-        program.warps * WARP * (VECTOR_BYTES // itemsize)
-    )  # elements that one load of all threads brings
-    group_rows = 1
-    if view.mode == "nhwc":
-        group_rows = min(max(1, vectors // view.lanes), power_of_two(view.rows))
-    unroll = max(1, program.loads // inputs * vectors // max(vectors, group_rows * view.lanes))
-    limit = view.pieces if view.mode == "nchw" else ceil_div(view.rows, group_rows)
-    vec = view.vector(itemsize, aligned)
-    if vec * itemsize < VECTOR_BYTES:  # narrow loads are several already
-        unroll = 1
-    return vec, min(unroll, floor_power_of_two(limit)), group_rows
-
-
-def _wasteful(view: View) -> bool:
-    """Whether the last piece of each channel is mostly empty, so that a narrower tile does better."""
-    return view.mode == "nchw" and view.used < 0.85
 
 
 def _evened(tiles: int, splits: int) -> int:
@@ -212,18 +162,55 @@ def _evened(tiles: int, splits: int) -> int:
     return even if even >= 0.85 * splits else splits
 
 
-def _fit(program: Program, vec: int, itemsize: int) -> Program:
-    """fp64, and loads of single elements, need 128 registers."""
-    if itemsize < 8 and vec * itemsize == VECTOR_BYTES:
-        return program
-    registers = max(128, program.registers)
-    per_sm = min(program.per_sm, 65536 // (program.warps * WARP * registers))
-    return Program(program.warps, per_sm, registers, program.loads)
+def _reducing(tile: Tile, view: View, warps: int, registers: int, splits: int, group_size: int) -> Tile:
+    """The tile with what a reduction does at a time: as much as its registers hold."""
+    threads, channels, channels_at_once = WARP * warps, view.channels_per_block, view.lanes
+    if view.mode != "nhwc":
+        # beside eight loads, Triton 3.9 spills two registers at 4 [sass]
+        values = 4 if registers >= 128 and tile.unroll < 8 else 2
+        channels_at_once = min(channels, max(1, values * threads // view.lanes_per_channel))
+    # 4 values a thread, so that loads overlap within 64 registers
+    partials = min(power_of_two(splits), max(1, 4 * threads // channels))
+    values = (8 if registers >= 128 else 2) * threads
+    members = min(power_of_two(group_size), values)
+    groups = min(power_of_two(view.channels // group_size), values // members)
+    return replace(
+        tile, channels=channels, channels_per_iter=channels_at_once, partials_per_iter=partials,
+        lanes_per_channel=view.lanes_per_channel, groups_per_iter=groups, members_per_iter=members,
+    )  # fmt: skip
 
 
-def _warps(view: View, group_rows: int, itemsize: int, program: Program) -> int:
-    """No more warps than there are vectors in group_rows rows."""
-    return max(1, min(program.warps, ceil_div(group_rows * view.lanes * itemsize, VECTOR_BYTES * WARP)))
+def _pass(
+    x: Problem, view: View, program: Program, inputs: int, reduces: bool, samples: int, group_size: int
+) -> tuple[PassPlan, bool]:
+    """The plan of a kernel that goes over this view in programs of this size, and whether its tiles are
+    enough to fill the GPU."""
+    warps, per_sm, registers = program.warps, program.per_sm, program.registers
+    vectors = warps * WARP * (VECTOR_BYTES // x.itemsize)  # elements that one load of all threads brings
+    group_rows = 1
+    if view.mode == "nhwc":
+        group_rows = min(max(1, vectors // view.lanes), power_of_two(view.rows))
+    unroll = max(1, program.loads // inputs * vectors // max(vectors, group_rows * view.lanes))
+    unroll = min(
+        unroll, floor_power_of_two(view.pieces if view.mode == "nchw" else ceil_div(view.rows, group_rows))
+    )
+    vec = view.vector(x.itemsize, x.aligned)
+    narrow = vec * x.itemsize < VECTOR_BYTES
+    if narrow:  # these are several loads already
+        unroll = 1
+    if narrow or x.itemsize == 8:  # they need 128 registers
+        registers = max(128, registers)
+        per_sm = min(per_sm, 65536 // (warps * WARP * registers))
+    tiles, strips, programs = ceil_div(view.rows, unroll * group_rows), view.blocks * samples, x.sms * per_sm
+    splits = _evened(tiles, programs // strips if reduces else ceil_div(programs, strips))
+    # no more warps than there are vectors in group_rows rows
+    warps = max(1, min(warps, ceil_div(group_rows * view.lanes * x.itemsize, VECTOR_BYTES * WARP)))
+    align = vec if view.mode == "nchw_packed" and view.inner % vec == 0 else 1
+    tile = Tile(view.mode, vec, unroll, group_rows, view.lanes, align)
+    if reduces:
+        tile = _reducing(tile, view, warps, registers, splits, group_size)
+    plan = PassPlan(view, tile, warps, registers, tiles, splits, inputs, x.itemsize, samples, group_size)
+    return plan, tiles * strips >= programs
 
 
 @lru_cache(maxsize=4096)
@@ -232,27 +219,19 @@ def plan_reduction(
 ) -> PassPlan:
     """The plan of a kernel that reduces x, or `samples` tensors like x, over n and s. activation: the one
     whose slope it computes."""
-    n, c, s, itemsize, channels_last, aligned, sms = x
+    n, c, s, itemsize, channels_last, *_ = x
     cost = _cost(activation)
-    nchw_programs = REDUCE_NCHW_ACTIVATED if cost else REDUCE_NCHW
-    programs = REDUCE if cost < 2 else REDUCE_SMOOTH
-    nchw = not channels_last and s > 2 * REDUCE[0].warps * WARP * (VECTOR_BYTES // itemsize)
-    one_row = not channels_last and not nchw and n == 1
-    plan = None
-    for program in nchw_programs if nchw else REDUCE_ROW if one_row else programs:
+    programs: Sequence[Program] = REDUCE if cost < 2 else REDUCE_SMOOTH
+    if not channels_last and s > 2 * REDUCE[0].warps * WARP * (VECTOR_BYTES // itemsize):
+        programs = REDUCE_NCHW_ACTIVATED if cost else REDUCE_NCHW
+    elif not channels_last and n == 1:
+        programs = REDUCE_ROW
+    for program in programs:
         view = _reduce_view(n, c, s, itemsize, channels_last, program)
-        vec, unroll, group_rows = _shape(view, itemsize, aligned, inputs, program)
-        program = _fit(program, vec, itemsize)
-        tiles = ceil_div(view.rows, unroll * group_rows)
-        splits = _evened(tiles, sms * program.per_sm // (view.blocks * samples))
-        warps = _warps(view, group_rows, itemsize, program)
-        plan = PassPlan(
-            view, vec, unroll, group_rows, warps, program.registers, tiles, splits, inputs, itemsize, True,
-            samples, group_size,
-        )  # fmt: skip
-        if tiles * view.blocks * samples >= sms * program.per_sm and not _wasteful(view):
-            return plan
-    assert plan is not None
+        plan, full = _pass(x, view, program, inputs, True, samples, group_size)
+        # where the last piece of each channel is mostly empty, a narrower tile does better
+        if full and not (view.mode == "nchw" and view.used < 0.85):
+            break
     return plan
 
 
@@ -262,18 +241,11 @@ def plan_elementwise(
 ) -> PassPlan:
     """The plan of an elementwise kernel over x, or `samples` tensors like x, with coefficients of each
     channel. activation: the one that it applies, or whose slope it computes."""
-    n, c, s, itemsize, channels_last, aligned, sms = x
+    n, c, s, itemsize, channels_last, aligned, _ = x
     vector, program = VECTOR_BYTES // itemsize, ELEMENTWISE[_cost(activation)]
     lanes = ELEMENTWISE[0].warps * WARP * vector
     if channels_last:
-        view = nhwc_view(n * s, c, itemsize)
-        if view.vector(itemsize, True) * itemsize < VECTOR_BYTES:
-            # wide rows may need a wider tile
-            view = (
-                nhwc_packed_view(n * s, c, itemsize, lanes)
-                or nhwc_packed_view(n * s, c, itemsize, 4 * lanes)
-                or view
-            )
+        view = _rows_view(n * s, c, itemsize, lanes, 4 * lanes)
     elif s >= ELEMENTWISE[0].loads * lanes and s % vector == 0:
         view = nchw_view(n, c, s, lanes)  # one channel a program: scalar coefficients
     else:
@@ -281,64 +253,68 @@ def plan_elementwise(
         # coefficient
         wider = ELEMENTWISE[0].loads // inputs if n == 1 and s % vector == 0 and aligned else 1
         view = nchw_strips_view(n, c, s, wider * lanes)
-    vec, unroll, group_rows = _shape(view, itemsize, aligned, inputs, program)
-    program = _fit(program, vec, itemsize)
-    tiles = ceil_div(view.rows, unroll * group_rows)
-    splits = _evened(tiles, ceil_div(sms * program.per_sm, view.blocks * samples))
-    warps = _warps(view, group_rows, itemsize, ELEMENTWISE[0])
-    return PassPlan(
-        view, vec, unroll, group_rows, warps, program.registers, tiles, splits, inputs, itemsize, False,
-        samples, group_size,
-    )  # fmt: skip
+    return _pass(x, view, program, inputs, False, samples, group_size)[0]
 
 
 @dataclass(frozen=True)
-class BatchNormPlan:
-    """The four passes of a BatchNorm over x [n, c, s], and the launches and bytes of a training step."""
+class StepPlan:
+    """The passes of a training step over x, one or two each way, and its launches and bytes, where all
+    gradients are wanted."""
 
-    statistics: PassPlan
-    transform: PassPlan
-    gradient_sums: PassPlan
-    gradient_transform: PassPlan
-    epilogue: EpiloguePlan = NO_EPILOGUE_PLAN
-    forward_launches: int = 2
-    backward_launches: int = 2
+    elements: int  # of x
+    itemsize: int
+    forward: tuple[Any, ...]  # a PassPlan each, or a single group_plan.OnePassPlan
+    backward: tuple[Any, ...]
+    epilogue: EpiloguePlan
+    stats: int = 0  # statistics of groups; those of channels, a few floats each, are not counted
+    sums: int = 0  # of each sample for weight and bias, which one launch more adds up
+
+    @property
+    def forward_launches(self) -> int:
+        return len(self.forward)
+
+    @property
+    def backward_launches(self) -> int:
+        return len(self.backward) + (self.sums > 0)
 
     @property
     def x_bytes(self) -> int:
         """T: the bytes of x."""
-        return self.statistics.view.total * self.statistics.itemsize
+        return self.elements * self.itemsize
 
     @property
     def forward_bytes(self) -> int:
-        """x twice, y once, the partial results out and back, and the epilogue's bytes. A few floats a channel
-        are not counted."""
-        more = self.epilogue.forward_bytes(self.statistics.view.total, self.statistics.itemsize)
-        return 3 * self.x_bytes + more + 2 * self._partial_bytes(self.statistics)
+        """Every pass reads x, and the last one writes y. Statistics are written, and read by a second pass.
+        Partial results go out and back. Weight and bias are not counted, nor are statistics that several
+        programs read."""
+        passes, wide = len(self.forward), max(4, self.itemsize)
+        more = self.epilogue.forward_bytes(self.elements, self.itemsize)
+        return (1 + passes) * self.x_bytes + more + (2 * self.forward[0].handed + passes * self.stats) * wide
 
     @property
     def backward_bytes(self) -> int:
-        """dy and x twice, dx once, the partial results out and back, and the epilogue's bytes."""
-        more = self.epilogue.backward_bytes(self.statistics.view.total, self.statistics.itemsize)
-        return 5 * self.x_bytes + more + 2 * self._partial_bytes(self.gradient_sums)
-
-    @staticmethod
-    def _partial_bytes(plan: PassPlan) -> int:
-        return plan.partials * max(4, plan.itemsize)
+        """Every pass reads dy and x, and the last one writes dx. The forward's statistics are read. Partial
+        results, the coefficients of dx for a second pass, and sums go out and back."""
+        passes, wide = len(self.backward), max(4, self.itemsize)
+        more = self.epilogue.backward_bytes(self.elements, self.itemsize)
+        handed = 2 * self.backward[0].handed + (2 * passes - 1) * self.stats + 2 * self.sums
+        return (1 + 2 * passes) * self.x_bytes + more + handed * wide
 
 
 def batch_norm(
     n: int, c: int, s: int, itemsize: int, channels_last: bool, sms: int = 132, aligned: bool = True,
     epilogue: EpiloguePlan = NO_EPILOGUE_PLAN,
-) -> BatchNormPlan:  # fmt: skip
+) -> StepPlan:  # fmt: skip
     """n, c, s: batch, channels, spatial positions (1 for 2-D input). itemsize: bytes of an element of x.
     channels_last: C is the fastest dimension, as it is in 2-D input. aligned: every tensor starts on 16
     bytes. sms: the GPU's number of SMs. epilogue: from EpiloguePlan.of."""
     x = Problem(n, c, s, itemsize, channels_last, aligned, sms)
-    return BatchNormPlan(
+    forward = (
         plan_reduction(x, 1),
         plan_elementwise(x, 1 + epilogue.residual, activation=epilogue.activation),
+    )
+    backward = (
         plan_reduction(x, 2 + (epilogue.kept == "residual"), activation=epilogue.activation),
         plan_elementwise(x, 2, activation=epilogue.activation_of_dx),
-        epilogue,
     )
+    return StepPlan(n * c * s, itemsize, forward, backward, epilogue)

@@ -24,6 +24,7 @@ from .geometry import (
     tile,
     values_per_channel,
 )
+from .memory import load_shared, store_rows
 from .moments import (
     Moments,
     finite_or_zero,
@@ -32,18 +33,8 @@ from .moments import (
     merge,
     merge_along,
     no_moments,
-    store_channels,
 )
-from .normalizers.common import (
-    Channels,
-    Gradients,
-    GradientSums,
-    Options,
-    Parameters,
-    Workspace,
-    is_last_program,
-    store_sums,
-)
+from .normalizers.common import Gradients, GradientSums, Options, Parameters, Workspace, is_last_program
 from .records import Geometry
 
 # The caller's tensors, which may be slices at any offset. One element a lane is read, so alignment does not
@@ -126,16 +117,16 @@ def store_moments(mine_ptr, block, count, sums, g, T: tl.constexpr):
     count_c = channels_per_block(g, T)
     for start in tl.range(0, count_c, T.channels_per_iter):
         offs_k = start + tl.arange(0, T.channels_per_iter)
-        offs_c, mask_c = channels_of_block(block, offs_k, count_c, g)
+        c = channels_of_block(block, offs_k, count_c, g)
         channel_total = sum_by_channel(sums.total, offs_k, g, T)
         channel_squares = sum_by_channel(sums.squares, offs_k, g, T)
         if T.mode == "nhwc" or T.lanes_per_channel == T.lanes:
             channel_pivot = sums.pivot
         else:  # any lane of the channel will do
             first = offs_k * g.inner if T.mode == "nchw_packed" else offs_k
-            channel_pivot = tl.gather(sums.pivot, tl.where(mask_c, first, 0), 0)
+            channel_pivot = tl.gather(sums.pivot, tl.where(c.mask, first, 0), 0)
         shift, m2 = from_pivoted_sums(tl.full((1,), count, sums.total.dtype), channel_total, channel_squares)
-        store_channels(mine_ptr, offs_c, mask_c, g, channel_pivot, shift, m2)
+        store_rows(mine_ptr, c, g.channels, channel_pivot, shift, m2)
 
 
 @triton.jit
@@ -149,9 +140,7 @@ def merge_moments(sample_ptr, counts_ptr, c, g, T: tl.constexpr, ACC: tl.constex
         mask = (offs_s < g.splits) & c.mask[None, :]
         theirs_ptr = sample_ptr + tl.cast(offs_s, tl.int64) * (3 * g.channels) + c.offs[None, :]
         pivot, shift, m2 = load_channels(theirs_ptr, mask, g)
-        count = tl.load(
-            counts_ptr + offs_s * g.blocks, mask=offs_s < g.splits, other=0.0, cache_modifier=".cg"
-        )
+        count = load_shared(counts_ptr + offs_s * g.blocks, offs_s < g.splits)
         count = tl.broadcast_to(count, (T.partials_per_iter, T.channels))
         found = merge(found, Moments(count, pivot, shift, m2))
     return merge_along(found, 0)
@@ -182,8 +171,7 @@ def statistics_kernel(
     counts_ptr = sample_ptr + tl.cast(g.splits, tl.int64) * (3 * g.channels) + block
     tl.store(counts_ptr + split * g.blocks, count.to(ACC))
     if is_last_program(semaphores_ptr + sample * g.blocks + block, g.splits):
-        offs_c, mask_c = channels_of_block(block, tl.arange(0, T.channels), channels_per_block(g, T), g)
-        c = Channels(offs_c, mask_c)
+        c = channels_of_block(block, tl.arange(0, T.channels), channels_per_block(g, T), g)
         m = merge_moments(sample_ptr, counts_ptr, c, g, T, ACC)
         ws = Workspace(sample, sample_ptr, semaphores_ptr, stats_ptr)
         NORM.finalize_forward(c, m, ws, params, options, g, T, NORM, ACC)
@@ -198,8 +186,8 @@ def merge_gradient_sums(sample_ptr, c, g, T: tl.constexpr, ACC: tl.constexpr):
         offs_s = start + tl.arange(0, T.partials_per_iter)[:, None]
         mask = (offs_s < g.splits) & c.mask[None, :]
         theirs_ptr = sample_ptr + tl.cast(offs_s, tl.int64) * (2 * g.channels) + c.offs[None, :]
-        all_dy += tl.load(theirs_ptr, mask=mask, other=0.0, cache_modifier=".cg")
-        all_dy_xmu += tl.load(theirs_ptr + g.channels, mask=mask, other=0.0, cache_modifier=".cg")
+        all_dy += load_shared(theirs_ptr, mask)
+        all_dy_xmu += load_shared(theirs_ptr + g.channels, mask)
     return GradientSums(tl.sum(all_dy, 0), tl.sum(all_dy_xmu, 0))
 
 
@@ -223,9 +211,8 @@ def gradient_sums_kernel(
     )
     params = Parameters(weight_ptr, bias_ptr, None, None, None)
     block, split, sample = place(tl.program_id(0), g)
-    offs_lane, mask_lane = lanes_and_channels(block, g, T)
-    lanes = Channels(offs_lane, mask_lane)
-    mean, scale, shift = NORM.coefficients(lanes, sample, stats_ptr, params, g, ACC)
+    c = lanes_and_channels(block, g, T)
+    mean, scale, shift = NORM.coefficients(c, sample, stats_ptr, params, g, ACC)
     mean, scale, shift = by_lane(mean, T), by_lane(scale, T), by_lane(shift, T)
     SLOPED: tl.constexpr = ACT.name != "none" and relu_mask_ptr is None
     sum_dy = tl.full((T.rows, T.lanes), 0.0, ACC)
@@ -266,14 +253,12 @@ def gradient_sums_kernel(
     mine_ptr = sample_ptr + tl.cast(split, tl.int64) * (2 * g.channels)
     for start in tl.range(0, count_c, T.channels_per_iter):
         offs_k = start + tl.arange(0, T.channels_per_iter)
-        offs_c, mask_c = channels_of_block(block, offs_k, count_c, g)
+        done = channels_of_block(block, offs_k, count_c, g)
         channel_dy = sum_by_channel(sum_dy, offs_k, g, T)
-        channel_dy_xmu = sum_by_channel(sum_dy_xmu, offs_k, g, T)
-        store_sums(mine_ptr, Channels(offs_c, mask_c), g, channel_dy, channel_dy_xmu)
+        store_rows(mine_ptr, done, g.channels, channel_dy, sum_by_channel(sum_dy_xmu, offs_k, g, T))
     if is_last_program(semaphores_ptr + sample * g.blocks + block, g.splits):
-        offs_done, mask_done = channels_of_block(block, tl.arange(0, T.channels), count_c, g)
-        c = Channels(offs_done, mask_done)
-        sums = merge_gradient_sums(sample_ptr, c, g, T, ACC)
+        done = channels_of_block(block, tl.arange(0, T.channels), count_c, g)
+        sums = merge_gradient_sums(sample_ptr, done, g, T, ACC)
         ws = Workspace(sample, sample_ptr, semaphores_ptr, stats_ptr)
         out = Gradients(dx_coeffs_ptr, dweight_ptr, dbias_ptr, sums_ptr, count)
-        NORM.finalize_backward(c, sums, ws, params, out, g, T, ACC)
+        NORM.finalize_backward(done, sums, ws, params, out, g, T, ACC)

@@ -9,13 +9,19 @@ wide for that are read twice: first by programs that each take a block of column
 each row contributes (column_gradients_kernel), then element by element (wide_gradients_kernel). If only
 parameters need gradients, the first of these two is all.
 
-Every program stores its sums in partials, [programs, 1 or 2, width]; column_sums.py adds them up."""
+Every program stores its sums in partials, [programs, 1 or 2, width]; column_sums.py adds them up.
+
+With an activation, row_activation_kernel comes first: dresidual = dy * act'(v), where v = xhat * gamma +
+beta + residual. The others read dresidual in place of dy, because their registers are full (see
+row_plan.py)."""
 
 import triton
 import triton.language as tl
 
+from .activations import times_slope
+from .memory import load_or, read, write
 from .moments import product_in_tile
-from .row_norm import STATS, columns, group_of_rows
+from .row_norm import STATS, columns, group_of_rows, normalized
 
 SIZES = ["rows", "width_v", "groups", "programs", "blocks", "splits"]
 
@@ -28,25 +34,9 @@ def load_statistics(stats_ptr, rows, first, row, inside):
 
 
 @triton.jit
-def gamma_of(weight_ptr, column, exists, ACC: tl.constexpr, AGAIN: tl.constexpr):
-    """gamma of columns, or 1 if there is none. AGAIN: reload gamma instead of keeping it in registers. The
-    different eviction policy stops the compiler from merging the two loads."""
-    if weight_ptr is None:
-        gamma = tl.full(column.shape, 1.0, ACC)
-    else:
-        policy: tl.constexpr = "evict_last" if AGAIN else ""
-        gamma = tl.load(weight_ptr + column, mask=exists, other=1.0, eviction_policy=policy)
-        if gamma.dtype.primitive_bitwidth == 16:
-            gamma = gamma.to(tl.float32)  # see normalizers/common.store_as
-        gamma = gamma.to(ACC)
-    return gamma
-
-
-@triton.jit
-def over_rows(values, U: tl.constexpr):
-    """[U * R, LANES] -> [R, LANES]: sums rows that lie R apart, which one thread holds."""
-    R: tl.constexpr = values.shape[0] // U
-    return tl.sum(tl.reshape(values, (U, R, values.shape[1])), 0)
+def over_rows(values, T: tl.constexpr):
+    """[unroll * rows, lanes] -> [rows, lanes]: sums rows that lie `rows` apart, which one thread holds."""
+    return tl.sum(tl.reshape(values, (T.unroll, T.rows, T.lanes)), 0)
 
 
 @triton.jit
@@ -83,65 +73,62 @@ def row_gradients_kernel(
 ):  # fmt: skip
     """Program p takes the groups p, p + programs ... of unroll * rows rows each."""
     ACC: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
-    VEC: tl.constexpr = T.vec
-    U: tl.constexpr = T.unroll
-    R: tl.constexpr = T.rows
-    LANES: tl.constexpr = T.lanes
     PARTS: tl.constexpr = T.parts
-    EVEN: tl.constexpr = T.even
-    width = width_v * VEC
+    ROWS: tl.constexpr = T.unroll * T.rows
+    width = width_v * T.vec
     count = width.to(ACC)
     sums_w = ()
     sums_b = ()
     for _ in tl.static_range(PARTS if WEIGHT else 0):
-        sums_w = sums_w + (tl.zeros((R, LANES), ACC),)
+        sums_w = sums_w + (tl.full((T.rows, T.lanes), 0.0, ACC),)
     for _ in tl.static_range(PARTS if BIAS else 0):
-        sums_b = sums_b + (tl.zeros((R, LANES), ACC),)
+        sums_b = sums_b + (tl.full((T.rows, T.lanes), 0.0, ACC),)
     for group in tl.range(tl.program_id(0), groups, programs):
-        first = group * (U * R)
-        base, row, lane, inside = group_of_rows(first, rows, width, U * R, LANES)
+        first = group * ROWS
+        base, row, lane, inside = group_of_rows(first, rows, width, ROWS, T.lanes)
         dys = ()
         xs = ()
         for part in tl.static_range(PARTS):
-            column, exists = columns(part, lane, width, EVEN or part < PARTS - 1)
+            column, exists = columns(part, lane, width, T)
             offs, mask = row * width + column, inside & exists
-            dys += (tl.load(dy_ptr + base + offs, mask=mask, other=0.0, eviction_policy="evict_first"),)
-            xs += (tl.load(x_ptr + base + offs, mask=mask, other=0.0, eviction_policy="evict_first"),)
+            dys += (read(dy_ptr + base + offs, mask),)
+            xs += (read(x_ptr + base + offs, mask),)
         mean, rstd = load_statistics(stats_ptr, rows, first, row, inside)
-        mean_wdy = tl.zeros((U * R, LANES // VEC), ACC)
-        mean_wdy_xhat = tl.zeros((U * R, LANES // VEC), ACC)
+        mean_wdy = tl.full((ROWS, T.lanes // T.vec), 0.0, ACC)
+        mean_wdy_xhat = tl.full((ROWS, T.lanes // T.vec), 0.0, ACC)
         new_w = ()
         new_b = ()
         for part in tl.static_range(PARTS):
-            column, exists = columns(part, lane, width, EVEN or part < PARTS - 1)
-            if R == 1 and part > 0:
+            column, exists = columns(part, lane, width, T)
+            if T.rows == 1 and part > 0:
                 # without it, the gamma of all parts is loaded in advance, into registers needed elsewhere
                 tl.debug_barrier()
             dy = dys[part].to(ACC)
             dy_xhat = dy * ((xs[part].to(ACC) - mean) * rstd)  # 0 in lanes out of bounds, where dy is 0
             if WEIGHT:
-                new_w += (sums_w[part] + over_rows(dy_xhat, U),)
+                new_w += (sums_w[part] + over_rows(dy_xhat, T),)
             if BIAS:
-                new_b += (sums_b[part] + over_rows(dy, U),)
-            gamma = gamma_of(weight_ptr, tl.broadcast_to(column, (U * R, LANES)), exists, ACC, False)
-            mean_wdy += by_vector(product_in_tile(dy, gamma, VEC), VEC)
-            mean_wdy_xhat += by_vector(product_in_tile(dy_xhat, gamma, VEC), VEC)
+                new_b += (sums_b[part] + over_rows(dy, T),)
+            wide = tl.broadcast_to(column, (ROWS, T.lanes))
+            gamma = load_or(weight_ptr, wide, exists, 1.0, ACC)
+            mean_wdy += by_vector(product_in_tile(dy, gamma, T.vec), T.vec)
+            mean_wdy_xhat += by_vector(product_in_tile(dy_xhat, gamma, T.vec), T.vec)
         sums_w = new_w
         sums_b = new_b
         mean_wdy = (tl.sum(mean_wdy, 1) / count)[:, None]
         mean_wdy_xhat = (tl.sum(mean_wdy_xhat, 1) / count)[:, None]
         for part in tl.static_range(PARTS):
-            column, exists = columns(part, lane, width, EVEN or part < PARTS - 1)
-            gamma = gamma_of(weight_ptr, tl.broadcast_to(column, (U * R, LANES)), exists, ACC, True)
+            column, exists = columns(part, lane, width, T)
+            # It is loaded again, not kept in registers: the other eviction policy stops the compiler from
+            # merging the two loads.
+            wide = tl.broadcast_to(column, (ROWS, T.lanes))
+            gamma = load_or(weight_ptr, wide, exists, 1.0, ACC, "evict_last")
             xhat = (xs[part].to(ACC) - mean) * rstd
             dx = rstd * (dys[part].to(ACC) * gamma - mean_wdy - xhat * mean_wdy_xhat)
-            tl.store(
-                dx_ptr + base + (row * width + column), dx.to(dx_ptr.dtype.element_ty), mask=inside & exists,
-                eviction_policy="evict_first",
-            )  # fmt: skip
-    lanes = tl.arange(0, LANES)[None, :]
+            write(dx_ptr + base + (row * width + column), dx, inside & exists)
+    lanes = tl.arange(0, T.lanes)[None, :]
     for part in tl.static_range(PARTS if WEIGHT or BIAS else 0):
-        column, exists = columns(part, lanes, width, EVEN or part < PARTS - 1)
+        column, exists = columns(part, lanes, width, T)
         store_sums(
             partials_ptr, tl.program_id(0), column, exists, width,
             sums_w[part] if WEIGHT else None, sums_b[part] if BIAS else None, WEIGHT, BIAS,
@@ -157,31 +144,29 @@ def column_gradients_kernel(
     """Program (block, p) takes a block of columns of the groups p, p + programs ... of unroll * rows rows.
     shares, if given, receives each block's part of a row's sums of wdy and wdy * xhat, [blocks, 2, rows]."""
     ACC: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
-    U: tl.constexpr = T.unroll
-    R: tl.constexpr = T.rows
-    LANES: tl.constexpr = T.lanes
+    ROWS: tl.constexpr = T.unroll * T.rows
     width = width_v * T.vec
     block = tl.program_id(0) % blocks
     program = tl.program_id(0) // blocks
-    column = block * LANES + tl.arange(0, LANES)[None, :]
+    column = block * T.lanes + tl.arange(0, T.lanes)[None, :]
     exists = column < width
-    sum_w = tl.zeros((R, LANES), ACC)
-    sum_b = tl.zeros((R, LANES), ACC)
+    sum_w = tl.full((T.rows, T.lanes), 0.0, ACC)
+    sum_b = tl.full((T.rows, T.lanes), 0.0, ACC)
     for group in tl.range(program, groups, programs):
-        first = group * (U * R)
-        base, row, _, inside = group_of_rows(first, rows, width, U * R, LANES)
+        first = group * ROWS
+        base, row, _, inside = group_of_rows(first, rows, width, ROWS, T.lanes)
         offs, mask = row * width + column, inside & exists
-        dy = tl.load(dy_ptr + base + offs, mask=mask, other=0.0, eviction_policy="evict_last").to(ACC)
+        dy = read(dy_ptr + base + offs, mask, "evict_last").to(ACC)
         if BIAS:
-            sum_b += over_rows(dy, U)
+            sum_b += over_rows(dy, T)
         if WEIGHT or shares_ptr is not None:
-            x = tl.load(x_ptr + base + offs, mask=mask, other=0.0, eviction_policy="evict_last").to(ACC)
+            x = read(x_ptr + base + offs, mask, "evict_last").to(ACC)
             mean, rstd = load_statistics(stats_ptr, rows, first, row, inside)
             dy_xhat = dy * ((x - mean) * rstd)
             if WEIGHT:
-                sum_w += over_rows(dy_xhat, U)
+                sum_w += over_rows(dy_xhat, T)
             if shares_ptr is not None:
-                gamma = gamma_of(weight_ptr, tl.broadcast_to(column, (U * R, LANES)), exists, ACC, False)
+                gamma = load_or(weight_ptr, tl.broadcast_to(column, (ROWS, T.lanes)), exists, 1.0, ACC)
                 mine_ptr = shares_ptr + tl.cast(block, tl.int64) * 2 * rows + first + row
                 tl.store(mine_ptr, tl.sum(dy * gamma, 1)[:, None], mask=inside)
                 tl.store(mine_ptr + rows, tl.sum(dy_xhat * gamma, 1)[:, None], mask=inside)
@@ -198,8 +183,7 @@ def wide_gradients_kernel(
     """dx of row r, by programs (r, split), each of which takes the pieces split, split + splits ... of
     unroll * lanes elements, from the row's end, which the launch before has left in L2."""
     ACC: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
-    U: tl.constexpr = T.unroll
-    LANES: tl.constexpr = T.lanes
+    STEP: tl.constexpr = T.unroll * T.lanes
     MERGE: tl.constexpr = T.partials_per_iter
     width = width_v * T.vec
     row = tl.program_id(0) // splits
@@ -216,15 +200,39 @@ def wide_gradients_kernel(
         sum_wdy_xhat += tl.load(theirs_ptr + rows, mask=block < blocks, other=0.0)
     mean_wdy = tl.sum(sum_wdy, 0) / width.to(ACC)
     mean_wdy_xhat = tl.sum(sum_wdy_xhat, 0) / width.to(ACC)
-    offs = tl.arange(0, U)[:, None] * LANES + tl.arange(0, LANES)[None, :]
-    pieces = tl.cdiv(width, U * LANES)
+    offs = tl.arange(0, T.unroll)[:, None] * T.lanes + tl.arange(0, T.lanes)[None, :]
+    pieces = tl.cdiv(width, STEP)
     for step in tl.range(split, pieces, splits):
-        column = (pieces - 1 - step) * (U * LANES) + offs
+        column = (pieces - 1 - step) * STEP + offs
         exists = column < width
-        dy = tl.load(dy_ptr + base + column, mask=exists, other=0.0, eviction_policy="evict_first").to(ACC)
-        x = tl.load(x_ptr + base + column, mask=exists, other=0.0, eviction_policy="evict_first").to(ACC)
-        gamma = gamma_of(weight_ptr, column, exists, ACC, False)
+        dy = read(dy_ptr + base + column, exists).to(ACC)
+        x = read(x_ptr + base + column, exists).to(ACC)
+        gamma = load_or(weight_ptr, column, exists, 1.0, ACC)
         dx = rstd * (dy * gamma - mean_wdy - ((x - mean) * rstd) * mean_wdy_xhat)
-        tl.store(
-            dx_ptr + base + column, dx.to(dx_ptr.dtype.element_ty), mask=exists, eviction_policy="evict_first"
-        )
+        write(dx_ptr + base + column, dx, exists)
+
+
+@triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=STATS)
+def row_activation_kernel(
+    dy_ptr, x_ptr, residual_ptr, dresidual_ptr, stats_ptr, weight_ptr, bias_ptr,
+    rows, width_v, splits,
+    T: tl.constexpr, ACT: tl.constexpr,
+):  # fmt: skip
+    """Program (group, split) takes every splits-th tile of a group of rows."""
+    ACC: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
+    width = width_v * T.vec
+    first = tl.program_id(0) // splits * T.rows
+    base, row, lane, inside = group_of_rows(first, rows, width, T.rows, T.lanes)
+    mean, rstd = load_statistics(stats_ptr, rows, first, row, inside)
+    for piece in tl.range(tl.program_id(0) % splits, tl.cdiv(width, T.lanes), splits):
+        column = piece * T.lanes + lane
+        exists = column < width
+        offs, mask = base + (row * width + column), inside & exists
+        dy = read(dy_ptr + offs, mask).to(ACC)
+        x = read(x_ptr + offs, mask, "evict_last").to(ACC)
+        wide = tl.broadcast_to(column, (T.rows, T.lanes))
+        v = normalized(x - mean, rstd, wide, exists, weight_ptr, bias_ptr, ACC)
+        if residual_ptr is not None:
+            v += read(residual_ptr + offs, mask).to(ACC)
+        dy = times_slope(dy, v, ACT)
+        write(dresidual_ptr + offs, dy, mask, "")

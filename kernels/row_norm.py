@@ -8,9 +8,9 @@ import triton
 import triton.language as tl
 
 from .activations import activate
-from .geometry import as_scalar
+from .memory import Channels, as_scalar, load_or, read, store_rows, write
 from .moments import Moments, finite_or_zero, merge_along, not_negative, product_in_tile
-from .normalizers.common import load_or, reciprocal_std
+from .normalizers.common import reciprocal_std
 
 SIZES = ["rows", "width_v"]
 STATS = ["stats_ptr"]  # two numbers a row, which need no alignment
@@ -30,10 +30,10 @@ def group_of_rows(first, rows, width, R: tl.constexpr, LANES: tl.constexpr):
 
 
 @triton.jit
-def columns(part: tl.constexpr, lane, width, EVEN: tl.constexpr):
-    """(column, exists) of the lanes of a part. EVEN: all of them exist, as in any part but the last."""
-    column = part * lane.shape[1] + lane
-    if EVEN:
+def columns(part: tl.constexpr, lane, width, T: tl.constexpr):
+    """(column, exists) of the lanes of a part. All of them exist in any part but the last."""
+    column = part * T.lanes + lane
+    if T.even or part < T.parts - 1:
         exists = tl.full(lane.shape, 1, tl.int1)
     else:
         exists = column < width
@@ -61,35 +61,27 @@ def row_norm_kernel(
     """One group of rows a program. stats: [2, rows], mean and rstd. residual and ACT: as in
     elementwise.py."""
     ACC: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
-    R: tl.constexpr = T.rows
-    LANES: tl.constexpr = T.lanes
     PARTS: tl.constexpr = T.parts
-    EVEN: tl.constexpr = T.even
     width = width_v * T.vec
     count = width.to(ACC)
-    first = tl.program_id(0) * R
-    base, row, lane, inside = group_of_rows(first, rows, width, R, LANES)
+    first = tl.program_id(0) * T.rows
+    base, row, lane, inside = group_of_rows(first, rows, width, T.rows, T.lanes)
     tiles = ()
     for part in tl.static_range(PARTS):
-        column, exists = columns(part, lane, width, EVEN or part < PARTS - 1)
+        column, exists = columns(part, lane, width, T)
         # evict_first: x is not read again soon, and L1 is better used for gamma and beta
-        tiles = tiles + (
-            tl.load(
-                x_ptr + base + (row * width + column), mask=inside & exists, other=0.0,
-                eviction_policy="evict_first",
-            ),
-        )  # fmt: skip
-    total = tl.zeros((R, LANES), ACC)
+        tiles = tiles + (read(x_ptr + base + (row * width + column), inside & exists),)
+    total = tl.full((T.rows, T.lanes), 0.0, ACC)
     for part in tl.static_range(PARTS):
         total += tiles[part].to(ACC)
     # At mean 1e4 and std 1 the rounding of this mean matters: the mean distance from it corrects it.
     pivot = (tl.sum(total, 1) / count)[:, None]
-    distances = tl.zeros((R, LANES), ACC)
-    squares = tl.zeros((R, LANES), ACC)
+    distances = tl.full((T.rows, T.lanes), 0.0, ACC)
+    squares = tl.full((T.rows, T.lanes), 0.0, ACC)
     for part in tl.static_range(PARTS):
-        column, exists = columns(part, lane, width, EVEN or part < PARTS - 1)
+        column, exists = columns(part, lane, width, T)
         distance = tiles[part].to(ACC) - pivot
-        if not (EVEN or part < PARTS - 1):
+        if not (T.even or part < T.parts - 1):
             distance = tl.where(exists, distance, 0.0)
         distances += distance
         squares += product_in_tile(distance, distance, T.vec)
@@ -98,28 +90,21 @@ def row_norm_kernel(
     variance = not_negative(tl.sum(squares, 1)[:, None] - shift * sum_distances) / count
     rstd = reciprocal_std(variance, as_scalar(eps, ACC), ACC)
     if stats_ptr is not None:
-        tl.store(stats_ptr + first + row, pivot + shift, mask=inside)
-        tl.store(stats_ptr + rows + first + row, rstd, mask=inside)
+        store_rows(stats_ptr + first, Channels(row, inside), rows, pivot + shift, rstd)
     for part in tl.static_range(PARTS):
-        column, exists = columns(part, lane, width, EVEN or part < PARTS - 1)
-        if R == 1 and part > 0:
+        column, exists = columns(part, lane, width, T)
+        if T.rows == 1 and part > 0:
             # without it, gamma and beta of all parts are loaded in advance, into registers needed elsewhere
             tl.debug_barrier()
         distance = (tiles[part].to(ACC) - pivot) - shift
-        # [R, LANES], so that each warp loads its own: fewer would go through shared memory, with three
+        # [rows, lanes], so that each warp loads its own: fewer would go through shared memory, with three
         # barriers
-        wide = tl.broadcast_to(column, (R, LANES))
+        wide = tl.broadcast_to(column, (T.rows, T.lanes))
         y = normalized(distance, rstd, wide, exists, weight_ptr, bias_ptr, ACC)
         if residual_ptr is not None:
-            y += tl.load(
-                residual_ptr + base + (row * width + column), mask=inside & exists, other=0.0,
-                eviction_policy="evict_first",
-            ).to(ACC)  # fmt: skip
+            y += read(residual_ptr + base + (row * width + column), inside & exists).to(ACC)
         y = activate(y, ACT)
-        tl.store(
-            y_ptr + base + (row * width + column), y.to(y_ptr.dtype.element_ty), mask=inside & exists,
-            eviction_policy="evict_first",
-        )  # fmt: skip
+        write(y_ptr + base + (row * width + column), y, inside & exists)
 
 
 @triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=STATS)
@@ -135,12 +120,11 @@ def long_row_norm_kernel(
     a row's first values may be far from the others, and a single pivot would lose digits."""
     ACC: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
     U: tl.constexpr = T.unroll
-    LANES: tl.constexpr = T.lanes
-    STEP: tl.constexpr = U * LANES
+    STEP: tl.constexpr = U * T.lanes
     width = width_v * T.vec
     row = tl.program_id(0)
     base = tl.cast(row, tl.int64) * width
-    offs = tl.arange(0, U)[:, None] * LANES + tl.arange(0, LANES)[None, :]
+    offs = tl.arange(0, U)[:, None] * T.lanes + tl.arange(0, T.lanes)[None, :]
     steps = width // STEP  # at least 1: shorter rows go to the other kernel
     # evict_last: the row is read again below, from its end, which is still in L2 then
     x = tl.load(x_ptr + base + offs, eviction_policy="evict_last").to(ACC)
@@ -158,15 +142,14 @@ def long_row_norm_kernel(
         shift += moved
     # the rest of the row, of which a lane has some values or none
     mask = offs < width - steps * STEP
-    x = tl.load(x_ptr + base + (steps * STEP + offs), mask=mask, other=0.0, eviction_policy="evict_last").to(
-        ACC
-    )
+    x_ptrs = x_ptr + base + (steps * STEP + offs)
+    x = tl.load(x_ptrs, mask=mask, other=0.0, eviction_policy="evict_last").to(ACC)
     distance = tl.where(mask, (x - pivot) - shift[None, :], 0.0)
     total = tl.sum(distance, 0)
     count = (steps * U + tl.sum(mask.to(tl.int32), 0)).to(ACC)
     moved = total / count
     squares = not_negative(squares + (tl.sum(distance * distance, 0) - moved * total))
-    m = merge_along(Moments(count, tl.reshape(pivot, (LANES,)), shift + moved, squares), 0)
+    m = merge_along(Moments(count, tl.reshape(pivot, (T.lanes,)), shift + moved, squares), 0)
     rstd = reciprocal_std(m.m2 / m.count, as_scalar(eps, ACC), ACC)
     if stats_ptr is not None:
         one = tl.arange(0, 1)
@@ -174,22 +157,16 @@ def long_row_norm_kernel(
         tl.store(stats_ptr + rows + row + one, rstd)
     # half as much at a time: gamma and beta take registers too
     HALF: tl.constexpr = U // 2
-    offs = tl.arange(0, HALF)[:, None] * LANES + tl.arange(0, LANES)[None, :]
-    halves = tl.cdiv(width, HALF * LANES)
+    offs = tl.arange(0, HALF)[:, None] * T.lanes + tl.arange(0, T.lanes)[None, :]
+    halves = tl.cdiv(width, HALF * T.lanes)
     for step in tl.range(0, halves):
-        column = (halves - 1 - step) * (HALF * LANES) + offs
+        column = (halves - 1 - step) * (HALF * T.lanes) + offs
         exists = column < width
-        x_again = tl.load(x_ptr + base + column, mask=exists, other=0.0, eviction_policy="evict_first").to(
-            ACC
-        )
+        x_again = read(x_ptr + base + column, exists).to(ACC)
         y = normalized(
             (x_again - m.pivot) - m.shift, rstd[None, :], column, exists, weight_ptr, bias_ptr, ACC
         )
         if residual_ptr is not None:
-            y += tl.load(
-                residual_ptr + base + column, mask=exists, other=0.0, eviction_policy="evict_first"
-            ).to(ACC)
+            y += read(residual_ptr + base + column, exists).to(ACC)
         y = activate(y, ACT)
-        tl.store(
-            y_ptr + base + column, y.to(y_ptr.dtype.element_ty), mask=exists, eviction_policy="evict_first"
-        )
+        write(y_ptr + base + column, y, exists)

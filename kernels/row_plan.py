@@ -103,19 +103,19 @@ class Rows:
     def even(self, lanes: int, parts: int) -> bool:
         return lanes * parts == self.width
 
-    def geometry(self, **more: int) -> RowGeometry:
-        return RowGeometry(self.rows, self.width // self.vec, **more)
-
-    def check(self, programs: int, rows_at_once: int, step: int) -> None:
-        """Raises TooLarge if a number does not fit the 32 bits that kernels use for it."""
-        within = max(self.width * max(2, rows_at_once), 2 * self.width + step)
-        if max(programs, self.rows + rows_at_once, within) >= INT32:
+    def plan(
+        self, grid: int, tile: RowTile, warps: int, registers: int, loads: int, partials: int = 0,
+        along: bool = False, **geometry: int,
+    ) -> RowPlan:  # fmt: skip
+        """The plan with these numbers and no more warps than there are vectors. along: `unroll` counts tiles
+        along a row. Raises TooLarge if a number does not fit the 32 bits that kernels use for it."""
+        at_once, step = (1, tile.unroll * tile.lanes) if along else (tile.unroll * tile.rows, tile.lanes)
+        within = max(self.width * max(2, at_once), 2 * self.width + step)
+        if max(grid, self.rows + at_once, within) >= INT32:
             raise TooLarge(f"{self.rows} rows of {self.width} are too many for 32-bit offsets or grids")
-
-
-def _warps(lanes: int, rows: int, itemsize: int, most: int) -> int:
-    """No more warps than there are vectors."""
-    return max(1, min(most, lanes * rows * itemsize // LINE))
+        warps = max(1, min(warps, tile.lanes * tile.rows * self.itemsize // LINE))
+        sizes = RowGeometry(self.rows, self.width // self.vec, **geometry)
+        return RowPlan(grid, tile, sizes, warps, registers, partials, loads)
 
 
 @lru_cache(maxsize=4096)
@@ -123,23 +123,18 @@ def forward(size: Rows) -> tuple[str, RowPlan]:
     """("one_pass" or "two_pass", the plan of the forward)."""
     shared = size.shared_by(HELD[size.itemsize] if size.vectors else HELD_SINGLES)
     if shared is None:
-        lanes = LONG_WARPS * size.line
-        size.check(size.rows, 1, LONG_LOADS * lanes)
         registers = LONG_REGISTERS[size.itemsize] if size.vectors else 128
-        tile = RowTile(size.vec, 1, lanes, LONG_LOADS)
-        return "two_pass", RowPlan(size.rows, tile, size.geometry(), LONG_WARPS, registers, loads=LONG_LOADS)
+        tile = RowTile(size.vec, 1, LONG_WARPS * size.line, LONG_LOADS)
+        return "two_pass", size.plan(size.rows, tile, LONG_WARPS, registers, LONG_LOADS, along=True)
     across, lanes, parts = shared
     at_once = max(1, max(FORWARD_WARPS, across) * size.line // lanes)
     unroll = max(1, LOADS // parts) if size.vectors else 1  # narrow loads are several already
     while unroll > 1 and ceil_div(size.rows, unroll * at_once) < 2 * size.sms:
         unroll //= 2
     group = min(unroll * at_once, power_of_two(size.rows))
-    programs = ceil_div(size.rows, group)
-    size.check(programs, group, lanes)
-    warps = _warps(lanes, group, size.itemsize, max(FORWARD_WARPS, across))
+    programs, loads = ceil_div(size.rows, group), parts * max(1, group // at_once)
     tile = RowTile(size.vec, group, lanes, parts=parts, even=size.even(lanes, parts))
-    loads = parts * max(1, group // at_once)
-    return "one_pass", RowPlan(programs, tile, size.geometry(), warps, FORWARD_REGISTERS, loads=loads)
+    return "one_pass", size.plan(programs, tile, max(FORWARD_WARPS, across), FORWARD_REGISTERS, loads)
 
 
 @lru_cache(maxsize=4096)
@@ -160,11 +155,8 @@ def gradients(size: Rows) -> RowPlan | None:
         unroll //= 2
     groups = ceil_div(size.rows, unroll * group)
     programs = _evened(groups, per_sm * size.sms)
-    size.check(programs, unroll * group, lanes)
-    warps = _warps(lanes, group, size.itemsize, warps)
-    tile = RowTile(size.vec, group, lanes, unroll, parts, even)
-    geometry = size.geometry(groups=groups, programs=programs)
-    return RowPlan(programs, tile, geometry, warps, registers, programs, loads=2 * parts * unroll)
+    tile, loads = RowTile(size.vec, group, lanes, unroll, parts, even), 2 * parts * unroll
+    return size.plan(programs, tile, warps, registers, loads, programs, groups=groups, programs=programs)
 
 
 @lru_cache(maxsize=4096)
@@ -176,12 +168,9 @@ def column_gradients(size: Rows) -> RowPlan:
     blocks = ceil_div(size.width, lanes)
     groups = ceil_div(size.rows, unroll * group)
     programs = _evened(groups, ceil_div(COLUMN_PER_SM * size.sms, blocks))
-    size.check(blocks * programs, unroll * group, lanes)
-    warps = _warps(lanes, group, size.itemsize, COLUMN_WARPS)
-    tile = RowTile(size.vec, group, lanes, unroll)
-    geometry = size.geometry(groups=groups, programs=programs, blocks=blocks)
-    return RowPlan(
-        blocks * programs, tile, geometry, warps, COLUMN_REGISTERS, programs, loads=2 * unroll
+    return size.plan(
+        blocks * programs, RowTile(size.vec, group, lanes, unroll), COLUMN_WARPS, COLUMN_REGISTERS,
+        2 * unroll, programs, groups=groups, programs=programs, blocks=blocks,
     )  # fmt: skip
 
 
@@ -192,11 +181,12 @@ def wide_gradients(size: Rows) -> RowPlan:
     lanes = WIDE_WARPS * size.line
     pieces = ceil_div(size.width, WIDE_LOADS * lanes)
     splits = max(1, min(pieces, WIDE_SPLITS, ceil_div(WIDE_PER_SM * size.sms, size.rows)))
-    size.check(size.rows * splits, 1, WIDE_LOADS * lanes)
     tile = RowTile(size.vec, 1, lanes, WIDE_LOADS, partials_per_iter=MERGE)
-    geometry = size.geometry(blocks=blocks, splits=splits)
     registers = WIDE_REGISTERS if size.vectors and size.itemsize < 8 else 128
-    return RowPlan(size.rows * splits, tile, geometry, WIDE_WARPS, registers, loads=2 * WIDE_LOADS)
+    return size.plan(
+        size.rows * splits, tile, WIDE_WARPS, registers, 2 * WIDE_LOADS, along=True, blocks=blocks,
+        splits=splits,
+    )  # fmt: skip
 
 
 @lru_cache(maxsize=4096)
@@ -206,10 +196,8 @@ def activation(size: Rows) -> RowPlan:
     group = min(max(1, WIDE_WARPS * size.line // lanes), power_of_two(size.rows))
     groups = ceil_div(size.rows, group)
     splits = max(1, min(ceil_div(size.width, lanes), ceil_div(WIDE_PER_SM * size.sms, groups)))
-    size.check(groups * splits, group, lanes)
-    warps = _warps(lanes, group, size.itemsize, WIDE_WARPS)
     tile = RowTile(size.vec, group, lanes)
-    return RowPlan(groups * splits, tile, size.geometry(splits=splits), warps, FORWARD_REGISTERS, loads=2)
+    return size.plan(groups * splits, tile, WIDE_WARPS, FORWARD_REGISTERS, 2, splits=splits)
 
 
 @lru_cache(maxsize=4096)

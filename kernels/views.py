@@ -93,23 +93,15 @@ def nhwc_packed_view(m: int, c: int, itemsize: int, lanes: int) -> View | None:
 
 def nchw_packed_view(n: int, c: int, s: int, itemsize: int, lanes: int) -> View:
     """[n, c * s] in blocks of whole channels, which start on a vector if the sizes allow it."""
-    fewest = (VECTOR_BYTES // itemsize) // gcd(
-        s, VECTOR_BYTES // itemsize
-    )  # channels that make whole vectors
+    vector = VECTOR_BYTES // itemsize
+    fewest = vector // gcd(s, vector)  # channels that make whole vectors
     taken = lanes // s
     taken = c if taken >= c else (taken // fewest * fewest or taken)
+    width = min(lanes, power_of_two(taken * s))
     return View(
-        "nchw_packed",
-        n,
-        c * s,
-        taken * s,
-        s,
-        c,
-        min(lanes, power_of_two(taken * s)),
-        n * c * s,
-        channels_per_block=power_of_two(taken),
-        lanes_per_channel=power_of_two(s) if taken > 1 else min(lanes, power_of_two(s)),
-    )
+        "nchw_packed", n, c * s, taken * s, s, c, width, n * c * s,
+        channels_per_block=power_of_two(taken), lanes_per_channel=power_of_two(s) if taken > 1 else width,
+    )  # fmt: skip
 
 
 def nchw_strips_view(n: int, c: int, s: int, lanes: int) -> View:

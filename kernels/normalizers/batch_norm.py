@@ -3,8 +3,8 @@
 import triton
 import triton.language as tl
 
-from ..geometry import as_scalar
-from .common import Normalizer, load_or, load_row, reciprocal_std, store_as
+from ..memory import as_scalar, load_or, load_row, store_as, store_rows
+from .common import Normalizer, reciprocal_std
 
 
 @triton.jit
@@ -19,36 +19,35 @@ def finalize_forward(c, m, ws, params, options, g, T: tl.constexpr, NORM: tl.con
     rstd = reciprocal_std(variance, as_scalar(options.eps, ACC), ACC)
     scale = load_or(params.weight, c.offs, c.mask, 1.0, ACC) * rstd
     beta = load_or(params.bias, c.offs, c.mask, 0.0, ACC)
-    store_stats(ws.stats_ptr, c.offs, c.mask, g.channels, mean, scale, beta, rstd)
+    store_rows(ws.stats_ptr, c, g.channels, mean, scale, beta, rstd)
     if NORM.cumulative:
         factor = 1.0 / (tl.load(params.batches + tl.arange(0, 1)) + 1).to(ACC)
     else:
         factor = as_scalar(options.momentum, ACC)
     if params.running_mean is not None:
-        ema_update(params.running_mean, c.offs, c.mask, mean, factor, ACC)
+        ema_update(params.running_mean, c, mean, factor, ACC)
     if params.running_var is not None:
         unbiased = m.m2 / tl.where(m.count > 1, m.count - 1, 1.0)
-        ema_update(params.running_var, c.offs, c.mask, unbiased, factor, ACC)
+        ema_update(params.running_var, c, unbiased, factor, ACC)
 
 
 @triton.jit
-def ema_update(running_ptr, offs_c, mask_c, value, factor, ACC: tl.constexpr):
-    old = load_or(running_ptr, offs_c, mask_c, 0.0, ACC)
+def ema_update(running_ptr, c, value, factor, ACC: tl.constexpr):
+    old = load_or(running_ptr, c.offs, c.mask, 0.0, ACC)
     new = (1 - factor) * old + factor * value  # torch's formula: NaN passes through even with momentum 0
-    store_as(running_ptr + offs_c, new, mask_c)
-
-
-@triton.jit
-def store_stats(stats_ptr, offs_c, mask_c, channels, mean, scale, shift, rstd):
-    tl.store(stats_ptr + offs_c, mean, mask=mask_c)
-    tl.store(stats_ptr + channels + offs_c, scale, mask=mask_c)
-    tl.store(stats_ptr + 2 * channels + offs_c, shift, mask=mask_c)
-    tl.store(stats_ptr + 3 * channels + offs_c, rstd, mask=mask_c)
+    store_as(running_ptr + c.offs, new, c.mask)
 
 
 @triton.jit
 def coefficients(c, sample, stats_ptr, params, g, ACC: tl.constexpr):
-    return load_row(stats_ptr, 0, c, g), load_row(stats_ptr, 1, c, g), load_row(stats_ptr, 2, c, g)
+    return three_rows(stats_ptr, c, g)
+
+
+@triton.jit
+def three_rows(ptr, c, g):
+    return (
+        load_row(ptr, 0, c, g.channels), load_row(ptr, 1, c, g.channels), load_row(ptr, 2, c, g.channels),
+    )  # fmt: skip
 
 
 @triton.jit
@@ -65,7 +64,7 @@ def from_running_statistics(c, params, eps, ACC: tl.constexpr):
 def store_dx_coefficients(c, sums, ws, out, g, rstd, ACC: tl.constexpr):
     """Stores the coefficients of dx, [3, channels], if dx is wanted."""
     if out.dx_coeffs is not None:
-        scale = tl.load(ws.stats_ptr + g.channels + c.offs, mask=c.mask, other=0.0)
+        scale = load_row(ws.stats_ptr, 1, c, g.channels)
         n = as_scalar(out.count, ACC)
         c_xmu_ptr = out.dx_coeffs + g.channels + c.offs
         tl.store(out.dx_coeffs + c.offs, scale, mask=c.mask)
@@ -78,7 +77,7 @@ def finalize_backward(c, sums, ws, params, out, g, T: tl.constexpr, ACC: tl.cons
     """The derivative of algorithm 1, with n values a channel:
 
     dx = scale * (dy - sums.dy / n - (x - mean) * rstd^2 * sums.dy_xmu / n)."""
-    rstd = tl.load(ws.stats_ptr + 3 * g.channels + c.offs, mask=c.mask, other=0.0)
+    rstd = load_row(ws.stats_ptr, 3, c, g.channels)
     store_dx_coefficients(c, sums, ws, out, g, rstd, ACC)
     if out.weight is not None:
         store_as(out.weight + c.offs, rstd * sums.dy_xmu, c.mask)
@@ -88,11 +87,15 @@ def finalize_backward(c, sums, ws, params, out, g, T: tl.constexpr, ACC: tl.cons
 
 @triton.jit
 def dx_coefficients(c, sample, stats_ptr, dx_coeffs_ptr, params, g, ACC: tl.constexpr):
-    return (
-        load_row(dx_coeffs_ptr, 0, c, g),
-        load_row(dx_coeffs_ptr, 1, c, g),
-        load_row(dx_coeffs_ptr, 2, c, g),
-    )
+    return three_rows(dx_coeffs_ptr, c, g)
+
+
+@triton.jit
+def store_moments(c, m, ws, params, options, g, T: tl.constexpr, NORM: tl.constexpr, ACC: tl.constexpr):
+    """A reduction that stops at the moments, which the caller merges with those of others before anything is
+    normalized. stats is [3, channels]: mean, M2 and count."""
+    store_rows(ws.stats_ptr, c, g.channels, m.pivot + m.shift, m.m2, m.count)
 
 
 BATCH_NORM = Normalizer(finalize_forward, coefficients, finalize_backward, dx_coefficients)
+MOMENTS = Normalizer(store_moments, coefficients, finalize_backward, dx_coefficients)

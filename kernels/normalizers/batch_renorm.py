@@ -4,10 +4,10 @@ statistics."""
 import triton
 import triton.language as tl
 
-from ..geometry import as_scalar
+from ..memory import Channels, as_scalar, load_or, load_row, store_as, store_rows
 from ..moments import not_negative
-from .batch_norm import coefficients, dx_coefficients, ema_update, store_dx_coefficients, store_stats
-from .common import Normalizer, load_or, load_row, reciprocal_std, store_as
+from .batch_norm import coefficients, dx_coefficients, ema_update, store_dx_coefficients
+from .common import Normalizer, reciprocal_std
 
 
 @triton.jit
@@ -57,13 +57,13 @@ def finalize_forward(c, m, ws, params, options, g, T: tl.constexpr, NORM: tl.con
         factor = as_scalar(options.momentum, ACC)
     gamma = load_or(params.weight, c.offs, c.mask, 1.0, ACC)
     beta = load_or(params.bias, c.offs, c.mask, 0.0, ACC)
-    store_stats(ws.stats_ptr, c.offs, c.mask, g.channels, mean, gamma * r * rstd, beta + gamma * d, rstd)
+    store_rows(ws.stats_ptr, c, g.channels, mean, gamma * r * rstd, beta + gamma * d, rstd)
     tl.store(ws.stats_ptr + 4 * g.channels + c.offs, r, mask=c.mask)
     tl.store(ws.stats_ptr + 5 * g.channels + c.offs, d, mask=c.mask)
     updated = c.mask
     if NORM.guarded:
         updated = c.mask & (tl.abs(mean) < float("inf")) & (sigma_batch < float("inf"))
-    ema_update(params.running_mean, c.offs, updated, mean, factor, ACC)
+    ema_update(params.running_mean, Channels(c.offs, updated), mean, factor, ACC)
     sigma = old_sigma + factor * (sigma_batch - old_sigma)
     store_as(params.running_var + c.offs, not_negative(sigma * sigma - eps), updated)
 
@@ -76,11 +76,11 @@ def root(value, ACC: tl.constexpr):
 @triton.jit
 def finalize_backward(c, sums, ws, params, out, g, T: tl.constexpr, ACC: tl.constexpr):
     """As BatchNorm's. scale includes r, and the value that gamma multiplies is r * xhat + d."""
-    rstd = tl.load(ws.stats_ptr + 3 * g.channels + c.offs, mask=c.mask, other=0.0)
+    rstd = load_row(ws.stats_ptr, 3, c, g.channels)
     store_dx_coefficients(c, sums, ws, out, g, rstd, ACC)
     if out.weight is not None:
         dweight = rstd * sums.dy_xmu
-        r, d = load_row(ws.stats_ptr, 4, c, g), load_row(ws.stats_ptr, 5, c, g)
+        r, d = load_row(ws.stats_ptr, 4, c, g.channels), load_row(ws.stats_ptr, 5, c, g.channels)
         store_as(out.weight + c.offs, r * dweight + d * sums.dy, c.mask)
     if out.bias is not None:
         store_as(out.bias + c.offs, sums.dy, c.mask)

@@ -51,13 +51,6 @@ class Workspace(NamedTuple):
     stats_ptr: Any
 
 
-class Channels(NamedTuple):
-    """The channels whose moments or gradient sums a program has, and which of them exist."""
-
-    offs: Any
-    mask: Any
-
-
 class Parameters(NamedTuple):
     """Pointers to a layer's tensors of one value a channel, and to its counter of batches, or None."""
 
@@ -109,41 +102,5 @@ def is_last_program(semaphores_ptr, expected):
 
 
 @triton.jit
-def load_or(ptr, offs, mask, default: tl.constexpr, ACC: tl.constexpr):
-    """Values of an optional tensor, in the type ACC; `default` if there is no tensor."""
-    if ptr is None:
-        value = tl.full(offs.shape, default, ACC)
-    else:
-        value = tl.load(ptr + offs, mask=mask, other=default)
-        if value.dtype.primitive_bitwidth == 16:
-            value = value.to(tl.float32)  # see store_as
-        value = value.to(ACC)
-    return value
-
-
-@triton.jit
-def store_as(ptrs, value, mask):
-    """Stores value in the pointers' type. fp64 is converted to 16 bits by way of fp32, since no instruction
-    does it in one step."""
-    DTYPE: tl.constexpr = ptrs.dtype.element_ty
-    if DTYPE.primitive_bitwidth == 16:
-        value = value.to(tl.float32)
-    tl.store(ptrs, value.to(DTYPE), mask=mask)
-
-
-@triton.jit
 def reciprocal_std(variance, eps, ACC: tl.constexpr):
     return 1.0 / tl.sqrt_rn(variance + eps) if ACC == tl.float32 else 1.0 / tl.sqrt(variance + eps)
-
-
-@triton.jit
-def load_row(stats_ptr, row: tl.constexpr, c, g):
-    """One row of [rows, channels], of channels c."""
-    return tl.load(stats_ptr + row * g.channels + c.offs, mask=c.mask, other=0.0)
-
-
-@triton.jit
-def store_sums(ptr, c, g, dy, dy_xmu):
-    """Stores the gradient sums of channels c in [2, channels]."""
-    tl.store(ptr + c.offs, dy, mask=c.mask)
-    tl.store(ptr + g.channels + c.offs, dy_xmu, mask=c.mask)

@@ -7,17 +7,9 @@ each channel where they are loaded."""
 import triton
 import triton.language as tl
 
-from ..geometry import as_scalar
-from ..moments import Moments, load_channels, merge, merge_along, no_moments, store_channels
-from .common import (
-    Channels,
-    GradientSums,
-    Normalizer,
-    is_last_program,
-    load_or,
-    reciprocal_std,
-    store_sums,
-)
+from ..memory import Channels, as_scalar, load_or, load_row, load_shared, store_rows
+from ..moments import Moments, load_channels, merge, merge_along, no_moments
+from .common import GradientSums, Normalizer, is_last_program, reciprocal_std
 
 
 @triton.jit
@@ -30,9 +22,8 @@ def group_rstd(variance, eps, ACC: tl.constexpr):
 @triton.jit
 def store_group(stats_ptr, group, g, mean, variance, eps, ACC: tl.constexpr):
     tl.store(stats_ptr + group.offs, mean, mask=group.mask)
-    tl.store(
-        stats_ptr + g.groups + group.offs, group_rstd(variance, as_scalar(eps, ACC), ACC), mask=group.mask
-    )
+    rstd_ptr = stats_ptr + g.groups + group.offs
+    tl.store(rstd_ptr, group_rstd(variance, as_scalar(eps, ACC), ACC), mask=group.mask)
 
 
 @triton.jit
@@ -46,7 +37,7 @@ def finalize_channels(c, m, ws, params, options, g, T: tl.constexpr, NORM: tl.co
 def finalize_groups(c, m, ws, params, options, g, T: tl.constexpr, NORM: tl.constexpr, ACC: tl.constexpr):
     """The channels of a group may lie in several blocks, so the last of a sample's blocks merges them."""
     tl.debug_barrier()  # slot 0 of the partial results is overwritten, which other threads have read
-    store_channels(ws.sample_ptr, c.offs, c.mask, g, m.pivot, m.shift, m.m2)
+    store_rows(ws.sample_ptr, c, g.channels, m.pivot, m.shift, m.m2)
     all_blocks = tl.num_programs(0) // g.splits
     if is_last_program(ws.semaphores_ptr + all_blocks + ws.sample, g.blocks):
         groups_per_sample = g.channels // g.group_size
@@ -61,8 +52,8 @@ def finalize_groups(c, m, ws, params, options, g, T: tl.constexpr, NORM: tl.cons
 
 @triton.jit
 def merge_groups(moments_ptr, offs_g, groups_per_sample, count, g, T: tl.constexpr, ACC: tl.constexpr):
-    """(mean, variance) of a sample's groups offs_g, from its channels' moments as store_channels stores them,
-    of `count` values each."""
+    """(mean, variance) of a sample's groups offs_g, from its channels' moments, of `count` values each, as
+    finalize_groups stores them."""
     found = no_moments(T.groups_per_iter, T.members_per_iter, ACC)
     for start in tl.range(0, g.group_size, T.members_per_iter):
         offs_m = start + tl.arange(0, T.members_per_iter)[None, :]
@@ -75,16 +66,16 @@ def merge_groups(moments_ptr, offs_g, groups_per_sample, count, g, T: tl.constex
 
 
 @triton.jit
-def group_of_channel(offs_c, sample, g):
+def group_of_channel(c, sample, g):
     """The group that each of a sample's channels belongs to, counted over all samples."""
-    return sample * (g.channels // g.group_size) + offs_c // g.group_size
+    return Channels(sample * (g.channels // g.group_size) + c.offs // g.group_size, c.mask)
 
 
 @triton.jit
 def coefficients(c, sample, stats_ptr, params, g, ACC: tl.constexpr):
-    offs_group = group_of_channel(c.offs, sample, g)
-    mean = tl.load(stats_ptr + offs_group, mask=c.mask, other=0.0)
-    rstd = tl.load(stats_ptr + g.groups + offs_group, mask=c.mask, other=0.0)
+    group = group_of_channel(c, sample, g)
+    mean = load_row(stats_ptr, 0, group, g.groups)
+    rstd = load_row(stats_ptr, 1, group, g.groups)
     scale = load_or(params.weight, c.offs, c.mask, 1.0, ACC) * rstd
     return mean, scale, load_or(params.bias, c.offs, c.mask, 0.0, ACC)
 
@@ -98,20 +89,17 @@ def group_norm_dx_coeffs(rstd, sums, n):
 
 @triton.jit
 def store_dx_coefficients(group, sums, ws, out, g, ACC: tl.constexpr):
-    rstd = tl.load(ws.stats_ptr + g.groups + group.offs, mask=group.mask, other=0.0)
+    rstd = load_row(ws.stats_ptr, 1, group, g.groups)
     c_xmu, c_one = group_norm_dx_coeffs(rstd, sums, as_scalar(out.count, ACC))
-    tl.store(out.dx_coeffs + group.offs, c_xmu, mask=group.mask)
-    tl.store(out.dx_coeffs + g.groups + group.offs, c_one, mask=group.mask)
+    store_rows(out.dx_coeffs, group, g.groups, c_xmu, c_one)
 
 
 @triton.jit
 def store_parameter_sums(c, sums, ws, out, g):
     """Stores what this sample adds to dgamma and dbeta, if they are wanted."""
     if out.sums is not None:
-        rstd = tl.load(
-            ws.stats_ptr + g.groups + group_of_channel(c.offs, ws.sample, g), mask=c.mask, other=0.0
-        )
-        store_sums(out.sums + ws.sample * (2 * g.channels), c, g, rstd * sums.dy_xmu, sums.dy)
+        rstd = load_row(ws.stats_ptr, 1, group_of_channel(c, ws.sample, g), g.groups)
+        store_rows(out.sums + ws.sample * (2 * g.channels), c, g.channels, rstd * sums.dy_xmu, sums.dy)
 
 
 @triton.jit
@@ -130,7 +118,7 @@ def finalize_group_sums(c, sums, ws, params, out, g, T: tl.constexpr, ACC: tl.co
     store_parameter_sums(c, sums, ws, out, g)
     if out.dx_coeffs is not None:
         tl.debug_barrier()
-        store_sums(ws.sample_ptr, c, g, sums.dy, sums.dy_xmu)
+        store_rows(ws.sample_ptr, c, g.channels, sums.dy, sums.dy_xmu)
         if is_last_program(ws.semaphores_ptr + tl.num_programs(0) // g.splits + ws.sample, g.blocks):
             groups_per_sample = g.channels // g.group_size
             for start in tl.range(0, groups_per_sample, T.groups_per_iter):
@@ -155,18 +143,17 @@ def merge_group_sums(sums_ptr, weight_ptr, offs_g, groups_per_sample, g, T: tl.c
         weight = load_or(weight_ptr, offs_c, mask, 1.0, ACC)
         # one address for both loads takes 200 instructions less than one for each [sass]
         theirs_ptr = sums_ptr + offs_c
-        sum_wdy += weight * tl.load(theirs_ptr, mask=mask, other=0.0, cache_modifier=".cg")
-        sum_wdy_xmu += weight * tl.load(theirs_ptr + g.channels, mask=mask, other=0.0, cache_modifier=".cg")
+        sum_wdy += weight * load_shared(theirs_ptr, mask)
+        sum_wdy_xmu += weight * load_shared(theirs_ptr + g.channels, mask)
     return GradientSums(tl.sum(sum_wdy, 1), tl.sum(sum_wdy_xmu, 1))
 
 
 @triton.jit
 def dx_coefficients(c, sample, stats_ptr, dx_coeffs_ptr, params, g, ACC: tl.constexpr):
-    offs_group = group_of_channel(c.offs, sample, g)
-    rstd = tl.load(stats_ptr + g.groups + offs_group, mask=c.mask, other=0.0)
+    group = group_of_channel(c, sample, g)
+    rstd = load_row(stats_ptr, 1, group, g.groups)
     c_dy = load_or(params.weight, c.offs, c.mask, 1.0, ACC) * rstd
-    c_xmu = tl.load(dx_coeffs_ptr + offs_group, mask=c.mask, other=0.0)
-    return c_dy, c_xmu, tl.load(dx_coeffs_ptr + g.groups + offs_group, mask=c.mask, other=0.0)
+    return c_dy, load_row(dx_coeffs_ptr, 0, group, g.groups), load_row(dx_coeffs_ptr, 1, group, g.groups)
 
 
 GROUPS = Normalizer(finalize_groups, coefficients, finalize_group_sums, dx_coefficients)

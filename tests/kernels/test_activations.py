@@ -28,12 +28,6 @@ def values(dtype: torch.dtype) -> Tensor:
     return torch.cat((v, -v)).requires_grad_()
 
 
-def named(activation: Any) -> Activation:
-    act = Activation.of(activation)
-    assert act is not None
-    return act
-
-
 def through_kernels(v: Tensor, activation: Any) -> Tensor:
     """The activation of v, by way of a normalization that changes nothing."""
     zero, one = torch.zeros(1, dtype=v.dtype), torch.ones(1, dtype=v.dtype)
@@ -69,7 +63,7 @@ def test_value_and_slope(
     y = through_kernels(v, activation)
     (slope,) = torch.autograd.grad(y.sum(), v)
     true = v.detach().double().requires_grad_()
-    act = named(activation)
+    act = Activation.of(activation)
     expected = act.apply(true)
     (expected_slope,) = torch.autograd.grad(expected.sum(), true)
     if act.name == "hardsigmoid" and path != "torch":  # torch's is the fp32 number next to 1/6, in fp64 too
@@ -96,7 +90,7 @@ def test_what_is_no_number_stays_none(activation: str, path: str) -> None:
 @pytest.mark.parametrize("activation", ["relu", "relu6", "leaky_relu", "hardsigmoid", "sigmoid", "tanh"])
 def test_infinity(activation: str) -> None:
     v = torch.tensor([INF, -INF])
-    torch.testing.assert_close(through_kernels(v, activation), named(activation).apply(v))
+    torch.testing.assert_close(through_kernels(v, activation), Activation.of(activation).apply(v))
 
 
 @every_path
@@ -105,7 +99,7 @@ def test_infinite_gradients(activation: str, path: str) -> None:
     """Where the slope is 0 they end, as in torch."""
     v = torch.tensor([-4.0, -3.0, -1.0, 0.0, 1.0, 7.0], requires_grad=True)
     dy = torch.full_like(v, INF)
-    (expected,) = torch.autograd.grad(named(activation).apply(v), v, dy)
+    (expected,) = torch.autograd.grad(Activation.of(activation).apply(v), v, dy)
     (found,) = torch.autograd.grad(through_kernels(v, activation), v, dy)
     if activation == "hardswish":  # at its corners, -3 among them, either side's slope will do
         expected, found = expected[v != -3], found[v != -3]
@@ -115,7 +109,7 @@ def test_infinite_gradients(activation: str, path: str) -> None:
 @pytest.mark.parametrize("activation", ALL, ids=str)
 def test_slope_in_plain_torch(activation: Any) -> None:
     """What double backward differentiates."""
-    act = named(activation)
+    act = Activation.of(activation)
     v = values(torch.float64)
     (expected,) = torch.autograd.grad(act.apply(v).sum(), v)
     if act.name == "hardsigmoid":

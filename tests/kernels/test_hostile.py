@@ -9,12 +9,14 @@ from torch import Tensor
 
 import bnfast
 from bnfast import exact
-from bnfast.checks import fp64, one_step
-from bnfast.checks.cases import Case, given, group_norm, instance_norm, layer_norm
+from bnfast.checks import fp64, one_step, reference_layers
+from bnfast.checks.cases import Case, Given, given, group_norm, instance_norm, layer_norm
 from tests.support.buffers import nan_filled_allocations
 from tests.support.families import FP32, layouts, on_gpu
 from tests.support.layers import every_path
 from tests.support.versions import EPS_0_IN_EVAL
+
+CPU = torch.device("cpu")
 
 
 def zeros_first(x: Tensor) -> None:
@@ -113,65 +115,55 @@ def test_as_good_as_two_passes_at_a_large_mean(trap: str, case: Case, device: to
 
 
 # read in one pass and in two; in tiles and pieces
-CONSTANT = {"one pass": (2, 4, 3, 5), "two passes": (2, 4, 3, 5), "long": (1, 2, 1, 20993)}
+CONSTANT = {
+    "one pass": ((2, 4, 3, 5), False),
+    "two passes": ((2, 4, 3, 5), True),
+    "long": ((1, 2, 1, 20993), False),
+}
 
 
-def constant(name: str, value: float) -> Tensor:
-    x = torch.randn(CONSTANT[name], generator=torch.Generator().manual_seed(0))
-    x[0, :] = value  # the other sample, if any, is an ordinary one
-    return x.contiguous(memory_format=torch.channels_last) if name == "two passes" else x
-
-
-def step(layer: torch.nn.Module, x: Tensor) -> tuple[Tensor, list[Tensor]]:
-    """The output, and the gradients of x, weight and bias, after giving the layer other parameters."""
-    with torch.no_grad():
-        layer.weight.copy_(torch.arange(1.0, 1 + len(layer.weight)))
-        layer.bias.copy_(torch.arange(5.0, 5 + len(layer.bias)))
-    x = x.clone(memory_format=torch.preserve_format).requires_grad_()
-    y = layer(x)
-    dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(1))
-    return y.detach(), list(torch.autograd.grad(y, [x, layer.weight, layer.bias], dy))
+def constant(case: Case, value: float) -> tuple[Given, dict[str, Tensor]]:
+    """A step without an eps, of which the first sample is constant. The other, if any, is an ordinary one.
+    Its output is the bias, since the values are their mean, and their gradient is 0."""
+    g = given(case, CPU)
+    g.x[0] = value
+    found = one_step.run(case, bnfast, g)
+    assert torch.equal(found["y"][0], g.bias[:, None, None].expand_as(g.x[0]))
+    assert not found["dx"][0].any()
+    return g, found
 
 
 @every_path
 @pytest.mark.parametrize(
-    ("name", "value"),
+    ("reading", "value"),
     [("long", 2.5), *((name, v) for name in ("one pass", "two passes") for v in (0.0, 0.1, -1e4 / 3))],
 )
-def test_instance_norm_of_constant_groups(name: str, value: float, path: str) -> None:
-    """The bias, as of torch's layer: the values are their mean. Their gradient is 0, and weight has none from
-    them."""
-    x = constant(name, value)
-    ours = bnfast.InstanceNorm2d(x.shape[1], eps=0.0, affine=True)
-    theirs = torch.nn.InstanceNorm2d(x.shape[1], eps=0.0, affine=True)
-    y, (dx, *others) = step(ours, x)
-    assert torch.equal(y[0], ours.bias.detach()[:, None, None].expand_as(y[0]))
-    assert not dx[0].any()
-    expected, (expected_dx, *rest) = step(theirs, x)
-    assert not expected_dx[0].any()
-    torch.testing.assert_close([y, dx, *others], [expected, expected_dx, *rest], rtol=1e-4, atol=1e-4)
+def test_instance_norm_of_constant_groups(reading: str, value: float, path: str) -> None:
+    """As torch's layer. weight has no gradient from them."""
+    shape, last = CONSTANT[reading]
+    case = instance_norm(shape, channels_last=last, eps=0.0)
+    g, found = constant(case, value)
+    torch.testing.assert_close(found, one_step.run(case, reference_layers, g), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("groups", [1, 2])
-@pytest.mark.parametrize("name", CONSTANT)
-def test_group_norm_of_constant_groups(name: str, groups: int) -> None:
+@pytest.mark.parametrize("reading", CONSTANT)
+def test_group_norm_of_constant_groups(reading: str, groups: int) -> None:
     """The kernels do as for InstanceNorm. (torch's GroupNorm gives NaN, or noise in channels_last.)"""
-    x = constant(name, 2.5)
-    layer = bnfast.GroupNorm(groups, x.shape[1], eps=0.0)
-    y, (dx, dweight, dbias) = step(layer, x)
-    assert torch.equal(y[0], layer.bias.detach()[:, None, None].expand_as(y[0]))
-    assert not dx[0].any()
-    assert all(t.isfinite().all() for t in (y, dx, dweight, dbias))
+    shape, last = CONSTANT[reading]
+    _, found = constant(group_norm(shape, channels_last=last, eps=0.0, groups=groups), 2.5)
+    assert all(t.isfinite().all() for t in found.values())
 
 
 @every_path
-@pytest.mark.parametrize("name", ["one pass", "two passes"])
-def test_a_running_variance_of_0(name: str, path: str) -> None:
+@pytest.mark.parametrize("last", [False, True])
+def test_a_running_variance_of_0(last: bool, path: str) -> None:
     """In eval nothing finite comes of it (torch gives NaN on CPU, NaN or an infinity on CUDA)."""
     if path == "torch" and not EPS_0_IN_EVAL:
         pytest.skip("this PyTorch refuses eps=0 in eval")
-    layer = bnfast.BatchNorm2d(4, eps=0.0).eval()
-    layer.running_var[1] = 0.0
-    y = layer(constant(name, 2.5))
+    case = Case((2, 4, 3, 5), channels_last=last, training=False, eps=0.0)
+    g = given(case, CPU)
+    g.running_var[1] = 0.0
+    y = one_step.run(case, bnfast, g)["y"]
     assert not y[:, 1].isfinite().any()
     assert y[:, [0, 2, 3]].isfinite().all()

@@ -14,9 +14,9 @@ from torch import Tensor
 
 import bnfast
 from bnfast.functional import batch_norm
+from bnfast.kernels import batch_norm as kernels
 from bnfast.kernels import launch, launch_plan
 from bnfast.ops import op
-from tests.support import kernel_calls
 from tests.support.buffers import assert_same_bits, bit_identical, shifted
 from tests.support.layers import data
 
@@ -88,17 +88,18 @@ def test_data_off_a_boundary_has_launches_of_its_own(unaligned: str, nothing_kno
 @pytest.mark.parametrize("kind", ["operators", "compiled", "eager"])
 def test_operators_never_use_the_cached_workspace(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a graph's warm-up allocates dies with the graph's pool; eager steps keep theirs."""
-    asked = kernel_calls.workspaces_asked_for(monkeypatch)
+    asked = []
+    get = launch.workspace
+    monkeypatch.setattr(kernels, "workspace", lambda *args: (asked.append(args[-1]), get(*args))[1])
     x, dy = data(*SHAPE), data(*SHAPE, seed=1)
     if kind == "operators":
         mean, variance, batches = torch.zeros(8), torch.ones(8), torch.tensor(0)
         arguments = (None, None, mean, variance, batches, 0.1, 1e-5, None, False, True)
-        _, table, _ = OPERATORS.batch_norm_train(x, *arguments)
+        _, stats, _ = OPERATORS.batch_norm_train(x, *arguments)
         OPERATORS.batch_norm_eval(x, None, None, mean, variance, 1e-5, False)
         for training in (True, False):
-            OPERATORS.batch_norm_backward(
-                x, dy, table, None, None, training, True, torch.float32, torch.float32
-            )
+            rest = (None, None, training, True, torch.float32, torch.float32)
+            OPERATORS.batch_norm_backward(x, dy, stats, *rest)
         expected = [True] * 3  # eval's forward needs none
     else:
         module = bnfast.BatchNorm2d(8)
@@ -110,23 +111,23 @@ def test_operators_never_use_the_cached_workspace(kind: str, monkeypatch: pytest
 
 
 def test_workspaces(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One a stream, grown, never shrunk; one's own and a large one are in no table; counters begin at 0."""
+    """One a stream, grown, never shrunk; a private or a large one is not kept; semaphores begin at 0."""
     monkeypatch.setattr(launch, "INTERPRET", False)
     monkeypatch.setattr(launch, "is_capturing", lambda: False)
     monkeypatch.setattr(launch, "_workspaces", {})
-    seed = torch.empty(0)
+    like = torch.empty(0)
 
-    def get(stream: int, partials: int = 10, blocks: int = 2, own: bool = False) -> tuple[Tensor, Tensor]:
-        partial, counters = launch.workspace(-1, stream, seed, partials, blocks, own)
-        assert partial.numel() >= partials
-        assert counters.numel() >= blocks
-        assert not counters.any()
-        return partial, counters
+    def get(stream: int, partials: int = 10, blocks: int = 2, private: bool = False) -> tuple[Tensor, Tensor]:
+        found, semaphores = launch.workspace(-1, stream, like, partials, blocks, private)
+        assert found.numel() >= partials
+        assert semaphores.numel() >= blocks
+        assert not semaphores.any()
+        return found, semaphores
 
     first = get(1)
     assert get(1)[1] is first[1]
     assert get(2)[1] is not first[1]
-    mine, other = get(1, own=True), get(1, own=True)
+    mine, other = get(1, private=True), get(1, private=True)
     assert len({t.data_ptr() for _, t in (first, mine, other)}) == 3
     assert get(1)[1] is first[1]
     large = get(1, partials=100_000)

@@ -4,6 +4,7 @@ dtypes, awkward sizes, memory, parameters, and means far from zero."""
 from __future__ import annotations
 
 from collections.abc import Iterable
+from math import prod
 
 import pytest
 import torch
@@ -11,10 +12,10 @@ from torch import Tensor
 
 from bnfast.checks.cases import Case, group_norm, instance_norm, layer_norm
 from bnfast.functional import layer_norm as layer_norm_function
-from bnfast.kernels import row_plan
+from bnfast.kernels import batch_norm, row_plan
 from bnfast.kernels.group_plan import OnePassPlan, plan_one_pass
 from tests.support import oracle
-from tests.support.buffers import assert_same_bits
+from tests.support.buffers import assert_same_bits, bit_identical, nan_filled_allocations
 from tests.support.families import (
     BF16,
     DTYPES,
@@ -28,7 +29,7 @@ from tests.support.families import (
     strides,
     varied,
 )  # fmt: skip
-from tests.support.layers import data, derivatives
+from tests.support.layers import both_layouts, data, derivatives
 
 OTHERS = (FP16, BF16, FP64)
 SHAPES = [
@@ -125,27 +126,44 @@ def test_against_fp64_on_several_multiprocessors(case: Case, device: torch.devic
     oracle.check(case, device)
 
 
-def held(shape: tuple[int, ...], groups: int) -> OnePassPlan | None:
-    return plan_one_pass(shape[0], groups, shape[1] // groups, torch.Size(shape[2:]).numel(), 4, True, 1)
+def test_cases_take_every_way() -> None:
+    def held(shape: tuple[int, ...], groups: int) -> OnePassPlan | None:
+        return plan_one_pass(shape[0], groups, shape[1] // groups, prod(shape[2:]), 4, True, 1)
 
-
-def test_groups_take_every_way() -> None:
-    plans = [held(*case) for case in GROUPS]
-    assert all(plans)
-    tiles = [p.tile for p in plans if p]
+    tiles = [held(*case).tile for case in GROUPS]
     assert any(t.tiles == 1 and t.groups == 1 for t in tiles)
     assert any(t.tiles > 1 for t in tiles)
     assert any(t.pieces > 1 for t in tiles)
     assert any(t.groups > 1 for t in tiles)
     assert {t.vec for t in tiles} >= {1, 2, 4}
     assert not any(held(*case) for case in TOO_LARGE_TO_HOLD)
+    sizes = {(n, width): row_plan.Rows(n, width, dtype.itemsize, True, 2) for (n, width), dtype in LONG_ROWS}
+    assert not any(map(row_plan.gradients, sizes.values()))
+    two_passes = [shape for shape, size in sizes.items() if row_plan.forward(size)[0] == "two_pass"]
+    assert two_passes == [(2, 20000), (3, 8201)]
 
 
-@pytest.mark.parametrize(("shape", "dtype"), LONG_ROWS, ids=str)
-def test_rows_that_are_not_held(shape: tuple[int, int], dtype: torch.dtype) -> None:
-    size = row_plan.Rows(*shape, dtype.itemsize, True, 2)
-    assert row_plan.forward(size)[0] == ("two_pass" if shape[1] in (20000, 8201) else "one_pass")
-    assert row_plan.gradients(size) is None
+MOMENTS = [
+    (4, 16, 7, 7), (3, 5, 6, 6), (2, 3, 40, 41), (300, 24), (1, 1, 5000), (5, 3, 1, 1), (2, 8, 3, 4, 5)
+]  # fmt: skip
+
+
+@pytest.mark.usefixtures("several_programs")
+@pytest.mark.parametrize("mean", [0.0, 1e4])
+@both_layouts
+@pytest.mark.parametrize("shape", MOMENTS, ids=str)
+def test_moments(shape: tuple[int, ...], last: bool, mean: float) -> None:
+    """A reduction that stops at mean, M2 and count of each channel."""
+    x = data(*shape, last=last) + mean
+    before = x.clone()
+    with nan_filled_allocations():
+        found = batch_norm.moments(x).double()
+    assert bit_identical(x, before)
+    channels = x.double().transpose(0, 1).flatten(1)
+    n = channels.shape[1]
+    assert (found[2] == n).all()
+    torch.testing.assert_close(found[0], channels.mean(1), rtol=2e-7, atol=2e-7)
+    torch.testing.assert_close(found[1], n * channels.var(1, correction=0), rtol=2e-6, atol=1e-9 * n)
 
 
 @pytest.mark.parametrize("dims", [2, 3])

@@ -19,7 +19,7 @@ def passes(
     n: int, c: int, s: int, itemsize: int, channels_last: bool, aligned: bool, sms: int
 ) -> list[plan.PassPlan]:
     p = plan.batch_norm(n, c, s, itemsize, channels_last or s == 1, sms, aligned)
-    return [p.statistics, p.transform, p.gradient_sums, p.gradient_transform]
+    return [*p.forward, *p.backward]
 
 
 @settings(max_examples=300, deadline=None)
@@ -28,21 +28,15 @@ def test_any_sizes_are_covered(size: tuple[int, int, int, int, bool], aligned: b
     for planned in passes(*size, aligned, sms):
         view = planned.view
         assert 1 <= planned.splits <= planned.tiles  # a program without a tile would have no pivot
-        assert (planned.tiles - 1) * planned.tile_rows < view.rows <= planned.tiles * planned.tile_rows
+        tile, rows = planned.tile, planned.tile.tile_rows
+        assert (planned.tiles - 1) * rows < view.rows <= planned.tiles * rows
         assert view.width <= view.lanes or view.mode == "nchw"
-        assert view.mode != "nchw" or planned.tile_rows <= view.pieces
-        assert view.pitch % planned.vec == view.width % planned.vec == 0
-        assert planned.vec == 1 or aligned
+        assert view.mode != "nchw" or rows <= view.pieces
+        assert view.pitch % tile.vec == view.width % tile.vec == 0
+        assert tile.vec == 1 or aligned
         assert view.total == size[0] * size[1] * size[2]
         # the extents of tiles and grids are powers of two, as Triton wants them
-        extents = (
-            planned.unroll,
-            planned.group_rows,
-            view.lanes,
-            view.channels_per_block,
-            view.lanes_per_channel,
-            planned.partials_per_iter,
-        )
+        extents = [value for value in vars(tile).values() if isinstance(value, int)]
         assert all(extent & (extent - 1) == 0 for extent in extents)
 
 
@@ -50,8 +44,8 @@ def test_any_sizes_are_covered(size: tuple[int, int, int, int, bool], aligned: b
 @pytest.mark.parametrize(("c", "hw"), RESNET50)
 def test_large_shapes_fill_the_gpu(c: int, hw: int, channels_last: bool) -> None:
     p = plan.batch_norm(256, c, hw * hw, 2, channels_last, SMS)
-    for planned in (p.statistics, p.gradient_sums):
-        assert planned.vec * 2 == plan.VECTOR_BYTES
+    for planned in (p.forward[0], p.backward[0]):
+        assert planned.tile.vec * 2 == plan.VECTOR_BYTES
         assert planned.programs >= 0.75 * SMS
         # lanes without data carry no bytes: counted out, unlike in the static tests
         assert planned.bytes_per_program * planned.programs / SMS >= 47 * 1024
@@ -87,7 +81,7 @@ def test_more_than_2_to_the_31_elements() -> None:
 
 def test_sizes_that_do_not_fit_are_refused() -> None:
     with pytest.raises(ValueError, match="too large"):
-        _ = plan.batch_norm(2, 2**31, 1, 2, True).statistics.geometry
+        _ = plan.batch_norm(2, 2**31, 1, 2, True).forward[0].geometry
 
 
 @pytest.mark.parametrize("itemsize", [2, 4])

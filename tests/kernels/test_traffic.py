@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import bnfast
-from bnfast.checks import fp64, one_step
+from bnfast.checks import one_step
 from bnfast.checks.cases import Case, batch_renorm, given, group_norm, instance_norm, layer_norm
 from bnfast.kernels import group_plan, plan
 from bnfast.kernels.layouts import is_channels_last
@@ -69,20 +69,18 @@ STEPS = [
 
 def assert_planned(case: Case, x: Tensor, forward: Trace, backward: Trace) -> None:
     """The plan counts the same launches and bytes: all of data and of what programs hand over; and of a
-    GroupNorm's tables, which many programs read, each value once out and once in."""
+    GroupNorm's statistics and coefficients, which many programs read, each value once out and once in."""
     n, c, *space = case.shape
+    sizes, memory = (n, c, prod(space)), (x.element_size(), is_channels_last(x))
+    planned = plan.batch_norm(*sizes, *memory, sms=SMS)
     if case.in_sample:
-        sizes = (n, c, prod(space), case.in_sample, x.element_size(), not x.is_contiguous())
-        planned = group_plan.group_norm(*sizes, sms=SMS)
-    else:
-        sizes = (n, c, prod(space), x.element_size(), is_channels_last(x))
-        planned = plan.batch_norm(*sizes, sms=SMS)
+        planned = group_plan.group_norm(*sizes, case.in_sample, *memory, sms=SMS)
     assert (forward.launches, backward.launches) == (planned.forward_launches, planned.backward_launches)
     for t, planned_bytes in ((forward, planned.forward_bytes), (backward, planned.backward_bytes)):
-        names = {"stats_ptr", "dx_coeffs_ptr"} & t.traffic.keys() if case.in_sample else ()
-        tables = [t[name] for name in names]
         moved = t.moved("x", "y", "dy", "dx", "partials", "sums")
-        assert moved + sum(table.unique_read + table.unique_written for table in tables) == planned_bytes
+        for name in {"stats_ptr", "dx_coeffs_ptr"} & t.traffic.keys() if case.in_sample else ():
+            moved += t[name].unique_read + t[name].unique_written
+        assert moved == planned_bytes
 
 
 def written_once(*results: Traffic) -> bool:
@@ -159,7 +157,7 @@ def test_only_what_is_wanted(case: Case, wanted: str, launches: int, x_reads: fl
     [Case((8, 24, 7, 7), training=False), *(layer_norm(s) for s in ((300, 64), (7, 768), (2, 8201)))],
     ids=str,
 )
-def test_no_table_where_no_backward_follows(case: Case) -> None:
+def test_no_stats_where_no_backward_follows(case: Case) -> None:
     g = given(case, CPU)
     module = one_step.layer(case, bnfast, g)
     y = module(g.x)
@@ -177,7 +175,8 @@ def test_no_table_where_no_backward_follows(case: Case) -> None:
     ids=str,
 )
 def test_unaligned_storage(case: Case, launches: int, reads: float, cut: int) -> None:
-    """Tensors that start anywhere in their storage: the same traffic, no vector reaching outside."""
+    """Tensors that start anywhere in their storage: the same traffic, no vector reaching outside.
+    test_numerics.py has the values."""
     g = given(case, CPU)
     g = replace(g, **{name: shifted(t, cut) for name, t in g.tensors().items()})
     module = one_step.layer(case, bnfast, g)
@@ -185,5 +184,3 @@ def test_unaligned_storage(case: Case, launches: int, reads: float, cut: int) ->
         y = module(g.x)
     clean(t, launches)
     assert (t["x"].reads, t.of(y).writes) == (reads, 1.0)
-    verdicts = fp64.judge(case, g, one_step.run(case, bnfast, g))
-    assert all(verdict.ok for verdict in verdicts.values()), {n: str(v) for n, v in verdicts.items()}

@@ -112,53 +112,35 @@ class Trace:
         known = {*names, *(f"{name}_ptr" for name in names)} & self.traffic.keys()
         return sum(self[name].read.distinct + self[name].write.distinct for name in known)
 
-    def adopt(self, name: str, tensor: torch.Tensor) -> Traffic:
+    def adopt(self, name: str, tensor: torch.Tensor) -> None:
         """Watch the bytes of a tensor. A second name for the same bytes is an alias."""
         span = 1 + sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
         start, stop = tensor.data_ptr(), tensor.data_ptr() + span * tensor.element_size()
-        return self._watch(name, start, stop, tensor.nbytes, tensor)
-
-    def _adopt_storage(self, name: str, tensor: torch.Tensor) -> None:
-        """Watch all of an argument's storage: workspaces are often passed as slices of one allocation."""
-        if tensor.numel() == 0 or self._owner(tensor.data_ptr()):
-            return
-        storage = tensor.untyped_storage()
-        start, size = storage.data_ptr(), storage.nbytes()
-        if any(r.start < start + size and start < r.stop for r in self._ranges):
-            self.adopt(self._free_name(name), tensor)
-        else:
-            self._watch(self._free_name(name), start, start + size, size, tensor)
-
-    def _watch(self, name: str, start: int, stop: int, size: int, tensor: torch.Tensor) -> Traffic:
-        if name in self.traffic:
-            raise ValueError(f"two tensors named {name}")
         owner = self._owner(start)
         if owner is None or (owner.start, owner.stop) != (start, stop):
             for other in self._ranges:
                 if other.start < stop and start < other.stop:
                     raise ValueError(f"{name} overlaps {other.name}; trace the tensor they are views of")
-            owner = Traffic(name, start, stop, size)
+            owner = Traffic(name, start, stop, tensor.nbytes)
             self._ranges = sorted([*self._ranges, owner], key=lambda r: r.start)
         self._alive.append(tensor.untyped_storage())
         self.traffic[name] = owner
-        return owner
 
     def _owner(self, address: int) -> Traffic | None:
         return next((r for r in self._ranges if r.start <= address < r.stop), None)
-
-    def _free_name(self, name: str) -> str:
-        names = (name, *(f"{name}.{n}" for n in range(2, len(self.traffic) + 3)))
-        return next(n for n in names if n not in self.traffic)
 
     def _enter_launch(self, kernel: str, arguments: dict[str, Any]) -> None:
         self.launches += 1
         self._kernel = kernel
         self._races = Races()
-        for name, value in arguments.items():
-            for argument in value if isinstance(value, tuple) else (value,):
-                argument = getattr(argument, "base", argument)  # of a descriptor or a reinterpreted tensor
-                if isinstance(argument, torch.Tensor):
-                    self._adopt_storage(name, argument)
+        for name, argument in arguments.items():
+            if (
+                isinstance(argument, torch.Tensor)
+                and argument.numel()
+                and not self._owner(argument.data_ptr())
+            ):
+                names = (name, *(f"{name}.{n}" for n in range(2, len(self.traffic) + 3)))
+                self.adopt(next(n for n in names if n not in self.traffic), argument)
 
     def _access(self, access: Access, pointers: TensorHandle, mask: Any) -> TensorHandle:
         """Record one operation; returns its mask without the lanes that are out of bounds."""
@@ -236,10 +218,6 @@ def trace(**tensors: torch.Tensor | None) -> Iterator[Trace]:
     def atomic_rmw(operation, pointers, value, mask, semantic, scope):
         return operation, pointers, value, record._atomic(pointers, mask, semantic), semantic, scope
 
-    def atomic_cas(pointers, expected, value, semantic, scope):
-        record._atomic(pointers, True, semantic)
-        return pointers, expected, value, semantic, scope
-
     def barrier():
         record._races.barrier(_program())
         return ()
@@ -256,7 +234,7 @@ def trace(**tensors: torch.Tensor | None) -> Iterator[Trace]:
         return call(self, *arguments, **keywords)
 
     with contextlib.ExitStack() as stack:
-        for before in (masked_load, masked_store, atomic_rmw, atomic_cas, barrier):
+        for before in (masked_load, masked_store, atomic_rmw, barrier):
             name = f"create_{before.__name__}"
             stack.enter_context(mock.patch.object(builder, name, preceded(getattr(builder, name), before)))
         stack.enter_context(mock.patch.object(executor, "__call__", traced_call))
