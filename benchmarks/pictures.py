@@ -15,14 +15,14 @@ from codegen.cases import DIRECTIONS
 
 
 @contextmanager
-def drawing(path: Path, **options: Any) -> Iterator[Any]:
-    """The two axes of a figure that opens no window, and is written when they are drawn."""
+def drawing(path: Path, rows: int = 2, columns: int = 1, **options: Any) -> Iterator[Any]:
+    """The axes of a figure that opens no window, and is written when they are drawn."""
     import matplotlib  # it may not be installed
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(2, 1, **options)
+    figure, axes = pyplot.subplots(rows, columns, **options)
     yield axes
     figure.tight_layout()
     figure.savefig(path, dpi=120)
@@ -45,6 +45,23 @@ def layers(folder: Path, found: pd.DataFrame) -> None:
                 options = {"title": f"{', '.join(names)}, {direction}", "xlabel": "microseconds a layer"}
                 table.rename(index=labels).plot.barh(ax=axis, width=0.8, ylabel="", **options)
                 axis.invert_yaxis()
+
+
+def roofline(path: Path, found: pd.DataFrame) -> None:
+    """Rate against size, a dot for each case and variant that was measured, and the copy rate of the run."""
+    times = select(found, status=MEASURED, cache="cold", mode="eager")
+    if times.empty:
+        return
+    with drawing(path, 1, 2, figsize=(11, 5), sharey=True) as axes:
+        for axis, direction in zip(axes, DIRECTIONS, strict=True):
+            rows = select(times, direction=direction)
+            for variant, own in rows.groupby("variant", sort=False):
+                axis.scatter(own["floor_bytes"] / 1e6, own["GBps"], s=18, label=variant)
+            for rate in rows["copy_GBps"].dropna().unique():
+                axis.axhline(rate, color="black", linewidth=1, linestyle="--")
+            axis.set(title=f"{direction} (dashed: a copy in the same run)", xlabel="MB to move", xscale="log")
+        axes[0].set(ylabel="GB/s of the bytes that the work must move")
+        axes[0].legend()
 
 
 def losses(path: Path, found: pd.DataFrame) -> None:

@@ -81,6 +81,7 @@ def show(found: pd.DataFrame, out: Path, lacking: Sequence[str]) -> None:
         except OSError as e:
             raise Refused(f"argument --out: {out} cannot be made a folder: {e.strerror}") from None
         pictures.layers(out, layers)
+        pictures.roofline(out / "roofline.png", layers)
         paragraph(f"Pictures are in {out}.")
 
 

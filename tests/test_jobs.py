@@ -263,6 +263,7 @@ def test_the_battery_from_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert max(map(len, text.splitlines()[:-1])) <= 120
     assert (folder / "ResNet-50-BatchNorm-bf16-channels_last.png").exists()
     assert __main__.main(["report", str(folder)]) == 0
+    assert (folder / "roofline.png").exists()
     assert __main__.main(["report", str(folder), str(folder)]) == 0
     steps, tiles = (records.read(folder / f"{part}.csv") for part in ("step", "tiles"))
     assert steps["status"].tolist() == [MEASURED] * 7  # three networks, eager and as a graph; the process
