@@ -35,11 +35,11 @@ FEWEST_SECONDS = 8.0  # for a process to begin at all
 EARLIER = 3.0  # a process that measures ends by itself so many seconds before it would be interrupted
 # The tests for a GPU, what matters most first: (files, which of their tests). Each is a process of its own,
 # since one compiles the kernels of all its tests before the first of them runs; so the first one is small.
-MOST_TELLING = "forms- or hostile-"
+MOST_TELLING = "forms-"
 TESTS = {
     "correctness": ("gpu/test_parity", MOST_TELLING),
     "correctness-runtime": ("gpu/test_measure gpu/test_streams gpu/test_hostpath kernels/test_results", ""),
-    "correctness-fused": ("gpu/test_fused", ""),
+    "correctness-fused": ("contract/test_activation", ""),
     "correctness-rest": ("gpu/test_parity kernels/test_hostile", f"not ({MOST_TELLING})"),
     "correctness-shapes": ("gpu/test_large", ""),
 }

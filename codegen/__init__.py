@@ -12,7 +12,10 @@ SMS = 132  # multiprocessors of an H200, for which grids are planned and bytes i
 
 def why_not_compiled() -> str | None:
     """Why this process cannot compile kernels; None where it can. What is compiled needs Triton imported."""
-    why = "under TRITON_INTERPRET kernels are not compiled" if dispatch.INTERPRET else None
     if not dispatch.TRITON:
         why = dispatch.reason_for_torch(torch.empty(0))
+    else:
+        from bnfast.kernels.launch import INTERPRET  # needs Triton
+
+        why = "under TRITON_INTERPRET kernels are not compiled" if INTERPRET else None
     return why and f"no registers, no bytes in flight: {why}"

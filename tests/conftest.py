@@ -120,7 +120,9 @@ def plain_torch_in_one_thread(plain_torch: None) -> Iterator[None]:
 @pytest.fixture
 def shallow(monkeypatch: pytest.MonkeyPatch) -> None:
     """In the place of ResNet-50 in benchmarks of its training step, a network of four layers."""
-    from benchmarks import resnet
+    from benchmarks import memory, resnet
     from tests.support.steps import four_layers
+
+    assert memory.resnet50 is resnet.resnet50  # imported before, it keeps the real one
 
     monkeypatch.setattr(resnet, "resnet50", four_layers)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import has_torch_function_variadic
 
-from ..dispatch import TORCH, choose_route, refuse_dtensor
+from ..dispatch import KERNELS, TORCH, choose_route, refuse_dtensor
 from ..kernels.epilogue import Activation, ActivationLike
 from ..kernels.layouts import format_in_instance_norm
 from ..kernels.records import BatchNormOptions, new
@@ -112,7 +112,9 @@ def instance_norm(
     # torch's batch_norm refuses a negative eps, and its instance_norm does not
     if not use_input_stats and running_mean is not None and eps >= 0.0:
         route = choose_route(input)
-        x = None if route == TORCH else accept(route, call, format_in_instance_norm)
+        # torch's batch_norm, to which the kernels may leave the call, saves statistics, its instance_norm none
+        unsaved = route == KERNELS and running_mean.is_inference() and not torch.is_inference_mode_enabled()
+        x = None if route == TORCH or unsaved else accept(route, call, format_in_instance_norm)
         if x is not None:
             return run_batch_norm(call._replace(x=x, options=BatchNormOptions(False, momentum, eps)))
     return op.run(call, NORM)

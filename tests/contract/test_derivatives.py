@@ -154,6 +154,8 @@ def test_transforms_as_torch(
     except Exception as error:
         if TORCH == (2, 11) and "non-singleton dimension" in str(error):
             pytest.skip("a fault of this PyTorch's group_norm, in which we go another way")
+        if isinstance(error, NotImplementedError):
+            pytest.skip("torch's group_norm has no forward mode of its backward; ours has")
         with pytest.raises(type(error), match="batched tensor|in-place"):
             transform(ours)
         assert_close(ours.state_dict(), before, rtol=0, atol=0)
