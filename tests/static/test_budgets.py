@@ -127,7 +127,7 @@ def test_the_table_shows_what_changed_and_fits_a_terminal(capsys: pytest.Capture
 def test_the_command_says_why_it_cannot_run(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(dispatch, "INTERPRET", True)
+    monkeypatch.setattr("bnfast.kernels.launch.INTERPRET", True)
     before = budgets.PATH.read_bytes()
     assert command.main(["--write"]) == 0
     assert "NOT RUN: no registers" in capsys.readouterr().out

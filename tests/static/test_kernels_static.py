@@ -279,12 +279,6 @@ def test_the_copy_that_bandwidth_is_measured_by() -> None:
     assert sass.bytes_in_flight_per_sm(report, 1000) >= 96 * 1024
 
 
-def test_the_empty_kernel_is_empty() -> None:
-    report = sass.compile_kernel(machine.empty_kernel, torch.empty(1024))
-    assert (report.loads, report.stores) == ({}, {})
-    assert len(report.code.phases.prologue) == 2  # the stack's address, and the end
-
-
 def test_which_groups_are_held() -> None:
     """Forward, groups of up to 64 KB are read once; backward, x and dy of up to 32 KB each."""
     for positions, (kilobytes, inputs) in itertools.product((64, 256, 1024, 4096), ((64, 1), (32, 2))):
