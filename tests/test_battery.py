@@ -122,7 +122,12 @@ def test_a_process_that_is_late_has_its_last_words(look: session.Session) -> Non
         "print(child.pid, flush=True)\n"
         "try:\n    time.sleep(60)\nexcept KeyboardInterrupt:\n    print('2 passed until then')\n"
     )
-    late = battery.process(look, "late", [sys.executable, "-c", program], 3)
+    # which a shell that starts pytest in the background lets be ignored
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        late = battery.process(look, "late", [sys.executable, "-c", program], 3)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert (late.status, late.note) == (CANNOT, f"{LATE}exit code 0; 2 passed until then")
     state = Path("/proc", (look.folder / "late.log").read_text().split()[0], "stat")
     end = time.monotonic() + 10

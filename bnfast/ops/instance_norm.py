@@ -112,10 +112,11 @@ def instance_norm(
     # torch's batch_norm refuses a negative eps, and its instance_norm does not
     if not use_input_stats and running_mean is not None and eps >= 0.0:
         route = choose_route(input)
-        # torch's batch_norm, to which the kernels may leave the call, saves what they give it
-        unsaved = route == KERNELS and running_mean.is_inference() and not torch.is_inference_mode_enabled()
-        x = None if route == TORCH or unsaved else accept(route, call, format_in_instance_norm)
-        if x is not None:
+        x = None if route == TORCH else accept(route, call, format_in_instance_norm)
+        # torch's batch_norm, to which the kernels may leave the call, would save inference tensors
+        if x is not None and (
+            route != KERNELS or torch.is_inference_mode_enabled() or not running_mean.is_inference()
+        ):
             return run_batch_norm(call._replace(x=x, options=BatchNormOptions(False, momentum, eps)))
     return op.run(call, NORM)
 
