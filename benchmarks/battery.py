@@ -35,7 +35,7 @@ FEWEST_SECONDS = 8.0  # for a process to begin at all
 EARLIER = 3.0  # a process that measures ends by itself so many seconds before it would be interrupted
 # The tests for a GPU, what matters most first: (files, which of their tests). Each is a process of its own,
 # since one compiles the kernels of all its tests before the first of them runs; so the first one is small.
-MOST_TELLING = "forms-"
+MOST_TELLING = "(forms- or hostile-) and not float16"
 TESTS = {
     "correctness": ("gpu/test_parity", MOST_TELLING),
     "correctness-runtime": ("gpu/test_measure gpu/test_streams gpu/test_hostpath kernels/test_results", ""),

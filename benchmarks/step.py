@@ -22,12 +22,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+import bnfast
 from benchmarks import timing
 from benchmarks.measure import WRONG
 from benchmarks.records import CANNOT, MEASURED, Record
 from benchmarks.resnet import COMPILED, PLAIN, TORCH, Task, Variant, network, wide
 from benchmarks.session import progress
 from benchmarks.timing import Spread, one_line
+from bnfast import dispatch
 from codegen.cases import NAMES
 
 Run = Callable[[], Tensor]  # one training step, its loss
@@ -224,11 +226,18 @@ def measure_stage(
     return [each.result() for each in contestants]
 
 
+def who(variant: Variant, x: Tensor) -> str:
+    """Who computes the normalization in a network that is given x."""
+    if variant.change not in (bnfast.fuse, bnfast.convert):
+        return "torch"
+    return "plain torch" if dispatch.reason_for_torch(x) else "bnfast's kernels"
+
+
 def beginning(task: Task, variant: Variant, mode: str, x: Tensor) -> Record:
     return Record(
         "step", MEASURED, variant.name, network="ResNet-50", norm="BatchNorm",
         shape="x".join(map(str, x.shape)), dtype=NAMES[task.dtype], layout="channels_last",
-        activation="relu", direction="step", mode=mode,
+        activation="relu", direction="step", mode=mode, ran=who(variant, x),
     )  # fmt: skip
 
 

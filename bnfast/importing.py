@@ -7,6 +7,7 @@ import logging
 import sys
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
@@ -50,6 +51,10 @@ def when_imported(name: str, then: Callable[[Any], None]) -> None:
     _awaited[name] = _Awaited(name, then)
     if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Finder())
+    begun = sys.modules.get(name)
+    if not _is_lazy(begun) and _is_begun(begun):
+        with suppress(Exception):  # the code that imports it gets the exception as well
+            importlib.import_module(name)  # waits for another thread
     catch_up(name)
 
 
@@ -58,22 +63,25 @@ def catch_up(*names: str) -> None:
     that are awaited."""
     for name in names or list(_awaited):
         awaited, module = _awaited[name], sys.modules.get(name)
-        if not awaited.done and _is_imported(module):
+        if not (module is None or awaited.done or _is_lazy(module) or _is_begun(module)):
             awaited.do(module)
 
 
-def _is_imported(module: Any) -> bool:
-    """Whether the import of a module has ended. importlib's lazy ones begin theirs where an attribute is
-    read."""
-    if module is None or type(module).__name__ == "_LazyModule":
-        return False
-    return getattr(getattr(module, "__spec__", None), "_initializing", False) is not True
+def _is_lazy(module: Any) -> bool:
+    """Whether a module is importlib's, which is loaded where one of its attributes is read."""
+    return type(module).__name__ == "_LazyModule"
+
+
+def _is_begun(module: Any) -> bool:
+    """Whether the import of a module has begun and has not ended."""
+    return getattr(getattr(module, "__spec__", None), "_initializing", False) is True
 
 
 class _Finder(MetaPathFinder):
     """Finds the awaited modules as the other finders do, and no other module."""
 
-    _within = threading.local()
+    def __init__(self) -> None:
+        self._within = threading.local()
 
     def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
         if fullname not in _awaited or getattr(self._within, "asks", False):
@@ -102,6 +110,8 @@ class _Loader:
         return getattr(self.own, name)
 
     def exec_module(self, module: Any) -> None:
+        name = module.__spec__.name
         module.__loader__ = module.__spec__.loader = self.own
         self.own.exec_module(module)
-        _awaited[module.__spec__.name].do(module)
+        if name in _awaited:
+            _awaited[name].do(module)

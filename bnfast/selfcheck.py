@@ -7,6 +7,7 @@ import contextlib
 import itertools
 import time
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -17,7 +18,6 @@ from .checks import one_step
 from .checks.cases import Case, batch_renorm, given, group_norm, instance_norm, layer_norm
 from .checks.fp64 import judge
 from .dispatch import INTERPRET
-from .interpreted import prepared
 
 DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64"}
 FAR = 1e4  # a mean, in standard deviations
@@ -78,7 +78,12 @@ def run(seconds: float) -> int:
     print(f"Checking the kernels on {where}, against fp64: of each case the result closest to its limit.")
     print(_LEGEND)
     started, failed, done, todo = time.monotonic(), 0, 0, cases(device)
-    with prepared() if INTERPRET else contextlib.nullcontext():
+    way: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
+    if INTERPRET:
+        from .interpreted import prepared  # needs numpy
+
+        way = prepared()
+    with way:
         for case in todo:
             if time.monotonic() - started > seconds:
                 break

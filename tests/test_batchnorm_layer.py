@@ -23,6 +23,20 @@ X = data(4, 3, 2, 2)
 IMAGES = data(3, 4, 5, 6, dtype=torch.float64)
 
 
+def test_version_1_checkpoint_loads_strictly() -> None:
+    """Checkpoints from before torch 0.4.1 know no num_batches_tracked."""
+    layer = BY_NAME["BatchNorm2d"]
+    ours, theirs = layer.pair()
+    new = theirs.state_dict()
+    new.pop("num_batches_tracked")
+    with pytest.raises(RuntimeError, match="num_batches_tracked"):
+        ours.load_state_dict(new, strict=True)
+    new._metadata[""]["version"] = 1
+    ours.num_batches_tracked.fill_(3)
+    ours.load_state_dict(new, strict=True)
+    assert ours.num_batches_tracked == 3  # torch's rule: what the file lacks stays as it is
+
+
 @every_path
 def test_update_bn(path: str) -> None:
     """Stochastic weight averaging recomputes the statistics, as a cumulative average over three batches."""

@@ -161,15 +161,18 @@ def test_some_tensors_are_subclasses(
 @every_norm
 def test_functions_overridden_by_a_parameter(norm: str) -> None:
     """__torch_function__ of any argument sees the call of our function, as it would see that of torch's: with
-    the input by position."""
+    as many arguments by position."""
 
     class Listening(Tensor):
         @classmethod
         def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            return func, args[0]
+            return func, args
 
     x, weight = data(2, 4, 3, 4), data(4, seed=1).as_subclass(Listening)
-    assert norms(norm)[0](x, weight) == (getattr(functional, f"{norm.partition(',')[0]}_norm"), x)
+    (found, args), (_, expected) = (function(x, weight) for function in norms(norm))
+    assert found is getattr(functional, f"{norm.partition(',')[0]}_norm")
+    assert args[0] is x
+    assert [type(a) for a in args] == [type(a) for a in expected]
 
 
 MAKERS: list[tuple[str, Callable[..., Any]]] = [

@@ -8,6 +8,7 @@ import importlib
 import logging
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from importlib.machinery import ModuleSpec, PathFinder
 from importlib.util import LazyLoader, find_spec, module_from_spec
@@ -99,6 +100,20 @@ def test_a_finder_that_forbids_it_is_obeyed() -> None:
         importlib.import_module(NAME)
     del sys.meta_path[1]
     assert entered()
+
+
+def test_while_another_thread_imports_it(library: Path) -> None:
+    """The other thread is waited for."""
+    library.write_text("from odd_library import started, go\nstarted.set()\ngo.wait(60)\nTABLE = {}\n")
+    package: Any = importlib.import_module("odd_library")
+    package.started, package.go = threading.Event(), threading.Event()
+    thread = threading.Thread(target=importlib.import_module, args=(NAME,))
+    thread.start()
+    assert package.started.wait(60)
+    threading.Timer(0.2, package.go.set).start()
+    when_imported(NAME, enter)
+    assert sys.modules[NAME].TABLE == {"ours": True}  # type: ignore[attr-defined]
+    thread.join()
 
 
 def test_from_within_it(library: Path, caplog: pytest.LogCaptureFixture) -> None:

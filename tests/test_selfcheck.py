@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -11,6 +14,14 @@ from bnfast import selfcheck
 from bnfast.checks import one_step
 
 LAYERS = ("BatchNorm", "BatchRenorm", "GroupNorm", "InstanceNorm", "LayerNorm")
+
+
+def test_on_a_gpu_it_needs_no_numpy() -> None:
+    """setup.py does not ask for it."""
+    program = "import sys; sys.modules['numpy'] = None; import bnfast.selfcheck"
+    subprocess.run(
+        [sys.executable, "-c", program], check=True, timeout=120, env={**os.environ, "TRITON_INTERPRET": "0"}
+    )
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])

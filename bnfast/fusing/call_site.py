@@ -43,8 +43,9 @@ def site_of(match: Match) -> Site:
         # Each step is on the chain, so its arguments can have no nodes but these two.
         names = {previous: LAST, match.residual: RESIDUAL}
         args = tuple(names[a] if isinstance(a, Node) else a for a in node.args)
+        kwargs = tuple((key, names[a] if isinstance(a, Node) else a) for key, a in node.kwargs.items())
         target = getattr(Tensor, str(node.target)) if node.op == "call_method" else node.target
-        steps.append(Step(target if callable(target) else None, args, tuple(node.kwargs.items())))
+        steps.append(Step(target if callable(target) else None, args, kwargs))
         previous = node
     called = tuple(str(node.target) for node in match.steps if node.op == "call_module")
     return Site(str(match.norm.target), called, tuple(steps), match.activation, match.add is not None)
@@ -107,6 +108,8 @@ def _one_by_one(
     """Runs the original operations; in-place ones work in place."""
     left = iter(modules)
     for function, given, kwargs in site.steps:
-        args = [output if a is LAST else residual if a is RESIDUAL else a for a in given]
-        output = (next(left) if function is None else function)(*args, **dict(kwargs))
+        tensors = {LAST: output, RESIDUAL: residual}
+        args = [tensors[a] if a is LAST or a is RESIDUAL else a for a in given]
+        named = {key: tensors[a] if a is LAST or a is RESIDUAL else a for key, a in kwargs}
+        output = (next(left) if function is None else function)(*args, **named)
     return output

@@ -17,11 +17,13 @@ _HALVES = (torch.float16, torch.bfloat16)
 _FLOATS = (*_HALVES, torch.float32)
 
 
-def overridden(function: Callable[..., Tensor], given: dict[str, Any]) -> Tensor:
+def overridden(function: Callable[..., Tensor], given: dict[str, Any], positional: int) -> Tensor:
     """What the call of a function returns where __torch_function__ of one of its arguments overrides it.
-    given: the arguments by name, of which subclasses expect the input by position."""
+    given: the arguments by name, in order. positional: of these, the first ones that torch.nn.functional's
+    function hands on by position."""
     overriding = tuple(given.values())
-    found: Tensor = handle_torch_function(function, overriding, given.pop("input"), **given)
+    args = [given.pop(name) for name in list(given)[:positional]]
+    found: Tensor = handle_torch_function(function, overriding, *args, **given)
     return found
 
 

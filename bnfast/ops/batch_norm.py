@@ -90,7 +90,7 @@ def batch_norm(
         has_torch_function_variadic(input, running_mean, running_var, weight, bias, residual)
         and not torch.compiler.is_compiling()
     ):
-        return overridden(batch_norm, locals())
+        return overridden(batch_norm, locals(), 3)
     if momentum is None or not isinstance(input, Tensor):  # torch's TypeError
         return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
     activation = None if activation is None else Activation.of(activation)

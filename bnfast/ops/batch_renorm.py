@@ -85,7 +85,7 @@ def batch_renorm(
         has_torch_function_variadic(input, running_mean, running_var, weight, bias, residual)
         and not torch.compiler.is_compiling()
     ):
-        return overridden(batch_renorm, locals())
+        return overridden(batch_renorm, locals(), 3)
     if momentum is None:
         raise TypeError("batch_renorm(): argument 'momentum' must be float, not NoneType")
     activation = None if activation is None else Activation.of(activation)

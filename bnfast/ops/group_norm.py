@@ -73,7 +73,7 @@ def group_norm(
         Wu and He 2018, "Group Normalization", arXiv 1803.08494.
     """
     if has_torch_function_variadic(input, weight, bias, residual) and not torch.compiler.is_compiling():
-        return overridden(group_norm, locals())
+        return overridden(group_norm, locals(), 2)
     if not isinstance(input, Tensor):  # torch's error
         return F.group_norm(input, num_groups, weight, bias, eps)
     activation = None if activation is None else Activation.of(activation)

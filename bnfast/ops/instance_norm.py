@@ -99,7 +99,7 @@ def instance_norm(
         has_torch_function_variadic(input, running_mean, running_var, weight, bias, residual)
         and not torch.compiler.is_compiling()
     ):
-        return overridden(instance_norm, locals())
+        return overridden(instance_norm, locals(), 1)
     if not isinstance(input, Tensor):  # torch's error
         return F.instance_norm(input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
     activation = None if activation is None else Activation.of(activation)
@@ -115,7 +115,9 @@ def instance_norm(
         x = None if route == TORCH else accept(route, call, format_in_instance_norm)
         # torch's batch_norm, to which the kernels may leave the call, would save inference tensors
         if x is not None and (
-            route != KERNELS or torch.is_inference_mode_enabled() or not running_mean.is_inference()
+            route != KERNELS
+            or torch.is_inference_mode_enabled()
+            or not any(t is not None and t.is_inference() for t in (running_mean, running_var))
         ):
             return run_batch_norm(call._replace(x=x, options=BatchNormOptions(False, momentum, eps)))
     return op.run(call, NORM)

@@ -78,7 +78,7 @@ def layer_norm(
         Ba, Kiros and Hinton 2016, "Layer Normalization", arXiv 1607.06450.
     """
     if has_torch_function_variadic(input, weight, bias, residual) and not torch.compiler.is_compiling():
-        return overridden(layer_norm, locals())
+        return overridden(layer_norm, locals(), 2)
     if not isinstance(input, Tensor):
         return F.layer_norm(input, normalized_shape, weight, bias, eps)  # torch's TypeError
     activation = None if activation is None else Activation.of(activation)

@@ -58,7 +58,8 @@ def torch_batch_norm(call: Call) -> Tensor:
                 f"({name}, beside the input)"
             )
     if renorm is not None and running_mean is not None and running_var is not None:
-        _verify_renormalized(x, vectors)
+        order = ("running_mean", "running_var", "weight", "bias")
+        _verify_renormalized(x, {name: vectors[name] for name in order})
         return batch_renorm(x, running_mean, running_var, weight, bias, momentum, eps, renorm, batches)
     watched = torch.compiler.is_compiling() or torch.jit.is_tracing()
     if training and not watched and isinstance(bias, Tensor) and bias.dtype != x.dtype == torch.float32:

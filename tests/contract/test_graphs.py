@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_map_only
 
 import bnfast
 from bnfast import dispatch, functional
+from bnfast.checks.cases import FORMATS
 from tests.support import layers
 from tests.support.families import BF16, FP16, FP32, FP64
 from tests.support.layers import (
@@ -75,6 +76,17 @@ def test_compiled_whole(layer: Layer, options: Options, training: bool, path: st
     # batch_renorm_once, which notes that a batch has been counted, is no kernel
     ours = [name for name in operators(graphs) if "bnfast" in name and "once" not in name]
     assert bool(ours) == any("backward" in name for name in ours) == (path == "kernels")
+
+
+@every_path
+@pytest.mark.parametrize(("layer", "options"), [COMPILED[0], CUMULATIVE, (BY_NAME["LayerNorm"], {})], ids=str)
+def test_inductor(layer: Layer, options: Options, path: str) -> None:
+    eager = layer.make(**options)
+    module = copy.deepcopy(eager)
+    run = torch.compile(module, fullgraph=True)
+    for n in (3, 5):
+        x = data(n, *layer.shape[1:], seed=n, last=layer.keeps_format)
+        assert_same(step(module, x, run), step(eager, x), rtol=1e-5, atol=2e-5)
 
 
 CAPTURED = [
@@ -272,3 +284,20 @@ def test_empty_statistics_are_a_tensor_of_each_call() -> None:
     assert first.numel() == second.numel() == 0
     assert first is not second
     assert not torch._C._is_alias_of(first, second)
+
+
+@layers.both_modes
+@layers.both_layouts
+@layers.every_layer
+def test_fake_tensors(layer: Layer, last: bool, training: bool) -> None:
+    """Shapes and strides of a step that never ran."""
+    real = step(layer.make(**(layer.tracks or {})).train(training), layer.input(last=last))
+    with torch._subclasses.FakeTensorMode():
+        module = layer.ours(*layer.arguments, **(layer.tracks or {})).train(training)
+        x = torch.empty(layer.shape, memory_format=FORMATS[4] if last else torch.contiguous_format)
+        y = module(x.requires_grad_())
+        y.backward(torch.empty_like(y))
+    assert (y.shape, y.stride()) == (real["y"].shape, real["y"].stride())
+    assert (x.grad.shape, x.grad.stride()) == (real["dx"].shape, real["dx"].stride())
+    for name, parameter in module.named_parameters():
+        assert parameter.grad.shape == real[f"d{name}"].shape

@@ -112,6 +112,18 @@ def test_half_input_keeps_its_dtype(layer: Layer, dtype: torch.dtype, autocast: 
         assert_close(found[name], expected[name], **(coarse or CLOSE))
 
 
+@layers.drop_ins
+def test_half_layers_take_float_input(layer: Layer, launches: list[Any]) -> None:
+    """The kernels compute in fp32 whatever the parameters and statistics are; .half() makes these fp16."""
+    ours, theirs = layer.pair(**(layer.tracks or {}))
+    found, expected = step(ours.half(), layer.input()), step(theirs, layer.input())
+    assert launches
+    for name, t in found.items():
+        half = name.startswith(("weight", "bias", "running", "dweight", "dbias"))
+        assert not t.is_floating_point() or t.dtype == (torch.float16 if half else torch.float32), name
+    assert_same(found, expected, rtol=2e-3, atol=2e-3, check_dtype=False)
+
+
 @pytest.mark.parametrize("norm", ["group", "instance", "layer"])
 def test_plain_torch_takes_parameters_of_the_other_half(norm: str, plain_torch: None) -> None:
     """Which torch's own functions refuse."""

@@ -88,6 +88,7 @@ FUSABLE: dict[str, tuple[fused.Make, list[tuple[Any, bool]]]] = {
     "function": (tail(lambda b, y, x: F.relu(y)), [RELU]),
     "Sequential": (conv_norm_act, [RELU]),
     "identity": (tail(lambda b, y, x: F.relu(b.id(y)), id=nn.Identity()), [RELU]),
+    "identity by keyword": (tail(lambda b, y, x: F.relu(b.id(input=y)), id=nn.Identity()), [RELU]),
     "add": (tail(lambda b, y, x: F.relu(y + x)), [ADD_RELU]),
     "add, swapped": (tail(lambda b, y, x: F.relu(x + y)), [ADD_RELU]),
     "add in place": (tail(lambda b, y, x: F.relu(add_in_place(y, x))), [ADD_RELU]),
@@ -145,6 +146,8 @@ def test_fuses(name: str, calls: list[tuple[str | None, bool]]) -> None:
     assert {(f.activation, f.residual) for f in report.fused} == {*expected}
     assert {f.block for f in report.fused} == {"", *(["first"] if name == "the last of a Sequential" else [])}
     assert report.skipped == ()
+    with nn.modules.module.register_module_forward_hook(lambda *args: None):  # the operations one by one
+        torch.testing.assert_close(ours(data()), theirs(data()))
 
 
 @pytest.mark.parametrize("norm", [nn.BatchNorm2d, lambda c: nn.GroupNorm(2, c), bnfast.BatchRenorm2d])

@@ -49,5 +49,6 @@ def test_training_steps_are_timed() -> None:
     task = Task(torch.device("cuda"), width=16, classes=10, image=64)
     lines = list(measure_steps(task, (16,), stages=(PLAIN,), effort=Effort(rounds=3, steps=1)))
     assert [(line.status, line.note) for line in lines] == [(MEASURED, "")] * 2 * len(PLAIN)
+    assert {line.ran for line in lines} == {"torch", "bnfast's kernels"}
     x_bytes = 16 * 3 * 64 * 64 * 2  # a step keeps far more than its input; less is a count that missed it
     assert all(line.us and line.peak_MB and line.peak_MB * 1e6 > 10 * x_bytes for line in lines)
