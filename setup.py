@@ -11,7 +11,7 @@ from setuptools import setup
 
 HERE = Path(__file__).resolve().parent
 PARTS = (
-    "checks", "fusing", "kernels", "kernels.normalizers", "modules", "ops", "reference",
+    "checks", "fusing", "kernels", "kernels.normalizers", "modules", "ops", "ptx", "reference",
 )  # fmt: skip
 
 
@@ -41,7 +41,7 @@ setup(
         "bnfast.kernels.normalizers",
     ],
     package_dir={"bnfast.kernels": "kernels"},
-    package_data={"bnfast": ["py.typed"]},
+    package_data={"bnfast": ["py.typed"], "bnfast.ptx": ["*.c", "*.h"]},
     # Tested: PyTorch 2.11.0 with Triton 3.6.0 and 2.15.0 with 3.9.0, which the requirements files pin;
     # and the machine code of Triton 3.7.1 and 3.8.0.
     install_requires=["torch>=2.11"],

@@ -19,7 +19,7 @@ from torch import Tensor
 import bnfast
 from benchmarks import stamp
 from benchmarks.session import as_text, begin, section
-from benchmarks.timing import one_thread
+from benchmarks.timing import host_microseconds, one_thread
 from codegen import why_not_compiled
 
 ROUNDS, CALLS = 40, 50
@@ -47,8 +47,7 @@ def calls() -> Iterator[tuple[str, Call, Call]]:
 
 def measure() -> pd.DataFrame:
     """A row for each of `calls`: microseconds of both, whose readings take turns."""
-    from codegen.fake_driver import host_microseconds  # needs Triton
-    from codegen.launches import as_on_a_gpu
+    from bnfast.ptx.driver import as_on_a_gpu  # needs Triton
 
     rows = []
     with one_thread(), as_on_a_gpu():

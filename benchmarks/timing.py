@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+import timeit
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -25,6 +26,12 @@ Stopwatch = Callable[[Work], float]  # runs what it is given, returns microsecon
 def is_gpu(device: torch.device) -> bool:
     """Asked for in one place, where tests make up a GPU."""
     return device.type == "cuda"
+
+
+def host_microseconds(call: Work, calls: int) -> float:
+    """Microseconds that one of so many calls takes, after as many that may compile."""
+    _, seconds = timeit.repeat(call, number=calls, repeat=2)
+    return seconds / calls * 1e6
 
 
 @dataclass(frozen=True)

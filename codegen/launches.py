@@ -5,21 +5,18 @@ Tensors have the sizes of the case, and nothing touches their memory."""
 from __future__ import annotations
 
 import contextlib
-import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor, nn
 
 import bnfast
-from bnfast import dispatch
-from bnfast.kernels import launch, launch_plan
+from bnfast.kernels import launch
+from bnfast.ptx.driver import launching
 from codegen import SMS, sass
 from codegen.cases import Case
-from codegen.fake_driver import fake_driver
 
 # The tensors whose bytes count. Parameters, running statistics and counters are few.
 DATA = {"x_ptr", "y_ptr", "residual_ptr", "relu_mask_ptr", "dy_ptr", "dx_ptr", "dresidual_ptr"}
@@ -82,39 +79,14 @@ class Launched:
 
 
 @contextlib.contextmanager
-def as_on_a_gpu(target: str = "sm_90") -> Iterator[Any]:
-    """Within, CPU tensors take the kernels' path, and all that happens on the host for a launch happens.
-    Gives the FakeDriver; in the interpreter there is none."""
-    with (
-        mock.patch.object(dispatch, "INTERPRET", True),  # what lets CPU tensors to the kernels
-        mock.patch.object(dispatch, "_suitable", {}),
-        mock.patch.object(launch, "is_capturing", bool),  # False
-        contextlib.nullcontext() if launch.INTERPRET else fake_driver(target) as driver,
-    ):
-        launch_plan.forget_plans()
-        try:
-            yield driver
-        finally:
-            launch_plan.forget_plans()
-
-
-@contextlib.contextmanager
 def recording(target: str = "sm_90") -> Iterator[list[Launched]]:
     """Within, what layers launch for CPU tensors is planned for SMS multiprocessors and added to the list."""
     found: list[Launched] = []
 
-    def note(self: Any, stream: int, tensors: Sequence[Tensor | None], _: Any, *scalars: float) -> None:
-        given = (*self._pick(tensors), *scalars, *self._tail)
-        kernel, named = self._kernel, dict(zip(self._kernel.arg_names, given, strict=True))
-        code = None if launch.INTERPRET else kernel[(self._grid,)](*given, **self._options)
-        found.append(Launched(kernel.__name__, self._grid, named, code))
+    def note(kernel: str, programs: int, arguments: dict[str, Any], compiled: Callable[[], Any]) -> None:
+        found.append(Launched(kernel, programs, arguments, None if launch.INTERPRET else compiled()))
 
-    with (
-        mock.patch.dict(os.environ, {"BNFAST_INTERPRETER_SMS": str(SMS)}),
-        mock.patch.object(launch.Launch, "__call__", note),
-        mock.patch.object(launch, "KEPT", -1),  # every workspace is as large as it has to be
-        as_on_a_gpu(target),
-    ):
+    with launching(note, SMS, target):
         yield found
 
 

@@ -18,7 +18,7 @@ from triton.compiler import CompiledKernel
 from triton.runtime.cache import get_cache_manager
 
 from bnfast.kernels.launch import FP_FUSION
-from codegen.fake_driver import fake_driver
+from bnfast.ptx.driver import fake_driver
 from codegen.sass_flow import Code, Instruction
 
 SHARED_PER_SM = {"sm_80": 164 * 1024, "sm_90": 228 * 1024, "sm_100": 228 * 1024}  # bytes

@@ -13,8 +13,8 @@ import pandas as pd
 import pytest
 
 from benchmarks import host, timing
-from codegen.fake_driver import host_microseconds
-from codegen.launches import as_on_a_gpu
+from benchmarks.timing import host_microseconds
+from bnfast.ptx.driver import as_on_a_gpu
 
 pytestmark = pytest.mark.static
 

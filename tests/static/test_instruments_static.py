@@ -7,7 +7,8 @@ import itertools
 import pytest
 import torch
 
-from codegen.fake_driver import TARGETS, host_microseconds
+from benchmarks.timing import host_microseconds
+from bnfast.ptx.driver import TARGETS
 from codegen.sass import Report, bytes_in_flight_per_sm, compile_kernel, occupancy
 from codegen.sass_flow import Code, bytes_in_flight
 from tests.support import toys

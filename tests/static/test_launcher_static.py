@@ -16,8 +16,7 @@ from triton.runtime.driver import driver as triton_driver
 
 from benchmarks import machine
 from bnfast.kernels import launch_plan
-from codegen.fake_driver import FakeDriver, fake_driver
-from codegen.launches import as_on_a_gpu
+from bnfast.ptx.driver import FakeDriver, as_on_a_gpu, fake_driver
 from codegen.sass import compile_kernel
 from tests.support import kernel_calls as kernels
 from tests.support import toys

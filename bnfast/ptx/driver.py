@@ -1,7 +1,7 @@
 """A driver of no device: everything Triton does on the host to launch a kernel happens, but for the launch.
 
-    with fake_driver():
-        microseconds = host_microseconds(lambda: kernel[grid](x, y, n, BLOCK=1024), calls=100)
+    with fake_driver() as driver:
+        kernel[grid](x, y, n, BLOCK=1024)  # compiled and bound; driver.launches is 1
 
 Kernels are compiled for real. Left out is what only a device answers to: the C launcher, and CUDA itself.
 """
@@ -11,16 +11,18 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
-import timeit
+import os
 from collections.abc import Callable, Iterator
 from typing import Any
+from unittest import mock
 
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.driver import CudaLauncher
 from triton.compiler import ASTSource
 from triton.runtime.driver import driver as triton_driver
 
-from codegen import SMS
+from .. import dispatch
+from ..kernels import launch, launch_plan
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -62,7 +64,7 @@ class FakeDriver:
         self.unloaded += 1
 
     def get_device_properties(self, device: int) -> dict[str, int]:
-        return {"max_shared_mem": 227 * 1024, "multiprocessor_count": SMS, "warpSize": 32}
+        return {"max_shared_mem": 227 * 1024, "multiprocessor_count": 132, "warpSize": 32}
 
     def _launcher(self) -> type:
         """A class in place of Triton's CudaLauncher, and of its signature, which callers may look at."""
@@ -110,7 +112,39 @@ def fake_driver(target: str = "sm_90") -> Iterator[FakeDriver]:
         fake.forget()
 
 
-def host_microseconds(call: Callable[[], object], calls: int) -> float:
-    """Microseconds that one of so many calls takes, after as many that may compile."""
-    _, seconds = timeit.repeat(call, number=calls, repeat=2)
-    return seconds / calls * 1e6
+@contextlib.contextmanager
+def as_on_a_gpu(target: str = "sm_90") -> Iterator[Any]:
+    """Within, CPU tensors take the kernels' path, and all that happens on the host for a launch happens.
+    Gives the FakeDriver; in the interpreter there is none."""
+    with (
+        mock.patch.object(dispatch, "INTERPRET", True),  # what lets CPU tensors to the kernels
+        mock.patch.object(dispatch, "_suitable", {}),
+        mock.patch.object(launch, "is_capturing", bool),  # False
+        contextlib.nullcontext() if launch.INTERPRET else fake_driver(target) as driver,
+    ):
+        launch_plan.forget_plans()
+        try:
+            yield driver
+        finally:
+            launch_plan.forget_plans()
+
+
+@contextlib.contextmanager
+def launching(
+    note: Callable[[str, int, dict[str, Any], Callable[[], Any]], None], sms: int, target: str = "sm_90"
+) -> Iterator[None]:
+    """Within, CPU tensors take the kernels' path, planned for so many multiprocessors, and in place of each
+    launch `note` is called: the kernel's name, its programs, its arguments by name, and what compiles it."""
+
+    def noted(self: Any, stream: int, tensors: Any, addresses: Any, *scalars: float) -> None:
+        kernel, given = self._kernel, (*self._pick(tensors), *scalars, *self._tail)
+        arguments = dict(zip(kernel.arg_names, given, strict=True))
+        note(kernel.__name__, self._grid, arguments, lambda: kernel[(self._grid,)](*given, **self._options))
+
+    with (
+        mock.patch.dict(os.environ, {"BNFAST_INTERPRETER_SMS": str(sms)}),
+        mock.patch.object(launch.Launch, "__call__", noted),
+        mock.patch.object(launch, "KEPT", -1),  # every workspace is as large as it has to be
+        as_on_a_gpu(target),
+    ):
+        yield

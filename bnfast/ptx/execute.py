@@ -1,0 +1,188 @@
+"""Runs bnfast's own host code with launches that execute the compiled kernel's PTX: plans, arguments,
+workspaces and autograd are those of a GPU."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import struct
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from .driver import launching
+from .library import load
+from .program import Program
+
+TENSOR = np.dtype([("base", "u8"), ("bytes", "u8"), ("granule", "i4"), ("kind", "i4")])
+READ_ONLY, MADE, UPDATED = range(3)
+# What a launch may do with a tensor, by the name of the kernel's parameter. All others are MADE: if a launch
+# stores to one, it may load from there only what it has stored.
+_KINDS = dict.fromkeys(("x_ptr", "dy_ptr", "residual_ptr", "weight_ptr", "bias_ptr"), READ_ONLY)
+_KINDS |= dict.fromkeys(("running_mean_ptr", "running_var_ptr", "batches_ptr", "semaphores_ptr"), UPDATED)
+COUNTERS = ("executed", "sectors", "fewest_sectors", "wavefronts", "fewest_wavefronts", "diverged")
+TOTALS = ("replicas", "same_warp", "unequal_stores", "round_trips", "final_round_trips")
+_MESSAGES = 8192  # bytes
+
+
+class _Launch(ctypes.Structure):
+    _fields_ = [
+        ("code", ctypes.c_void_p),
+        *((name, ctypes.c_int32) for name in (
+            "length", "registers", "warps", "shared_bytes", "shared_step", "grid", "resident", "quantum",
+        )),
+        *((name, ctypes.c_void_p) for name in ("initial", "parameters", "tensors")),
+        *((name, ctypes.c_int32) for name in ("n_tensors", "messages_room")),
+        *((name, ctypes.c_uint64) for name in ("seed", "perturb")),
+        *((name, ctypes.c_void_p) for name in ("counters", "totals", "messages")),
+    ]  # fmt: skip
+
+
+class Fault(AssertionError):
+    """A launch did what a kernel must not do."""
+
+
+@dataclass
+class Execution:
+    """One launch. counters: of each instruction, by the names of COUNTERS.
+
+    totals: replicas: loads and stores of one address by warps of one program without a barrier between them;
+    same_warp: those of shared memory by lanes of one warp; unequal_stores: lanes of one instruction that
+    store other bits at one address; round_trips: how often a warp at most waits for what it has loaded, each
+    time after the last; final_round_trips: those after an atomic."""
+
+    kernel: str
+    grid: int
+    program: Program
+    instructions: int
+    counters: dict[str, np.ndarray]
+    totals: dict[str, int]
+
+    def count(self, counter: str) -> int:
+        return int(self.counters[counter].sum())
+
+
+@dataclass
+class Arguments:
+    """What a kernel is handed: 64 bits of each parameter, and the memory that it may touch."""
+
+    parameters: list[int] = field(default_factory=list)
+    tensors: list[tuple[int, int, int, int]] = field(default_factory=list)
+    written: list[Tensor] = field(default_factory=list)
+
+    def add(self, name: str, kind: str, value: Any) -> None:
+        if not isinstance(value, Tensor):
+            bits = struct.unpack("<Q", struct.pack("<d", value))[0] if kind.startswith("fp") else int(value)
+            self.parameters.append(bits % 2**64)
+            return
+        self.parameters.append(value.data_ptr())
+        known = any(base == value.data_ptr() for base, *_ in self.tensors)
+        if known or not value.numel():
+            return
+        use = _KINDS.get(name, MADE)
+        granule = value.element_size().bit_length() - 1
+        self.tensors.append((value.data_ptr(), value.nbytes, granule, use))
+        if use != READ_ONLY:
+            self.written.append(value)
+
+
+def run(
+    program: Program,
+    name: str,
+    grid: int,
+    shared: int,
+    arguments: Arguments,
+    seed: int,
+    *,
+    resident: int = 8,
+    perturb: int = 0,
+) -> Execution:
+    """Executes one launch. shared: bytes of shared memory. resident: programs that run at a time."""
+    given = [
+        program.code,
+        program.initial,
+        np.array([*arguments.parameters, 0, 0], np.uint64),  # Triton adds two pointers to scratch memory
+        np.array(arguments.tensors, TENSOR),
+    ]
+    counters: np.ndarray = np.zeros((len(program.code), len(COUNTERS)), np.int64)
+    totals: np.ndarray = np.zeros(len(TOTALS), np.int64)
+    messages = ctypes.create_string_buffer(_MESSAGES)
+    code, initial, parameters, tensors = (array.ctypes.data for array in given)
+    launch = _Launch(
+        code=code, length=len(program.code), registers=len(program.initial), warps=program.warps,
+        shared_bytes=shared, shared_step=program.shared_step, grid=grid, resident=min(resident, grid),
+        quantum=64, initial=initial, parameters=parameters, tensors=tensors, n_tensors=len(arguments.tensors),
+        messages_room=_MESSAGES, seed=seed, perturb=perturb, counters=counters.ctypes.data,
+        totals=totals.ctypes.data, messages=ctypes.addressof(messages),
+    )  # fmt: skip
+    instructions = load().execute(ctypes.byref(launch))
+    if messages.value:
+        raise Fault(f"{name}, schedule {seed}:\n{messages.value.decode()}")
+    by_name = dict(zip(COUNTERS, counters.T, strict=True))
+    return Execution(
+        name, grid, program, instructions, by_name, dict(zip(TOTALS, totals.tolist(), strict=True))
+    )
+
+
+def _bits(t: Tensor) -> bytes:
+    """All of the memory between a tensor's first and last element."""
+    return ctypes.string_at(t.data_ptr(), t.nbytes)
+
+
+def _execute(
+    name: str, code: Any, grid: int, given: dict[str, Any], seeds: Sequence[int], perturb: int
+) -> Execution:
+    """Executes a launch once for each schedule. All have to give the same bits."""
+    program = _programs.get(code.hash)
+    if program is None:
+        program = _programs[code.hash] = Program(code.asm["ptx"])
+    arguments = Arguments()
+    for parameter, value in given.items():
+        kind = code.src.signature[parameter]
+        if kind != "constexpr":
+            arguments.add(parameter, kind, value)
+    before = [_bits(t) for t in arguments.written]
+    first = None
+    for seed in seeds:
+        for t, bits in zip(arguments.written, before, strict=True):
+            ctypes.memmove(t.data_ptr(), bits, len(bits))  # autograd sees no new version
+        done = run(program, name, grid, code.metadata.shared, arguments, seed, perturb=perturb)
+        result = [_bits(t) for t in arguments.written]
+        if result != (first := first or result):
+            raise Fault(f"{name}: schedule {seed} gives other bits than schedule {seeds[0]}")
+    semaphores = given.get("semaphores_ptr")
+    if semaphores is not None and bool(semaphores.any()):
+        raise Fault(f"{name} leaves counts in its semaphores")
+    return done
+
+
+_programs: dict[str, Program] = {}
+
+
+@contextlib.contextmanager
+def executing(*, sms: int = 2, seeds: Sequence[int] = (1,), perturb: int = 0) -> Iterator[list[Execution]]:
+    """Within, bnfast's layers run their compiled kernels on CPU tensors.
+
+    Args:
+        sms: The number of multiprocessors that launches are planned for.
+        seeds: Each is a schedule: an order of programs and warps. All have to give the same bits.
+        perturb: Not 0: approximate instructions give any result within their documented error, always the
+            same for the same operands; another number, another result.
+
+    Returns:
+        A context manager that gives a list, which grows by an Execution with each launch.
+
+    Raises:
+        Fault: A launch did what a kernel must not do.
+        MissingCompiler: There is no C compiler."""
+    load()
+    found: list[Execution] = []
+
+    def note(kernel: str, programs: int, arguments: dict[str, Any], compiled: Callable[[], Any]) -> None:
+        found.append(_execute(kernel, compiled(), programs, arguments, seeds, perturb))
+
+    with launching(note, sms):
+        yield found

@@ -1,0 +1,246 @@
+// Executes one launch of a kernel that Triton has compiled to PTX: CTAs of warps of 32 lanes, in a random
+// interleaving. Lanes of a warp may diverge; they meet again where an instruction needs them all.
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include "executor.h"
+
+enum {
+#define OP(NAME, SPELLINGS, RESULT) OP_##NAME,
+#include "opcodes.h"
+#undef OP
+  BRANCH, EXIT, BARRIER, WARP_SYNC, PARAMETER, LOAD, STORE, LOAD_SHARED, STORE_SHARED, LOAD_MATRIX, STORE_MATRIX,
+  ATOMIC_ADD, SHUFFLE_XOR, SHUFFLE_INDEX, UNPACK16, UNPACK32,
+};
+
+#define MOST_FAULTS 12
+
+void fault(Machine *m, const char *format, ...) {
+  if (m->faults++ >= MOST_FAULTS) return;
+  size_t used = strlen(m->launch->messages);
+  if (used + 2 >= (size_t)m->launch->messages_room) return;
+  va_list values;
+  va_start(values, format);
+  vsnprintf(m->launch->messages + used, m->launch->messages_room - used - 1, format, values);
+  va_end(values);
+  strcat(m->launch->messages, "\n");
+}
+
+// The bits of an approximate result: if asked, moved by at most so many units in the last place, always the same
+// way for the same operands.
+static inline u32 near(Machine *m, float result, u64 operands, int exact, int most) {
+  if (!m->perturb || exact || result == 0 || !isfinite(result)) return fbits(result);
+  u64 state = ((operands & 0xffffffff) << 32 | fbits(result)) + m->perturb;
+  return fbits(result) + (u32)(random_bits(&state) % (2 * most + 1)) - most;
+}
+
+static int needs_all_lanes(i32 op) {
+  return op == BARRIER || op == WARP_SYNC || op == SHUFFLE_XOR || op == SHUFFLE_INDEX || op == LOAD_MATRIX || op == STORE_MATRIX;
+}
+
+// The lanes that run next: those that are furthest behind, unless they wait for others. 0: all wait.
+static u32 choose_lanes(const Launch *launch, Warp *w, i32 *pc) {
+  if (w->together) return *pc = w->pc[0], w->alive;
+  for (u32 blocked = 0;;) {
+    u32 chosen = 0;
+    *pc = INT32_MAX;
+    EACH_LANE if ((w->alive & ~blocked) >> lane & 1 && w->pc[lane] < *pc) *pc = w->pc[lane];
+    if (*pc == INT32_MAX) return 0;
+    EACH_LANE if (w->alive >> lane & 1 && w->pc[lane] == *pc) chosen |= 1u << lane;
+    if (chosen == w->alive || !needs_all_lanes(launch->code[*pc].op)) {
+      w->together = chosen == ~0u;
+      return chosen;
+    }
+    blocked |= chosen;
+  }
+}
+
+static void go_to(Warp *w, u32 lanes, i32 pc) {
+  if (!lanes) return;
+  if (w->together && lanes == ~0u) { w->pc[0] = pc; return; }
+  if (w->together) EACH_LANE w->pc[lane] = w->pc[0];
+  w->together = 0;
+  EACH_LANE if (lanes >> lane & 1) w->pc[lane] = pc;
+}
+
+// A warp issues in order: an instruction waits for what its sources load. `round` counts these waits, as far as
+// they follow from each other.
+static void wait_for_sources(Warp *w, const Instruction *i) {
+  if (i->guard >= 0 && w->ready[i->guard >> 1] > w->round) w->round = w->ready[i->guard >> 1];
+  int stores = i->op == STORE || i->op == STORE_SHARED || i->op == STORE_MATRIX;
+  for (int k = 0; k < 8; k++) {
+    if (i->from[k] >= 0 && w->ready[i->from[k]] > w->round) w->round = w->ready[i->from[k]];
+    if (stores && i->to[k] >= 0 && w->ready[i->to[k]] > w->round) w->round = w->ready[i->to[k]];
+  }
+}
+
+#define A (r[from[0]].lane[lane])
+#define B (r[from[1]].lane[lane])
+#define C (r[from[2]].lane[lane])
+#define RESULT (r[to[0]].lane[lane])
+
+// Runs some instructions of a warp, up to a barrier at most.
+static void run_warp(Machine *m, Cta *c, Warp *w, int instructions) {
+  Register *r = w->registers;
+  while (instructions-- > 0 && m->faults < MOST_FAULTS) {
+    i32 pc;
+    u32 here = choose_lanes(m->launch, w, &pc), active = here;
+    if (!here) { fault(m, "lanes of a warp wait for each other"); return; }
+    const Instruction *i = m->launch->code + pc;
+    const i32 *to = i->to, *from = i->from;
+    i64 *counters = m->launch->counters + (i64)pc * COUNTERS;
+    m->steps++, counters[EXECUTED]++;
+    wait_for_sources(w, i);
+    if (i->guard >= 0) {
+      u32 wanted = 0;
+      EACH_LANE wanted |= (u32)((r[i->guard >> 1].lane[lane] ^ i->guard) & 1) << lane;
+      active &= wanted;
+    }
+    if (i->op == BRANCH) {
+      counters[DIVERGED] += active && active != here;
+      go_to(w, here & ~active, pc + 1);
+      go_to(w, active, i->target);
+      continue;
+    }
+    if (i->op == EXIT) {
+      go_to(w, here, pc + 1);
+      w->alive &= ~active;
+      if (!w->alive) { w->done = 1, c->exited++; return; }
+      if (active) EACH_LANE w->pc[lane] = w->together ? w->pc[0] : w->pc[lane];
+      if (active) w->together = 0;
+      continue;
+    }
+    go_to(w, here, pc + 1);
+    switch (i->op) {
+#define OP(NAME, SPELLINGS, VALUE)                              \
+  case OP_##NAME:                                               \
+    if (active == ~0u) EACH_LANE RESULT = (VALUE);              \
+    else EACH_LANE if (active >> lane & 1) RESULT = (VALUE);    \
+    break;
+#include "opcodes.h"
+#undef OP
+      case BARRIER:
+        if (active != ~0u) fault(m, "line %d: a barrier in a diverged warp", i->line);
+        w->waiting = 1, c->waiting++;
+        return;
+      case WARP_SYNC: w->synced++; break;
+      case PARAMETER: EACH_LANE RESULT = i->size == 4 ? (u32)m->launch->parameters[i->offset] : m->launch->parameters[i->offset]; break;
+      case LOAD:
+      case STORE:
+        global_access(m, c, w, i, active, i->op == STORE);
+        if (i->op == LOAD && active) for (int k = 0; k < i->count; k++) w->ready[to[k]] = w->round + 1;
+        break;
+      case LOAD_SHARED:
+      case STORE_SHARED: shared_access(m, c, w, i, active, i->op == STORE_SHARED); break;
+      case LOAD_MATRIX:
+      case STORE_MATRIX: matrix_access(m, c, w, i, active, i->op == STORE_MATRIX); break;
+      case ATOMIC_ADD:
+        atomic_add(m, c, w, i, active);
+        if (active) w->ready[to[0]] = w->round + 1, w->final_round = w->round + 1;
+        break;
+      case SHUFFLE_XOR:
+      case SHUFFLE_INDEX: {
+        u64 given[LANES];
+        if (active != ~0u) fault(m, "line %d: a shuffle in a diverged warp", i->line);
+        EACH_LANE given[lane] = A;
+        EACH_LANE RESULT = given[i->op == SHUFFLE_XOR ? (lane ^ B) & 31 : B & 31];
+        break;
+      }
+      case UNPACK16:
+      case UNPACK32: EACH_LANE if (active >> lane & 1) {
+        u64 x = A;
+        if (to[0] >= 0) r[to[0]].lane[lane] = i->op == UNPACK16 ? (u16)x : (u32)x;
+        if (to[1] >= 0) r[to[1]].lane[lane] = i->op == UNPACK16 ? (u16)(x >> 16) : x >> 32;
+      } break;
+      default: fault(m, "line %d: no such instruction: %d", i->line, i->op); return;
+    }
+  }
+}
+
+static void start(Machine *m, Cta *c, u32 id) {
+  const Launch *l = m->launch;
+  if (!c->warps) {
+    c->warps = calloc(l->warps, sizeof(Warp));
+    c->shared = malloc(l->shared_bytes + 16);
+    c->bytes = malloc((l->shared_bytes + 16) * sizeof(Byte));
+    c->position = malloc(l->grid * sizeof(i32));
+    for (int k = 0; k < l->warps; k++) {
+      c->warps[k].registers = aligned_alloc(64, l->registers * sizeof(Register));
+      c->warps[k].ready = malloc(l->registers * sizeof(u32));
+    }
+  }
+  memset(c->shared, 0xdb, l->shared_bytes);  // as a value: far from all others
+  memset(c->bytes, 0, (l->shared_bytes + 16) * sizeof(Byte));
+  memset(c->position, 0, l->grid * sizeof(i32));
+  c->id = id, c->epoch = 0, c->live = 1, c->waiting = c->exited = c->known.length = 0;
+  for (int k = 0; k < l->warps; k++) {
+    Warp *w = c->warps + k;
+    Register *registers = w->registers;
+    u32 *ready = w->ready;
+    *w = (Warp){.alive = ~0u, .index = k, .together = 1, .registers = registers, .ready = ready};
+    memcpy(registers, l->initial, l->registers * sizeof(Register));
+    memset(ready, 0, l->registers * sizeof(u32));
+    EACH_LANE registers[0].lane[lane] = k * LANES + lane;  // %tid.x, %ctaid.x, %nctaid.x
+    EACH_LANE registers[1].lane[lane] = id, registers[2].lane[lane] = l->grid;
+  }
+}
+
+static void pass_barrier(Machine *m, Cta *c) {
+  u32 round = 0, final_round = 0;
+  if (c->exited) fault(m, "a barrier that %d warps of program %u have not reached", c->exited, c->id);
+  for (int k = 0; k < m->launch->warps; k++) {
+    if (c->warps[k].round > round) round = c->warps[k].round;
+    if (c->warps[k].final_round > final_round) final_round = c->warps[k].final_round;
+  }
+  c->waiting = 0, c->epoch++;
+  for (int k = 0; k < m->launch->warps; k++) {
+    Warp *w = c->warps + k;
+    w->waiting = 0, w->epoch = c->epoch, w->released = 0, w->round = round, w->final_round = final_round;
+  }
+}
+
+static void finish(Machine *m, Cta *c) {
+  i64 *totals = m->launch->totals;
+  for (int k = 0; k < m->launch->warps; k++) {
+    Warp *w = c->warps + k;
+    if (w->round > totals[ROUND_TRIPS]) totals[ROUND_TRIPS] = w->round;
+    if (w->final_round && w->round - w->final_round > totals[FINAL_ROUND_TRIPS])
+      totals[FINAL_ROUND_TRIPS] = w->round - w->final_round;
+  }
+  c->live = 0;
+}
+
+// Returns the number of instructions executed, of warps. What is wrong is in launch->messages.
+i64 execute(const Launch *launch) {
+  Machine machine = {.launch = launch, .random = launch->seed, .perturb = launch->perturb}, *m = &machine;
+  m->watched = watch(launch), m->last_tensor = calloc(launch->length, sizeof(int));
+  Cta *ctas = calloc(launch->resident, sizeof(Cta));
+  u32 *order = malloc(launch->grid * sizeof(u32));
+  int next = 0, live = 0;
+  for (int k = 0; k < launch->grid; k++) order[k] = k;
+  for (int k = launch->grid - 1; launch->seed && k > 0; k--) {
+    int other = random_bits(&m->random) % (k + 1);
+    u32 kept = order[k];
+    order[k] = order[other], order[other] = kept;
+  }
+  for (;;) {
+    for (int k = 0; k < launch->resident && next < launch->grid; k++)
+      if (!ctas[k].live) start(m, ctas + k, order[next++]), live++;
+    if (!live || m->faults >= MOST_FAULTS) break;
+    Cta *c = ctas + random_bits(&m->random) % launch->resident;
+    while (!c->live) c = ctas + (c - ctas + 1) % launch->resident;
+    int k = random_bits(&m->random) % launch->warps, tries = 0;
+    while (tries < launch->warps && (c->warps[k].waiting || c->warps[k].done)) k = (k + 1) % launch->warps, tries++;
+    if (tries < launch->warps) run_warp(m, c, c->warps + k, 1 + random_bits(&m->random) % launch->quantum);
+    if (c->waiting && c->waiting + c->exited == launch->warps) pass_barrier(m, c);
+    if (c->exited == launch->warps) finish(m, c), live--;
+  }
+  for (int k = 0; k < launch->resident; k++) {
+    for (int n = 0; ctas[k].warps && n < launch->warps; n++) free(ctas[k].warps[n].registers), free(ctas[k].warps[n].ready);
+    free(ctas[k].warps), free(ctas[k].shared), free(ctas[k].bytes), free(ctas[k].position);
+    free(ctas[k].known.list), free(ctas[k].since), free(ctas[k].acquirer);
+  }
+  unwatch(m);
+  free(ctas), free(order), free(m->last_tensor);
+  return m->steps;
+}

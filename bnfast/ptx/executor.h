@@ -1,0 +1,102 @@
+// What the parts of the executor share. Agents of a race are warps; times are barriers of a CTA.
+#include "values.h"
+
+#define LANES 32
+#define EACH_LANE for (int lane = 0; lane < LANES; lane++)
+#define SOME_WARPS 0xff  // in a Stamp: more than one warp of the CTA
+
+// program.py and execute.py have the same layouts, as numpy dtypes and ctypes structures.
+typedef struct {
+  i32 op, guard;       // guard: 2 * the predicate's register, + 1 if it is negated; -1: none
+  i32 to[8], from[8];  // registers; -1: the value is dropped
+  i64 offset;          // added to an address; of ld.param, which parameter
+  i32 size, count;     // of an access: bytes of an element, elements
+  i32 flag;            // of a matrix: transposed; of an atomic: acquires and releases
+  i32 compare, target, line;
+} Instruction;
+
+typedef struct {
+  u64 base, bytes;
+  i32 granule;  // log2 of the bytes that are watched together: those of an element
+  i32 kind;     // what the kernel may do with it, as below
+} Tensor;
+enum { READ_ONLY, MADE, UPDATED };  // MADE: nothing may be loaded that this launch has not stored
+
+enum { EXECUTED, SECTORS, FEWEST_SECTORS, WAVEFRONTS, FEWEST_WAVEFRONTS, DIVERGED, COUNTERS };
+enum { REPLICAS, SAME_WARP, UNEQUAL_STORES, ROUND_TRIPS, FINAL_ROUND_TRIPS, TOTALS };
+
+typedef struct {
+  u32 cta;
+  u32 epoch : 18, warp : 8, released : 6;  // barriers passed by the CTA; atomics released by the warp, since
+} Stamp;
+#define NOBODY ((Stamp){~0u, 0, 0, 0})
+
+typedef struct {
+  Stamp wrote, read;
+  u8 stored, by_atomic, read_by_many;
+} Granule;
+
+typedef struct { Stamp *list; int length, room; } Knowledge;  // the newest known stamp of other CTAs
+
+typedef struct {
+  Tensor tensor;
+  Granule *granules;     // NULL of a tensor that is only read
+  Knowledge **released;  // of each granule that an atomic has released
+  i64 stores;
+  int early_load;        // the line that loaded what nobody had stored; 0: none did
+} Watched;
+
+typedef struct { u64 lane[LANES]; } Register;
+
+typedef struct {
+  i32 pc[LANES];  // pc[0] is all lanes' while `together`
+  u32 alive;
+  int index, together, waiting, done;
+  u32 epoch, synced, released, round, final_round;  // round: global round trips that its results depend on
+  Register *registers;
+  u32 *ready;     // of each register: the round in which its value arrives
+} Warp;
+
+typedef struct { u32 wrote_in, wrote_by, read_in, read_by, wrote_synced, read_synced; int read_by_many; } Byte;
+
+typedef struct {
+  u32 id, epoch;
+  int live, waiting, exited;
+  u8 *shared;
+  Byte *bytes;
+  Warp *warps;
+  Knowledge known;
+  i32 *position;   // of each CTA in `known`, + 1; 0: nothing is known
+  u32 *since;      // of each entry: 2 * the epoch in which it was acquired
+  u8 *acquirer;    // and the warp that did so
+} Cta;
+
+typedef struct {
+  const Instruction *code;
+  i32 length, registers, warps, shared_bytes, shared_step, grid, resident, quantum;
+  const Register *initial;
+  const u64 *parameters;
+  const Tensor *tensors;
+  i32 n_tensors, messages_room;
+  u64 seed, perturb;  // perturb: moves approximate results within their documented error; 0: does not
+  i64 *counters;      // COUNTERS of each instruction
+  i64 *totals;
+  char *messages;
+} Launch;
+
+typedef struct {
+  const Launch *launch;
+  Watched *watched;
+  int *last_tensor;  // of each instruction: where it found its last address
+  u64 random, perturb;
+  int faults;
+  i64 steps;
+} Machine;
+
+void fault(Machine *m, const char *format, ...);
+void global_access(Machine *m, Cta *c, Warp *w, const Instruction *i, u32 active, int store);
+void shared_access(Machine *m, Cta *c, Warp *w, const Instruction *i, u32 active, int store);
+void matrix_access(Machine *m, Cta *c, Warp *w, const Instruction *i, u32 active, int store);
+void atomic_add(Machine *m, Cta *c, Warp *w, const Instruction *i, u32 active);
+Watched *watch(const Launch *launch);
+void unwatch(Machine *m);

@@ -1,0 +1,66 @@
+"""The executor's C code as a loaded library, compiled once, with the C compiler that Triton needs too."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+SOURCES = ("executor.c", "memory.c", "executor.h", "opcodes.h", "values.h")
+HERE = Path(__file__).parent
+# -ffp-contract=off: what PTX rounds twice must not become one fused operation here
+FLAGS = (
+    "-O3",
+    "-march=native",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-ffp-contract=off",
+    "-shared",
+    "-fPIC",
+)
+
+
+class MissingCompiler(RuntimeError):
+    """There is no C compiler, or it cannot compile the executor."""
+
+
+def compiler() -> str:
+    """The C compiler that Triton would take."""
+    for name in (os.environ.get("CC"), "gcc", "clang", "cc"):
+        path = shutil.which(name) if name else None
+        if path is not None:
+            return path
+    raise MissingCompiler("executing PTX needs a C compiler: install gcc or clang, or name one in CC")
+
+
+@functools.cache
+def load() -> ctypes.CDLL:
+    """The library, from the cache if these sources have been compiled before."""
+    command = [compiler(), *FLAGS]
+    digest = hashlib.sha256(" ".join(command).encode())
+    for name in SOURCES:
+        digest.update((HERE / name).read_bytes())
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bnfast"
+    library = folder / f"ptx-{digest.hexdigest()[:16]}.so"
+    if not library.exists():
+        _compile(command, library)
+    loaded = ctypes.CDLL(str(library))
+    loaded.execute.restype = ctypes.c_int64
+    return loaded
+
+
+def _compile(command: list[str], library: Path) -> None:
+    library.parent.mkdir(parents=True, exist_ok=True)
+    # Another process may compile it at the same time: each renames a file of its own.
+    with tempfile.TemporaryDirectory(dir=library.parent) as folder:
+        made = Path(folder) / library.name
+        sources = [str(HERE / name) for name in SOURCES if name.endswith(".c")]
+        done = subprocess.run([*command, "-o", str(made), *sources, "-lm"], capture_output=True, text=True)
+        if done.returncode:
+            raise MissingCompiler(f"{command[0]} cannot compile the executor of PTX:\n{done.stderr[-2000:]}")
+        made.replace(library)

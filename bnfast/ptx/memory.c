@@ -1,0 +1,255 @@
+// Loads and stores: checked for bounds, alignment, races and values that nobody stored, and counted.
+#include <stdlib.h>
+#include "executor.h"
+
+#define COUNT(WHICH) m->launch->counters[(i - m->launch->code) * COUNTERS + WHICH]
+
+static Watched *find(Machine *m, const Instruction *i, u64 address, int bytes) {
+  int *last = m->last_tensor + (i - m->launch->code);
+  for (int tries = -1; tries < m->launch->n_tensors; tries++) {
+    Watched *t = m->watched + (tries < 0 ? *last : tries);
+    u64 begin = address - t->tensor.base;
+    if (begin < t->tensor.bytes && begin + bytes <= t->tensor.bytes) return *last = t - m->watched, t;
+  }
+  return NULL;
+}
+
+// Whether the stamped access happened before what this warp does now.
+static int before(const Stamp *s, const Cta *c, const Warp *w) {
+  if (s->cta == ~0u) return 1;
+  if (s->cta == c->id) return s->warp == w->index || s->epoch < c->epoch;
+  int position = c->position[s->cta] - 1;
+  if (position < 0) return 0;
+  if (c->since[position] == c->epoch && c->acquirer[position] != w->index) return 0;
+  const Stamp *known = c->known.list + position;
+  if (s->epoch != known->epoch) return s->epoch < known->epoch;
+  return s->warp == known->warp && s->released <= known->released;
+}
+
+static void race(Machine *m, const Instruction *i, const Stamp *s, const Cta *c, const char *kind, u64 granule) {
+  if (s->cta == c->id)
+    m->launch->totals[REPLICAS]++;  // warps of one CTA that load and store the same values, without a barrier
+  else
+    fault(m, "line %d: %s race in global memory with program %u, element %llu", i->line, kind, s->cta, granule);
+}
+
+static void touch(Machine *m, Cta *c, Warp *w, const Instruction *i, Watched *t, u64 address, int bytes, int store, int atomic) {
+  if (!t->granules) {
+    if (store) fault(m, "line %d: a store to an input", i->line);
+    return;
+  }
+  Stamp now = {c->id, c->epoch, w->index, w->released};
+  u64 first = (address - t->tensor.base) >> t->tensor.granule;
+  u64 last = (address - t->tensor.base + bytes - 1) >> t->tensor.granule;
+  t->stores += store;
+  for (u64 k = first; k <= last; k++) {
+    Granule *g = t->granules + k;
+    if (!(g->by_atomic && atomic) && !before(&g->wrote, c, w))
+      race(m, i, &g->wrote, c, store ? "write-write" : "write-read", k);
+    if (store) {
+      if (g->read_by_many) fault(m, "line %d: a store over what several programs load, element %llu", i->line, k);
+      if (!before(&g->read, c, w)) race(m, i, &g->read, c, "read-write", k);
+      *g = (Granule){now, NOBODY, 1, atomic, 0};
+      continue;
+    }
+    if (!g->stored && !t->early_load) t->early_load = i->line;
+    if (g->read.cta != ~0u && g->read.cta != c->id && !before(&g->read, c, w)) g->read_by_many = 1;
+    if (g->read.cta == c->id && g->read.epoch == c->epoch && g->read.warp != w->index) now.warp = SOME_WARPS;
+    g->read = now;
+    now.warp = w->index;
+  }
+}
+
+void global_access(Machine *m, Cta *c, Warp *w, const Instruction *i, u32 active, int store) {
+  int bytes = i->size * i->count, found = 0, lanes = __builtin_popcount(active);
+  u64 sectors[LANES];
+  EACH_LANE if (active >> lane & 1) {
+    u64 address = w->registers[i->from[0]].lane[lane] + i->offset;
+    if (address % bytes) { fault(m, "line %d: a misaligned access of %d bytes", i->line, bytes); continue; }
+    Watched *t = find(m, i, address, bytes);
+    if (!t) { fault(m, "line %d: out of bounds: lane %d, address %llx", i->line, lane, address); continue; }
+    touch(m, c, w, i, t, address, bytes, store, 0);
+    for (int k = 0; k < i->count; k++) {
+      u64 value = store ? w->registers[i->to[k]].lane[lane] : 0;
+      void *at = (void *)(address + k * i->size);
+      memcpy(store ? at : &value, store ? &value : at, i->size);
+      if (!store) w->registers[i->to[k]].lane[lane] = value;
+    }
+    int k = found - 1;
+    if (k < 0 || sectors[k] != address >> 5)
+      for (k = 0; k < found && sectors[k] != address >> 5; k++);
+    if (k == found) sectors[found++] = address >> 5;
+  }
+  COUNT(SECTORS) += found;
+  COUNT(FEWEST_SECTORS) += (lanes * bytes + 31) / 32;
+}
+
+// A wavefront serves each of 32 banks once. Accesses of 8 and 16 bytes a lane take a half and a quarter of the
+// lanes at a time.
+static void count_wavefronts(Machine *m, const Instruction *i, const u32 *addresses, u32 active, int bytes) {
+  int together = bytes == 16 ? 8 : bytes == 8 ? 16 : 32;
+  for (int first = 0; first < LANES; first += together) {
+    u32 words[32][LANES];
+    int different[32] = {0}, most = 0, any = 0;
+    for (int lane = first; lane < first + together; lane++) {
+      if (!(active >> lane & 1)) continue;
+      any = 1;
+      for (u32 word = addresses[lane] / 4; word <= (addresses[lane] + bytes - 1) / 4; word++) {
+        int bank = word % 32, k = 0;
+        while (k < different[bank] && words[bank][k] != word) k++;
+        if (k == different[bank]) words[bank][different[bank]++] = word;
+        if (different[bank] > most) most = different[bank];
+      }
+    }
+    COUNT(WAVEFRONTS) += most;
+    COUNT(FEWEST_WAVEFRONTS) += any;
+  }
+}
+
+static int shared_ok(Machine *m, const Instruction *i, u64 address, int bytes) {
+  if (address + bytes > (u64)m->launch->shared_bytes)
+    return fault(m, "line %d: out of bounds in shared memory: %llu", i->line, address), 0;
+  if (address % bytes) return fault(m, "line %d: a misaligned access of shared memory", i->line), 0;
+  return 1;
+}
+
+// Threads of different warps are ordered by barriers only, those of one warp by bar.warp.sync too. A store of
+// the value that is there already is no race.
+static void touch_shared(Machine *m, Cta *c, Warp *w, const Instruction *i, u32 address, int bytes, int lane, int store, int same) {
+  u32 thread = w->index * LANES + lane, now = w->epoch + 1;
+  for (u32 k = address; k < address + bytes; k += m->launch->shared_step) {
+    Byte *b = c->bytes + k;
+    int wrote = b->wrote_in == now && b->wrote_by != thread && !(store && same);
+    int read = store && b->read_in == now && (b->read_by != thread || b->read_by_many) && !same;
+    int one_warp = b->wrote_by / LANES == (u32)w->index;
+    if (wrote && one_warp) wrote = 0, m->launch->totals[SAME_WARP] += b->wrote_synced == w->synced;
+    if (wrote) fault(m, "line %d: %s race in shared memory, byte %u", i->line, store ? "write-write" : "write-read", k);
+    one_warp = b->read_by / LANES == (u32)w->index && !b->read_by_many;
+    if (read && one_warp) read = 0, m->launch->totals[SAME_WARP] += b->read_synced == w->synced;
+    if (read) fault(m, "line %d: read-write race in shared memory, byte %u", i->line, k);
+    if (store) {
+      b->wrote_in = now, b->wrote_by = thread, b->wrote_synced = w->synced;
+      continue;
+    }
+    if (!b->wrote_in) fault(m, "line %d: a load of what nobody has stored in shared memory, byte %u", i->line, k);
+    // of several readers in one warp any one stands for all; of several warps, the flag does
+    b->read_by_many = b->read_in == now && (b->read_by_many || b->read_by / LANES != (u32)w->index);
+    b->read_in = now, b->read_by = thread, b->read_synced = w->synced;
+  }
+}
+
+void shared_access(Machine *m, Cta *c, Warp *w, const Instruction *i, u32 active, int store) {
+  int bytes = i->size * i->count;
+  u32 addresses[LANES];
+  EACH_LANE addresses[lane] = (u32)(w->registers[i->from[0]].lane[lane] + i->offset);
+  count_wavefronts(m, i, addresses, active, bytes);
+  EACH_LANE if (active >> lane & 1 && shared_ok(m, i, addresses[lane], bytes)) {
+    for (int k = 0; k < i->count; k++) {
+      u8 *at = c->shared + addresses[lane] + k * i->size;
+      u64 value = store ? w->registers[i->to[k]].lane[lane] : 0;
+      int same = store && !memcmp(at, &value, i->size);
+      touch_shared(m, c, w, i, addresses[lane] + k * i->size, i->size, lane, store, same);
+      if (store && !same)  // another lane of this instruction has stored something else there
+        for (int other = 0; other < lane; other++)
+          m->launch->totals[UNEQUAL_STORES] += k == 0 && active >> other & 1 && addresses[other] == addresses[lane];
+      memcpy(store ? (void *)at : &value, store ? &value : (void *)at, i->size);
+      if (!store) w->registers[i->to[k]].lane[lane] = value;
+    }
+  }
+}
+
+// ldmatrix and stmatrix: 1, 2 or 4 matrices of 8 x 8 elements of 2 bytes. Lane 8 j + r has the address of row r
+// of matrix j; lane 4 r + p holds elements 2 p and 2 p + 1 of this row, or of this column if transposed.
+void matrix_access(Machine *m, Cta *c, Warp *w, const Instruction *i, u32 active, int store) {
+  u32 addresses[LANES], rows = i->count == 4 ? ~0u : (1u << 8 * i->count) - 1;
+  if (active != ~0u) fault(m, "line %d: a matrix access in a diverged warp", i->line);
+  EACH_LANE addresses[lane] = (u32)(w->registers[i->from[0]].lane[lane] + i->offset);
+  count_wavefronts(m, i, addresses, rows, 16);
+  EACH_LANE if (rows >> lane & 1 && !shared_ok(m, i, addresses[lane], 16)) return;
+  for (int j = 0; j < i->count; j++) EACH_LANE for (int half = 0; half < 2; half++) {
+    int row = lane / 4, column = lane % 4 * 2 + half;
+    u32 address = addresses[8 * j + (i->flag ? column : row)] + 2 * (i->flag ? row : column);
+    u64 *value = &w->registers[i->to[j]].lane[lane];
+    u16 element = (u16)(*value >> 16 * half);
+    touch_shared(m, c, w, i, address, 2, lane, store, store && !memcmp(c->shared + address, &element, 2));
+    if (store) {
+      memcpy(c->shared + address, &element, 2);
+    } else {
+      memcpy(&element, c->shared + address, 2);
+      *value = half ? (*value & 0xffff) | (u32)element << 16 : element;
+    }
+  }
+}
+
+static void learn(Cta *c, Warp *w, const Stamp *s) {
+  if (s->cta == c->id) return;
+  Knowledge *known = &c->known;
+  int position = c->position[s->cta] - 1;
+  if (position >= 0) {
+    const Stamp *old = known->list + position;
+    if (old->epoch > s->epoch || (old->epoch == s->epoch && old->released >= s->released)) return;
+  } else {
+    if (known->length == known->room) {
+      known->room = 2 * known->room + 16;
+      known->list = realloc(known->list, known->room * sizeof(Stamp));
+      c->since = realloc(c->since, known->room * sizeof(u32));
+      c->acquirer = realloc(c->acquirer, known->room);
+    }
+    position = known->length++;
+    c->position[s->cta] = position + 1;
+  }
+  known->list[position] = *s;
+  c->since[position] = c->epoch, c->acquirer[position] = w->index;
+}
+
+// What a program knows travels with the atomics that acquire and release: `released` is what those on this
+// address have made known.
+void atomic_add(Machine *m, Cta *c, Warp *w, const Instruction *i, u32 active) {
+  EACH_LANE if (active >> lane & 1) {
+    u64 address = w->registers[i->from[0]].lane[lane] + i->offset;
+    Watched *t = find(m, i, address, 4);
+    if (!t || !t->granules) { fault(m, "line %d: an atomic out of bounds", i->line); continue; }
+    u64 k = (address - t->tensor.base) >> t->tensor.granule;
+    if (!t->released) t->released = calloc((t->tensor.bytes >> t->tensor.granule) + 1, sizeof(Knowledge *));
+    Knowledge *released = t->released[k];
+    if (!released) released = t->released[k] = calloc(1, sizeof(Knowledge));
+    if (i->flag) for (int n = 0; n < released->length; n++) learn(c, w, released->list + n);
+    touch(m, c, w, i, t, address, 4, 1, 1);
+    u32 *counter = (u32 *)address, old = *counter;
+    *counter = old + (u32)w->registers[i->from[1]].lane[lane];
+    w->registers[i->to[0]].lane[lane] = old;
+    if (!i->flag) continue;
+    int n = 0;
+    released->list = realloc(released->list, (c->known.length + 1) * sizeof(Stamp));
+    for (int p = 0; p < c->known.length; p++)
+      if (c->since[p] < c->epoch || c->acquirer[p] == w->index) released->list[n++] = c->known.list[p];
+    released->list[n++] = (Stamp){c->id, c->epoch, w->index, w->released};
+    released->length = n;
+    w->released++;
+  }
+}
+
+Watched *watch(const Launch *launch) {
+  Watched *all = calloc(launch->n_tensors + 1, sizeof(Watched));
+  for (int k = 0; k < launch->n_tensors; k++) {
+    all[k].tensor = launch->tensors[k];
+    if (all[k].tensor.kind == READ_ONLY) continue;
+    u64 n = (all[k].tensor.bytes >> all[k].tensor.granule) + 1;
+    all[k].granules = calloc(n, sizeof(Granule));
+    for (u64 g = 0; g < n; g++) all[k].granules[g].wrote = all[k].granules[g].read = NOBODY;
+  }
+  return all;
+}
+
+void unwatch(Machine *m) {
+  for (int k = 0; k < m->launch->n_tensors; k++) {
+    Watched *t = m->watched + k;
+    if (t->tensor.kind == MADE && t->stores && t->early_load)
+      fault(m, "line %d: a load of what nobody has stored, of tensor %d", t->early_load, k);
+    if (t->released)
+      for (u64 g = 0; g < (t->tensor.bytes >> t->tensor.granule) + 1; g++)
+        if (t->released[g]) free(t->released[g]->list), free(t->released[g]);
+    free(t->released), free(t->granules);
+  }
+  free(m->watched);
+}
