@@ -45,18 +45,29 @@ def info() -> int:
     return 0
 
 
-def check(seconds: float) -> int:
+def check(seconds: float, compiled: bool) -> int:
     """Compare the kernels with fp64 on this machine: on its GPU, else in Triton's interpreter."""
     if not dispatch.TRITON:
         print(f"No kernels to check: {dispatch.reason_for_torch(torch.empty(1))}")
         return 1
-    if not torch.cuda.is_available() and not dispatch.INTERPRET:
+    if compiled and dispatch.INTERPRET:
+        print("Under TRITON_INTERPRET kernels are not compiled: unset it to check with --compiled.")
+        return 1
+    if compiled:
+        from .ptx import library
+
+        try:
+            library.load()
+        except library.MissingCompiler as missing:
+            print(f"{missing}\nChecking in Triton's interpreter instead.")
+            compiled = False
+    if not compiled and not torch.cuda.is_available() and not dispatch.INTERPRET:
         # Triton reads the variable when it decorates a kernel: a process of its own has it from the start.
         command = [sys.executable, "-m", "bnfast", "check", "--seconds", str(seconds)]
         return subprocess.call(command, env={**os.environ, "TRITON_INTERPRET": "1"})
     from . import selfcheck
 
-    return selfcheck.run(seconds)
+    return selfcheck.run(seconds, compiled)
 
 
 def main() -> int:
@@ -65,8 +76,10 @@ def main() -> int:
     commands.add_parser("info", help=info.__doc__)
     checker = commands.add_parser("check", help=check.__doc__)
     checker.add_argument("--seconds", type=float, default=120.0, help="start no new cases after this long")
+    about = "execute on the CPU what Triton compiles for an H100, with races, bounds and alignment watched"
+    checker.add_argument("--compiled", action="store_true", help=about)
     arguments = parser.parse_args()
-    return info() if arguments.command == "info" else check(arguments.seconds)
+    return info() if arguments.command == "info" else check(arguments.seconds, arguments.compiled)
 
 
 if __name__ == "__main__":

@@ -72,17 +72,22 @@ def _row(outcome: str, case: Case, name: str, verdict: exact.Verdict) -> str:
     )
 
 
-def run(seconds: float) -> int:
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+def run(seconds: float, compiled: bool = False) -> int:
+    """compiled: the kernels' compiled PTX is executed on the CPU, each launch in three schedules."""
+    device = torch.device("cuda" if torch.cuda.is_available() and not compiled else "cpu")
     where = torch.cuda.get_device_name() if device.type == "cuda" else "this CPU, in Triton's interpreter"
-    print(f"Checking the kernels on {where}, against fp64: of each case the result closest to its limit.")
-    print(_LEGEND)
-    started, failed, done, todo = time.monotonic(), 0, 0, cases(device)
     way: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
-    if INTERPRET:
+    if compiled:
+        from .ptx import executing  # needs Triton
+
+        where, way = "this CPU, which executes their compiled PTX", executing(seeds=(1, 2, 3))
+    elif INTERPRET:
         from .interpreted import prepared  # needs numpy
 
         way = prepared()
+    print(f"Checking the kernels on {where}, against fp64: of each case the result closest to its limit.")
+    print(_LEGEND)
+    started, failed, done, todo = time.monotonic(), 0, 0, cases(device)
     with way:
         for case in todo:
             if time.monotonic() - started > seconds:

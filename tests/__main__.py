@@ -45,7 +45,8 @@ def files(*names: str) -> tuple[str, ...]:
 
 
 TESTS = ("tests", "--ignore=tests/static", "-m")
-WHOLE = Gate("interpreter and torch", (*TESTS, "not static and not gpu"), interpret=True)
+WHOLE = Gate("interpreter and torch", (*TESTS, "not static and not gpu and not compiled"), interpret=True)
+COMPILED = Gate("compiled PTX", (*TESTS, "compiled and not gpu", "--compiled"))
 QUICK = Gate(WHOLE.name, (*TESTS, "not static and not gpu and not slow", "--sample=6"), interpret=True)
 STATIC = Gate("static", ("tests/static", "-m", "static"))
 GPU = Gate("gpu", (*TESTS, "gpu"))
@@ -55,10 +56,11 @@ LIBRARIES = Gate("libraries", files(
 ), interpret=True)  # fmt: skip
 # With the oldest pair: every eighth case of what touches most of PyTorch and Triton, and all kernels compiled
 OLDEST = Gate(WHOLE.name, ("tests/contract", *files(
-    "test_batchnorm_layer", "test_fx_and_script", "test_strides", "kernels/test_numerics",
+    "test_batchnorm_layer", "test_fx_and_script", "test_strides",
     "fuse/test_blocks", "fuse/test_changes", "fuse/test_left",
     "convert/test_convert", "convert/test_converters", "convert/test_folding",
 ), "--sample=8"), interpret=True)  # fmt: skip
+SOME_COMPILED = Gate(COMPILED.name, (*COMPILED.selection, "--sample=8"))
 COVERING = Gate("static", (*files("static/test_budgets"), "-m", "static"))
 
 
@@ -137,13 +139,13 @@ def in_environments(everything: bool, extra: list[str]) -> Iterator[Outcome]:
     """In this one, and beside it in those with other versions of Triton, other libraries and the oldest pair;
     and what is not run on this machine, and why."""
     here, newest = metadata.version("triton"), TRITONS[-1]
-    yield from (suite(gate, f"Triton {here}", extra) for gate in (WHOLE, STATIC))
+    yield from (suite(gate, f"Triton {here}", extra) for gate in (WHOLE, COMPILED, STATIC))
     if os.environ.get("BNFAST_NO_SETUP") == "1":
         yield Outcome("other versions", note="not run: BNFAST_NO_SETUP=1 forbids environments for them")
         return
     for triton in TRITONS[:0:-1] if everything else (newest,):
         if triton != here:
-            gates = (WHOLE, STATIC) if everything and triton == newest else (STATIC,)
+            gates = (WHOLE, COMPILED, STATIC) if everything and triton == newest else (STATIC,)
             make = partial(environment.layered, requirements=[f"triton=={triton}"])
             yield from elsewhere(f"Triton {triton}", f"triton-{triton}", make, gates, extra)
     if metadata.version("torch").partition("+")[0] == pinned("torch", "requirements.txt"):
@@ -155,7 +157,7 @@ def in_environments(everything: bool, extra: list[str]) -> Iterator[Outcome]:
     oldest = {name: pinned(name, "requirements-oldest.txt") for name in ("torch", "triton")}
     if any(metadata.version(name).partition("+")[0] != version for name, version in oldest.items()):
         make = partial(environment.separate, names=("requirements.txt", "requirements-oldest.txt"))
-        gates = (WHOLE, STATIC) if everything else (OLDEST, COVERING)
+        gates = (WHOLE, COMPILED, STATIC) if everything else (OLDEST, SOME_COMPILED, COVERING)
         yield from elsewhere(" and ".join(map(" ".join, oldest.items())), "oldest", make, gates, extra)
 
 

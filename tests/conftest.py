@@ -14,7 +14,7 @@ import bnfast
 from bnfast import dispatch
 from bnfast.interpreted import prepared
 from bnfast.kernels import launch_plan
-from bnfast.kernels.launch import Launch
+from bnfast.kernels.launch import INTERPRET, Launch
 from tests.support import oracle
 
 
@@ -25,6 +25,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default=1,
         metavar="N",
         help="of each test's cases only every Nth, from the first",
+    )
+    parser.addoption(
+        "--compiled",
+        action="store_true",
+        help="execute the kernels' compiled PTX on the CPU, for tests that are marked so",
     )
 
 
@@ -50,9 +55,26 @@ def device(request: pytest.FixtureRequest) -> torch.device:
     return torch.device("cpu" if request.node.get_closest_marker("gpu") is None else "cuda")
 
 
+SCHEDULES = (1, 2, 3)  # of the programs and warps of each launch that is executed
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _executed(request: pytest.FixtureRequest) -> Iterator[list[Any]]:
+    """With --compiled, CPU tensors take the kernels' path, and each launch is executed. Gives the
+    executions."""
+    if not request.config.getoption("--compiled"):
+        yield []
+        return
+    from bnfast.ptx import executing
+
+    with executing(seeds=SCHEDULES) as executed:
+        yield executed
+
+
 @pytest.fixture(autouse=True)
-def _interpreter() -> Iterator[None]:
-    with prepared() if dispatch.INTERPRET else contextlib.nullcontext():
+def _interpreter(_executed: list[Any]) -> Iterator[None]:
+    _executed.clear()
+    with prepared() if INTERPRET else contextlib.nullcontext():
         yield
 
 

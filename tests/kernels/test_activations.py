@@ -14,6 +14,8 @@ from bnfast.activation import NAMES, Activation
 from bnfast.functional import batch_norm
 from tests.support.layers import every_path
 
+pytestmark = pytest.mark.compiled
+
 ALL = (*NAMES, ("leaky_relu", 0.2), ("leaky_relu", -1.5), ("elu", 0.5), ("elu", -0.5))
 INF, NAN = float("inf"), float("nan")
 # around every corner, where terms cancel, where exp overflows, and what is no number

@@ -17,6 +17,8 @@ from tests.support.buffers import bit_identical
 from tests.support.families import BF16, FP32, FP64, in_dtypes, varied
 from tests.support.layers import data, every_path
 
+pytestmark = pytest.mark.compiled
+
 CPU = torch.device("cpu")
 # planes, rows, odd rows, a run in pieces
 SHAPES = [

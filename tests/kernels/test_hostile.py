@@ -16,6 +16,8 @@ from tests.support.families import FP32, layouts, on_gpu
 from tests.support.layers import every_path
 from tests.support.versions import EPS_0_IN_EVAL
 
+pytestmark = pytest.mark.compiled
+
 CPU = torch.device("cpu")
 
 

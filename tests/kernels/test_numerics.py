@@ -31,6 +31,8 @@ from tests.support.families import (
 )  # fmt: skip
 from tests.support.layers import both_layouts, data, derivatives
 
+pytestmark = pytest.mark.compiled
+
 OTHERS = (FP16, BF16, FP64)
 SHAPES = [
     (8, 24, 7, 7), (3, 16, 14, 14), (5, 13, 3, 4), (4, 3, 9, 9),  # planes, odd C, C 3

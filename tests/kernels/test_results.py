@@ -21,6 +21,8 @@ from tests.support.buffers import assert_same_bits, bit_identical, nan_filled_al
 from tests.support.families import BF16, FP16, FP32, FP64, layouts, on_gpu
 from tests.support.orders import shuffled
 
+pytestmark = pytest.mark.compiled
+
 # every view: packed, odd sizes, channels in pieces; groups and rows in one pass and in two
 ORDINARY = [
     *layouts(

@@ -1,0 +1,111 @@
+"""Layers whose compiled PTX is executed: they compute what they should, and what is broken is found."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+
+import bnfast
+from bnfast import selfcheck
+from bnfast.ptx import Execution, execute, executing
+from bnfast.ptx.execute import Fault
+from bnfast.ptx.program import Program
+
+pytestmark = pytest.mark.static
+
+SCHEDULES = (1, 2, 3)
+
+
+def trained(seed: int) -> list[Execution]:
+    """A training step of a layer whose channels are shared by several programs."""
+    x = torch.randn(8, 64, 14, 14, generator=torch.Generator().manual_seed(0)).bfloat16()
+    x = x.contiguous(memory_format=torch.channels_last).requires_grad_()
+    with executing(sms=4, seeds=(seed,)) as executed:
+        bnfast.BatchNorm2d(64, activation="relu")(x).backward(torch.ones_like(x))
+    return executed
+
+
+def no_barrier_before(text: str) -> str:
+    """Between the partial results' stores and the atomic."""
+    start, atomic, rest = text.partition("atom.global")
+    lines = start.splitlines(keepends=True)
+    last_store = max(n for n, line in enumerate(lines) if "st.global" in line)
+    return (
+        "".join(lines[:last_store] + [x for x in lines[last_store:] if "bar.sync" not in x]) + atomic + rest
+    )
+
+
+def no_barrier_after(text: str) -> str:
+    start, atomic, rest = text.partition("atom.global")
+    return start + atomic + rest.replace("bar.sync", "// bar.sync", 1)
+
+
+def relaxed(text: str) -> str:
+    return text.replace("gpu.acq_rel.add", "gpu.relaxed.add")
+
+
+def no_reset(text: str) -> str:
+    return re.sub(r"@%p\d+ st\.global\.b32 \[ %rd\d+ \+ 0 \], \{ %r\d+ \};", "", text)
+
+
+def no_mask(text: str) -> str:
+    return re.sub(r"@%p\d+ (st\.global\S*\.v4\.b32)", r"\1", text)
+
+
+BROKEN: dict[Callable[[str], str], str] = {
+    no_barrier_before: "race in",
+    no_barrier_after: "race in shared memory|nobody has stored",
+    relaxed: "race in global memory",
+    no_reset: "leaves counts in its semaphores",
+    no_mask: "out of bounds",
+}
+
+
+@pytest.fixture
+def programs() -> Iterator[dict[str, Program]]:
+    """The programs that are known, forgotten before and after."""
+    execute._programs.clear()
+    yield execute._programs
+    execute._programs.clear()
+
+
+@pytest.mark.parametrize("change", BROKEN, ids=lambda change: change.__name__)
+def test_what_is_broken_is_found_in_every_schedule(
+    change: Callable[[str], str], programs: dict[str, Program], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only kernels with an atomic are changed where the change is one around it."""
+
+    def changed(text: str) -> Program:
+        return Program(change(text) if "atom" in text or change is no_mask else text)
+
+    monkeypatch.setattr(execute, "Program", changed)
+    for seed in SCHEDULES:
+        with pytest.raises(Fault, match=BROKEN[change]):
+            trained(seed)
+
+
+def test_every_schedule_gives_the_same_and_no_fault() -> None:
+    counts = [[each.counters["sectors"].sum() for each in trained(seed)] for seed in SCHEDULES]
+    assert counts[0] == counts[1] == counts[2]
+
+
+def test_approximate_results_may_be_anywhere_within_their_error() -> None:
+    x = torch.linspace(-4, 4, 512).reshape(4, 128)
+    layer = bnfast.LayerNorm(128, activation="silu")
+    results = []
+    for perturb in (0, 1, 2):
+        with executing(perturb=perturb):
+            results.append(layer(x).detach())
+    assert not torch.equal(results[1], results[2])
+    for found in results[1:]:
+        torch.testing.assert_close(found, results[0], rtol=2e-6, atol=1e-6)
+
+
+def test_a_user_can_check_them(capsys: pytest.CaptureFixture[str]) -> None:
+    assert selfcheck.run(1.0, compiled=True) == 0
+    text = capsys.readouterr().out
+    assert "executes their compiled PTX" in text
+    assert " 0 failed" in text
