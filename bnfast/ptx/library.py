@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import hashlib
 import os
+import platform
 import shutil
 import subprocess
 import tempfile
@@ -38,11 +40,20 @@ def compiler() -> str:
     raise MissingCompiler("executing PTX needs a C compiler: install gcc or clang, or name one in CC")
 
 
+def processor() -> str:
+    """What the compiler makes the code for: a home folder may be that of several machines."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith(("flags", "Features")):
+                return line
+    return platform.processor()
+
+
 @functools.cache
 def load() -> ctypes.CDLL:
     """The library, from the cache if these sources have been compiled before."""
     command = [compiler(), *FLAGS]
-    digest = hashlib.sha256(" ".join(command).encode())
+    digest = hashlib.sha256(" ".join([*command, processor()]).encode())
     for name in SOURCES:
         digest.update((HERE / name).read_bytes())
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bnfast"
