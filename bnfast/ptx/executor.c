@@ -128,7 +128,9 @@ static void run_warp(Machine *m, Cta *c, Warp *w, int instructions) {
       case LOAD:
       case STORE:
         global_access(m, c, w, i, active, i->op == STORE);
-        if (i->op == LOAD && active) for (int k = 0; k < i->count; k++) w->ready[to[k]] = w->round + 1;
+        if (i->op == LOAD && active)
+          for (int k = 0; k < i->count; k++)
+            if (to[k] >= 0) w->ready[to[k]] = w->round + 1;
         break;
       case LOAD_SHARED:
       case STORE_SHARED: shared_access(m, c, w, i, active, i->op == STORE_SHARED); break;
@@ -136,7 +138,8 @@ static void run_warp(Machine *m, Cta *c, Warp *w, int instructions) {
       case STORE_MATRIX: matrix_access(m, c, w, i, active, i->op == STORE_MATRIX); break;
       case ATOMIC_ADD:
         atomic_add(m, c, w, i, active);
-        if (active) w->ready[to[0]] = w->round + 1, w->final_round = w->round + 1;
+        if (active && to[0] >= 0) w->ready[to[0]] = w->round + 1;
+        if (active) w->final_round = w->round + 1;
         break;
       case SHUFFLE_XOR:
       case SHUFFLE_INDEX: {

@@ -73,7 +73,7 @@ void global_access(Machine *m, Cta *c, Warp *w, const Instruction *i, u32 active
       u64 value = store ? w->registers[i->to[k]].lane[lane] : 0;
       void *at = (void *)(address + k * i->size);
       memcpy(store ? at : &value, store ? &value : at, i->size);
-      if (!store) w->registers[i->to[k]].lane[lane] = value;
+      if (!store && i->to[k] >= 0) w->registers[i->to[k]].lane[lane] = value;
     }
     int k = found - 1;
     if (k < 0 || sectors[k] != address >> 5)
@@ -153,7 +153,7 @@ void shared_access(Machine *m, Cta *c, Warp *w, const Instruction *i, u32 active
         for (int other = 0; other < lane; other++)
           m->launch->totals[UNEQUAL_STORES] += k == 0 && active >> other & 1 && addresses[other] == addresses[lane];
       memcpy(store ? (void *)at : &value, store ? &value : (void *)at, i->size);
-      if (!store) w->registers[i->to[k]].lane[lane] = value;
+      if (!store && i->to[k] >= 0) w->registers[i->to[k]].lane[lane] = value;
     }
   }
 }
@@ -217,7 +217,7 @@ void atomic_add(Machine *m, Cta *c, Warp *w, const Instruction *i, u32 active) {
     touch(m, c, w, i, t, address, 4, 1, 1);
     u32 *counter = (u32 *)address, old = *counter;
     *counter = old + (u32)w->registers[i->from[1]].lane[lane];
-    w->registers[i->to[0]].lane[lane] = old;
+    if (i->to[0] >= 0) w->registers[i->to[0]].lane[lane] = old;
     if (!i->flag) continue;
     int n = 0;
     released->list = realloc(released->list, (c->known.length + 1) * sizeof(Stamp));

@@ -38,6 +38,18 @@ class TestGlobal:
         body = ADDRESS + "ld.global.v2.b32 {%r1, %r2}, [%rd10];"
         always_found(body, "misaligned access of 8 bytes", x, kinds=[READ_ONLY])
 
+    def test_what_is_loaded_may_be_dropped(self) -> None:
+        x, y = np.arange(2 * LANES, dtype=np.uint32), zeros()
+        body = """
+            mad.wide.u32 %rd10, %r0, 8, %rd0;
+            ld.global.v2.b32 {_, %r1}, [%rd10];
+            mad.wide.u32 %rd11, %r0, 4, %rd1;
+            st.global.b32 [%rd11], %r1;
+        """
+        x = x[-x.ctypes.data % 8 // 4 :][: 2 * LANES]
+        launch(kernel(body, 2), x, y)
+        assert y.tolist() == x[1::2].tolist()
+
     def test_a_masked_store_is_none(self) -> None:
         y = zeros()
         launch(kernel(ADDRESS + "setp.lt.u32 %p1, %r0, 5;\n@%p1 st.global.b32 [%rd10], 7;", 1), y)
