@@ -45,7 +45,7 @@ def info() -> int:
     return 0
 
 
-def check(seconds: float, compiled: bool) -> int:
+def check(seconds: float, compiled: bool = False) -> int:
     """Compare the kernels with fp64 on this machine: on its GPU, else in Triton's interpreter."""
     if not dispatch.TRITON:
         print(f"No kernels to check: {dispatch.reason_for_torch(torch.empty(1))}")
