@@ -238,23 +238,37 @@ class TestWarps:
 
     def test_round_trips(self) -> None:
         """Loads that do not wait for each other are one; a load at a loaded address is another."""
-        chased = (
-            ADDRESS
-            + """
+        chased = f"""{ADDRESS}
             ld.global.b32 %r1, [%rd10];
             ld.global.b32 %r2, [%rd10];
             add.s32 %r3, %r1, %r2;
             mad.wide.u32 %rd11, %r3, 4, %rd0;
             ld.global.b32 %r4, [%rd11];
-            st.global.b32 [%rd1], %r4;
+            add.s32 %r5, %r4, 1;
         """
-        )
-        found = launch(
-            kernel(chased.replace("st.global.b32 [%rd1], %r4;", "add.s32 %r5, %r4, 1;"), 1),
-            zeros(),
-            kinds=[READ_ONLY],
-        )
+        found = launch(kernel(chased, 1), zeros(), kinds=[READ_ONLY])
         assert found.totals["round_trips"] == 2
+
+
+class TestWhatIsCountedAndNoFault:
+    def test_warps_that_store_and_load_the_same(self) -> None:
+        """Triton has all warps store what one of them would have to."""
+        for barrier, replicas in (("bar.sync 0;", 0), ("", 1)):
+            body = f"setp.eq.u32 %p1, %r0, 0;\n@%p1 st.global.b32 [%rd0], 7;\n{barrier}\n"
+            body += "setp.eq.u32 %p2, %r0, 32;\n@%p2 st.global.b32 [%rd0], 7;"
+            found = launch(kernel(body, 1, 64), zeros(1))
+            assert found.totals["replicas"] == replicas
+
+    def test_lanes_that_read_what_others_have_stored(self) -> None:
+        for barrier, counted in (("bar.warp.sync -1;", False), ("", True)):
+            body = f"mul.lo.u32 %r1, %r0, 4;\nst.shared.b32 [%r1], %r0;\n{barrier}\nld.shared.b32 %r2, [0];"
+            found = launch(kernel(body, 1), zeros(1), shared=4 * LANES)
+            assert (found.totals["same_warp"] > 0) == counted
+
+    def test_lanes_that_store_different_values_at_one_address(self) -> None:
+        for value, counted in (("7", False), ("%r0", True)):
+            found = launch(kernel(f"st.shared.b32 [0], {value};", 1), zeros(1), shared=4)
+            assert (found.totals["unequal_stores"] > 0) == counted
 
 
 def test_the_same_schedule_again_gives_the_same_counts() -> None:
