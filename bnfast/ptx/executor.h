@@ -43,7 +43,7 @@ typedef struct {
   Granule *granules;     // NULL of a tensor that is only read
   Knowledge **released;  // of each granule that an atomic has released
   i64 stores;
-  int early_load;        // the line that loaded what nobody had stored; 0: none did
+  int early_load;        // the line that loaded uninitialized memory; 0: none did
 } Watched;
 
 typedef struct { u64 lane[LANES]; } Register;

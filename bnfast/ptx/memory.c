@@ -1,4 +1,4 @@
-// Loads and stores: checked for bounds, alignment, races and values that nobody stored, and counted.
+// Loads and stores: checked for bounds, alignment, races and uninitialized values, and counted.
 #include <stdlib.h>
 #include "executor.h"
 
@@ -131,7 +131,7 @@ static void touch_shared(Machine *m, Cta *c, Warp *w, const Instruction *i, u32 
       b->wrote_in = now, b->wrote_by = thread, b->wrote_synced = w->synced;
       continue;
     }
-    if (!b->wrote_in) fault(m, "line %d: a load of what nobody has stored in shared memory, byte %u", i->line, k);
+    if (!b->wrote_in) fault(m, "line %d: a load of uninitialized shared memory, byte %u", i->line, k);
     // of several readers in one warp any one stands for all; of several warps, the flag does
     b->read_by_many = b->read_in == now && (b->read_by_many || b->read_by / LANES != (u32)w->index);
     b->read_in = now, b->read_by = thread, b->read_synced = w->synced;
@@ -245,7 +245,7 @@ void unwatch(Machine *m) {
   for (int k = 0; k < m->launch->n_tensors; k++) {
     Watched *t = m->watched + k;
     if (t->tensor.kind == MADE && t->stores && t->early_load)
-      fault(m, "line %d: a load of what nobody has stored, of tensor %d", t->early_load, k);
+      fault(m, "line %d: a load of uninitialized memory, tensor %d", t->early_load, k);
     if (t->released)
       for (u64 g = 0; g < (t->tensor.bytes >> t->tensor.granule) + 1; g++)
         if (t->released[g]) free(t->released[g]->list), free(t->released[g]);

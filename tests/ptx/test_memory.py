@@ -58,9 +58,9 @@ class TestGlobal:
     def test_a_store_to_an_input(self) -> None:
         always_found(ADDRESS + "st.global.b32 [%rd10], 1;", "store to an input", zeros(), kinds=[READ_ONLY])
 
-    def test_a_load_of_what_nobody_stored(self) -> None:
+    def test_a_load_of_uninitialized_memory(self) -> None:
         body = ADDRESS + "ld.global.b32 %r1, [%rd10];\nst.global.b32 [%rd10], %r1;"
-        always_found(body, "what nobody has stored", zeros(), kinds=[MADE])
+        always_found(body, "uninitialized memory", zeros(), kinds=[MADE])
         never_found(body, zeros(), kinds=[UPDATED])
         never_found(ADDRESS + "ld.global.b32 %r1, [%rd10];", zeros(), kinds=[MADE])  # an earlier launch's
 
@@ -143,7 +143,7 @@ class TestSynchronization:
         )  # the same warp's
 
     def test_other_warps_need_a_barrier_after_it(self) -> None:
-        always_found(self.body(second=""), "race|nobody", zeros(7), zeros(1), zeros(1), **self.how)
+        always_found(self.body(second=""), "race|uninitialized", zeros(7), zeros(1), zeros(1), **self.how)
 
 
 class TestShared:
@@ -165,11 +165,11 @@ class TestShared:
 
     def test_a_race_of_warps(self) -> None:
         always_found(
-            self.swap.format(barrier=""), "race in shared memory|nobody", zeros(64), threads=64, shared=256
+            self.swap.format(barrier=""), "race in shared memory|uninitialized", zeros(64), threads=64, shared=256
         )
 
-    def test_a_load_of_what_nobody_stored(self) -> None:
-        always_found("ld.shared.b32 %r1, [0];", "nobody has stored in shared", zeros(1), shared=4)
+    def test_a_load_of_uninitialized_memory(self) -> None:
+        always_found("ld.shared.b32 %r1, [0];", "uninitialized shared memory", zeros(1), shared=4)
 
     def test_out_of_bounds(self) -> None:
         always_found("st.shared.b32 [256], %r0;", "out of bounds in shared memory", zeros(1), shared=256)

@@ -57,7 +57,7 @@ def no_mask(text: str) -> str:
 
 BROKEN: dict[Callable[[str], str], str] = {
     no_barrier_before: "race in",
-    no_barrier_after: "race in shared memory|nobody has stored",
+    no_barrier_after: "race in shared memory|uninitialized",
     relaxed: "race in global memory",
     no_reset: "leaves counts in its semaphores",
     no_mask: "out of bounds",
