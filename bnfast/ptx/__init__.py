@@ -6,8 +6,8 @@ tested without a GPU: its layouts, shared memory, barriers, shuffles, atomics an
 
 Warps and programs are interleaved at random. A launch fails on a race between programs, or between warps in
 shared memory, on an access out of bounds or misaligned, on a store to an input, and on a load of
-uninitialized memory. It shows neither the time that anything takes nor faults of ptxas, since machine code is not
-executed."""
+uninitialized memory. It shows neither the time that anything takes nor faults of ptxas, since machine code is
+not executed."""
 
 from __future__ import annotations
 

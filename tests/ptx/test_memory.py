@@ -165,7 +165,11 @@ class TestShared:
 
     def test_a_race_of_warps(self) -> None:
         always_found(
-            self.swap.format(barrier=""), "race in shared memory|uninitialized", zeros(64), threads=64, shared=256
+            self.swap.format(barrier=""),
+            "race in shared memory|uninitialized",
+            zeros(64),
+            threads=64,
+            shared=256,
         )
 
     def test_a_load_of_uninitialized_memory(self) -> None:
