@@ -7,7 +7,7 @@ from collections.abc import Callable
 from difflib import get_close_matches
 from functools import wraps
 from inspect import signature
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, ParamSpec
 
 from torch import Tensor, nn
 from torch.fx import Proxy
@@ -17,7 +17,6 @@ from ..importing import catch_up
 from ..kernels.epilogue import Activation
 
 _P = ParamSpec("_P")
-_Layer = TypeVar("_Layer", bound=type)
 WHEN_SUBCLASSED: list[Callable[[type], None]] = []  # each is called with every new class of layers
 
 
@@ -88,32 +87,6 @@ class NormMixin(nn.Module):
         module: nn.Module = object.__new__(plain)
         module.__dict__ = dict(self.__dict__)
         return module
-
-
-# what the docstrings of layers for other dimensions have in place of a phrase of the layer for (N, C, H, W)
-_PHRASES = {
-    "1d": {
-        "(N, C, H, W) or (C, H, W)": "(N, C, L) or (C, L)",
-        "(N, C, H, W)": "(N, C) or (N, C, L)",
-        "8, 16, 4, 4": "8, 16, 10",
-        "is channels_last if input is, and contiguous otherwise": "has the strides that torch.nn's gives it",
-    },
-    "3d": {"H, W": "D, H, W", "8, 16, 4, 4": "2, 16, 4, 4, 4", "channels_last": "channels_last_3d"},
-}
-
-
-def documented_like(sibling: type) -> Callable[[_Layer], _Layer]:
-    """Completes the docstring of a layer by that of its sibling for (N, C, H, W), for help() and notebooks.
-    What the source has in its place is for editors, which do not run it."""
-
-    def documented(layer: _Layer) -> _Layer:
-        dimensions, text = layer.__name__[-2:], sibling.__doc__
-        for phrase, other in {"2d": dimensions, **_PHRASES[dimensions]}.items():
-            text = text and text.replace(phrase, other)  # python -OO leaves none
-        layer.__doc__ = text
-        return layer
-
-    return documented
 
 
 def says_what_it_takes(init: Callable[_P, None]) -> Callable[_P, None]:
