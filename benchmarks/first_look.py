@@ -18,11 +18,14 @@ OTHERS = [(suite, network) for suite in SHOWN for network in SUITES[suite]]
 
 def resnet(session: Session) -> None:
     """Part three: what each BatchNorm of ResNet-50 moves and launches and, on a GPU, takes."""
-    section("3. Every layer of a network", layers.COUNTED + (f" {layers.HOW}" if session.gpu else ""))
+    section(
+        "3. Every layer of a network",
+        " ".join([layers.COUNTED, layers.CODE, *([layers.HOW] if session.gpu else [])]),
+    )
     file = session.folder / "layers.csv"
     timing = layers.Run(session, layers.QUICK, ["torch"], file) if session.gpu else None
     choice = ("resnet50", RESNET50, torch.bfloat16, RESNET50.layout)
-    found = layers.of_choice(session, timing, choice, compiled=False)
+    found = layers.of_choice(session, timing, choice)
     session.note("resnet-50", "DONE", layers.summary(session, found))
 
 
@@ -41,7 +44,7 @@ def networks(session: Session) -> None:
         rows.append(total.rename(columns={"C x size": "network"}).assign(network=network.name))
     print(as_text(pd.concat(rows)))
     session.note("networks", "DONE", "predicted")
-    print("Layer by layer, with registers and bytes in flight:")
+    print("Layer by layer, with what the compiled kernels do:")
     print(f"    python3 -m benchmarks run --suite {'|'.join(SHOWN)}|all [--layout both]")
 
 

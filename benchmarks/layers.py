@@ -13,6 +13,7 @@ import torch
 
 from benchmarks import measure, pictures, predict, records, stamp, suites, tables
 from benchmarks.cases import columns, of_network
+from benchmarks.model import COPY_RATE
 from benchmarks.records import CANNOT, MEASURED, Record, frame
 from benchmarks.report import show_layers
 from benchmarks.session import Session, begin, paragraph, progress, section
@@ -23,11 +24,14 @@ from codegen.cases import DIRECTIONS, DTYPES, NAMES, Case
 COUNTED = (
     "T is the size of a layer's input; a/b is forward/backward. PREDICTED: bytes moved and kernels launched "
     "are counted from the kernels' plan, and the floor is the time those bytes take at "
-    f"{tables.COPY_RATE / 1e12:.1f} TB/s, an assumption (an H200's copy rate). Nothing of it is measured."
+    f"{COPY_RATE / 1e12:.1f} TB/s, an assumption (an H200's copy rate). The modelled time adds launches, "
+    "shared memory and what the last program does alone (benchmarks/model.py). Nothing of it is measured."
 )
 CODE = (
-    "Registers of a thread (regs) and the bytes that an SM has in flight are read from the kernels' machine "
-    "code for an H100 or H200."
+    "COUNTED: registers of a thread (regs) and the bytes that an SM has in flight are read from the kernels' "
+    "machine code for an H100 or H200. By executing them: instructions of a thread for 16 bytes (instr), MB "
+    "in 32-byte sectors, thousands of wavefronts of shared memory, barriers of a program, and how often the "
+    "programs that finalize wait for memory (trips)."
 )
 HOW = (
     "MEASURED with CUDA events, providers in turns on the same random tensors; the median of the readings. "
@@ -79,15 +83,20 @@ class Run:
         return record
 
 
-def of_choice(session: Session, run: Run | None, choice: Choice, compiled: bool = True) -> pd.DataFrame:
+def explained(session: Session) -> str:
+    """What the tables' columns are."""
+    return " ".join([COUNTED, CODE, *([HOW] if session.gpu else [])])
+
+
+def of_choice(session: Session, run: Run | None, choice: Choice) -> pd.DataFrame:
     """All tables of a network, a file of its records, a picture. run: None if nothing is to be timed.
-    compiled: as in predict.records. Ctrl-C loses nothing: it is on disk already, and is shown first."""
+    Ctrl-C loses nothing: it is on disk already, and is shown first."""
     suite, network, dtype, layout = choice
     layers = f"{len(network.layers)} {network.norm} layers, batch {network.batch}"
     section(f"{network.name}: {layers}, {NAMES[dtype]}, {layout}", f"Source: {network.source}.")
     todo = of_network(suite, network, dtype, layout == "channels_last")
     shared = stamp.columns(session.device)
-    found = [dataclasses.replace(r, **shared) for r in predict.records(todo, compiled)]
+    found = [dataclasses.replace(r, **shared) for r in predict.records(todo)]
     records.append(session.folder / "predicted.csv", found)
     try:
         if run:
@@ -113,7 +122,7 @@ def summary(session: Session, found: pd.DataFrame) -> str:
 def run(options: argparse.Namespace, lacking: list[str]) -> int:
     """Every network of the suites that were asked for, in every layout and dtype asked for."""
     session = begin(options, lacking, "bnfast: what the normalization layers of whole networks move and take")
-    section("The tables", " ".join([COUNTED, CODE, *([HOW] if session.gpu else [])]))
+    section("The tables", explained(session))
     timing = None
     if session.gpu:
         method = QUICK if options.quick else measure.Method()

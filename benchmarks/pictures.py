@@ -9,8 +9,9 @@ from typing import Any
 
 import pandas as pd
 
+from benchmarks.model import floor
 from benchmarks.records import MEASURED, PREDICTED
-from benchmarks.tables import FLOOR_LABEL, NETWORK, floor, select, wide
+from benchmarks.tables import FLOOR_LABEL, MODELLED, NETWORK, select, wide
 from codegen.cases import DIRECTIONS
 
 
@@ -38,7 +39,8 @@ def layers(folder: Path, found: pd.DataFrame) -> None:
         with drawing(path, figsize=(9, 2 + len(labels) / 1.5)) as axes:
             for axis, direction in zip(axes, DIRECTIONS, strict=True):
                 plans = select(own, status=PREDICTED, direction=direction).set_index("case")
-                table = pd.DataFrame({FLOOR_LABEL: floor(plans["floor_bytes"])}, labels.index)
+                times = {FLOOR_LABEL: floor(plans["floor_bytes"]), MODELLED: plans["us"]}
+                table = pd.DataFrame(times, labels.index)
                 times = select(own, status=MEASURED, cache="cold", mode="eager", direction=direction)
                 if len(times):
                     table = table.join(wide(times, "us").add_suffix(", measured"))

@@ -7,10 +7,11 @@ from collections.abc import Iterable, Iterator
 from math import prod
 from typing import TYPE_CHECKING, Any
 
+from benchmarks import model
 from benchmarks.cases import columns
 from benchmarks.records import PREDICTED, Record
 from benchmarks.session import progress
-from benchmarks.tables import FLOOR_LABEL, floor
+from benchmarks.tables import FLOOR_LABEL, MODELLED
 from bnfast import dispatch
 from bnfast.kernels import group_plan, plan
 from bnfast.kernels.epilogue import EpiloguePlan
@@ -35,27 +36,53 @@ def counted(case: Case, direction: str) -> tuple[int, int]:
 
 
 def record(case: Case, direction: str, launched: list[Launched], why_not: str | None) -> Record:
-    """us: of the bytes at the copy rate that tables.py assumes. registers, in_flight_KB: of the kernel with
-    the most, and with the least of those that go through x or dy."""
+    """us: as model.py has it. registers, in_flight_KB: of the kernel with the most, and with the least of
+    those that go through x or dy."""
     moved, launches = counted(case, direction)
+    found: dict[str, Any] = {"us": model.uncounted(moved, launches).all}
+    if launched:
+
+        def of_all(what: str) -> float:
+            return sum(each.programs * getattr(each.counts, what) for each in launched)
+
+        found = {
+            "us": model.total(map(model.of_launch, launched)).all,
+            "registers": max(each.report.registers for each in launched),
+            "in_flight_KB": min(each.in_flight for each in launched if each.streams) / 1024,
+            "instructions": sum(each.instructions * each.bytes for each in launched) / moved,
+            "sector_MB": of_all("sectors") * 32e-6,
+            "kwavefronts": of_all("wavefronts") / 1e3,
+            "barriers": max(each.counts.barriers for each in launched),
+            "round_trips": sum(each.counts.final_round_trips for each in launched),
+            "versions": f"triton {dispatch.TRITON_VERSION}",
+        }
     spilling = ", ".join(each.kernel for each in launched if each.report.spills)
-    notes = [FLOOR_LABEL, why_not, spilling and f"spills: {spilling}"]
-    in_flight = [each.in_flight / 1024 for each in launched if each.streams]
+    notes = [FLOOR_LABEL, MODELLED, why_not, spilling and f"spills: {spilling}"]
+    found |= {name: round(value, 2) for name, value in found.items() if isinstance(value, float)}
     return Record(
         **columns(case), status=PREDICTED, variant="bnfast", direction=direction,
-        ran=" ".join(each.kernel for each in launched),
-        us=round(floor(moved), 2), floor_bytes=moved, launches=launches,
-        registers=max((each.report.registers for each in launched), default=None),
-        in_flight_KB=round(min(in_flight), 1) if in_flight else None,
-        note="; ".join(filter(None, notes)),
-        versions=f"triton {dispatch.TRITON_VERSION}" if launched else "",
+        ran=" ".join(each.kernel for each in launched), floor_bytes=moved, launches=launches,
+        note="; ".join(filter(None, notes)), **found,
     )  # fmt: skip
+
+
+def why_not_counted() -> str | None:
+    """Why this process cannot count what compiled kernels do; None where it can."""
+    why_not = why_not_compiled()
+    if why_not is None:
+        from bnfast.ptx import library
+
+        try:
+            library.compiler()
+        except library.MissingCompiler as e:
+            return f"bytes and launches alone: {e}"
+    return why_not
 
 
 def records(cases: Iterable[Case], compiled: bool = True) -> Iterator[Record]:
     """Forward and backward of each case, for an H200 (sm_90, so many multiprocessors as codegen.SMS). What
     several cases share is compiled once. compiled: whether to, where that can be done; it takes seconds."""
-    why_not = why_not_compiled() if compiled else "no registers, no bytes in flight: not compiled"
+    why_not = why_not_counted() if compiled else "bytes and launches alone: not compiled"
     for case in progress(list(cases), desc="counting" if why_not else "compiling for an H200"):
         found: dict[str, list[Launched]] = {}
         if why_not is None:

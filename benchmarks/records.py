@@ -25,7 +25,10 @@ class Record:
     "backward", or "step".
     us: the median, us_low and us_high the quartiles of `rounds` samples. floor_bytes: what the work must
     move; GBps: those bytes in that time; copy_GBps: measured in the same run, of a copy's bytes both ways.
-    copied_MB: what the variant copied beside the work. registers: a thread; in_flight_KB: an SM.
+    copied_MB: what the variant copied beside the work. registers: a thread; in_flight_KB: an SM. Executed:
+    instructions a thread for 16 bytes; sector_MB: in 32-byte sectors, wherever they come from; kwavefronts:
+    thousands, of shared memory; barriers: of the program that has most; round_trips: how often programs that
+    finalize wait for memory, each time after the last.
     loss_apart: of a training's losses from torch.nn's, relative; loss_allowed: how far they may be apart."""
 
     kind: str
@@ -57,6 +60,11 @@ class Record:
     copied_MB: Number = None
     registers: int | None = None
     in_flight_KB: Number = None
+    instructions: Number = None
+    sector_MB: Number = None
+    kwavefronts: Number = None
+    barriers: int | None = None
+    round_trips: int | None = None
     host_us: Number = None
     clock_MHz: Number = None
     temperature_C: Number = None

@@ -12,18 +12,21 @@ import numpy as np
 import pandas as pd
 
 from benchmarks import ROOT, Refused, pictures, tables
+from benchmarks.model import COPY_RATE
 from benchmarks.records import MEASURED, PREDICTED, load
 from benchmarks.session import as_text, paragraph, section
-from benchmarks.tables import COPY_RATE, IDENTITY, NETWORK, cells
+from benchmarks.tables import IDENTITY, NETWORK, cells
 from codegen.cases import DIRECTIONS
 
 RESULTS, PAGE = ROOT / "benchmarks" / "results", ROOT / "docs" / "benchmarks.md"
 BEGIN, END = "<!-- performance: made by `python3 -m benchmarks readme` -->", "<!-- end of performance -->"
 NOT_MEASURED = f"""\
 **Not measured yet: no run on a GPU is recorded.** What follows is predicted for an H200: bytes and launches
-are counted from the kernels' plan, registers and bytes in flight of an SM are read from the machine
-code, and the floor is the time of those bytes at {COPY_RATE / 1e12:.1f} TB/s, an assumption. a/b is
-forward/backward."""
+are counted from the kernels' plan, and all else from the compiled kernels: registers, bytes in flight of an
+SM, and, by executing them, instructions a thread for 16 bytes, 32-byte sectors, wavefronts of shared memory,
+barriers, and how often the programs that finalize wait for memory. The floor is the time of the bytes at
+{COPY_RATE / 1e12:.1f} TB/s, and the modelled time is that of `benchmarks/model.py`, whose constants are
+assumptions. a/b is forward/backward."""
 MEASURED_BY = "Measured with L2 cold; `NAME x` is how many times as long somebody else takes."
 
 
@@ -47,6 +50,7 @@ def titled(title: str, table: pd.DataFrame) -> None:
 def show_layers(found: pd.DataFrame) -> None:
     """What there is of predictions, times, and reasons why there are none."""
     titled("PREDICTED, not measured", tables.predicted(found))
+    titled("COUNTED, of the compiled kernels", tables.counted(found))
     for direction in DIRECTIONS:
         titled(f"MEASURED, {direction}", tables.measured(found, direction))
     titled("MEASURED, forward and backward in a CUDA graph", tables.measured(found, "both"))
@@ -164,7 +168,7 @@ def readme_section(found: pd.DataFrame) -> str:
         batch = own["shape"].iloc[0].partition("x")[0]
         title = f"{network}, {norm}, batch {batch}, {dtype}, {layout}"
         if measured.empty:
-            parts += [f"{title}, predicted:", markdown(tables.predicted(own))]
+            parts += [f"{title}, predicted:", markdown(tables.predicted(own)), markdown(tables.counted(own))]
             continue
         for direction in DIRECTIONS:
             table = tables.measured(own, direction)

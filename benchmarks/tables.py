@@ -6,24 +6,19 @@ from __future__ import annotations
 from collections.abc import Iterable
 from math import prod
 from textwrap import shorten
-from typing import Any
 
 import pandas as pd
 
+from benchmarks.model import COPY_RATE, floor
 from benchmarks.records import CANNOT, MEASURED, PREDICTED
 from codegen.cases import DIRECTIONS, DTYPES
 
-COPY_RATE = 4.3e12  # bytes a second: assumed for an H200, not measured in this project
 FLOOR_LABEL = f"floor at {COPY_RATE / 1e12:.1f} TB/s, an assumption: the copy rate of an H200"
+MODELLED = "modelled for an H200, with constants that were not measured"
 NOTE = 40  # characters of a note
 KEY = ["network", "norm", "groups", "shape", "dtype", "layout", "activation", "residual"]
 NETWORK = ["network", "norm", "dtype", "layout"]
 IDENTITY = ["status", "kind", *KEY, "variant", "direction", "cache", "mode"]
-
-
-def floor(moved: Any) -> Any:
-    """Microseconds that moving so many bytes takes at the assumed copy rate."""
-    return moved / COPY_RATE * 1e6
 
 
 def label(shape: str, residual: float, activation: str) -> str:
@@ -59,9 +54,8 @@ def short(value: float) -> str:
 
 
 def predicted(found: pd.DataFrame) -> pd.DataFrame:
-    """Counted, without a GPU; forward and backward as a/b. The last row is of all layers: the sums, but the
-    most registers and the fewest bytes in flight. These two are left out where they are not known of any.
-    Empty if nothing was predicted."""
+    """Planned and modelled, without a GPU; forward and backward as a/b. The last row is of all layers. Empty
+    if nothing was predicted."""
     ours = select(found, status=PREDICTED, variant="bnfast")
     if ours.empty:
         return ours
@@ -69,22 +63,43 @@ def predicted(found: pd.DataFrame) -> pd.DataFrame:
     count = one["count"].fillna(1)
     values = one["shape"].map(lambda shape: prod(map(int, shape.split("x"))))
     size = values * one["dtype"].map(lambda name: DTYPES[name].itemsize) / 1e6
-
-    def both(column: str, scale: float = 1, total: str = "sum") -> list[str]:
-        values = wide(ours, column, "direction")[list(DIRECTIONS)] * scale
-        added = values.mul(count, axis=0).sum()
-        values.loc["all"] = added if total == "sum" else values.agg(total, skipna=False)
-        show = short if scale != 1 else "{:.0f}".format
-        return ["-" if row.isna().any() else "/".join(map(show, row)) for _, row in values.iterrows()]
-
-    table = pd.DataFrame({
+    return pd.DataFrame({
         "C x size": [*one["label"], "all"], "layers": cells([*count, count.sum()], ".0f"),
         "T MB": cells([*size, (size * count).sum()], ".1f"),
-        "MB moved": both("floor_bytes", 1e-6), "launches": both("launches"),
-        "regs": both("registers", total="max"), "KB in flight": both("in_flight_KB", total="min"),
-        "floor us": both("floor_bytes", floor(1)),
+        "MB moved": _both(ours, count, "floor_bytes", 1e-6), "launches": _both(ours, count, "launches"),
+        "floor us": _both(ours, count, "floor_bytes", floor(1)),
+        "modelled us": _both(ours, count, "us", 1.0),
     })  # fmt: skip
-    return table.loc[:, (table != "-").any()]
+
+
+def counted(found: pd.DataFrame) -> pd.DataFrame:
+    """Of the compiled kernels, as `predicted`. The last row has the most, but the least in flight, and the
+    sectors and wavefronts of all layers. Empty if nothing was compiled."""
+    ours = select(found, status=PREDICTED, variant="bnfast")
+    ours = ours[ours["registers"].notna()]
+    one = ours.drop_duplicates("case").set_index("case")
+    count = one["count"].fillna(1)
+    return pd.DataFrame({
+        "C x size": [*one["label"], "all"],
+        "regs": _both(ours, count, "registers", total="max"),
+        "KB in flight": _both(ours, count, "in_flight_KB", total="min"),
+        "instr": _both(ours, count, "instructions", total="max"),
+        "sector MB": _both(ours, count, "sector_MB", 1.0),
+        "kwaves": _both(ours, count, "kwavefronts", 1.0),
+        "barriers": _both(ours, count, "barriers", total="max"),
+        "trips": _both(ours, count, "round_trips", total="max"),
+    }).iloc[: None if len(one) else 0]  # fmt: skip
+
+
+def _both(
+    ours: pd.DataFrame, count: pd.Series, column: str, scale: float | None = None, total: str = "sum"
+) -> list[str]:
+    """A column's forward and backward as a/b, and that of all layers. scale: None for whole numbers."""
+    values = wide(ours, column, "direction").reindex(columns=DIRECTIONS) * (scale or 1)
+    added = values.mul(count, axis=0).sum()
+    values.loc["all"] = added if total == "sum" else values.agg(total, skipna=False)
+    show = short if scale else "{:.0f}".format
+    return ["-" if row.isna().any() else "/".join(map(show, row)) for _, row in values.iterrows()]
 
 
 def measured(found: pd.DataFrame, direction: str) -> pd.DataFrame:

@@ -18,4 +18,4 @@ def why_not_compiled() -> str | None:
         from bnfast.kernels.launch import INTERPRET  # needs Triton
 
         why = "under TRITON_INTERPRET kernels are not compiled" if INTERPRET else None
-    return why and f"no registers, no bytes in flight: {why}"
+    return why and f"bytes and launches alone: {why}"

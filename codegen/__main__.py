@@ -12,39 +12,39 @@ from tqdm import tqdm
 
 from bnfast import dispatch
 from codegen import budgets, why_not_compiled
-from codegen.budgets import IN_FLIGHT, LOAD, REGISTERS
 from codegen.cases import CASES
 
 ABOUT = """\
-Launches and bytes (MB) of a layer's kernels, registers a thread, KB that an SM waits for at a time, and bytes
-of the average load, counted from plan and machine code for an H200. Where a figure is not its budget:
-budget -> now."""
+Of a layer's kernels, as compiled for an H200: MB that they have to move, registers a thread, KB that an SM
+waits for at a time, bytes of the average load. Executed: instructions a thread for 16 bytes; 32-byte sectors,
+wavefronts of shared memory and barriers of a program; and how often the program that finalizes waits for
+memory. A figure that is not its budget is followed by a star."""
 NAME_WIDTH = 34
-COLUMNS = {  # figure: (title, width, unit, format)
-    "launches": ("runs", 8, 1, ".0f"),
-    "bytes": ("MB", 18, 1e6, ".1f"),
-    REGISTERS: ("registers", 12, 1, ".0f"),
-    IN_FLIGHT: ("KB", 16, 1, ".1f"),
-    LOAD: ("a load", 14, 1, ".1f"),
+COLUMNS = {  # figure: (title, unit, format)
+    "bytes": ("MB", 1e6, ".1f"),
+    budgets.REGISTERS: ("regs", 1, ".0f"),
+    budgets.IN_FLIGHT: ("KB", 1, ".1f"),
+    budgets.LOAD: ("load", 1, ".1f"),
+    budgets.INSTRUCTIONS: ("instr", 1, ".1f"),
+    budgets.SECTORS: ("sectors", 1, ".0f"),
+    budgets.WAVEFRONTS: ("waves", 1, ".0f"),
+    budgets.BARRIERS: ("bars", 1, ".0f"),
+    budgets.ROUND_TRIPS: ("trips", 1, ".0f"),
 }
 
 
 def show(now: pd.DataFrame, changes: pd.DataFrame) -> None:
     """now: with figures of one Triton."""
-    was = changes["was"].to_dict()
-    titles = "".join(title.ljust(width) for title, width, _, _ in COLUMNS.values())
-    print(f"{'kernel':{NAME_WIDTH}}{titles}".rstrip())
+    changed = set(changes.index)
+    print(f"{'kernel':{NAME_WIDTH}}{''.join(f'{title:>7} ' for title, _, _ in COLUMNS.values())}".rstrip())
     for case, lines in now.groupby(level="case", sort=False):
         print(case)
-        for key, line in lines.iterrows():
+        for key, line in lines.drop(columns="launches").iterrows():
             shown = f"  {key[1]} {key[2].removesuffix('_kernel')}".ljust(NAME_WIDTH)
-            for (figure, value), (_, width, unit, form) in zip(line.items(), COLUMNS.values(), strict=True):
-                before = was.get((*key, figure))
-                arrow = "" if before is None else f"{before / unit:{form}} -> "
-                shown += f"{arrow}{value / unit:{form}}".ljust(width)
+            for (figure, value), (_, unit, form) in zip(line.items(), COLUMNS.values(), strict=True):
+                shown += f"{value / unit:7{form}}" + ("*" if (*key, figure) in changed else " ")
             print(shown.rstrip())
-    for change in budgets.told(changes[changes["now"] == 0]):
-        print(change)
+    print(*budgets.told(changes), sep="\n")
 
 
 def main(arguments: list[str]) -> int:

@@ -1,7 +1,7 @@
 """What kernels may take, as committed in budgets.csv: read, renewed, and held against what is counted now.
 
-A line is one kernel of one layer and direction. Registers, bytes in flight and the width of loads are of a
-version of Triton, and have a column for each that the static tests run."""
+A line is one kernel of one layer and direction. All but launches and bytes is of a version of Triton, and has
+a column for each that the static tests run."""
 
 from __future__ import annotations
 
@@ -20,8 +20,15 @@ if TYPE_CHECKING:
 PATH = Path(__file__).with_name("budgets.csv")
 RENEW = "python3 -m codegen --write"
 KEY = ["case", "direction", "kernel"]
-# Registers a thread; KB that an SM of an H200 waits for at a time; bytes of the average load.
-REGISTERS, IN_FLIGHT, LOAD = OF_CODE = ("registers", "KB in flight", "bytes a load")
+# Registers a thread; KB that an SM of an H200 waits for at a time; bytes of the average load. Executed:
+# instructions a thread for 16 bytes; 32-byte sectors, wavefronts of shared memory and barriers of a program;
+# and how often the program that finalizes waits for memory, each time after the last.
+REGISTERS, IN_FLIGHT, LOAD, INSTRUCTIONS, SECTORS, WAVEFRONTS, BARRIERS, ROUND_TRIPS = OF_CODE = (
+    "registers", "KB in flight", "bytes a load",
+    "instructions", "sectors", "wavefronts", "barriers", "round trips",
+)  # fmt: skip
+FRACTIONS = IN_FLIGHT, LOAD, INSTRUCTIONS
+MORE_IS_BETTER = IN_FLIGHT, LOAD
 
 
 def versions(lines: pd.DataFrame) -> list[str]:
@@ -33,7 +40,7 @@ def table(lines: pd.DataFrame) -> pd.DataFrame:
     """The lines by their keys, with their columns in order and of their types."""
     types = {"launches": "int64", "bytes": "int64"}
     for what in OF_CODE:
-        types |= {f"{what} {v}": "Int64" if what == REGISTERS else "float64" for v in versions(lines)}
+        types |= {f"{what} {v}": "float64" if what in FRACTIONS else "Int64" for v in versions(lines)}
     return lines.set_index(KEY)[[*types]].astype(types)
 
 
@@ -44,11 +51,16 @@ def read() -> pd.DataFrame:
 def lines(case: Case, launched: dict[str, list[Launched]]) -> pd.DataFrame:
     """The lines of a case as they are now, of the Triton that runs."""
     names = [*KEY, "launches", "bytes", *(f"{what} {dispatch.TRITON_VERSION}" for what in OF_CODE)]
-    found = [
-        (str(case), direction, each.kernel, 1, each.bytes, each.report.registers,
-         round(each.in_flight / 1024, 1), round(fmean(each.report.streamed.elements()), 1))
-        for direction, several in launched.items() for each in several
-    ]  # fmt: skip
+    found = []
+    for direction, several in launched.items():
+        for each in several:
+            code, done = each.report, each.counts
+            found.append((
+                str(case), direction, each.kernel, 1, each.bytes, code.registers,
+                round(each.in_flight / 1024, 1), round(fmean(code.streamed.elements()), 1),
+                round(each.instructions, 1), round(done.sectors), round(done.wavefronts), done.barriers,
+                done.final_round_trips,
+            ))  # fmt: skip
     return table(pd.DataFrame(found, columns=names))
 
 
@@ -70,7 +82,7 @@ def changes(now: pd.DataFrame, budget: pd.DataFrame) -> pd.DataFrame:
 
     found = pd.DataFrame({"was": figures(known), "now": figures(now)})
     found = found[found["now"].notna() & (found["was"] != found["now"])]
-    more_is_better = found.index.get_level_values("figure").str.startswith((IN_FLIGHT, LOAD))
+    more_is_better = found.index.get_level_values("figure").str.startswith(MORE_IS_BETTER)
     worse = found["was"].isna() | ((found["now"] < found["was"]) == more_is_better)
     return found.assign(worse=worse)
 

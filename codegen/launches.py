@@ -7,6 +7,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -15,7 +16,8 @@ from torch import Tensor, nn
 import bnfast
 from bnfast.kernels import launch
 from bnfast.ptx.driver import launching
-from codegen import SMS, sass
+from bnfast.ptx.program import LANES
+from codegen import SMS, counts, sass
 from codegen.cases import Case
 
 # The tensors whose bytes count. Parameters, running statistics and counters are few.
@@ -71,6 +73,16 @@ class Launched:
     @property
     def report(self) -> sass.Report:
         return sass.report(self.code)
+
+    @cached_property
+    def counts(self) -> counts.Counts:
+        """Of a program. Its tensors' values do not count, and change."""
+        return counts.counted(self.kernel, self.code, self.programs, self.arguments)
+
+    @property
+    def instructions(self) -> float:
+        """Of a thread, for 16 bytes that the launch has to move."""
+        return self.counts.instructions * self.programs * LANES * 16 / self.bytes
 
     @property
     def in_flight(self) -> float:

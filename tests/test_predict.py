@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import predict, suites, tables
+from benchmarks import model, predict, suites, tables
 from benchmarks.cases import of_network
 from benchmarks.records import PREDICTED
 from benchmarks.suites import SUITES, Network
@@ -22,6 +22,7 @@ from bnfast import dispatch
 from bnfast.kernels import launch_plan
 from codegen import launches
 from codegen.cases import DIRECTIONS, Case
+from codegen.counts import Counts
 from tests.support.trace import Trace, trace
 
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -105,11 +106,11 @@ def test_records_say_what_they_are() -> None:
         assert (record.activation, record.residual, record.launches) == ("relu", 1, 2)
         assert record.floor_bytes is not None
         assert 0 <= record.floor_bytes - (passes * t + t / 16) < 0.01 * t
-        assert record.us == pytest.approx(tables.floor(record.floor_bytes), abs=0.01)
+        assert record.us == pytest.approx(model.floor(record.floor_bytes) + 2 * model.GAP, abs=0.01)
         assert record.GBps is record.copy_GBps is None  # nothing was measured
         assert tables.FLOOR_LABEL in record.note
         assert "TRITON_INTERPRET" in record.note
-        assert record.registers is record.in_flight_KB is None
+        assert record.registers is record.in_flight_KB is record.instructions is record.round_trips is None
     assert (forward.direction, backward.direction) == DIRECTIONS
 
 
@@ -122,24 +123,46 @@ def test_without_triton_bytes_are_counted(monkeypatch: pytest.MonkeyPatch) -> No
     assert "Triton is not installed" in record.note
 
 
-def test_a_worse_figure_is_that_of_the_kernel_that_streams() -> None:
-    """Registers: the most of all. Bytes in flight: the least of those that go through x or dy."""
+def made_up(kernel: str, registers: int, spills: int, in_flight: float, **arguments: Any) -> Any:
+    """A launch of 264 programs, of which each of 132 SMs has two, that has a megabyte to move."""
+    done = Counts(2000.0, 100.0, 50.0, 3, final_barriers=8, final_round_trips=17)
+    code = SimpleNamespace(registers=registers, num_warps=4, shared=1024, spills=spills)
+    return SimpleNamespace(
+        kernel=kernel, streams=arguments.keys() & {"x_ptr"}, in_flight=in_flight, report=code, counts=done,
+        programs=264, arguments=arguments, bytes=2**20, instructions=24.0,
+    )  # fmt: skip
+
+
+def test_the_figures_of_a_layer_are_those_of_its_kernels() -> None:
+    """Registers and barriers: the most of all. Bytes in flight: the least of those that go through x or dy.
+    Sectors and wavefronts: of all programs; round trips: of all that finalize."""
     case = Case("BatchNorm", (256, 64, 112, 112), 0, BF16, True)
-    kernels: list[Any] = [
-        SimpleNamespace(
-            kernel=kernel, streams=streams, in_flight=in_flight,
-            report=SimpleNamespace(registers=registers, spills=spills),
-        )
-        for kernel, streams, registers, spills, in_flight in (
-            ("statistics_kernel", True, 111, 0, 65536.0),
-            ("transform_kernel", True, 64, 2, 49152.0),
-            ("column_sums_kernel", False, 56, 0, 128.0),
-        )
-    ]  # fmt: skip
+    kernels = [
+        made_up("statistics_kernel", 111, 0, 65536.0, x_ptr=0, semaphores_ptr=0),
+        made_up("transform_kernel", 64, 2, 49152.0, x_ptr=0),
+        made_up("column_sums_kernel", 56, 0, 128.0),
+    ]
     record = predict.record(case, "forward", kernels, None)
-    assert (record.registers, record.in_flight_KB) == (111, 48.0)
+    assert (record.registers, record.in_flight_KB, record.barriers) == (111, 48.0, 3)
+    assert (record.kwavefronts, record.round_trips) == (39.6, 3 * 17)
+    assert record.sector_MB == pytest.approx(3 * 264 * 100 * 32e-6, abs=0.01)
+    assert record.us == pytest.approx(sum(model.of_launch(each).all for each in kernels), abs=0.01)
     assert record.ran == "statistics_kernel transform_kernel column_sums_kernel"
     assert record.note.endswith("spills: transform_kernel")
+
+
+def test_a_launch_is_modelled_by_its_parts() -> None:
+    """Two programs on each SM; a microsecond has 1755 cycles."""
+    streams = made_up("transform_kernel", 64, 0, 49152.0, x_ptr=0)
+    expected = (1000 / 1755, 1.5, 2 * 50 / 1755, 0.0)  # 4000 instructions, four a cycle, beat a megabyte
+    assert model.of_launch(streams) == pytest.approx(expected)
+    streams.bytes = 43 * 10**6
+    assert model.of_launch(streams).streaming == pytest.approx(10.0)
+    streams.programs = 264 * 50  # no more run at a time than fit
+    assert model.of_launch(streams).shared == pytest.approx(8 * 50 / 1755)
+    finalizes = made_up("statistics_kernel", 64, 0, 65536.0, x_ptr=0, semaphores_ptr=0)
+    assert model.of_launch(finalizes).finalizing == pytest.approx((900 + 17 * 390 + 8 * 30) / 1755)
+    assert model.uncounted(43 * 10**6, 2) == (10.0, 3.0, 0.0, 0.0)
 
 
 # the networks

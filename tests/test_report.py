@@ -108,14 +108,20 @@ def test_tables_fit_a_terminal(network: Network) -> None:
     assert "torch: TORCH" in tables.who_ran(found)
 
 
-def test_columns_of_compiled_kernels_are_there_where_kernels_were_compiled() -> None:
+def test_there_is_a_table_of_compiled_kernels_where_kernels_were_compiled() -> None:
+    """Its last row has the most, but the least in flight, and the sum of sectors and wavefronts."""
     found = [r for r in made_up(suites.UNET3D) if r.status == PREDICTED]
-    table = tables.predicted(frame(found))
-    assert {"regs", "KB in flight"}.isdisjoint(table)
-    assert len(table.columns) == 6
-    compiled = [dataclasses.replace(r, registers=64, in_flight_KB=48.0) for r in found]
-    last = tables.predicted(frame(compiled)).iloc[-1]
-    assert [last["regs"], last["KB in flight"]] == ["64/64", "48/48"]
+    assert tables.counted(frame(found)).empty
+    code = {"registers": 64, "instructions": 30.04, "sector_MB": 1.0, "kwavefronts": 2.0, "barriers": 9}
+    compiled = [
+        dataclasses.replace(r, **code, in_flight_KB=48.0 + n, round_trips=n) for n, r in enumerate(found)
+    ]
+    table = tables.counted(frame(compiled))
+    lines_of(table)
+    last, layers = table.iloc[-1], len(suites.UNET3D.layers)
+    assert [last["regs"], last["KB in flight"], last["instr"]] == ["64/64", "48/49", "30/30"]
+    assert [last["sector MB"], last["kwaves"]] == [f"{layers}/{layers}", f"{2 * layers}/{2 * layers}"]
+    assert [last["barriers"], last["trips"]] == ["9/9", f"{len(found) - 2}/{len(found) - 1}"]
 
 
 def test_a_total_needs_every_layer() -> None:

@@ -18,13 +18,13 @@ from .library import load
 from .program import Program
 
 TENSOR = np.dtype([("base", "u8"), ("bytes", "u8"), ("granule", "i4"), ("kind", "i4")])
-READ_ONLY, MADE, UPDATED = range(3)
+READ_ONLY, MADE, UPDATED, UNWATCHED = range(4)
 # What a launch may do with a tensor, by the name of the kernel's parameter. All others are MADE: if a launch
 # stores to one, it may load from there only what it has stored.
 _KINDS = dict.fromkeys(("x_ptr", "dy_ptr", "residual_ptr", "weight_ptr", "bias_ptr"), READ_ONLY)
 _KINDS |= dict.fromkeys(("running_mean_ptr", "running_var_ptr", "batches_ptr", "semaphores_ptr"), UPDATED)
 COUNTERS = ("executed", "sectors", "fewest_sectors", "wavefronts", "fewest_wavefronts", "diverged")
-TOTALS = ("replicas", "same_warp", "unequal_stores", "round_trips", "final_round_trips")
+TOTALS = ("replicas", "same_warp", "unequal_stores", "round_trips", "final_round_trips", "barriers")
 _MESSAGES = 8192  # bytes
 
 
@@ -33,6 +33,7 @@ class _Launch(ctypes.Structure):
         ("code", ctypes.c_void_p),
         *((name, ctypes.c_int32) for name in (
             "length", "registers", "warps", "shared_bytes", "shared_step", "grid", "resident", "quantum",
+            "first", "programs",
         )),
         *((name, ctypes.c_void_p) for name in ("initial", "parameters", "tensors")),
         *((name, ctypes.c_int32) for name in ("n_tensors", "messages_room")),
@@ -52,7 +53,8 @@ class Execution:
     totals: replicas: loads and stores of one address by warps of one program without a barrier between them;
     same_warp: those of shared memory by lanes of one warp; unequal_stores: lanes of one instruction that
     store other bits at one address; round_trips: how often a warp at most waits for what it has loaded, each
-    time after the last; final_round_trips: those after an atomic."""
+    time after the last; final_round_trips: those after the first atomic; barriers: the most that a program
+    passes."""
 
     kernel: str
     grid: int
@@ -73,6 +75,17 @@ class Arguments:
     tensors: list[tuple[int, int, int, int]] = field(default_factory=list)
     written: list[Tensor] = field(default_factory=list)
 
+    @classmethod
+    def of(cls, code: Any, given: dict[str, Any], watched: bool = True) -> Arguments:
+        """Those of a launch of what Triton has compiled. watched: whether what it does with its tensors is
+        judged; their bounds always are."""
+        arguments = cls()
+        for name, value in given.items():
+            kind = code.src.signature[name]
+            if kind != "constexpr":
+                arguments.add(name if watched else "", kind, value)
+        return arguments
+
     def add(self, name: str, kind: str, value: Any) -> None:
         if not isinstance(value, Tensor):
             bits = struct.unpack("<Q", struct.pack("<d", value))[0] if kind.startswith("fp") else int(value)
@@ -82,7 +95,7 @@ class Arguments:
         known = any(base == value.data_ptr() for base, *_ in self.tensors)
         if known or not value.numel():
             return
-        use = _KINDS.get(name, MADE)
+        use = _KINDS.get(name, MADE) if name else UNWATCHED
         granule = value.element_size().bit_length() - 1
         self.tensors.append((value.data_ptr(), value.nbytes, granule, use))
         if use != READ_ONLY:
@@ -99,8 +112,11 @@ def run(
     *,
     resident: int = 8,
     perturb: int = 0,
+    only: range | None = None,
 ) -> Execution:
-    """Executes one launch. shared: bytes of shared memory. resident: programs that run at a time."""
+    """Executes one launch. shared: bytes of shared memory. resident: programs that run at a time. only: the
+    programs of the grid that are executed; None: all."""
+    chosen = range(grid) if only is None else only
     given = [
         program.code,
         program.initial,
@@ -113,10 +129,11 @@ def run(
     code, initial, parameters, tensors = (array.ctypes.data for array in given)
     launch = _Launch(
         code=code, length=len(program.code), registers=len(program.initial), warps=program.warps,
-        shared_bytes=shared, shared_step=program.shared_step, grid=grid, resident=min(resident, grid),
+        shared_bytes=shared, shared_step=program.shared_step, grid=grid, resident=min(resident, len(chosen)),
         quantum=64, initial=initial, parameters=parameters, tensors=tensors, n_tensors=len(arguments.tensors),
         messages_room=_MESSAGES, seed=seed, perturb=perturb, counters=counters.ctypes.data,
-        totals=totals.ctypes.data, messages=ctypes.addressof(messages),
+        totals=totals.ctypes.data, messages=ctypes.addressof(messages), first=chosen.start,
+        programs=len(chosen),
     )  # fmt: skip
     instructions = load().execute(ctypes.byref(launch))
     if messages.value:
@@ -125,6 +142,14 @@ def run(
     return Execution(
         name, grid, program, instructions, by_name, dict(zip(TOTALS, totals.tolist(), strict=True))
     )
+
+
+def program_of(code: Any) -> Program:
+    """The instructions of what Triton has compiled, read once."""
+    program = _programs.get(code.hash)
+    if program is None:
+        program = _programs[code.hash] = Program(code.asm["ptx"])
+    return program
 
 
 def _bits(t: Tensor) -> bytes:
@@ -136,14 +161,8 @@ def _execute(
     name: str, code: Any, grid: int, given: dict[str, Any], seeds: Sequence[int], perturb: int
 ) -> Execution:
     """Executes a launch once for each schedule. All have to give the same bits."""
-    program = _programs.get(code.hash)
-    if program is None:
-        program = _programs[code.hash] = Program(code.asm["ptx"])
-    arguments = Arguments()
-    for parameter, value in given.items():
-        kind = code.src.signature[parameter]
-        if kind != "constexpr":
-            arguments.add(parameter, kind, value)
+    program = program_of(code)
+    arguments = Arguments.of(code, given)
     before = [_bits(t) for t in arguments.written]
     first = None
     for seed in seeds:

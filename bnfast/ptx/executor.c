@@ -139,7 +139,7 @@ static void run_warp(Machine *m, Cta *c, Warp *w, int instructions) {
       case ATOMIC_ADD:
         atomic_add(m, c, w, i, active);
         if (active && to[0] >= 0) w->ready[to[0]] = w->round + 1;
-        if (active) w->final_round = w->round + 1;
+        if (active && !w->final_round) w->final_round = w->round + 1;
         break;
       case SHUFFLE_XOR:
       case SHUFFLE_INDEX: {
@@ -204,6 +204,7 @@ static void pass_barrier(Machine *m, Cta *c) {
 
 static void finish(Machine *m, Cta *c) {
   i64 *totals = m->launch->totals;
+  if (c->epoch > totals[BARRIERS]) totals[BARRIERS] = c->epoch;
   for (int k = 0; k < m->launch->warps; k++) {
     Warp *w = c->warps + k;
     if (w->round > totals[ROUND_TRIPS]) totals[ROUND_TRIPS] = w->round;
@@ -218,16 +219,16 @@ i64 execute(const Launch *launch) {
   Machine machine = {.launch = launch, .random = launch->seed, .perturb = launch->perturb}, *m = &machine;
   m->watched = watch(launch), m->last_tensor = calloc(launch->length, sizeof(int));
   Cta *ctas = calloc(launch->resident, sizeof(Cta));
-  u32 *order = malloc(launch->grid * sizeof(u32));
+  u32 *order = malloc(launch->programs * sizeof(u32));
   int next = 0, live = 0;
-  for (int k = 0; k < launch->grid; k++) order[k] = k;
-  for (int k = launch->grid - 1; launch->seed && k > 0; k--) {
+  for (int k = 0; k < launch->programs; k++) order[k] = launch->first + k;
+  for (int k = launch->programs - 1; launch->seed && k > 0; k--) {
     int other = random_bits(&m->random) % (k + 1);
     u32 kept = order[k];
     order[k] = order[other], order[other] = kept;
   }
   for (;;) {
-    for (int k = 0; k < launch->resident && next < launch->grid; k++)
+    for (int k = 0; k < launch->resident && next < launch->programs; k++)
       if (!ctas[k].live) start(m, ctas + k, order[next++]), live++;
     if (!live || m->faults >= MOST_FAULTS) break;
     Cta *c = ctas + random_bits(&m->random) % launch->resident;

@@ -20,10 +20,11 @@ typedef struct {
   i32 granule;  // log2 of the bytes that are watched together: those of an element
   i32 kind;     // what the kernel may do with it, as below
 } Tensor;
-enum { READ_ONLY, MADE, UPDATED };  // MADE: nothing may be loaded that this launch has not stored
+// MADE: nothing may be loaded that this launch has not stored. UNWATCHED: anything goes, within its bounds.
+enum { READ_ONLY, MADE, UPDATED, UNWATCHED };
 
 enum { EXECUTED, SECTORS, FEWEST_SECTORS, WAVEFRONTS, FEWEST_WAVEFRONTS, DIVERGED, COUNTERS };
-enum { REPLICAS, SAME_WARP, UNEQUAL_STORES, ROUND_TRIPS, FINAL_ROUND_TRIPS, TOTALS };
+enum { REPLICAS, SAME_WARP, UNEQUAL_STORES, ROUND_TRIPS, FINAL_ROUND_TRIPS, BARRIERS, TOTALS };
 
 typedef struct {
   u32 cta;
@@ -40,7 +41,7 @@ typedef struct { Stamp *list; int length, room; } Knowledge;  // the newest know
 
 typedef struct {
   Tensor tensor;
-  Granule *granules;     // NULL of a tensor that is only read
+  Granule *granules;     // NULL of a tensor that is only read or not watched
   Knowledge **released;  // of each granule that an atomic has released
   i64 stores;
   int early_load;        // the line that loaded uninitialized memory; 0: none did
@@ -74,6 +75,7 @@ typedef struct {
 typedef struct {
   const Instruction *code;
   i32 length, registers, warps, shared_bytes, shared_step, grid, resident, quantum;
+  i32 first, programs;  // which of the grid are executed: so many from the first on
   const Register *initial;
   const u64 *parameters;
   const Tensor *tensors;

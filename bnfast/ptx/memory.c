@@ -35,7 +35,7 @@ static void race(Machine *m, const Instruction *i, const Stamp *s, const Cta *c,
 
 static void touch(Machine *m, Cta *c, Warp *w, const Instruction *i, Watched *t, u64 address, int bytes, int store, int atomic) {
   if (!t->granules) {
-    if (store) fault(m, "line %d: a store to an input", i->line);
+    if (store && t->tensor.kind == READ_ONLY) fault(m, "line %d: a store to an input", i->line);
     return;
   }
   Stamp now = {c->id, c->epoch, w->index, w->released};
@@ -208,7 +208,7 @@ void atomic_add(Machine *m, Cta *c, Warp *w, const Instruction *i, u32 active) {
   EACH_LANE if (active >> lane & 1) {
     u64 address = w->registers[i->from[0]].lane[lane] + i->offset;
     Watched *t = find(m, i, address, 4);
-    if (!t || !t->granules) { fault(m, "line %d: an atomic out of bounds", i->line); continue; }
+    if (!t || t->tensor.kind == READ_ONLY) { fault(m, "line %d: an atomic out of bounds", i->line); continue; }
     u64 k = (address - t->tensor.base) >> t->tensor.granule;
     if (!t->released) t->released = calloc((t->tensor.bytes >> t->tensor.granule) + 1, sizeof(Knowledge *));
     Knowledge *released = t->released[k];
@@ -233,7 +233,7 @@ Watched *watch(const Launch *launch) {
   Watched *all = calloc(launch->n_tensors + 1, sizeof(Watched));
   for (int k = 0; k < launch->n_tensors; k++) {
     all[k].tensor = launch->tensors[k];
-    if (all[k].tensor.kind == READ_ONLY) continue;
+    if (all[k].tensor.kind == READ_ONLY || all[k].tensor.kind == UNWATCHED) continue;
     u64 n = (all[k].tensor.bytes >> all[k].tensor.granule) + 1;
     all[k].granules = calloc(n, sizeof(Granule));
     for (u64 g = 0; g < n; g++) all[k].granules[g].wrote = all[k].granules[g].read = NOBODY;
