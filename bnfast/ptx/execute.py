@@ -16,8 +16,18 @@ from torch import Tensor
 from .driver import launching
 from .library import load
 from .program import Program
+from .traffic import Traffic
 
-TENSOR = np.dtype([("base", "u8"), ("bytes", "u8"), ("granule", "i4"), ("kind", "i4")])
+TENSOR = np.dtype(
+    [
+        ("base", "u8"),
+        ("bytes", "u8"),
+        ("granule", "i4"),
+        ("kind", "i4"),
+        ("touched", "u8"),
+        ("moved", "i8", 4),
+    ]
+)
 READ_ONLY, MADE, UPDATED = range(3)
 # What a launch may do with a tensor, by the name of the kernel's parameter. All others are MADE: if a launch
 # stores to one, it may load from there only what it has stored.
@@ -47,7 +57,8 @@ class Fault(AssertionError):
 
 @dataclass
 class Execution:
-    """One launch. counters: of each instruction, by the names of COUNTERS.
+    """One launch. counters: of each instruction, by the names of COUNTERS. tensors: by the kernel's
+    parameters, of which two may be given the same.
 
     totals: replicas: loads and stores of one address by warps of one program without a barrier between them;
     same_warp: those of shared memory by lanes of one warp; unequal_stores: lanes of one instruction that
@@ -60,6 +71,7 @@ class Execution:
     instructions: int
     counters: dict[str, np.ndarray]
     totals: dict[str, int]
+    tensors: dict[str, Traffic]
 
     def count(self, counter: str) -> int:
         return int(self.counters[counter].sum())
@@ -70,7 +82,8 @@ class Arguments:
     """What a kernel is handed: 64 bits of each parameter, and the memory that it may touch."""
 
     parameters: list[int] = field(default_factory=list)
-    tensors: list[tuple[int, int, int, int]] = field(default_factory=list)
+    watched: list[tuple[int, int, int, int, Any]] = field(default_factory=list)
+    tensors: dict[str, int] = field(default_factory=dict)  # by the parameters' names: which of `watched`
     written: list[Tensor] = field(default_factory=list)
 
     def add(self, name: str, kind: str, value: Any) -> None:
@@ -79,14 +92,22 @@ class Arguments:
             self.parameters.append(bits % 2**64)
             return
         self.parameters.append(value.data_ptr())
-        known = any(base == value.data_ptr() for base, *_ in self.tensors)
-        if known or not value.numel():
-            return
         use = _KINDS.get(name, MADE)
-        granule = value.element_size().bit_length() - 1
-        self.tensors.append((value.data_ptr(), value.nbytes, granule, use))
-        if use != READ_ONLY:
-            self.written.append(value)
+        span = value.data_ptr(), value.nbytes
+        if value.numel() and self.watch(name, *span, value.element_size(), use, value.untyped_storage()):
+            self.written += [value] * (use != READ_ONLY)
+
+    def watch(self, name: str, address: int, size: int, element: int, use: int, storage: Any = None) -> bool:
+        """Lets the kernel touch this memory. False: another parameter has brought the same."""
+        for k, (base, length, *_) in enumerate(self.watched):
+            if base < address + size and address < base + length:
+                if (base, length) != (address, size):
+                    raise ValueError(f"the tensor of {name} overlaps another one")
+                self.tensors[name] = k
+                return False
+        self.tensors[name] = len(self.watched)
+        self.watched.append((address, size, element, use, storage))
+        return True
 
 
 def run(
@@ -101,11 +122,19 @@ def run(
     perturb: int = 0,
 ) -> Execution:
     """Executes one launch. shared: bytes of shared memory. resident: programs that run at a time."""
+    traffic = [
+        Traffic(address, size, np.zeros(size // element, np.uint8), np.zeros(4, np.int64), storage)
+        for address, size, element, _, storage in arguments.watched
+    ]
+    rows = [
+        (t.address, t.size, element.bit_length() - 1, use, t.touched.ctypes.data, t.moved)
+        for t, (_, _, element, use, _) in zip(traffic, arguments.watched, strict=True)
+    ]
     given = [
         program.code,
         program.initial,
         np.array([*arguments.parameters, 0, 0], np.uint64),  # Triton adds two pointers to scratch memory
-        np.array(arguments.tensors, TENSOR),
+        np.array(rows, TENSOR),
     ]
     counters: np.ndarray = np.zeros((len(program.code), len(COUNTERS)), np.int64)
     totals: np.ndarray = np.zeros(len(TOTALS), np.int64)
@@ -114,17 +143,21 @@ def run(
     launch = _Launch(
         code=code, length=len(program.code), registers=len(program.initial), warps=program.warps,
         shared_bytes=shared, shared_step=program.shared_step, grid=grid, resident=min(resident, grid),
-        quantum=64, initial=initial, parameters=parameters, tensors=tensors, n_tensors=len(arguments.tensors),
+        quantum=64, initial=initial, parameters=parameters, tensors=tensors, n_tensors=len(rows),
         messages_room=_MESSAGES, seed=seed, perturb=perturb, counters=counters.ctypes.data,
         totals=totals.ctypes.data, messages=ctypes.addressof(messages),
     )  # fmt: skip
     instructions = load().execute(ctypes.byref(launch))
     if messages.value:
         raise Fault(f"{name}, schedule {seed}:\n{messages.value.decode()}")
-    by_name = dict(zip(COUNTERS, counters.T, strict=True))
+    for t, row in zip(traffic, given[-1], strict=True):
+        t.moved = row["moved"]
     return Execution(
-        name, grid, program, instructions, by_name, dict(zip(TOTALS, totals.tolist(), strict=True))
-    )
+        name, grid, program, instructions,
+        counters=dict(zip(COUNTERS, counters.T, strict=True)),
+        totals=dict(zip(TOTALS, totals.tolist(), strict=True)),
+        tensors={parameter: traffic[k] for parameter, k in arguments.tensors.items()},
+    )  # fmt: skip
 
 
 def _bits(t: Tensor) -> bytes:
@@ -173,7 +206,8 @@ def executing(*, sms: int = 2, seeds: Sequence[int] = (1,), perturb: int = 0) ->
             same for the same operands; another number, another result.
 
     Returns:
-        A context manager that gives a list, which grows by an Execution with each launch.
+        A context manager that gives a list, which grows by an Execution with each launch. As long as it is
+        kept, so is the memory of the tensors.
 
     Raises:
         Fault: A launch did what a kernel must not do.
