@@ -88,7 +88,7 @@ def run(seconds: float, compiled: bool = False) -> int:
     print(f"Checking the kernels on {where}, against fp64: of each case the result closest to its limit.")
     print(_LEGEND)
     started, failed, done, todo = time.monotonic(), 0, 0, cases(device)
-    with way:
+    with way as launched:
         for case in todo:
             if time.monotonic() - started > seconds:
                 break
@@ -99,6 +99,8 @@ def run(seconds: float, compiled: bool = False) -> int:
                 print(_row("FAIL" if bad else "ok", case, name, verdicts[name]), flush=True)
             failed += bool(bad)
             done += 1
+            if compiled:
+                launched.clear()  # and with them the memory of their tensors
     left = f", {len(todo) - done} not started for lack of time" if done < len(todo) else ""
     print(f"\n{done - failed} passed, {failed} failed{left}, {time.monotonic() - started:.0f} s")
     return 1 if failed or not done else 0

@@ -71,6 +71,14 @@ def _executed(request: pytest.FixtureRequest) -> Iterator[list[Any]]:
         yield executed
 
 
+@pytest.fixture
+def executed(_executed: list[Any], request: pytest.FixtureRequest) -> list[Any]:
+    """Grows by an Execution with each launch."""
+    if not request.config.getoption("--compiled"):
+        pytest.skip("it needs --compiled")
+    return _executed
+
+
 @pytest.fixture(autouse=True)
 def _interpreter(_executed: list[Any]) -> Iterator[None]:
     _executed.clear()

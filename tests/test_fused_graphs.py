@@ -18,10 +18,11 @@ import bnfast
 from bnfast.kernels import plan, views
 from bnfast.kernels.epilogue import Activation, Epilogue
 from bnfast.kernels.records import Problem
+from bnfast.ptx import Execution
 from tests.support import kernel_calls as kernels
 from tests.support.fused_cases import given
 from tests.support.layers import assert_same, data, every_path, step
-from tests.support.trace import Trace, clean, trace
+from tests.support.traffic import Moved, moved
 
 X = data(2, 8, 3, 4)
 
@@ -85,31 +86,34 @@ TRAFFIC = [
 ] + [("group that is held", ("relu", True), "contiguous", (4, 16, 8, 8))]
 
 
-def flows(t: Trace, *tensors: Tensor | None) -> list[tuple[float, float]]:
+def flows(t: Moved, *tensors: Tensor | None) -> list[tuple[float, float]]:
     """Reads and writes of each tensor, in units of itself."""
     return [(t.of(tensor).reads, t.of(tensor).writes) for tensor in tensors if tensor is not None]
 
 
+@pytest.mark.compiled
 @pytest.mark.usefixtures("several_programs")
 @pytest.mark.parametrize(("norm", "after", "layout", "shape"), TRAFFIC, ids=str)
-def test_bytes(norm: str, after: tuple[str, bool], layout: str, shape: tuple[int, ...]) -> None:
+def test_bytes(
+    norm: str, after: tuple[str, bool], layout: str, shape: tuple[int, ...], executed: list[Execution]
+) -> None:
     """BatchNorm with relu moves 3T and 5T; with a residual 4T + T/16 and 6T + T/16, for the mask. silu reads
     the residual again in place of a mask. A one-pass group is read once."""
     (activation, residual), (forward, backward, passes) = after, NORMS[norm]
     g = given(shape, torch.bfloat16, "train", layout, residual)
     x, dy, z, vectors = g["x"], g["dy"], g.get("z"), (g["weight"], g["bias"])
     keeps = residual and activation == "relu"
-    with trace(x=x, z=z) as t:
+    with moved(executed) as t:
         y, table, mask = forward(x, *vectors, Epilogue(Activation(activation), z, keeps))
-    clean(t, int(passes))
+    assert t.launches == passes
     assert (mask is not None) == keeps
     assert mask is None or mask.nbytes * 16 == x.nbytes
     assert flows(t, x, y) == [(passes, 0.0), (0.0, 1.0)]
     assert flows(t, z, mask) == [(1.0, 0.0)] * residual + [(0.0, 1.0)] * keeps
     kept = z if mask is None else mask
-    with trace(x=x, dy=dy, kept=kept) as t:
+    with moved(executed) as t:
         dx, _, _, dz = backward(x, dy, table, *vectors, Epilogue(Activation(activation), kept))
-    clean(t, 2)
+    assert t.launches == 2
     assert flows(t, x, dy, dx) == [(passes, 0.0), (1.0 if residual else passes, 0.0), (0.0, 1.0)]
     assert flows(t, kept, dz) == ([(1.0, 0.0), (passes - 1, 1.0)] if residual else [])
 

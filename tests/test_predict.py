@@ -1,5 +1,5 @@
 """The networks whose layers are measured, and what is predicted of them: the plan's bytes are those of the
-tensors that kernels are given, and those that kernels move in the interpreter; records say what they are."""
+tensors that kernels are given, and those that compiled kernels move; records say what they are."""
 
 from __future__ import annotations
 
@@ -20,10 +20,11 @@ from benchmarks.records import PREDICTED
 from benchmarks.suites import SUITES, Network
 from bnfast import dispatch
 from bnfast.kernels import launch_plan
+from bnfast.ptx import Execution
 from codegen import launches
 from codegen.cases import DIRECTIONS, Case
 from codegen.counts import Counts
-from tests.support.trace import Trace, trace
+from tests.support.traffic import Moved, moved
 
 BF16, FP32 = torch.bfloat16, torch.float32
 AFTER = ((None, False), ("relu", False), ("relu", True), ("silu", True), (None, True), ("gelu", False))
@@ -53,14 +54,12 @@ def several_programs(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     launch_plan.forget_plans()
 
 
-def moved(t: Trace, norm: str) -> int:
+def total(t: Moved, norm: str) -> int:
     """Bytes of the tensors that `Launched.bytes` counts. Of those that many programs read, each value once
     out and once in."""
     often = {"shares_ptr"} | (set() if norm == "BatchNorm" else launches.TABLES)
-    names = {name: name.partition(".")[0] for name in t.traffic}  # the kernels' own, where several share one
-    streamed = [name for name, own in names.items() if own in (launches.DATA | launches.HANDED) - often]
-    tables = [t[name] for name, own in names.items() if own in often]
-    return t.moved(*streamed) + sum(each.unique_read + each.unique_written for each in tables)
+    streamed = sum(each.loaded + each.stored for each in t.named(*(launches.DATA | launches.HANDED) - often))
+    return streamed + sum(each.unique_read + each.unique_written for each in t.named(*often))
 
 
 SMALL = [
@@ -74,10 +73,11 @@ SMALL = [
 ]
 
 
+@pytest.mark.compiled
 @pytest.mark.usefixtures("several_programs")
 @pytest.mark.parametrize("made", SMALL, ids=str)
 def test_launches_move_what_they_are_given(
-    made: tuple[str, tuple[int, ...], int, bool, str | None, bool],
+    made: tuple[str, tuple[int, ...], int, bool, str | None, bool], executed: list[Execution]
 ) -> None:
     norm, shape, groups, last, activation, residual = made
     case = Case(norm, shape, groups, torch.float16, last, activation, residual)
@@ -85,11 +85,11 @@ def test_launches_move_what_they_are_given(
     layer = launches.layer_of(case)
     given = [case.tensor(torch.device("cpu"), seed).requires_grad_() for seed in range(1 + residual)]
     dy = case.tensor(torch.device("cpu"), 2)
-    with trace(x_ptr=given[0]) as forward:
+    with moved(executed) as forward:
         y = layer(*given)
-    with trace(x_ptr=given[0], dy_ptr=dy) as backward:
+    with moved(executed) as backward:
         torch.autograd.grad(y, [*given, *layer.parameters()], dy)
-    assert {"forward": moved(forward, norm), "backward": moved(backward, norm)} == planned
+    assert {"forward": total(forward, norm), "backward": total(backward, norm)} == planned
 
 
 # records

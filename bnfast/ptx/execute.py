@@ -16,8 +16,11 @@ from torch import Tensor
 from .driver import launching
 from .library import load
 from .program import Program
+from .traffic import Traffic
 
-TENSOR = np.dtype([("base", "u8"), ("bytes", "u8"), ("granule", "i4"), ("kind", "i4")])
+TENSOR = np.dtype([
+    ("base", "u8"), ("bytes", "u8"), ("granule", "i4"), ("kind", "i4"), ("touched", "u8"), ("moved", "i8", 4),
+])  # fmt: skip
 READ_ONLY, MADE, UPDATED, UNWATCHED = range(4)
 # What a launch may do with a tensor, by the name of the kernel's parameter. All others are MADE: if a launch
 # stores to one, it may load from there only what it has stored.
@@ -48,7 +51,8 @@ class Fault(AssertionError):
 
 @dataclass
 class Execution:
-    """One launch. counters: of each instruction, by the names of COUNTERS.
+    """One launch. counters: of each instruction, by the names of COUNTERS. tensors: by the kernel's
+    parameters, of which two may be given the same.
 
     totals: replicas: loads and stores of one address by warps of one program without a barrier between them;
     same_warp: those of shared memory by lanes of one warp; unequal_stores: lanes of one instruction that
@@ -62,6 +66,7 @@ class Execution:
     instructions: int
     counters: dict[str, np.ndarray]
     totals: dict[str, int]
+    tensors: dict[str, Traffic]
 
     def count(self, counter: str) -> int:
         return int(self.counters[counter].sum())
@@ -72,7 +77,8 @@ class Arguments:
     """What a kernel is handed: 64 bits of each parameter, and the memory that it may touch."""
 
     parameters: list[int] = field(default_factory=list)
-    tensors: list[tuple[int, int, int, int]] = field(default_factory=list)
+    watched: list[tuple[int, int, int, int, Any]] = field(default_factory=list)
+    tensors: dict[str, int] = field(default_factory=dict)  # by the parameters' names: which of `watched`
     written: list[Tensor] = field(default_factory=list)
 
     @classmethod
@@ -83,23 +89,31 @@ class Arguments:
         for name, value in given.items():
             kind = code.src.signature[name]
             if kind != "constexpr":
-                arguments.add(name if watched else "", kind, value)
+                arguments.add(name, kind, value, watched)
         return arguments
 
-    def add(self, name: str, kind: str, value: Any) -> None:
+    def add(self, name: str, kind: str, value: Any, watched: bool = True) -> None:
         if not isinstance(value, Tensor):
             bits = struct.unpack("<Q", struct.pack("<d", value))[0] if kind.startswith("fp") else int(value)
             self.parameters.append(bits % 2**64)
             return
         self.parameters.append(value.data_ptr())
-        known = any(base == value.data_ptr() for base, *_ in self.tensors)
-        if known or not value.numel():
-            return
-        use = _KINDS.get(name, MADE) if name else UNWATCHED
-        granule = value.element_size().bit_length() - 1
-        self.tensors.append((value.data_ptr(), value.nbytes, granule, use))
-        if use != READ_ONLY:
-            self.written.append(value)
+        use = _KINDS.get(name, MADE) if watched else UNWATCHED
+        span = value.data_ptr(), value.nbytes
+        if value.numel() and self.watch(name, *span, value.element_size(), use, value.untyped_storage()):
+            self.written += [value] * (use != READ_ONLY)
+
+    def watch(self, name: str, address: int, size: int, element: int, use: int, storage: Any = None) -> bool:
+        """Lets the kernel touch this memory. False: another parameter has brought the same."""
+        for k, (base, length, *_) in enumerate(self.watched):
+            if base < address + size and address < base + length:
+                if (base, length) != (address, size):
+                    raise ValueError(f"the tensor of {name} overlaps another one")
+                self.tensors[name] = k
+                return False
+        self.tensors[name] = len(self.watched)
+        self.watched.append((address, size, element, use, storage))
+        return True
 
 
 def run(
@@ -117,11 +131,19 @@ def run(
     """Executes one launch. shared: bytes of shared memory. resident: programs that run at a time. only: the
     programs of the grid that are executed; None: all."""
     chosen = range(grid) if only is None else only
+    traffic = [
+        Traffic(address, size, np.zeros(size // element, np.uint8), np.zeros(4, np.int64), storage)
+        for address, size, element, _, storage in arguments.watched
+    ]
+    rows = [
+        (t.address, t.size, element.bit_length() - 1, use, t.touched.ctypes.data, t.moved)
+        for t, (_, _, element, use, _) in zip(traffic, arguments.watched, strict=True)
+    ]
     given = [
         program.code,
         program.initial,
         np.array([*arguments.parameters, 0, 0], np.uint64),  # Triton adds two pointers to scratch memory
-        np.array(arguments.tensors, TENSOR),
+        np.array(rows, TENSOR),
     ]
     counters: np.ndarray = np.zeros((len(program.code), len(COUNTERS)), np.int64)
     totals: np.ndarray = np.zeros(len(TOTALS), np.int64)
@@ -130,7 +152,7 @@ def run(
     launch = _Launch(
         code=code, length=len(program.code), registers=len(program.initial), warps=program.warps,
         shared_bytes=shared, shared_step=program.shared_step, grid=grid, resident=min(resident, len(chosen)),
-        quantum=64, initial=initial, parameters=parameters, tensors=tensors, n_tensors=len(arguments.tensors),
+        quantum=64, initial=initial, parameters=parameters, tensors=tensors, n_tensors=len(rows),
         messages_room=_MESSAGES, seed=seed, perturb=perturb, counters=counters.ctypes.data,
         totals=totals.ctypes.data, messages=ctypes.addressof(messages), first=chosen.start,
         programs=len(chosen),
@@ -138,10 +160,14 @@ def run(
     instructions = load().execute(ctypes.byref(launch))
     if messages.value:
         raise Fault(f"{name}, schedule {seed}:\n{messages.value.decode()}")
-    by_name = dict(zip(COUNTERS, counters.T, strict=True))
+    for t, row in zip(traffic, given[-1], strict=True):
+        t.moved = row["moved"]
     return Execution(
-        name, grid, program, instructions, by_name, dict(zip(TOTALS, totals.tolist(), strict=True))
-    )
+        name, grid, program, instructions,
+        counters=dict(zip(COUNTERS, counters.T, strict=True)),
+        totals=dict(zip(TOTALS, totals.tolist(), strict=True)),
+        tensors={parameter: traffic[k] for parameter, k in arguments.tensors.items()},
+    )  # fmt: skip
 
 
 def program_of(code: Any) -> Program:
@@ -192,7 +218,8 @@ def executing(*, sms: int = 2, seeds: Sequence[int] = (1,), perturb: int = 0) ->
             same for the same operands; another number, another result.
 
     Returns:
-        A context manager that gives a list, which grows by an Execution with each launch.
+        A context manager that gives a list, which grows by an Execution with each launch. As long as it is
+        kept, so is the memory of the tensors.
 
     Raises:
         Fault: A launch did what a kernel must not do.

@@ -13,15 +13,20 @@ typedef struct {
   i32 size, count;     // of an access: bytes of an element, elements
   i32 flag;            // of a matrix: transposed; of an atomic: acquires and releases
   i32 compare, target, line;
+  i32 place;           // of a global access: which of the source's; those of one tl.load are at one
 } Instruction;
 
 typedef struct {
   u64 base, bytes;
   i32 granule;  // log2 of the bytes that are watched together: those of an element
   i32 kind;     // what the kernel may do with it, as below
+  u8 *touched;  // of each granule: 1 << LOADED, 1 << STORED
+  i64 moved[4];
 } Tensor;
 // MADE: nothing may be loaded that this launch has not stored. UNWATCHED: anything goes, within its bounds.
 enum { READ_ONLY, MADE, UPDATED, UNWATCHED };
+
+enum { LOADED, STORED, LOADED_SECTORS, STORED_SECTORS };  // of `moved`; the first two are bytes
 
 enum { EXECUTED, SECTORS, FEWEST_SECTORS, WAVEFRONTS, FEWEST_WAVEFRONTS, DIVERGED, COUNTERS };
 enum { REPLICAS, SAME_WARP, UNEQUAL_STORES, ROUND_TRIPS, FINAL_ROUND_TRIPS, BARRIERS, TOTALS };
@@ -39,8 +44,11 @@ typedef struct {
 
 typedef struct { Stamp *list; int length, room; } Knowledge;  // the newest known stamp of other CTAs
 
+typedef struct { u32 cta, number; } Mark;  // which program, + 1, was the last to move it, and by which of its accesses
+
 typedef struct {
   Tensor tensor;
+  Mark *marks[2], *sectors[2];  // of each granule and of each sector: by loads, by stores
   Granule *granules;     // NULL of a tensor that is only read or not watched
   Knowledge **released;  // of each granule that an atomic has released
   i64 stores;
@@ -54,6 +62,8 @@ typedef struct {
   u32 alive;
   int index, together, waiting, done;
   u32 epoch, synced, released, round, final_round;  // round: global round trips that its results depend on
+  u32 accesses, operations;  // of global memory: instructions; what they were in the source
+  const Instruction *last;
   Register *registers;
   u32 *ready;     // of each register: the round in which its value arrives
 } Warp;
@@ -78,7 +88,7 @@ typedef struct {
   i32 first, programs;  // which of the grid are executed: so many from the first on
   const Register *initial;
   const u64 *parameters;
-  const Tensor *tensors;
+  Tensor *tensors;
   i32 n_tensors, messages_room;
   u64 seed, perturb;  // perturb: moves approximate results within their documented error; 0: does not
   i64 *counters;      // COUNTERS of each instruction

@@ -60,18 +60,44 @@ static void touch(Machine *m, Cta *c, Warp *w, const Instruction *i, Watched *t,
   }
 }
 
+// Counts what an access of a lane moves. What other lanes and warps of the program have moved by the same
+// instruction counts once, and so does a sector that one line of the source moves by several instructions. Returns
+// whether any byte has been moved by the same instruction.
+static int count_moved(Cta *c, Warp *w, Watched *t, u64 address, int bytes, int store) {
+  i64 *moved = t->tensor.moved + store;
+  u64 offset = address - t->tensor.base, sector = (address >> 5) - (t->tensor.base >> 5);
+  int granule = 1 << t->tensor.granule, again = 0;
+  Mark now = {c->id + 1, w->accesses}, *s = t->sectors[store] + sector;
+  for (u64 k = offset >> t->tensor.granule; k <= (offset + bytes - 1) >> t->tensor.granule; k++) {
+    Mark *g = t->marks[store] + k;
+    int same = !memcmp(g, &now, sizeof now);
+    if (!same) moved[LOADED] += bytes < granule ? bytes : granule;
+    *g = now, again |= same;
+    t->tensor.touched[k] |= 1 << store;
+  }
+  now.number = w->operations;
+  moved[LOADED_SECTORS] += memcmp(s, &now, sizeof now) != 0;
+  *s = now;
+  return again;
+}
+
 void global_access(Machine *m, Cta *c, Warp *w, const Instruction *i, u32 active, int store) {
   int bytes = i->size * i->count, found = 0, lanes = __builtin_popcount(active);
   u64 sectors[LANES];
+  w->operations += !w->last || i <= w->last || i->place != w->last->place;
+  w->accesses++, w->last = i;
   EACH_LANE if (active >> lane & 1) {
     u64 address = w->registers[i->from[0]].lane[lane] + i->offset;
     if (address % bytes) { fault(m, "line %d: a misaligned access of %d bytes", i->line, bytes); continue; }
     Watched *t = find(m, i, address, bytes);
     if (!t) { fault(m, "line %d: out of bounds: lane %d, address %llx", i->line, lane, address); continue; }
     touch(m, c, w, i, t, address, bytes, store, 0);
+    int again = t->marks[0] && count_moved(c, w, t, address, bytes, store);
     for (int k = 0; k < i->count; k++) {
       u64 value = store ? w->registers[i->to[k]].lane[lane] : 0;
       void *at = (void *)(address + k * i->size);
+      if (store && again && memcmp(at, &value, i->size))
+        fault(m, "line %d: lanes store different values at address %llx", i->line, address);
       memcpy(store ? at : &value, store ? &value : at, i->size);
       if (!store && i->to[k] >= 0) w->registers[i->to[k]].lane[lane] = value;
     }
@@ -233,8 +259,13 @@ Watched *watch(const Launch *launch) {
   Watched *all = calloc(launch->n_tensors + 1, sizeof(Watched));
   for (int k = 0; k < launch->n_tensors; k++) {
     all[k].tensor = launch->tensors[k];
-    if (all[k].tensor.kind == READ_ONLY || all[k].tensor.kind == UNWATCHED) continue;
+    if (all[k].tensor.kind == UNWATCHED) continue;
     u64 n = (all[k].tensor.bytes >> all[k].tensor.granule) + 1;
+    for (int store = 0; store < 2; store++) {
+      all[k].marks[store] = calloc(n, sizeof(Mark));
+      all[k].sectors[store] = calloc(all[k].tensor.bytes / 32 + 2, sizeof(Mark));
+    }
+    if (all[k].tensor.kind == READ_ONLY) continue;
     all[k].granules = calloc(n, sizeof(Granule));
     for (u64 g = 0; g < n; g++) all[k].granules[g].wrote = all[k].granules[g].read = NOBODY;
   }
@@ -249,7 +280,9 @@ void unwatch(Machine *m) {
     if (t->released)
       for (u64 g = 0; g < (t->tensor.bytes >> t->tensor.granule) + 1; g++)
         if (t->released[g]) free(t->released[g]->list), free(t->released[g]);
+    memcpy(m->launch->tensors[k].moved, t->tensor.moved, sizeof t->tensor.moved);
     free(t->released), free(t->granules);
+    for (int store = 0; store < 2; store++) free(t->marks[store]), free(t->sectors[store]);
   }
   free(m->watched);
 }

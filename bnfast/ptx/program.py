@@ -17,6 +17,7 @@ INSTRUCTION = np.dtype(
     [
         ("op", "i4"), ("guard", "i4"), ("to", "i4", 8), ("from", "i4", 8), ("offset", "i8"), ("size", "i4"),
         ("count", "i4"), ("flag", "i4"), ("compare", "i4"), ("target", "i4"), ("line", "i4"),
+        ("place", "i4"),
     ],
     align=True,
 )  # fmt: skip
@@ -33,7 +34,7 @@ _COMPARISONS = {"eq": 0, "ne": 1, "lt": 2, "le": 3, "gt": 4, "ge": 5, "nan": 6, 
 _COMPARISONS |= {"lo": 2, "ls": 3, "hi": 4, "hs": 5}  # of unsigned numbers
 _UNORDERED = 16
 _SPECIAL = ("%tid.x", "%ctaid.x", "%nctaid.x")  # the first registers
-_IGNORED = (".loc", ".reg", ".file", ".pragma", "$L__tmp")
+_IGNORED = (".reg", ".file", ".pragma", "$L__tmp")
 
 
 class UnknownInstruction(NotImplementedError):
@@ -54,6 +55,8 @@ class Program:
         self._constants: dict[int, int] = {}
         self._rows: list[dict[str, Any]] = []
         self._labels: dict[str, int] = {}
+        self._places: dict[str, int] = {}
+        self._place = 0  # in the source; 0 where the module does not say
         threads = re.search(r"\.reqntid\s+(\d+)", text)
         if threads is None:
             raise UnknownInstruction("a kernel of Triton's has .reqntid, the number of its threads")
@@ -93,6 +96,9 @@ class Program:
                 self._labels[label[1]], line = len(self._rows), label[2]
             if inner := re.match(r"\{\s*\.reg \.b32 tmp;\s*(.*?;)\s*\}", line):
                 line = inner[1]
+            if line.startswith(".loc"):
+                self._place = self._places.setdefault(line, len(self._places) + 1)
+                continue
             if not line or line in "{}" or line.startswith(_IGNORED):
                 continue
             first = first if pending else number
@@ -126,7 +132,7 @@ class Program:
         return {"from": [self._register(found[1])], "offset": int(found[2] or 0)}
 
     def _add(self, statement: str, line: int) -> None:
-        row: dict[str, Any] = {"line": line}
+        row: dict[str, Any] = {"line": line, "place": self._place}
         if guarded := re.match(r"@(!?)(%p\d+)\s+(.*)", statement, re.DOTALL):
             row["guard"] = 2 * self._register(guarded[2]) + (guarded[1] == "!")
             statement = guarded[3]

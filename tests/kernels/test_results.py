@@ -1,5 +1,6 @@
 """What the kernels owe whatever the norm: they give the same bits in any order of their programs, compute
-what is wanted, and keep a bad value where it belongs. In the interpreter, and on a GPU with larger shapes."""
+what is wanted, and keep a bad value where it belongs. On compiled PTX, where each launch is executed in
+several orders, and on a GPU with larger shapes."""
 
 from __future__ import annotations
 
@@ -19,7 +20,6 @@ from bnfast.checks.cases import Case, batch_renorm, given, group_norm, instance_
 from bnfast.kernels import launch, launch_plan
 from tests.support.buffers import assert_same_bits, bit_identical, nan_filled_allocations
 from tests.support.families import BF16, FP16, FP32, FP64, layouts, on_gpu
-from tests.support.orders import shuffled
 
 pytestmark = pytest.mark.compiled
 
@@ -104,9 +104,9 @@ def test_same_bits_in_any_order(case: Case, device: torch.device) -> None:
     cached between calls a say in the result."""
     g = given(case, device)
     first = one_step.run(case, bnfast, g)
-    for seed in range(20 if device.type == "cuda" else 3):
-        with noise() if device.type == "cuda" else shuffled(seed):
-            assert_same_bits(one_step.run(case, bnfast, g), first, f"at repetition {seed}")
+    for number in range(20 if device.type == "cuda" else 1):
+        with noise() if device.type == "cuda" else contextlib.nullcontext():
+            assert_same_bits(one_step.run(case, bnfast, g), first, f"at repetition {number}")
     forget_everything()
     for _ in range(2):  # on a GPU the first compiles and binds, the second runs what was bound
         assert_same_bits(one_step.run(case, bnfast, g), first, "after the caches were cleared")

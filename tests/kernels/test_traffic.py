@@ -1,5 +1,4 @@
-"""What the kernels do to memory, counted in the interpreter: bytes, sectors, launches, races, stray
-accesses."""
+"""What the compiled kernels move, counted where they are executed: bytes, sectors, launches."""
 
 from __future__ import annotations
 
@@ -15,11 +14,13 @@ from bnfast.checks import one_step
 from bnfast.checks.cases import Case, batch_renorm, given, group_norm, instance_norm, layer_norm
 from bnfast.kernels import group_plan, plan
 from bnfast.kernels.layouts import is_channels_last
+from bnfast.ptx import Execution
+from bnfast.ptx.traffic import Traffic
 from tests.support.buffers import bit_identical, shifted
 from tests.support.families import FP16, FP32, layouts
-from tests.support.trace import Trace, Traffic, clean, trace
+from tests.support.traffic import Moved, moved
 
-pytestmark = pytest.mark.usefixtures("several_programs")
+pytestmark = [pytest.mark.compiled, pytest.mark.usefixtures("several_programs")]
 SMS = 3  # the fixture's
 CPU = torch.device("cpu")
 
@@ -67,7 +68,7 @@ STEPS = [
 ]  # fmt: skip
 
 
-def assert_planned(case: Case, x: Tensor, forward: Trace, backward: Trace) -> None:
+def assert_planned(case: Case, x: Tensor, forward: Moved, backward: Moved) -> None:
     """The plan counts the same launches and bytes: all of data and of what programs hand over; and of a
     GroupNorm's statistics and coefficients, which many programs read, each value once out and once in."""
     n, c, *space = case.shape
@@ -77,10 +78,10 @@ def assert_planned(case: Case, x: Tensor, forward: Trace, backward: Trace) -> No
         planned = group_plan.group_norm(*sizes, case.in_sample, *memory, sms=SMS)
     assert (forward.launches, backward.launches) == (planned.forward_launches, planned.backward_launches)
     for t, planned_bytes in ((forward, planned.forward_bytes), (backward, planned.backward_bytes)):
-        moved = t.moved("x", "y", "dy", "dx", "partials", "sums")
-        for name in {"stats_ptr", "dx_coeffs_ptr"} & t.traffic.keys() if case.in_sample else ():
-            moved += t[name].unique_read + t[name].unique_written
-        assert moved == planned_bytes
+        often = t.named("stats_ptr", "dx_coeffs_ptr") if case.in_sample else []
+        found = t.named("x_ptr", "y_ptr", "dy_ptr", "dx_ptr", "partials_ptr", "sums_ptr")
+        total = sum(each.loaded + each.stored for each in found)
+        assert total + sum(each.unique_read + each.unique_written for each in often) == planned_bytes
 
 
 def written_once(*results: Traffic) -> bool:
@@ -88,25 +89,32 @@ def written_once(*results: Traffic) -> bool:
 
 
 @pytest.mark.parametrize(("case", "forward", "backward", "useful"), STEPS, ids=str)
-def test_step(case: Case, forward: tuple[int, float], backward: tuple[int, float], useful: float) -> None:
+def test_step(
+    case: Case,
+    forward: tuple[int, float],
+    backward: tuple[int, float],
+    useful: float,
+    executed: list[Execution],
+) -> None:
     g = given(case, CPU)
     module = one_step.layer(case, bnfast, g)
     leaves = [g.x.detach().requires_grad_(), module.weight, module.bias]
-    with trace(x=g.x) as t:
+    with moved(executed) as t:
         y = module(leaves[0])
-    clean(t, forward[0])
-    assert (t["x"].reads, t["x"].writes) == (forward[1], 0.0)
+    assert t.launches == forward[0]
+    assert (t.of(g.x).reads, t.of(g.x).writes) == (forward[1], 0.0)
     assert written_once(t.of(y))
-    assert t["stats_ptr"].unique_written == t["stats_ptr"].size
-    with trace(x=g.x, dy=g.dy) as b:
+    (stats,) = t.named("stats_ptr")
+    assert stats.unique_written == stats.size
+    with moved(executed) as b:
         dx, dweight, dbias = torch.autograd.grad(y, leaves, g.dy)
-    clean(b, backward[0])
-    assert [(flow.reads, flow.writes) for flow in (b["x"], b["dy"])] == [(backward[1], 0.0)] * 2
+    assert b.launches == backward[0]
+    assert [(flow.reads, flow.writes) for flow in (b.of(g.x), b.of(g.dy))] == [(backward[1], 0.0)] * 2
     assert written_once(b.of(dx))
     assert all(b.of(v).unique_written == b.of(v).size for v in (dweight, dbias))
     assert y.stride() == dx.stride() == g.x.stride()
     if useful:
-        reads = [flow.read_efficiency for flow in (t["x"], b["x"], b["dy"])]
+        reads = [flow.read_efficiency for flow in (t.of(g.x), b.of(g.x), b.of(g.dy))]
         assert min(*reads, t.of(y).write_efficiency, b.of(dx).write_efficiency) >= useful
     if case.training and case.layer != "LayerNorm":
         assert_planned(case, g.x, t, b)
@@ -137,7 +145,9 @@ WANTED = [
 
 
 @pytest.mark.parametrize(("case", "wanted", "launches", "x_reads", "dy_reads"), WANTED, ids=str)
-def test_only_what_is_wanted(case: Case, wanted: str, launches: int, x_reads: float, dy_reads: float) -> None:
+def test_only_what_is_wanted(
+    case: Case, wanted: str, launches: int, x_reads: float, dy_reads: float, executed: list[Execution]
+) -> None:
     """test_results.py has the values."""
     g = given(case, CPU)
     module = one_step.layer(case, bnfast, g)
@@ -145,10 +155,10 @@ def test_only_what_is_wanted(case: Case, wanted: str, launches: int, x_reads: fl
     for name, leaf in leaves.items():
         leaf.requires_grad_(name in wanted)
     y = module(leaves["x"])
-    with trace(x=g.x, dy=g.dy) as b:
+    with moved(executed) as b:
         gradients = torch.autograd.grad(y, [leaves[name] for name in wanted], g.dy)
-    clean(b, launches)
-    assert (b["x"].reads, b["dy"].reads) == (x_reads, dy_reads)
+    assert b.launches == launches
+    assert (b.of(g.x).reads, b.of(g.dy).reads) == (x_reads, dy_reads)
     assert written_once(*(b.of(dx) for dx in gradients[: "x" in wanted]))
 
 
@@ -157,14 +167,14 @@ def test_only_what_is_wanted(case: Case, wanted: str, launches: int, x_reads: fl
     [Case((8, 24, 7, 7), training=False), *(layer_norm(s) for s in ((300, 64), (7, 768), (2, 8201)))],
     ids=str,
 )
-def test_no_stats_where_no_backward_follows(case: Case) -> None:
+def test_no_stats_where_no_backward_follows(case: Case, executed: list[Execution]) -> None:
     g = given(case, CPU)
     module = one_step.layer(case, bnfast, g)
     y = module(g.x)
-    with trace(x=g.x) as t, torch.no_grad():
+    with moved(executed) as t, torch.no_grad():
         again = module(g.x)
-    clean(t, 1)
-    assert "stats_ptr" not in t.traffic
+    assert t.launches == 1
+    assert not t.named("stats_ptr")
     assert bit_identical(again, y)
 
 
@@ -174,13 +184,15 @@ def test_no_stats_where_no_backward_follows(case: Case) -> None:
     [*((case, 2, 2.0) for case in layouts(Case((4, 16, 5, 5), FP16))), (layer_norm((5, 96), FP16), 1, 1.0)],
     ids=str,
 )
-def test_unaligned_storage(case: Case, launches: int, reads: float, cut: int) -> None:
+def test_unaligned_storage(
+    case: Case, launches: int, reads: float, cut: int, executed: list[Execution]
+) -> None:
     """Tensors that start anywhere in their storage: the same traffic, no vector reaching outside.
     test_numerics.py has the values."""
     g = given(case, CPU)
     g = replace(g, **{name: shifted(t, cut) for name, t in g.tensors().items()})
     module = one_step.layer(case, bnfast, g)
-    with trace(x=g.x, weight=g.weight) as t:
+    with moved(executed) as t:
         y = module(g.x)
-    clean(t, launches)
-    assert (t["x"].reads, t.of(y).writes) == (reads, 1.0)
+    assert t.launches == launches
+    assert (t.of(g.x).reads, t.of(y).writes) == (reads, 1.0)

@@ -145,6 +145,56 @@ class TestSynchronization:
     def test_other_warps_need_a_barrier_after_it(self) -> None:
         always_found(self.body(second=""), "race|uninitialized", zeros(7), zeros(1), zeros(1), **self.how)
 
+    def test_what_a_program_knows_is_handed_on(self) -> None:
+        """The last of a pair counts the pair; the last pair adds up what all programs have stored."""
+        for seed in SEEDS:
+            values, counters, total = zeros(8), zeros(5), zeros(1)
+            how = {"kinds": [MADE, UPDATED, MADE], "grid": 8, "seed": seed, "resident": 5}
+            launch(kernel(PAIRS.format(order="acq_rel"), 3), values, counters, total, **how)  # type: ignore[arg-type]
+            assert (total[0], counters.any()) == (28, False)
+            with pytest.raises(Fault, match="race in global memory"):
+                launch(kernel(PAIRS.format(order="relaxed"), 3), zeros(8), zeros(5), zeros(1), **how)  # type: ignore[arg-type]
+
+    def test_a_store_to_what_others_read(self) -> None:
+        body = """
+            ld.global.b32 %r1, [%rd0];
+            mov.u32 %r2, %ctaid.x;
+            setp.eq.u32 %p1, %r2, 0;
+            add.s32 %r1, %r1, 1;
+            @%p1 st.global.b32 [%rd0], %r1;
+        """
+        always_found(body, "race in global memory|several programs load", zeros(1), kinds=[UPDATED], grid=4)
+
+
+# Eight programs, of one lane each that does anything
+PAIRS = """
+    setp.ne.b32 %p0, %r0, 0;
+    @%p0 ret;
+    mov.u32 %r1, %ctaid.x;
+    mad.wide.u32 %rd10, %r1, 4, %rd0;
+    st.global.b32 [%rd10], %r1;
+    shr.u32 %r2, %r1, 1;
+    mad.wide.u32 %rd11, %r2, 4, %rd1;
+    atom.global.gpu.acq_rel.add.u32 %r3, [%rd11], 1;
+    setp.ne.b32 %p1, %r3, 1;
+    @%p1 ret;
+    st.global.b32 [%rd11], 0;
+    atom.global.gpu.{order}.add.u32 %r4, [%rd1+16], 1;
+    setp.ne.b32 %p2, %r4, 3;
+    @%p2 ret;
+    st.global.b32 [%rd1+16], 0;
+    mov.u32 %r5, 0;
+    mov.u32 %r6, 0;
+$again:
+    mad.wide.u32 %rd12, %r6, 4, %rd0;
+    ld.global.b32 %r7, [%rd12];
+    add.s32 %r5, %r5, %r7;
+    add.s32 %r6, %r6, 1;
+    setp.lt.u32 %p3, %r6, 8;
+    @%p3 bra $again;
+    st.global.b32 [%rd2], %r5;
+"""
+
 
 class TestShared:
     swap = """

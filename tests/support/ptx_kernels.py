@@ -34,5 +34,5 @@ def launch(
     for k, array in enumerate(arrays):
         kind = kinds[k] if kinds else MADE if k == len(arrays) - 1 else READ_ONLY
         arguments.parameters.append(array.ctypes.data)
-        arguments.tensors.append((array.ctypes.data, array.nbytes, array.itemsize.bit_length() - 1, kind))
+        arguments.watch(f"array{k}", array.ctypes.data, array.nbytes, array.itemsize, kind)
     return run(program, "k", grid, shared, arguments, seed, resident=resident)
