@@ -5,18 +5,13 @@ Two correct implementations round differently, and training magnifies it: once a
 different sides of zero, the curves part. In fp32 that happens within a hundred steps, so only the
 beginning can be held to a close limit there; in fp64 nothing of it is seen, and the whole run is.
 
-Without a GPU bnfast runs plain torch, so the first steps run again with the kernels themselves, in Triton's
-interpreter: slow, but it is their own code on real activations. Triton must be told before it is imported,
-so that is done in a process of its own."""
+Without a GPU bnfast runs plain torch, so the first steps run again with the kernels themselves, compiled for
+a GPU and executed on the CPU: slow, but it is their own code on real activations."""
 
 from __future__ import annotations
 
-import os
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from multiprocessing import get_context
-from unittest import mock
 
 import pandas as pd
 import torch
@@ -128,31 +123,21 @@ def compare(first: Run, second: Run, limits: str) -> pd.DataFrame:
     return table.assign(wrong=~(table["found"] <= table["allowed"]))
 
 
-# the kernels in the interpreter
-
-
-def first_steps(layer: str, steps: int, batch: int, width: int) -> tuple[Run, Run, int, int]:
-    """Both runs, in this process, which must have been started with TRITON_INTERPRET=1; how many kernels were
-    launched, lest a comparison of torch with torch pass for one; and in how many calls of a layer."""
-    from triton.runtime.interpreter import GridExecutor  # it may not be installed
-
-    from bnfast.interpreted import prepared
-
-    theirs, ours = PAIRS[layer]
-    how = partial(train, device=torch.device("cpu"), batch=batch, width=width, steps=steps, held=batch)
-    plain, launch = how(theirs), GridExecutor.__call__
-    counting = mock.patch.object(GridExecutor, "__call__", autospec=True, side_effect=launch)
-    with prepared(), counting as launched:
-        run = how(ours, label="steps in the interpreter")
-    layers = sum(type(m) is type(ours(width)) for m in network(ours, width).modules())
-    return plain, run, launched.call_count, layers * (2 * steps + 1)  # forward and backward, and once in eval
+# the kernels, executed
 
 
 def kernel_steps(layer: str, steps: int = 3, batch: int = 8, width: int = 8) -> tuple[Run, Run, int, int]:
-    """`first_steps` in a process with Triton's interpreter on."""
-    interpreted, spawn = mock.patch.dict(os.environ, TRITON_INTERPRET="1"), get_context("spawn")
-    with interpreted, ProcessPoolExecutor(1, mp_context=spawn) as pool:
-        return pool.submit(first_steps, layer, steps, batch, width).result()
+    """Both runs; how many kernels were launched, lest a comparison of torch with torch pass for one; and in
+    how many calls of a layer."""
+    from bnfast.ptx import executing  # needs Triton
+
+    theirs, ours = PAIRS[layer]
+    how = partial(train, device=torch.device("cpu"), batch=batch, width=width, steps=steps, held=batch)
+    plain = how(theirs)
+    with executing() as launched:
+        run = how(ours, label="steps with compiled kernels")
+    layers = sum(type(m) is type(ours(width)) for m in network(ours, width).modules())
+    return plain, run, len(launched), layers * (2 * steps + 1)  # forward and backward, and once in eval
 
 
 # the job
@@ -203,21 +188,21 @@ def train_twice(session: Session, layer: str, epochs: int) -> None:
 
 
 def train_with_kernels(session: Session, layer: str) -> None:
-    """Part two: where part one ran on plain torch, a few steps of it with the kernels, in the interpreter."""
+    """Part two: where part one ran on plain torch, a few steps of it with the compiled kernels."""
     why = session.why_plain_torch()
     if why is None:
         return
     section(
         "2. The first steps again, with the kernels themselves",
-        f"Above, bnfast's layers ran plain torch: {why}. Here the kernels run, in Triton's interpreter, on "
-        "small batches of the same images in fp32.",
+        f"Above, bnfast's layers ran plain torch: {why}. Here the kernels run as compiled for an "
+        "H200, executed on the CPU, on small batches of the same images in fp32.",
     )
     if session.cannot("kernels", "sklearn", "triton"):
         return
     try:
         theirs, ours, launches, calls = kernel_steps(layer)
     except Exception as error:
-        session.note("kernels", "FAIL", f"the process with the interpreter did not finish: {one_line(error)}")
+        session.note("kernels", "FAIL", f"the steps did not finish: {one_line(error)}")
         return
     wrong = show(session, "kernels-losses.csv", {"kernels": (theirs, ours)})
     text = f"{launches} launches in {calls} calls of a layer" + ", fewer than one each" * (launches < calls)

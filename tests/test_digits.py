@@ -68,8 +68,10 @@ def test_nan_is_within_no_limit(place: str) -> None:
     assert wrong(right, other, "kernels") == [place]
 
 
+@pytest.mark.compiled
+@pytest.mark.usefixtures("executed")
 @pytest.mark.parametrize("layer", LAYERS)
-def test_the_kernels_train_in_a_process_of_their_own(layer: str) -> None:
+def test_the_compiled_kernels_train(layer: str) -> None:
     """Five layers. One-pass groups and rows take one launch forward, two backward; channels two and two."""
     theirs, ours, launches, calls = digits.kernel_steps(layer, steps=1, batch=2)
     assert wrong(theirs, ours, "kernels") == []
