@@ -140,13 +140,13 @@ static int shared_ok(Machine *m, const Instruction *i, u64 address, int bytes) {
 }
 
 // Threads of different warps are ordered by barriers only, those of one warp by bar.warp.sync too. A store of
-// the value that is there already is no race.
+// the value that another thread has stored since the last barrier is no race: warps may hold the same values.
 static void touch_shared(Machine *m, Cta *c, Warp *w, const Instruction *i, u32 address, int bytes, int lane, int store, int same) {
   u32 thread = w->index * LANES + lane, now = w->epoch + 1;
   for (u32 k = address; k < address + bytes; k += m->launch->shared_step) {
     Byte *b = c->bytes + k;
     int wrote = b->wrote_in == now && b->wrote_by != thread && !(store && same);
-    int read = store && b->read_in == now && (b->read_by != thread || b->read_by_many) && !same;
+    int read = store && b->read_in == now && (b->read_by != thread || b->read_by_many) && !(same && b->wrote_in == now);
     int one_warp = b->wrote_by / LANES == (u32)w->index;
     if (wrote && one_warp) wrote = 0, m->launch->totals[SAME_WARP] += b->wrote_synced == w->synced;
     if (wrote) fault(m, "line %d: %s race in shared memory, byte %u", i->line, store ? "write-write" : "write-read", k);

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+from torch import Tensor
 
 import bnfast
 from bnfast import selfcheck
@@ -14,19 +15,27 @@ from bnfast.ptx import Execution, execute, executing
 from bnfast.ptx.execute import Fault
 from bnfast.ptx.program import Program
 from codegen.launches import TABLES
+from tests.support.buffers import assert_same_bits
 
 pytestmark = pytest.mark.static
 
 SCHEDULES = (1, 2, 3)
 
 
-def trained(seed: int) -> list[Execution]:
-    """A training step of a layer whose channels are shared by several programs."""
+def stepped(seed: int) -> tuple[list[Execution], dict[str, Tensor]]:
+    """A training step of a layer whose channels are shared by several programs, and its results."""
     x = torch.randn(8, 64, 14, 14, generator=torch.Generator().manual_seed(0)).bfloat16()
     x = x.contiguous(memory_format=torch.channels_last).requires_grad_()
+    layer = bnfast.BatchNorm2d(64, activation="relu")
     with executing(sms=4, seeds=(seed,)) as executed:
-        bnfast.BatchNorm2d(64, activation="relu")(x).backward(torch.ones_like(x))
-    return executed
+        y = layer(x)
+        y.backward(torch.ones_like(x))
+    assert x.grad is not None
+    return executed, {"y": y.detach(), "dx": x.grad, **layer.state_dict()}
+
+
+def trained(seed: int) -> list[Execution]:
+    return stepped(seed)[0]
 
 
 def no_barrier_before(text: str) -> str:
@@ -86,6 +95,31 @@ def test_what_is_broken_is_found_in_every_schedule(
     for seed in SCHEDULES:
         with pytest.raises(Fault, match=BROKEN[change]):
             trained(seed)
+
+
+@pytest.mark.parametrize("kernel", ["statistics_kernel", "gradient_sums_kernel"])
+def test_a_barrier_less_is_found_unless_it_changes_nothing(
+    kernel: str, programs: dict[str, Program], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Triton sets some that nothing needs, two in a row for example, and some for warps that all hold what
+    they exchange."""
+    texts: list[str] = []
+    monkeypatch.setattr(execute, "Program", lambda text: texts.append(text) or Program(text))
+    _, right = stepped(1)
+    (text,) = (text for text in texts if f".entry {kernel}" in text)
+    barriers = [found.start() for found in re.finditer(r"bar\.sync", text)]
+    assert len(barriers) > 20
+    faults = 0
+    for place in barriers:
+        broken = Program(f"{text[:place]}// {text[place:]}")
+        monkeypatch.setattr(execute, "Program", lambda each, b=broken: b if each == text else Program(each))
+        for seed in SCHEDULES:
+            programs.clear()
+            try:
+                assert_same_bits(stepped(seed)[1], right)
+            except Fault:
+                faults += 1
+    assert faults > 0.6 * len(SCHEDULES) * len(barriers)
 
 
 def test_every_schedule_gives_the_same_and_no_fault() -> None:
