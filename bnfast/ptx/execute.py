@@ -36,7 +36,7 @@ class _Launch(ctypes.Structure):
         ("code", ctypes.c_void_p),
         *((name, ctypes.c_int32) for name in (
             "length", "registers", "warps", "shared_bytes", "shared_step", "grid", "resident", "quantum",
-            "first", "programs",
+            "first", "programs", "counting",
         )),
         *((name, ctypes.c_void_p) for name in ("initial", "parameters", "tensors")),
         *((name, ctypes.c_int32) for name in ("n_tensors", "messages_room")),
@@ -127,9 +127,11 @@ def run(
     resident: int = 8,
     perturb: int = 0,
     only: range | None = None,
+    counting: bool = True,
 ) -> Execution:
     """Executes one launch. shared: bytes of shared memory. resident: programs that run at a time. only: the
-    programs of the grid that are executed; None: all."""
+    programs of the grid that are executed; None: all. counting: whether what is moved of each tensor is
+    counted."""
     chosen = range(grid) if only is None else only
     traffic = [
         Traffic(address, size, np.zeros(size // element, np.uint8), np.zeros(4, np.int64), storage)
@@ -155,7 +157,7 @@ def run(
         quantum=64, initial=initial, parameters=parameters, tensors=tensors, n_tensors=len(rows),
         messages_room=_MESSAGES, seed=seed, perturb=perturb, counters=counters.ctypes.data,
         totals=totals.ctypes.data, messages=ctypes.addressof(messages), first=chosen.start,
-        programs=len(chosen),
+        programs=len(chosen), counting=counting,
     )  # fmt: skip
     instructions = load().execute(ctypes.byref(launch))
     if messages.value:
@@ -194,7 +196,8 @@ def _execute(
     for seed in seeds:
         for t, bits in zip(arguments.written, before, strict=True):
             ctypes.memmove(t.data_ptr(), bits, len(bits))  # autograd sees no new version
-        done = run(program, name, grid, code.metadata.shared, arguments, seed, perturb=perturb)
+        last = seed == seeds[-1]
+        done = run(program, name, grid, code.metadata.shared, arguments, seed, perturb=perturb, counting=last)
         result = [_bits(t) for t in arguments.written]
         if result != (first := first or result):
             raise Fault(f"{name}: schedule {seed} gives other bits than schedule {seeds[0]}")

@@ -86,6 +86,7 @@ typedef struct {
   const Instruction *code;
   i32 length, registers, warps, shared_bytes, shared_step, grid, resident, quantum;
   i32 first, programs;  // which of the grid are executed: so many from the first on
+  i32 counting;         // whether what is moved of each tensor is counted
   const Register *initial;
   const u64 *parameters;
   Tensor *tensors;

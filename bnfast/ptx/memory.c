@@ -261,7 +261,7 @@ Watched *watch(const Launch *launch) {
     all[k].tensor = launch->tensors[k];
     if (all[k].tensor.kind == UNWATCHED) continue;
     u64 n = (all[k].tensor.bytes >> all[k].tensor.granule) + 1;
-    for (int store = 0; store < 2; store++) {
+    for (int store = 0; store < 2 && launch->counting; store++) {
       all[k].marks[store] = calloc(n, sizeof(Mark));
       all[k].sectors[store] = calloc(all[k].tensor.bytes / 32 + 2, sizeof(Mark));
     }
