@@ -31,6 +31,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="store_true",
         help="execute the kernels' compiled PTX on the CPU, for tests that are marked so",
     )
+    parser.addoption(
+        "--perturb",
+        type=int,
+        default=0,
+        metavar="N",
+        help="with --compiled, move approximate instructions within their documented error, each N otherwise",
+    )
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -55,6 +62,17 @@ def device(request: pytest.FixtureRequest) -> torch.device:
     return torch.device("cpu" if request.node.get_closest_marker("gpu") is None else "cuda")
 
 
+@pytest.fixture(scope="session")
+def executor() -> None:
+    """For tests of what executes PTX, which needs a C compiler."""
+    from bnfast.ptx import library
+
+    try:
+        library.load()
+    except library.MissingCompiler as missing:
+        pytest.skip(str(missing))
+
+
 SCHEDULES = (1, 2, 3)  # of the programs and warps of each launch that is executed
 
 
@@ -67,7 +85,7 @@ def _executed(request: pytest.FixtureRequest) -> Iterator[list[Any]]:
         return
     from bnfast.ptx import executing
 
-    with executing(seeds=SCHEDULES) as executed:
+    with executing(seeds=SCHEDULES, perturb=request.config.getoption("--perturb")) as executed:
         yield executed
 
 

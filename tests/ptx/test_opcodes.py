@@ -13,6 +13,8 @@ import pytest
 from bnfast.ptx.program import CODES, Program, UnknownInstruction
 from tests.support.ptx_kernels import LANES, kernel, launch
 
+pytestmark = pytest.mark.usefixtures("executor")
+
 WIDTHS = {"pred": 1, "8": 8, "16": 16, "32": 32, "64": 64}
 FLOATS = {"f32": np.float32, "f64": np.float64, "f16": np.float16}
 EDGES = [
