@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import operator
 from collections.abc import Callable
 from fractions import Fraction
@@ -215,7 +216,9 @@ APPROXIMATE: dict[str, tuple[Callable[..., Any], int]] = {  # with the units in 
 FLUSHED = {"mul.ftz.f32": operator.mul, "fma.rn.ftz.f32": lambda a, b, c: a * b + c, "abs.ftz.f32": np.abs}
 
 
-def run(opcode: str, operands: list[np.ndarray], form: str = "{op} %to, {operands};") -> np.ndarray:
+def run(
+    opcode: str, operands: list[np.ndarray], form: str = "{op} %to, {operands};", perturb: int = 0
+) -> np.ndarray:
     """The instruction's results in 32 lanes, with a register for each operand."""
     lines, names = [], []
     for k, _ in enumerate(operands):
@@ -225,7 +228,7 @@ def run(opcode: str, operands: list[np.ndarray], form: str = "{op} %to, {operand
     lines += [form.format(op=opcode, operands=", ".join(names))]
     lines += [f"mad.wide.u32 %rd30, %r0, 8, %rd{result};", "st.global.b64 [%rd30], %to;"]
     to = np.zeros(LANES, np.uint64)
-    launch(kernel("\n".join(lines), result + 1), *operands, to)
+    launch(kernel("\n".join(lines), result + 1), *operands, to, perturb=perturb)
     return to
 
 
@@ -272,10 +275,15 @@ def test_approximate(opcode: str) -> None:
     operands = operands_of(["f32"] * (2 if opcode.startswith("div") else 1))
     with np.errstate(all="ignore"):
         wanted = function(*(o.astype(np.uint32).view(np.float32) for o in operands)).astype(np.float32)
-    found = run(opcode, operands).astype(np.uint32).view(np.float32)
-    finite = np.isfinite(wanted)
-    np.testing.assert_array_equal(found[~finite], wanted[~finite])
-    assert (np.abs(found[finite] - wanted[finite]) <= units * np.spacing(np.abs(wanted[finite]))).all()
+    finite, several = np.isfinite(wanted), []
+    for perturb in (0, 1, 2):  # moved: from a result that is itself rounded
+        found, again = (run(opcode, operands, perturb=perturb) for _ in range(2))
+        np.testing.assert_array_equal(found, again)
+        several.append(found := found.astype(np.uint32).view(np.float32))
+        np.testing.assert_array_equal(found[~finite], wanted[~finite])
+        most = (units + (perturb > 0)) * np.spacing(np.abs(wanted[finite]))
+        assert (np.abs(found[finite] - wanted[finite]) <= most).all()
+    assert all((a[finite] != b[finite]).any() for a, b in itertools.combinations(several, 2))
 
 
 @pytest.mark.parametrize("opcode", FLUSHED)
