@@ -61,6 +61,13 @@ OLDEST = Gate(WHOLE.name, ("tests/contract", *files(
     "convert/test_convert", "convert/test_converters", "convert/test_folding",
 ), "-m", "not compiled", "--sample=8"), interpret=True)  # fmt: skip
 SOME_COMPILED = Gate(COMPILED.name, (*COMPILED.selection, "--sample=8"))
+# What every layer owes that the interpreter's gate has: three times as long on compiled PTX, as most of it is
+# compiling. Graphs, fusing and converting are the same on both.
+EXECUTED = Gate(f"{COMPILED.name}, layers", (*files(
+    "contract/test_activation", "contract/test_derivatives", "contract/test_memory", "contract/test_modules",
+    "contract/test_training", "convert/test_revert", "test_batchnorm_layer", "test_carrying_subclasses",
+    "test_strides",
+), "-m", "not compiled and not gpu", "--compiled"))  # fmt: skip
 # With approximate instructions moved within their documented error, in two ways
 PERTURBED = tuple(
     Gate(f"{COMPILED.name}, perturbed by {n}", (*files(
@@ -168,8 +175,9 @@ def in_environments(everything: bool, extra: list[str]) -> Iterator[Outcome]:
     """In this one, and beside it in those with other versions of Triton, other libraries and the oldest pair;
     and what is not run on this machine, and why."""
     here, newest = metadata.version("triton"), TRITONS[-1]
-    whole = (WHOLE, COMPILED, STATIC)
-    on_newest = (*whole, *(() if no_compiler() else PERTURBED)) if everything else whole
+    further = everything and not no_compiler()
+    whole = (WHOLE, COMPILED, *([EXECUTED] if further else []), STATIC)
+    on_newest = (*whole, *(PERTURBED if further else []))
     yield from (suite(gate, f"Triton {here}", extra) for gate in (on_newest if here == newest else whole))
     if os.environ.get("BNFAST_NO_SETUP") == "1":
         yield Outcome("other versions", note="not run: BNFAST_NO_SETUP=1 forbids environments for them")

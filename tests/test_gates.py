@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from bnfast.ptx import library
-from tests.__main__ import COMPILED, PERTURBED, SOME_COMPILED, WHOLE, Gate, feasible, no_compiler
+from tests.__main__ import COMPILED, EXECUTED, PERTURBED, SOME_COMPILED, WHOLE, Gate, feasible, no_compiler
 
 
 @pytest.fixture
@@ -38,7 +38,7 @@ def test_without_a_compiler_the_same_tests_are_interpreted(
 
 
 @pytest.mark.usefixtures("executor")
-@pytest.mark.parametrize("gate", [COMPILED, *PERTURBED], ids=lambda gate: gate.name)
+@pytest.mark.parametrize("gate", [COMPILED, EXECUTED, *PERTURBED], ids=lambda gate: gate.name)
 def test_with_a_compiler_they_are_executed(gate: Gate) -> None:
     assert feasible(gate) is gate
     assert not gate.interpret

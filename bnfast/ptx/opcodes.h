@@ -59,6 +59,8 @@ OP(field_s32, "bfe.s32", (u32)bit_field(A & 0xffffffff, (u32)B, (u32)C, 32, 1))
 OP(field_u64, "bfe.u64", bit_field(A, (u32)B, (u32)C, 64, 0))
 OP(field_s64, "bfe.s64", bit_field(A, (u32)B, (u32)C, 64, 1))
 OP(popc32, "popc.b32", (u32)__builtin_popcount((u32)A))
+OP(funnel_left, "shf.l.wrap.b32", (u32)(((u64)(u32)B << 32 | (u32)A) << ((u32)C & 31) >> 32))
+OP(funnel_right, "shf.r.wrap.b32", (u32)(((u64)(u32)B << 32 | (u32)A) >> ((u32)C & 31)))
 OP(permute, "prmt.b32", permute_bytes((u32)A, (u32)B, (u32)C))
 
 // Moves. A predicate, the third source, chooses.

@@ -158,6 +158,8 @@ for kind in ("b16", "b32", "b64"):
         add(f"shr.{shift}", shifted(shift), f"{shift} u32")
 add("popc.b32", lambda a: a.bit_count())
 add("prmt.b32", permuted)
+add("shf.l.wrap.b32", lambda a, b, n: (b << 32 | a) << n % 32 >> 32, "u32 u32 u32", "u32")
+add("shf.r.wrap.b32", lambda a, b, n: (b << 32 | a) >> n % 32, "u32 u32 u32", "u32")
 for kind in ("f32", "f64"):
     for rounding in ("", ".rn"):
         add(f"add{rounding}.{kind}", operator.add)
