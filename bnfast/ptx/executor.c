@@ -34,6 +34,12 @@ static inline u32 near(Machine *m, float result, u64 operands, int exact, int mo
   return fbits(result) + (u32)(random_bits(&state) % (2 * most + 1)) - most;
 }
 
+// The same for an error that is documented as a share of the result.
+static inline u32 near_share(Machine *m, double result, u64 operands, double share) {
+  u32 rounded = fbits((float)result), moved = near(m, (float)result, operands, 0, 2);
+  return fabs((double)F(moved) - result) <= share * result ? moved : rounded;
+}
+
 static int needs_all_lanes(i32 op) {
   return op == BARRIER || op == WARP_SYNC || op == SHUFFLE_XOR || op == SHUFFLE_INDEX || op == LOAD_MATRIX || op == STORE_MATRIX;
 }

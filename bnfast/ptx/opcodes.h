@@ -90,8 +90,8 @@ OP(sqrt_rn_f, "sqrt.rn.f32", fbits(sqrtf(F(A))))
 // fp32 with an error that PTX documents, in units in the last place. `near` moves a result within it, if asked.
 OP(div_f, "div.full.f32 div.approx.f32",
    near(m, F(A) / F(B), A ^ B * 31, fmaf(F(A) / F(B), F(B), -F(A)) == 0, 2))
-OP(sqrt_f, "sqrt.approx.f32", near(m, sqrtf(F(A)), A, 0, 1))
-OP(rsqrt_f, "rsqrt.approx.f32", near(m, 1.0f / sqrtf(F(A)), A, 0, 2))
+OP(sqrt_f, "sqrt.approx.f32", near_share(m, sqrt(F(A)), A, 0x1p-23))
+OP(rsqrt_f, "rsqrt.approx.f32", near_share(m, 1 / sqrt(F(A)), A, 0x1.12p-23))  // 2^-22.9
 OP(rcp_f, "rcp.approx.f32", near(m, 1.0f / F(A), A, 0, 1))
 OP(exp2_f, "ex2.approx.f32", near(m, exp2f(F(A)), A, F(A) == rintf(F(A)), 2))
 OP(exp2_ftz, "ex2.approx.ftz.f32", fbits(ftz(F(near(m, exp2f(ftz(F(A))), A, F(A) == rintf(F(A)), 2)))))
