@@ -89,7 +89,7 @@ def test_the_files_of_the_gates_exist() -> None:
         for each in gate.selection
         if "tests/" in each
     ]
-    assert len(named) > 15
+    assert len(named) > 20
     assert all((environment.ROOT / name).exists() for name in named)
 
 
