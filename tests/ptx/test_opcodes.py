@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from bnfast.ptx.execute import Fault
 from bnfast.ptx.program import CODES, Program, UnknownInstruction
 from tests.support.ptx_kernels import LANES, kernel, launch
 
@@ -354,6 +355,14 @@ def test_two_are_converted_at_a_time(kind: str) -> None:
             for a, b in zip(high, low, strict=True)
         ]
     assert run(f"cvt.rn.{kind}x2.f32", [high, low]).tolist() == wanted
+
+
+def test_reduction_over_a_warp() -> None:
+    values = np.arange(LANES, dtype=np.uint64) + 2**32 - 5
+    wanted = int(values.sum()) % 2**32
+    assert run("redux.sync.add.s32", [values], "{op} %to, {operands}, -1;").tolist() == [wanted] * LANES
+    with pytest.raises(Fault, match="a reduction of a part of a warp"):
+        run("redux.sync.add.s32", [values], "{op} %to, {operands}, 255;")
 
 
 UNKNOWN = (
