@@ -11,6 +11,7 @@ Triton decides once a process whether it interprets or compiles, so each kind of
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib.util
 import os
 import subprocess
@@ -20,7 +21,6 @@ import time
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
@@ -59,8 +59,21 @@ OLDEST = Gate(WHOLE.name, ("tests/contract", *files(
     "test_batchnorm_layer", "test_fx_and_script", "test_strides",
     "fuse/test_blocks", "fuse/test_changes", "fuse/test_left",
     "convert/test_convert", "convert/test_converters", "convert/test_folding",
-), "--sample=8"), interpret=True)  # fmt: skip
+), "-m", "not compiled", "--sample=8"), interpret=True)  # fmt: skip
 SOME_COMPILED = Gate(COMPILED.name, (*COMPILED.selection, "--sample=8"))
+# What layers owe that the interpreter's gate has, since most of its time on compiled PTX would be compiling.
+# The rest of that gate is about plans, launches, graphs, fusing, converting and benchmarks, not the kernels.
+EXECUTED = Gate(f"{COMPILED.name}, layers", (*files(
+    "contract/test_activation", "contract/test_memory", "contract/test_training", "convert/test_revert",
+    "test_batchnorm_layer", "test_strides",
+), "-m", "not compiled and not gpu", "--compiled"))  # fmt: skip
+# With approximate instructions moved within their documented error, in two ways
+PERTURBED = tuple(
+    Gate(f"{COMPILED.name}, perturbed by {n}", (*files(
+        "kernels/test_activations", "kernels/test_hostile", "kernels/test_numerics",
+    ), *COMPILED.selection[-3:], f"--perturb={n}"))
+    for n in (1, 2)
+)  # fmt: skip
 COVERING = Gate("static", (*files("static/test_budgets"), "-m", "static"))
 
 
@@ -92,8 +105,30 @@ def check(name: str) -> Outcome:
     return Outcome(name, passed=int(ok), failed=int(not ok), seconds=time.monotonic() - start)
 
 
+@functools.cache
+def no_compiler() -> str | None:
+    """Why compiled PTX cannot be executed here, or None."""
+    from bnfast.ptx import library
+
+    try:
+        library.load()
+    except library.MissingCompiler as missing:
+        return str(missing)
+    return None
+
+
+def feasible(gate: Gate) -> Gate:
+    """The gate itself; without a C compiler, in place of one that executes PTX, its tests interpreted."""
+    if "--compiled" not in gate.selection or not (reason := no_compiler()):
+        return gate
+    print(f"\n{reason}.\nThe tests of compiled PTX run in Triton's interpreter instead.", flush=True)
+    selection = tuple(each for each in gate.selection if each != "--compiled")
+    return Gate(f"{gate.name} (interpreted: no C compiler)", selection, interpret=True)
+
+
 def suite(gate: Gate, where: str, extra: list[str], python: str = sys.executable) -> Outcome:
     """A gate in one pytest process of some Python. extra: what the user hands to each pytest."""
+    gate = feasible(gate)
     name = f"{gate.name}, {where}" if where else gate.name
     headline(name)
     variables = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
@@ -139,25 +174,28 @@ def in_environments(everything: bool, extra: list[str]) -> Iterator[Outcome]:
     """In this one, and beside it in those with other versions of Triton, other libraries and the oldest pair;
     and what is not run on this machine, and why."""
     here, newest = metadata.version("triton"), TRITONS[-1]
-    yield from (suite(gate, f"Triton {here}", extra) for gate in (WHOLE, COMPILED, STATIC))
+    further = everything and not no_compiler()
+    whole = (WHOLE, COMPILED, *([EXECUTED] if further else []), STATIC)
+    on_newest = (*whole, *(PERTURBED if further else []))
+    yield from (suite(gate, f"Triton {here}", extra) for gate in (on_newest if here == newest else whole))
     if os.environ.get("BNFAST_NO_SETUP") == "1":
         yield Outcome("other versions", note="not run: BNFAST_NO_SETUP=1 forbids environments for them")
         return
     for triton in TRITONS[:0:-1] if everything else (newest,):
         if triton != here:
-            gates = (WHOLE, COMPILED, STATIC) if everything and triton == newest else (STATIC,)
-            make = partial(environment.layered, requirements=[f"triton=={triton}"])
+            gates = on_newest if everything and triton == newest else (STATIC,)
+            make = functools.partial(environment.layered, requirements=[f"triton=={triton}"])
             yield from elsewhere(f"Triton {triton}", f"triton-{triton}", make, gates, extra)
     if metadata.version("torch").partition("+")[0] == pinned("torch", "requirements.txt"):
         pins = environment.pins("requirements-libraries.txt").values()
-        make = partial(environment.layered, requirements=[line for lines in pins for line in lines])
+        make = functools.partial(environment.layered, requirements=[line for lines in pins for line in lines])
         yield from elsewhere("timm, Opacus and others", "libraries", make, (LIBRARIES,), extra)
     else:
         yield Outcome("libraries", note="not run: torchvision, as pinned, is built for another PyTorch")
     oldest = {name: pinned(name, "requirements-oldest.txt") for name in ("torch", "triton")}
     if any(metadata.version(name).partition("+")[0] != version for name, version in oldest.items()):
-        make = partial(environment.separate, names=("requirements.txt", "requirements-oldest.txt"))
-        gates = (WHOLE, COMPILED, STATIC) if everything else (OLDEST, SOME_COMPILED, COVERING)
+        make = functools.partial(environment.separate, names=("requirements.txt", "requirements-oldest.txt"))
+        gates = whole if everything else (OLDEST, SOME_COMPILED, COVERING)
         yield from elsewhere(" and ".join(map(" ".join, oldest.items())), "oldest", make, gates, extra)
 
 

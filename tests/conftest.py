@@ -6,12 +6,13 @@ import contextlib
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 
 import bnfast
-from bnfast import dispatch
+from bnfast import dispatch, exact
 from bnfast.interpreted import prepared
 from bnfast.kernels import launch_plan
 from bnfast.kernels.launch import INTERPRET, Launch
@@ -30,6 +31,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--compiled",
         action="store_true",
         help="execute the kernels' compiled PTX on the CPU, for tests that are marked so",
+    )
+    parser.addoption(
+        "--perturb",
+        type=int,
+        default=0,
+        metavar="N",
+        help="with --compiled, move approximate instructions within their documented error, each N otherwise",
     )
 
 
@@ -55,6 +63,17 @@ def device(request: pytest.FixtureRequest) -> torch.device:
     return torch.device("cpu" if request.node.get_closest_marker("gpu") is None else "cuda")
 
 
+@pytest.fixture(scope="session")
+def executor() -> None:
+    """For tests of what executes PTX, which needs a C compiler."""
+    from bnfast.ptx import library
+
+    try:
+        library.load()
+    except library.MissingCompiler as missing:
+        pytest.skip(str(missing))
+
+
 SCHEDULES = (1, 2, 3)  # of the programs and warps of each launch that is executed
 
 
@@ -67,7 +86,14 @@ def _executed(request: pytest.FixtureRequest) -> Iterator[list[Any]]:
         return
     from bnfast.ptx import executing
 
-    with executing(seeds=SCHEDULES) as executed:
+    perturb = request.config.getoption("--perturb")
+    # Each division may then be off by 2 units: the mean by 2 of its distance from the pivot, the variance by
+    # 2, of which its root keeps 1, and one over that root by 2.
+    units = exact.TOLERANCE + (3 if perturb else 0)
+    with (
+        mock.patch.object(exact, "TOLERANCE", units),
+        executing(seeds=SCHEDULES, perturb=perturb) as executed,
+    ):
         yield executed
 
 

@@ -19,6 +19,8 @@ from torch.testing._internal.two_tensor import TwoTensor
 from bnfast import functional
 from tests.support.layers import BY_NAME, Layer, both_modes, data, drop_ins, every_norm, every_path, norms
 
+pytestmark = pytest.mark.compiled
+
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
 
 

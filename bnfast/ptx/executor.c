@@ -10,7 +10,7 @@ enum {
 #include "opcodes.h"
 #undef OP
   BRANCH, EXIT, BARRIER, WARP_SYNC, PARAMETER, LOAD, STORE, LOAD_SHARED, STORE_SHARED, LOAD_MATRIX, STORE_MATRIX,
-  ATOMIC_ADD, SHUFFLE_XOR, SHUFFLE_INDEX, UNPACK16, UNPACK32,
+  ATOMIC_ADD, SHUFFLE_XOR, SHUFFLE_INDEX, REDUCE_ADD, UNPACK16, UNPACK32,
 };
 
 #define MOST_FAULTS 12
@@ -34,8 +34,14 @@ static inline u32 near(Machine *m, float result, u64 operands, int exact, int mo
   return fbits(result) + (u32)(random_bits(&state) % (2 * most + 1)) - most;
 }
 
+// The same for an error that is documented as a share of the result.
+static inline u32 near_share(Machine *m, double result, u64 operands, double share) {
+  u32 rounded = fbits((float)result), moved = near(m, (float)result, operands, 0, 2);
+  return fabs((double)F(moved) - result) <= share * result ? moved : rounded;
+}
+
 static int needs_all_lanes(i32 op) {
-  return op == BARRIER || op == WARP_SYNC || op == SHUFFLE_XOR || op == SHUFFLE_INDEX || op == LOAD_MATRIX || op == STORE_MATRIX;
+  return op == BARRIER || op == WARP_SYNC || op == SHUFFLE_XOR || op == SHUFFLE_INDEX || op == REDUCE_ADD || op == LOAD_MATRIX || op == STORE_MATRIX;
 }
 
 // The lanes that run next: those that are furthest behind, unless they wait for others. 0: all wait.
@@ -147,6 +153,13 @@ static void run_warp(Machine *m, Cta *c, Warp *w, int instructions) {
         if (active != ~0u) fault(m, "line %d: a shuffle in a diverged warp", i->line);
         EACH_LANE given[lane] = A;
         EACH_LANE RESULT = given[i->op == SHUFFLE_XOR ? (lane ^ B) & 31 : B & 31];
+        break;
+      }
+      case REDUCE_ADD: {
+        u32 sum = 0, masks = ~0u;
+        EACH_LANE sum += (u32)A, masks &= (u32)B;
+        if ((active & masks) != ~0u) fault(m, "line %d: a reduction of a part of a warp", i->line);
+        EACH_LANE RESULT = sum;
         break;
       }
       case UNPACK16:

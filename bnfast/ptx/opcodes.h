@@ -59,6 +59,8 @@ OP(field_s32, "bfe.s32", (u32)bit_field(A & 0xffffffff, (u32)B, (u32)C, 32, 1))
 OP(field_u64, "bfe.u64", bit_field(A, (u32)B, (u32)C, 64, 0))
 OP(field_s64, "bfe.s64", bit_field(A, (u32)B, (u32)C, 64, 1))
 OP(popc32, "popc.b32", (u32)__builtin_popcount((u32)A))
+OP(funnel_left, "shf.l.wrap.b32", (u32)(((u64)(u32)B << 32 | (u32)A) << ((u32)C & 31) >> 32))
+OP(funnel_right, "shf.r.wrap.b32", (u32)(((u64)(u32)B << 32 | (u32)A) >> ((u32)C & 31)))
 OP(permute, "prmt.b32", permute_bytes((u32)A, (u32)B, (u32)C))
 
 // Moves. A predicate, the third source, chooses.
@@ -88,8 +90,8 @@ OP(sqrt_rn_f, "sqrt.rn.f32", fbits(sqrtf(F(A))))
 // fp32 with an error that PTX documents, in units in the last place. `near` moves a result within it, if asked.
 OP(div_f, "div.full.f32 div.approx.f32",
    near(m, F(A) / F(B), A ^ B * 31, fmaf(F(A) / F(B), F(B), -F(A)) == 0, 2))
-OP(sqrt_f, "sqrt.approx.f32", near(m, sqrtf(F(A)), A, 0, 1))
-OP(rsqrt_f, "rsqrt.approx.f32", near(m, 1.0f / sqrtf(F(A)), A, 0, 2))
+OP(sqrt_f, "sqrt.approx.f32", near_share(m, sqrt(F(A)), A, 0x1p-23))
+OP(rsqrt_f, "rsqrt.approx.f32", near_share(m, 1 / sqrt(F(A)), A, 0x1.12p-23))  // 2^-22.9
 OP(rcp_f, "rcp.approx.f32", near(m, 1.0f / F(A), A, 0, 1))
 OP(exp2_f, "ex2.approx.f32", near(m, exp2f(F(A)), A, F(A) == rintf(F(A)), 2))
 OP(exp2_ftz, "ex2.approx.ftz.f32", fbits(ftz(F(near(m, exp2f(ftz(F(A))), A, F(A) == rintf(F(A)), 2)))))

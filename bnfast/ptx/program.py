@@ -26,7 +26,8 @@ _TABLE = re.findall(r'^OP\((\w+), "([^"]*)"', (HERE / "opcodes.h").read_text(), 
 # in the order of the enumeration in executor.c
 _OTHERS = (
     "branch", "exit", "barrier", "warp_sync", "parameter", "load", "store", "load_shared", "store_shared",
-    "load_matrix", "store_matrix", "atomic_add", "shuffle_xor", "shuffle_index", "unpack16", "unpack32",
+    "load_matrix", "store_matrix", "atomic_add", "shuffle_xor", "shuffle_index", "reduce_add",
+    "unpack16", "unpack32",
 )  # fmt: skip
 CODES = {name: code for code, name in enumerate([*(name for name, _ in _TABLE), *_OTHERS])}
 _SPELLED = {spelling: name for name, spellings in _TABLE for spelling in spellings.split()}
@@ -177,6 +178,11 @@ class Program:
             return name, {
                 "to": [self._register(operands[0])],
                 "from": [self._register(o) for o in operands[1:3]],
+            }
+        if opcode in ("redux.sync.add.s32", "redux.sync.add.u32"):
+            return "reduce_add", {
+                "to": [self._register(operands[0])],
+                "from": [self._register(o) for o in operands[1:]],
             }
         if kind == "createpolicy":  # a hint, which the executor's loads and stores do not look at
             return "move", {"to": [self._register(operands[0])], "from": [self._register("0")]}

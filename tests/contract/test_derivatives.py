@@ -22,6 +22,8 @@ from bnfast.functional import batch_norm, layer_norm
 from tests.support.layers import BY_NAME, KINDS, NORMS, Layer, Options, both_modes, data, every_path, norms
 from tests.support.versions import TORCH
 
+pytestmark = pytest.mark.compiled
+
 FP64 = torch.float64
 SHAPES = {"2-D": ((4, 2), False), "4-D": ((2, 2, 2, 3), False), "4-D channels_last": ((2, 2, 2, 3), True)}
 # (norm, shape, channels_last, what is given besides x, the activation that follows)

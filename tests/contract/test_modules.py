@@ -14,6 +14,8 @@ from torch.testing import assert_close
 
 from tests.support.layers import Layer, assert_same, every_layer, every_path, step, tracking
 
+pytestmark = pytest.mark.compiled
+
 
 @every_path
 @pytest.mark.parametrize("from_ours", [True, False], ids=["ours to theirs", "theirs to ours"])

@@ -22,6 +22,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     library.load.cache_clear()
 
 
+@pytest.mark.usefixtures("executor")
 def test_it_is_compiled_once(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     library.load()
     (made,) = cache.iterdir()

@@ -8,6 +8,8 @@ import pytest
 from bnfast.ptx.execute import MADE, READ_ONLY, UPDATED, Fault
 from tests.support.ptx_kernels import LANES, kernel, launch
 
+pytestmark = pytest.mark.usefixtures("executor")
+
 ADDRESS = "mad.wide.u32 %rd10, %r0, 4, %rd0;\n"  # of the thread's own element of the first array
 SEEDS = range(1, 6)
 

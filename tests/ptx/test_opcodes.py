@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import operator
 from collections.abc import Callable
 from fractions import Fraction
@@ -10,8 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from bnfast.ptx.execute import Fault
 from bnfast.ptx.program import CODES, Program, UnknownInstruction
 from tests.support.ptx_kernels import LANES, kernel, launch
+
+pytestmark = pytest.mark.usefixtures("executor")
 
 WIDTHS = {"pred": 1, "8": 8, "16": 16, "32": 32, "64": 64}
 FLOATS = {"f32": np.float32, "f64": np.float64, "f16": np.float16}
@@ -155,6 +159,8 @@ for kind in ("b16", "b32", "b64"):
         add(f"shr.{shift}", shifted(shift), f"{shift} u32")
 add("popc.b32", lambda a: a.bit_count())
 add("prmt.b32", permuted)
+add("shf.l.wrap.b32", lambda a, b, n: (b << 32 | a) << n % 32 >> 32, "u32 u32 u32", "u32")
+add("shf.r.wrap.b32", lambda a, b, n: (b << 32 | a) >> n % 32, "u32 u32 u32", "u32")
 for kind in ("f32", "f64"):
     for rounding in ("", ".rn"):
         add(f"add{rounding}.{kind}", operator.add)
@@ -213,7 +219,9 @@ APPROXIMATE: dict[str, tuple[Callable[..., Any], int]] = {  # with the units in 
 FLUSHED = {"mul.ftz.f32": operator.mul, "fma.rn.ftz.f32": lambda a, b, c: a * b + c, "abs.ftz.f32": np.abs}
 
 
-def run(opcode: str, operands: list[np.ndarray], form: str = "{op} %to, {operands};") -> np.ndarray:
+def run(
+    opcode: str, operands: list[np.ndarray], form: str = "{op} %to, {operands};", perturb: int = 0
+) -> np.ndarray:
     """The instruction's results in 32 lanes, with a register for each operand."""
     lines, names = [], []
     for k, _ in enumerate(operands):
@@ -223,7 +231,7 @@ def run(opcode: str, operands: list[np.ndarray], form: str = "{op} %to, {operand
     lines += [form.format(op=opcode, operands=", ".join(names))]
     lines += [f"mad.wide.u32 %rd30, %r0, 8, %rd{result};", "st.global.b64 [%rd30], %to;"]
     to = np.zeros(LANES, np.uint64)
-    launch(kernel("\n".join(lines), result + 1), *operands, to)
+    launch(kernel("\n".join(lines), result + 1), *operands, to, perturb=perturb)
     return to
 
 
@@ -270,10 +278,15 @@ def test_approximate(opcode: str) -> None:
     operands = operands_of(["f32"] * (2 if opcode.startswith("div") else 1))
     with np.errstate(all="ignore"):
         wanted = function(*(o.astype(np.uint32).view(np.float32) for o in operands)).astype(np.float32)
-    found = run(opcode, operands).astype(np.uint32).view(np.float32)
-    finite = np.isfinite(wanted)
-    np.testing.assert_array_equal(found[~finite], wanted[~finite])
-    assert (np.abs(found[finite] - wanted[finite]) <= units * np.spacing(np.abs(wanted[finite]))).all()
+    finite, several = np.isfinite(wanted), []
+    for perturb in (0, 1, 2):  # moved: from a result that is itself rounded
+        found, again = (run(opcode, operands, perturb=perturb) for _ in range(2))
+        np.testing.assert_array_equal(found, again)
+        several.append(found := found.astype(np.uint32).view(np.float32))
+        np.testing.assert_array_equal(found[~finite], wanted[~finite])
+        most = (units + (perturb > 0)) * np.spacing(np.abs(wanted[finite]))
+        assert (np.abs(found[finite] - wanted[finite]) <= most).all()
+    assert all((a[finite] != b[finite]).any() for a, b in itertools.combinations(several, 2))
 
 
 @pytest.mark.parametrize("opcode", FLUSHED)
@@ -342,6 +355,14 @@ def test_two_are_converted_at_a_time(kind: str) -> None:
             for a, b in zip(high, low, strict=True)
         ]
     assert run(f"cvt.rn.{kind}x2.f32", [high, low]).tolist() == wanted
+
+
+def test_reduction_over_a_warp() -> None:
+    values = np.arange(LANES, dtype=np.uint64) + 2**32 - 5
+    wanted = int(values.sum()) % 2**32
+    assert run("redux.sync.add.s32", [values], "{op} %to, {operands}, -1;").tolist() == [wanted] * LANES
+    with pytest.raises(Fault, match="a reduction of a part of a warp"):
+        run("redux.sync.add.s32", [values], "{op} %to, {operands}, 255;")
 
 
 UNKNOWN = (
