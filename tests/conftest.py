@@ -89,9 +89,8 @@ def _executed(request: pytest.FixtureRequest) -> Iterator[list[Any]]:
     perturb = request.config.getoption("--perturb")
     # Each division may then be off by 2 units: the mean by 2 of its distance from the pivot, the variance by
     # 2, of which its root keeps 1, and one over that root by 2.
-    units = exact.TOLERANCE + (3 if perturb else 0)
     with (
-        mock.patch.object(exact, "TOLERANCE", units),
+        mock.patch.object(exact, "MOVED", 3.0 if perturb else 0.0),
         executing(seeds=SCHEDULES, perturb=perturb) as executed,
     ):
         yield executed
