@@ -103,6 +103,7 @@ CASES = (
     *layers("BatchNorm", (256, 128, 28, 28), after=["relu"], last=BOTH),
     *layers("BatchNorm", (256, 1024, 14, 14), after=["", "z + relu"], last=BOTH),
     *layers("BatchNorm", (64, 512, 7, 7), after=["relu"], last=BOTH),
+    *layers("BatchNorm", (4, 64, 56, 56), after=["relu"], last=BOTH),
     *layers("BatchNorm", (256, 256, 56, 56), dtypes=[FP32], last=BOTH),
     *layers("BatchNorm", (256, 256, 56, 56), last=BOTH, training=False),
     *layers("BatchNorm", (256, 256, 56, 56), after=["z + relu"], last=LAST, training=False),

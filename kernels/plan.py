@@ -48,7 +48,7 @@ class Program:
 # Reductions prefer many loads a thread to many threads. 128 registers hold 8 vectors beside the accumulators,
 # where 64 hold 3 of the 4 that twice the threads would need [sass], and a thread's loop is longer for one
 # epilogue. Two programs an SM leave few partial results for the last one to merge. Tensors too small for that
-# take smaller programs.
+# take smaller programs if they are contiguous, else fewer ones.
 REDUCE = (Program(8, 2, 128, 8), Program(4, 4, 128, 8), Program(4, 4, 128, 2), Program(4, 4, 128, 0))
 # In nchw a tile is one channel and a thread has fewer loads, so there are more threads.
 REDUCE_NCHW = (Program(8, 4, 64, 4), Program(4, 8, 64, 4), Program(4, 8, 64, 0))
@@ -60,6 +60,11 @@ REDUCE_ROW = (Program(4, 8, 64, 2), Program(4, 8, 64, 0))
 ELEMENTWISE = (Program(4, 7, 72, 4), Program(4, 6, 80, 4), Program(4, 5, 96, 4))
 REDUCE_SMOOTH = (Program(4, 3, 168, 8), *REDUCE[2:])
 REDUCE_NCHW_ACTIVATED = (Program(8, 3, 80, 4), Program(4, 6, 80, 4), Program(4, 6, 80, 0))
+
+
+# What reducing a small tensor waits for, in microseconds: the loads of a tile, and those of a step of the
+# merge, which come from L2. benchmarks/model.py makes the same assumptions.
+TILE, MERGE_STEP = 0.7, 0.25
 
 
 def _cost(activation: str) -> int:
@@ -213,6 +218,23 @@ def _pass(
     return plan, tiles * strips >= programs
 
 
+def _in_few_programs(plan: PassPlan) -> PassPlan:
+    """The plan with as many programs a block as take the least time, where not all would be busy anyway: few
+    go through many tiles each, many leave a long merge to the last one."""
+
+    def splits_in(turns: int) -> PassPlan:
+        splits = ceil_div(plan.tiles, turns)
+        tile = _reducing(plan.tile, plan.view, plan.warps, plan.registers, splits, plan.group_size)
+        return replace(plan, splits=splits, tile=tile)
+
+    def microseconds(each: PassPlan) -> float:
+        steps = ceil_div(each.splits, each.tile.partials_per_iter)
+        return ceil_div(each.tiles, each.splits) * TILE + steps * MERGE_STEP
+
+    fewest = ceil_div(plan.tiles, plan.splits)
+    return min((splits_in(turns) for turns in range(fewest, fewest + 8)), key=microseconds)
+
+
 @lru_cache(maxsize=4096)
 def plan_reduction(
     x: Problem, inputs: int, samples: int = 1, group_size: int = 1, activation: str = "none"
@@ -232,6 +254,8 @@ def plan_reduction(
         # where the last piece of each channel is mostly empty, a narrower tile does better
         if full and not (view.mode == "nchw" and view.used < 0.85):
             break
+        if channels_last:
+            return _in_few_programs(plan)
     return plan
 
 

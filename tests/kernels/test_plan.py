@@ -61,9 +61,21 @@ FEW = [(1, 1, 10**7), (10**6, 1, 1), (1, 32, 64**3), (1, 3, 10**6), (64, 1, 64**
 @pytest.mark.parametrize("channels_last", [True, False], ids=["channels_last", "contiguous"])
 @pytest.mark.parametrize(("n", "c", "s"), FEW)
 def test_one_channel_or_one_sample_still_fills_the_gpu(n: int, c: int, s: int, channels_last: bool) -> None:
-    """C programs would idle it."""
+    """C programs would idle it. Of 2 MB, a program a tile is enough."""
     for planned in passes(n, c, s, 2, channels_last, True, SMS):
-        assert planned.programs >= SMS
+        assert planned.programs >= min(SMS, planned.tiles)
+
+
+@pytest.mark.parametrize(
+    ("n", "c", "s"), [(4, 64, 56 * 56), (32, 256, 14 * 14), (64, 512, 49), (1, 64, 3136)]
+)
+@pytest.mark.parametrize("inputs", [1, 2])
+def test_few_programs_reduce_a_small_channels_last_tensor(n: int, c: int, s: int, inputs: int) -> None:
+    """The last program merges what they leave in a few steps, and no program goes through many tiles."""
+    planned = plan.plan_reduction(Problem(n, c, s, 2, True, True, SMS), inputs)
+    steps = -(-planned.splits // planned.tile.partials_per_iter)
+    assert steps <= 4
+    assert planned.tiles <= 3 * planned.splits
 
 
 def test_bytes_of_a_step() -> None:
