@@ -31,7 +31,7 @@ READ_ONLY, MADE, UPDATED, UNWATCHED = range(4)
 _KINDS = dict.fromkeys(("x_ptr", "dy_ptr", "residual_ptr", "weight_ptr", "bias_ptr"), READ_ONLY)
 _KINDS |= dict.fromkeys(("running_mean_ptr", "running_var_ptr", "batches_ptr", "semaphores_ptr"), UPDATED)
 COUNTERS = ("executed", "sectors", "fewest_sectors", "wavefronts", "fewest_wavefronts", "diverged")
-TOTALS = ("replicas", "same_warp", "unequal_stores", "round_trips", "final_round_trips", "barriers")
+TOTALS = ("replicas", "round_trips", "final_round_trips", "barriers")
 _MESSAGES = 8192  # bytes
 
 
@@ -58,11 +58,10 @@ class Execution:
     """One launch. counters: of each instruction, by the names of COUNTERS. tensors: by the kernel's
     parameters, of which two may be given the same.
 
-    totals: replicas: loads and stores of one address by warps of one program without a barrier between them;
-    same_warp: those of shared memory by lanes of one warp; unequal_stores: lanes of one instruction that
-    store other bits at one address; round_trips: how often a warp at most waits for what it has loaded, each
-    time after the last; final_round_trips: those after the first atomic; barriers: the most that a program
-    passes."""
+    totals: replicas: stores by one warp of a program of what another has stored or loaded without a barrier
+    between them, where both have the same value or the tensor is updated in place; round_trips: how often a
+    warp at most waits for what it has loaded, each time after the last; final_round_trips: those after the
+    first atomic; barriers: the most that a program passes."""
 
     kernel: str
     grid: int

@@ -14,6 +14,7 @@ enum {
 };
 
 #define MOST_FAULTS 12
+#define MOST_STEPS (1ll << 28)  // of the average program
 
 void fault(Machine *m, const char *format, ...) {
   if (m->faults++ >= MOST_FAULTS) return;
@@ -31,7 +32,9 @@ void fault(Machine *m, const char *format, ...) {
 static inline u32 near(Machine *m, float result, u64 operands, int exact, int most) {
   if (!m->perturb || exact || result == 0 || !isfinite(result)) return fbits(result);
   u64 state = ((operands & 0xffffffff) << 32 | fbits(result)) + m->perturb;
-  return fbits(result) + (u32)(random_bits(&state) % (2 * most + 1)) - most;
+  i32 size = (i32)(fbits(result) & 0x7fffffff) + (i32)(random_bits(&state) % (2 * most + 1)) - most;
+  if (size < 0 || size > 0x7f7fffff) return fbits(result);  // it stays finite
+  return (u32)size | (fbits(result) & 0x80000000u);
 }
 
 // The same for an error that is documented as a share of the result.
@@ -88,6 +91,7 @@ static void wait_for_sources(Warp *w, const Instruction *i) {
 // Runs some instructions of a warp, up to a barrier at most.
 static void run_warp(Machine *m, Cta *c, Warp *w, int instructions) {
   Register *r = w->registers;
+  if (m->steps > MOST_STEPS * m->launch->programs) fault(m, "a program that does not end"), m->faults = MOST_FAULTS;
   while (instructions-- > 0 && m->faults < MOST_FAULTS) {
     i32 pc;
     u32 here = choose_lanes(m->launch, w, &pc), active = here;
@@ -126,6 +130,7 @@ static void run_warp(Machine *m, Cta *c, Warp *w, int instructions) {
 #include "opcodes.h"
 #undef OP
       case BARRIER:
+        if (!active) break;
         if (active != ~0u) fault(m, "line %d: a barrier in a diverged warp", i->line);
         w->waiting = 1, c->waiting++;
         return;
@@ -179,23 +184,25 @@ static void start(Machine *m, Cta *c, u32 id) {
     c->warps = calloc(l->warps, sizeof(Warp));
     c->shared = malloc(l->shared_bytes + 16);
     c->bytes = malloc((l->shared_bytes + 16) * sizeof(Byte));
-    c->position = malloc(l->grid * sizeof(i32));
+    c->position = calloc(l->grid, sizeof(i32));
     for (int k = 0; k < l->warps; k++) {
       c->warps[k].registers = aligned_alloc(64, l->registers * sizeof(Register));
       c->warps[k].ready = malloc(l->registers * sizeof(u32));
+      c->warps[k].times = malloc(l->length * sizeof(u32));
     }
   }
   memset(c->shared, 0xdb, l->shared_bytes);  // as a value: far from all others
   memset(c->bytes, 0, (l->shared_bytes + 16) * sizeof(Byte));
-  memset(c->position, 0, l->grid * sizeof(i32));
+  for (int k = 0; k < c->known.length; k++) c->position[c->known.list[k].cta] = 0;
   c->id = id, c->epoch = 0, c->live = 1, c->waiting = c->exited = c->known.length = 0;
   for (int k = 0; k < l->warps; k++) {
     Warp *w = c->warps + k;
     Register *registers = w->registers;
-    u32 *ready = w->ready;
-    *w = (Warp){.alive = ~0u, .index = k, .together = 1, .registers = registers, .ready = ready};
+    u32 *ready = w->ready, *times = w->times;
+    *w = (Warp){.alive = ~0u, .index = k, .together = 1, .registers = registers, .ready = ready, .times = times};
     memcpy(registers, l->initial, l->registers * sizeof(Register));
     memset(ready, 0, l->registers * sizeof(u32));
+    memset(times, 0, l->length * sizeof(u32));
     EACH_LANE registers[0].lane[lane] = k * LANES + lane;  // %tid.x, %ctaid.x, %nctaid.x
     EACH_LANE registers[1].lane[lane] = id, registers[2].lane[lane] = l->grid;
   }
@@ -253,7 +260,10 @@ i64 execute(const Launch *launch) {
     if (c->exited == launch->warps) finish(m, c), live--;
   }
   for (int k = 0; k < launch->resident; k++) {
-    for (int n = 0; ctas[k].warps && n < launch->warps; n++) free(ctas[k].warps[n].registers), free(ctas[k].warps[n].ready);
+    for (int n = 0; ctas[k].warps && n < launch->warps; n++) {
+      Warp *w = ctas[k].warps + n;
+      free(w->registers), free(w->ready), free(w->times);
+    }
     free(ctas[k].warps), free(ctas[k].shared), free(ctas[k].bytes), free(ctas[k].position);
     free(ctas[k].known.list), free(ctas[k].since), free(ctas[k].acquirer);
   }

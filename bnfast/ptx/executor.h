@@ -1,4 +1,4 @@
-// What the parts of the executor share. Agents of a race are warps; times are barriers of a CTA.
+// What the parts of the executor share. Races are found between warps, as all lanes of one are in step.
 #include "values.h"
 
 #define LANES 32
@@ -29,13 +29,12 @@ enum { READ_ONLY, MADE, UPDATED, UNWATCHED };
 enum { LOADED, STORED, LOADED_SECTORS, STORED_SECTORS };  // of `moved`; the first two are bytes
 
 enum { EXECUTED, SECTORS, FEWEST_SECTORS, WAVEFRONTS, FEWEST_WAVEFRONTS, DIVERGED, COUNTERS };
-enum { REPLICAS, SAME_WARP, UNEQUAL_STORES, ROUND_TRIPS, FINAL_ROUND_TRIPS, BARRIERS, TOTALS };
+enum { REPLICAS, ROUND_TRIPS, FINAL_ROUND_TRIPS, BARRIERS, TOTALS };
 
-typedef struct {
-  u32 cta;
-  u32 epoch : 18, warp : 8, released : 6;  // barriers passed by the CTA; atomics released by the warp, since
-} Stamp;
-#define NOBODY ((Stamp){~0u, 0, 0, 0})
+// When a warp of a CTA did something: how many barriers the CTA had passed, and how many atomics the warp had
+// released since.
+typedef struct { u32 cta, epoch, released; u8 warp; } Stamp;
+#define NOBODY ((Stamp){.cta = ~0u})
 
 typedef struct {
   Stamp wrote, read;
@@ -44,7 +43,8 @@ typedef struct {
 
 typedef struct { Stamp *list; int length, room; } Knowledge;  // the newest known stamp of other CTAs
 
-typedef struct { u32 cta, number; } Mark;  // which program, + 1, was the last to move it, and by which of its accesses
+// Which CTA, + 1, was the last to move something, and when: by which instruction, and the how manieth time.
+typedef struct { u32 cta, number; } Mark;
 
 typedef struct {
   Tensor tensor;
@@ -62,7 +62,8 @@ typedef struct {
   u32 alive;
   int index, together, waiting, done;
   u32 epoch, synced, released, round, final_round;  // round: global round trips that its results depend on
-  u32 accesses, operations;  // of global memory: instructions; what they were in the source
+  u32 operations;  // of global memory, as the source has them
+  u32 *times;      // of each instruction: how often it has accessed global memory
   const Instruction *last;
   Register *registers;
   u32 *ready;     // of each register: the round in which its value arrives

@@ -26,29 +26,34 @@ static int before(const Stamp *s, const Cta *c, const Warp *w) {
   return s->warp == known->warp && s->released <= known->released;
 }
 
-static void race(Machine *m, const Instruction *i, const Stamp *s, const Cta *c, const char *kind, u64 granule) {
-  if (s->cta == c->id)
-    m->launch->totals[REPLICAS]++;  // warps of one CTA that load and store the same values, without a barrier
-  else
+// Warps of one CTA may store the same values without a barrier, and all may load what one of them then updates.
+static void race(Machine *m, const Instruction *i, const Stamp *s, const Cta *c, const char *kind, u64 granule, int replica) {
+  if (s->cta != c->id)
     fault(m, "line %d: %s race in global memory with program %u, element %llu", i->line, kind, s->cta, granule);
+  else if (replica)
+    m->launch->totals[REPLICAS]++;
+  else
+    fault(m, "line %d: %s race in global memory with another warp, element %llu", i->line, kind, granule);
 }
 
-static void touch(Machine *m, Cta *c, Warp *w, const Instruction *i, Watched *t, u64 address, int bytes, int store, int atomic) {
+// same: it is a store of what is there already.
+static void touch(Machine *m, Cta *c, Warp *w, const Instruction *i, Watched *t, u64 address, int bytes, int store, int same, int atomic) {
   if (!t->granules) {
     if (store && t->tensor.kind == READ_ONLY) fault(m, "line %d: a store to an input", i->line);
     return;
   }
-  Stamp now = {c->id, c->epoch, w->index, w->released};
+  Stamp now = {c->id, c->epoch, w->released, w->index};
   u64 first = (address - t->tensor.base) >> t->tensor.granule;
   u64 last = (address - t->tensor.base + bytes - 1) >> t->tensor.granule;
+  int replica = same || t->tensor.kind == UPDATED;
   t->stores += store;
   for (u64 k = first; k <= last; k++) {
     Granule *g = t->granules + k;
     if (!(g->by_atomic && atomic) && !before(&g->wrote, c, w))
-      race(m, i, &g->wrote, c, store ? "write-write" : "write-read", k);
+      race(m, i, &g->wrote, c, store ? "write-write" : "write-read", k, replica);
     if (store) {
       if (g->read_by_many) fault(m, "line %d: a store over what several programs load, element %llu", i->line, k);
-      if (!before(&g->read, c, w)) race(m, i, &g->read, c, "read-write", k);
+      if (!before(&g->read, c, w)) race(m, i, &g->read, c, "read-write", k, replica);
       *g = (Granule){now, NOBODY, 1, atomic, 0};
       continue;
     }
@@ -63,11 +68,12 @@ static void touch(Machine *m, Cta *c, Warp *w, const Instruction *i, Watched *t,
 // Counts what an access of a lane moves. What other lanes and warps of the program have moved by the same
 // instruction counts once, and so does a sector that one line of the source moves by several instructions. Returns
 // whether any byte has been moved by the same instruction.
-static int count_moved(Cta *c, Warp *w, Watched *t, u64 address, int bytes, int store) {
+static int count_moved(Machine *m, Cta *c, Warp *w, Watched *t, u64 address, int bytes, int store) {
   i64 *moved = t->tensor.moved + store;
   u64 offset = address - t->tensor.base, sector = (address >> 5) - (t->tensor.base >> 5);
   int granule = 1 << t->tensor.granule, again = 0;
-  Mark now = {c->id + 1, w->accesses}, *s = t->sectors[store] + sector;
+  u32 pc = w->last - m->launch->code;
+  Mark now = {c->id + 1, pc << 16 | (w->times[pc] & 0xffff)}, *s = t->sectors[store] + sector;
   for (u64 k = offset >> t->tensor.granule; k <= (offset + bytes - 1) >> t->tensor.granule; k++) {
     Mark *g = t->marks[store] + k;
     int same = !memcmp(g, &now, sizeof now);
@@ -85,14 +91,17 @@ void global_access(Machine *m, Cta *c, Warp *w, const Instruction *i, u32 active
   int bytes = i->size * i->count, found = 0, lanes = __builtin_popcount(active);
   u64 sectors[LANES];
   w->operations += !w->last || i <= w->last || i->place != w->last->place;
-  w->accesses++, w->last = i;
+  w->times[i - m->launch->code]++, w->last = i;
   EACH_LANE if (active >> lane & 1) {
     u64 address = w->registers[i->from[0]].lane[lane] + i->offset;
     if (address % bytes) { fault(m, "line %d: a misaligned access of %d bytes", i->line, bytes); continue; }
     Watched *t = find(m, i, address, bytes);
     if (!t) { fault(m, "line %d: out of bounds: lane %d, address %llx", i->line, lane, address); continue; }
-    touch(m, c, w, i, t, address, bytes, store, 0);
-    int again = t->marks[0] && count_moved(c, w, t, address, bytes, store);
+    int same = store;
+    for (int k = 0; k < i->count && same; k++)
+      same = !memcmp((void *)(address + k * i->size), &w->registers[i->to[k]].lane[lane], i->size);
+    touch(m, c, w, i, t, address, bytes, store, same, 0);
+    int again = t->marks[0] && count_moved(m, c, w, t, address, bytes, store);
     for (int k = 0; k < i->count; k++) {
       u64 value = store ? w->registers[i->to[k]].lane[lane] : 0;
       void *at = (void *)(address + k * i->size);
@@ -148,10 +157,10 @@ static void touch_shared(Machine *m, Cta *c, Warp *w, const Instruction *i, u32 
     int wrote = b->wrote_in == now && b->wrote_by != thread && !(store && same);
     int read = store && b->read_in == now && (b->read_by != thread || b->read_by_many) && !(same && b->wrote_in == now);
     int one_warp = b->wrote_by / LANES == (u32)w->index;
-    if (wrote && one_warp) wrote = 0, m->launch->totals[SAME_WARP] += b->wrote_synced == w->synced;
+    if (one_warp) wrote &= b->wrote_synced == w->synced;
     if (wrote) fault(m, "line %d: %s race in shared memory, byte %u", i->line, store ? "write-write" : "write-read", k);
     one_warp = b->read_by / LANES == (u32)w->index && !b->read_by_many;
-    if (read && one_warp) read = 0, m->launch->totals[SAME_WARP] += b->read_synced == w->synced;
+    if (one_warp) read &= b->read_synced == w->synced;
     if (read) fault(m, "line %d: read-write race in shared memory, byte %u", i->line, k);
     if (store) {
       b->wrote_in = now, b->wrote_by = thread, b->wrote_synced = w->synced;
@@ -175,9 +184,6 @@ void shared_access(Machine *m, Cta *c, Warp *w, const Instruction *i, u32 active
       u64 value = store ? w->registers[i->to[k]].lane[lane] : 0;
       int same = store && !memcmp(at, &value, i->size);
       touch_shared(m, c, w, i, addresses[lane] + k * i->size, i->size, lane, store, same);
-      if (store && !same)  // another lane of this instruction has stored something else there
-        for (int other = 0; other < lane; other++)
-          m->launch->totals[UNEQUAL_STORES] += k == 0 && active >> other & 1 && addresses[other] == addresses[lane];
       memcpy(store ? (void *)at : &value, store ? &value : (void *)at, i->size);
       if (!store && i->to[k] >= 0) w->registers[i->to[k]].lane[lane] = value;
     }
@@ -235,12 +241,13 @@ void atomic_add(Machine *m, Cta *c, Warp *w, const Instruction *i, u32 active) {
     u64 address = w->registers[i->from[0]].lane[lane] + i->offset;
     Watched *t = find(m, i, address, 4);
     if (!t || t->tensor.kind == READ_ONLY) { fault(m, "line %d: an atomic out of bounds", i->line); continue; }
+    if (address % 4) { fault(m, "line %d: a misaligned atomic", i->line); continue; }
     u64 k = (address - t->tensor.base) >> t->tensor.granule;
     if (!t->released) t->released = calloc((t->tensor.bytes >> t->tensor.granule) + 1, sizeof(Knowledge *));
     Knowledge *released = t->released[k];
     if (!released) released = t->released[k] = calloc(1, sizeof(Knowledge));
     if (i->flag) for (int n = 0; n < released->length; n++) learn(c, w, released->list + n);
-    touch(m, c, w, i, t, address, 4, 1, 1);
+    touch(m, c, w, i, t, address, 4, 1, 0, 1);
     u32 *counter = (u32 *)address, old = *counter;
     *counter = old + (u32)w->registers[i->from[1]].lane[lane];
     if (i->to[0] >= 0) w->registers[i->to[0]].lane[lane] = old;
@@ -249,7 +256,7 @@ void atomic_add(Machine *m, Cta *c, Warp *w, const Instruction *i, u32 active) {
     released->list = realloc(released->list, (c->known.length + 1) * sizeof(Stamp));
     for (int p = 0; p < c->known.length; p++)
       if (c->since[p] < c->epoch || c->acquirer[p] == w->index) released->list[n++] = c->known.list[p];
-    released->list[n++] = (Stamp){c->id, c->epoch, w->index, w->released};
+    released->list[n++] = (Stamp){c->id, c->epoch, w->released, w->index};
     released->length = n;
     w->released++;
   }

@@ -23,8 +23,33 @@ static inline u16 to_bfloat(float f) {
   u32 x = fbits(f);
   return f != f ? 0x7fff : (u16)((x + 0x7fff + (x >> 16 & 1)) >> 16);
 }
-static inline u16 to_half(float f) { _Float16 h = (_Float16)f; u16 x; memcpy(&x, &h, 2); return f != f ? 0x7fff : x; }
-static inline float of_half(u16 x) { _Float16 h; memcpy(&h, &x, 2); return (float)h; }
+// Not by _Float16, which gcc 11 does not have. A double holds the float, and what is added to round, exactly.
+static inline u16 to_half(float f) {
+  u16 sign = (fbits(f) >> 16) & 0x8000;
+  double size = fabs((double)f);
+  if (f != f) return 0x7fff;
+  if (size >= 65520) return sign | 0x7c00;
+  int exponent = size < 0x1p-14 ? -14 : ilogb(size);  // 10 bits behind the first, fewer of subnormals
+  double units = rint(ldexp(size, 10 - exponent));
+  return sign | (u16)((exponent + 14) * 1024 + (i32)units);
+}
+static inline float of_half(u16 x) {
+  int exponent = x >> 10 & 31, fraction = x & 1023;
+  float size = exponent ? ldexpf(1024 + fraction, exponent - 25) : ldexpf(fraction, -24);
+  if (exponent == 31) size = fraction ? NAN : INFINITY;
+  return x & 0x8000 ? -size : size;
+}
+
+// -0 is less than +0, and a number is preferred to a NaN.
+static inline float least(float a, float b) { return a == b ? (signbit(a) ? a : b) : fminf(a, b); }
+static inline float most(float a, float b) { return a == b ? (signbit(a) ? b : a) : fmaxf(a, b); }
+static inline double least_d(double a, double b) { return a == b ? (signbit(a) ? a : b) : fmin(a, b); }
+static inline double most_d(double a, double b) { return a == b ? (signbit(a) ? b : a) : fmax(a, b); }
+
+// A rounded number as 32 bits: the nearest that there is, 0 for NaN.
+static inline u32 to_s32(double x) {
+  return x != x ? 0 : x >= 0x1p31 ? 0x7fffffffu : x <= -0x1p31 ? 0x80000000u : (u32)(i32)x;
+}
 
 static inline u64 bit_field(u64 x, u32 start, u32 length, u32 width, int is_signed) {
   start &= 255, length &= 255;

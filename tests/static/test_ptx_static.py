@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import re
+import sys
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -11,6 +13,7 @@ from torch import Tensor
 
 import bnfast
 from bnfast import selfcheck
+from bnfast.kernels.normalizers.group_norm import finalize_groups
 from bnfast.ptx import Execution, execute, executing
 from bnfast.ptx.execute import Fault
 from bnfast.ptx.program import Program
@@ -120,6 +123,28 @@ def test_a_barrier_less_is_found_unless_it_changes_nothing(
             except Fault:
                 faults += 1
     assert faults > 0.6 * len(SCHEDULES) * len(barriers)
+
+
+def test_the_barrier_before_partial_results_are_overwritten(
+    programs: dict[str, Program], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That of GroupNorm's merge, between warps in global memory. It is found by its place in the source."""
+    lines = inspect.getsource(sys.modules[finalize_groups.fn.__module__]).splitlines()
+    (number,) = (n for n, line in enumerate(lines, 1) if "slot 0" in line)
+    removed = []
+
+    def without(text: str) -> Program:
+        place = rf"(// group_norm\.py:{number}:[^\n]*\n(?:[^\n]*\.loc[^\n]*\n|\$L[^\n]*\n)*\s*)bar\.sync"
+        text, n = re.subn(place, r"\1// bar.sync", text)
+        removed.append(n)
+        return Program(text)
+
+    x = torch.randn(2, 320, 16, 16).bfloat16().contiguous(memory_format=torch.channels_last)
+    monkeypatch.setattr(execute, "Program", without)
+    for seed in SCHEDULES:
+        with executing(sms=4, seeds=(seed,)), pytest.raises(Fault, match="with another warp"):
+            bnfast.GroupNorm(32, 320)(x)
+    assert sum(removed) == 1
 
 
 def test_every_schedule_gives_the_same_and_no_fault() -> None:
