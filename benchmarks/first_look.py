@@ -7,7 +7,7 @@ import argparse
 import pandas as pd
 import torch
 
-from benchmarks import digits, layers, memory, predict, records, tables
+from benchmarks import digits, layers, memory, predict, records, report, tables
 from benchmarks.cases import of_network
 from benchmarks.session import Session, as_text, begin, section
 from benchmarks.suites import RESNET50, SUITES
@@ -20,7 +20,7 @@ def resnet(session: Session) -> None:
     """Part three: what each BatchNorm of ResNet-50 moves and launches and, on a GPU, takes."""
     section(
         "3. Every layer of a network",
-        " ".join([layers.COUNTED, layers.CODE, *([layers.HOW] if session.gpu else [])]),
+        " ".join([layers.COUNTED, report.CODE, *([layers.HOW] if session.gpu else [])]),
     )
     file = session.folder / "layers.csv"
     timing = layers.Run(session, layers.QUICK, ["torch"], file) if session.gpu else None

@@ -15,7 +15,7 @@ from benchmarks import measure, pictures, predict, records, stamp, suites, table
 from benchmarks.cases import columns, of_network
 from benchmarks.model import COPY_RATE
 from benchmarks.records import CANNOT, MEASURED, Record, frame
-from benchmarks.report import show_layers
+from benchmarks.report import CODE, show_layers
 from benchmarks.session import Session, begin, paragraph, progress, section
 from benchmarks.suites import SUITES, Network
 from benchmarks.timing import one_line
@@ -26,12 +26,6 @@ COUNTED = (
     "are counted from the kernels' plan, and the floor is the time those bytes take at "
     f"{COPY_RATE / 1e12:.1f} TB/s, an assumption (an H200's copy rate). The modelled time adds launches, "
     "shared memory and what the last program does alone (benchmarks/model.py). Nothing of it is measured."
-)
-CODE = (
-    "COUNTED: registers of a thread (regs) and the bytes that an SM has in flight are read from the kernels' "
-    "machine code for an H100 or H200. By executing them: instructions of a thread for 16 bytes (instr), MB "
-    "in 32-byte sectors, thousands of wavefronts of shared memory, barriers of a program, and how often the "
-    "programs that finalize wait for memory (trips)."
 )
 HOW = (
     "MEASURED with CUDA events, providers in turns on the same random tensors; the median of the readings. "

@@ -1,5 +1,6 @@
-"""What a case moves, launches and needs, without a GPU: bytes and launches from the kernels' plan, and from
-their machine code, where this process can compile it, registers and bytes in flight."""
+"""What a case moves, launches and needs, without a GPU: bytes and launches from the kernels' plan, and,
+where this process can compile them, registers and bytes in flight from their machine code, and what they
+execute (instructions, sectors, wavefronts, barriers, round trips) from programs of their compiled PTX."""
 
 from __future__ import annotations
 
@@ -11,11 +12,11 @@ from benchmarks import model
 from benchmarks.cases import columns
 from benchmarks.records import PREDICTED, Record
 from benchmarks.session import progress
-from benchmarks.tables import FLOOR_LABEL, MODELLED
+from benchmarks.tables import FLOOR_LABEL, MODELLED, WITH_LAUNCHES
 from bnfast import dispatch
 from bnfast.kernels import group_plan, plan
 from bnfast.kernels.epilogue import EpiloguePlan
-from codegen import SMS, why_not_compiled
+from codegen import SMS, why_not_counted
 from codegen.cases import DIRECTIONS, Case
 
 if TYPE_CHECKING:
@@ -57,26 +58,14 @@ def record(case: Case, direction: str, launched: list[Launched], why_not: str | 
             "versions": f"triton {dispatch.TRITON_VERSION}",
         }
     spilling = ", ".join(each.kernel for each in launched if each.report.spills)
-    notes = [FLOOR_LABEL, MODELLED, why_not, spilling and f"spills: {spilling}"]
+    modelled = MODELLED if launched else WITH_LAUNCHES
+    notes = [FLOOR_LABEL, modelled, why_not, spilling and f"spills: {spilling}"]
     found |= {name: round(value, 2) for name, value in found.items() if isinstance(value, float)}
     return Record(
         **columns(case), status=PREDICTED, variant="bnfast", direction=direction,
         ran=" ".join(each.kernel for each in launched), floor_bytes=moved, launches=launches,
         note="; ".join(filter(None, notes)), **found,
     )  # fmt: skip
-
-
-def why_not_counted() -> str | None:
-    """Why this process cannot count what compiled kernels do; None where it can."""
-    why_not = why_not_compiled()
-    if why_not is None:
-        from bnfast.ptx import library
-
-        try:
-            library.compiler()
-        except library.MissingCompiler as e:
-            return f"bytes and launches alone: {e}"
-    return why_not
 
 
 def records(cases: Iterable[Case], compiled: bool = True) -> Iterator[Record]:

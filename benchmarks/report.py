@@ -23,10 +23,18 @@ BEGIN, END = "<!-- performance: made by `python3 -m benchmarks readme` -->", "<!
 NOT_MEASURED = f"""\
 **Not measured yet: no run on a GPU is recorded.** What follows is predicted for an H200: bytes and launches
 are counted from the kernels' plan, and all else from the compiled kernels: registers, bytes in flight of an
-SM, and, by executing them, instructions a thread for 16 bytes, 32-byte sectors, wavefronts of shared memory,
-barriers, and how often the programs that finalize wait for memory. The floor is the time of the bytes at
-{COPY_RATE / 1e12:.1f} TB/s, and the modelled time is that of `benchmarks/model.py`, whose constants are
-assumptions. a/b is forward/backward."""
+SM, and, by executing them, about how many machine instructions a thread issues for 16 bytes (an estimate from
+PTX), 32-byte sectors, thousands of wavefronts of shared memory (kwavefr), barriers, and how often the
+programs that finalize wait for memory. The floor is the time of the bytes at {COPY_RATE / 1e12:.1f} TB/s, and
+the modelled time is that of `benchmarks/model.py`, whose constants are assumptions. a/b is
+forward/backward."""
+CODE = (
+    "COUNTED: registers of a thread (regs) and the bytes that an SM has in flight are read from the kernels' "
+    "machine code for an H100 or H200. By executing their PTX: about how many machine instructions a thread "
+    "issues for 16 bytes (instr, an estimate), MB in 32-byte sectors, thousands of wavefronts of shared "
+    "memory (kwavefr), barriers of a program, and how often the programs that finalize wait for memory "
+    "(trips)."
+)
 MEASURED_BY = "Measured with L2 cold; `NAME x` is how many times as long somebody else takes."
 
 
@@ -70,6 +78,8 @@ def show(found: pd.DataFrame, out: Path, lacking: Sequence[str]) -> None:
     for line in origins(found):
         paragraph(line)
     layers = found[found["kind"] == "layer"]
+    if layers["registers"].notna().any():
+        paragraph(CODE)
     for names, own in layers.groupby(NETWORK, sort=False):
         section(", ".join(names))
         show_layers(own)

@@ -15,6 +15,7 @@ from codegen.cases import DIRECTIONS, DTYPES
 
 FLOOR_LABEL = f"floor at {COPY_RATE / 1e12:.1f} TB/s, an assumption: the copy rate of an H200"
 MODELLED = "modelled for an H200, with constants that were not measured"
+WITH_LAUNCHES = "only launches are added to the floor, with a gap that was not measured"
 NOTE = 40  # characters of a note
 KEY = ["network", "norm", "groups", "shape", "dtype", "layout", "activation", "residual"]
 NETWORK = ["network", "norm", "dtype", "layout"]
@@ -85,7 +86,7 @@ def counted(found: pd.DataFrame) -> pd.DataFrame:
         "KB in flight": _both(ours, count, "in_flight_KB", total="min"),
         "instr": _both(ours, count, "instructions", total="max"),
         "sector MB": _both(ours, count, "sector_MB", 1.0),
-        "kwaves": _both(ours, count, "kwavefronts", 1.0),
+        "kwavefr": _both(ours, count, "kwavefronts", 1.0),
         "barriers": _both(ours, count, "barriers", total="max"),
         "trips": _both(ours, count, "round_trips", total="max"),
     }).iloc[: None if len(one) else 0]  # fmt: skip

@@ -61,15 +61,16 @@ def cases(device: torch.device) -> list[Case]:
     return grid + far[: len(far) if device.type == "cuda" else 8]
 
 
-def _row(outcome: str, case: Case, name: str, verdict: exact.Verdict) -> str:
+def _row(outcome: str, case: Case, rest: str) -> str:
     size = "x".join(map(str, case.shape))
     layout = "" if len(case.shape) == 2 else "nhwc" if case.channels_last else "nchw"
     mode = ("far" if case.mean == FAR else "train") if case.training else "eval"
+    return f"{outcome:4} {case.layer:12} {size:13} {layout:6} {DTYPES[case.dtype]:5} {mode:5} {rest}"
+
+
+def _told(name: str, verdict: exact.Verdict) -> str:
     share = min(verdict.share, 9.99)  # the columns have no more room
-    return (
-        f"{outcome:4} {case.layer:12} {size:13} {layout:6} {DTYPES[case.dtype]:5} {mode:5} {name:12} "
-        f"{share:4.2f} {verdict.rms:.0e} {verdict.torch:.0e}"
-    )
+    return f"{name:12} {share:4.2f} {verdict.rms:.0e} {verdict.torch:.0e}"
 
 
 def run(seconds: float, compiled: bool = False) -> int:
@@ -77,8 +78,13 @@ def run(seconds: float, compiled: bool = False) -> int:
     device = torch.device("cuda" if torch.cuda.is_available() and not compiled else "cpu")
     where = torch.cuda.get_device_name() if device.type == "cuda" else "this CPU, in Triton's interpreter"
     way: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
+    faults: tuple[type[Exception], ...] = ()  # what ends a case, and not the others
     if compiled:
         from .ptx import executing  # needs Triton
+        from .ptx.execute import Fault
+        from .ptx.program import UnknownInstruction
+
+        faults = Fault, UnknownInstruction
 
         where, way = "this CPU, which executes their compiled PTX", executing(seeds=(1, 2, 3))
     elif INTERPRET:
@@ -93,11 +99,17 @@ def run(seconds: float, compiled: bool = False) -> int:
             if time.monotonic() - started > seconds:
                 break
             tensors = given(case, device)
-            verdicts = judge(case, tensors, one_step.run(case, bnfast, tensors))
-            bad = [name for name, verdict in verdicts.items() if not verdict.ok]
-            for name in bad or [max(verdicts, key=lambda name: verdicts[name].share)]:
-                print(_row("FAIL" if bad else "ok", case, name, verdicts[name]), flush=True)
-            failed += bool(bad)
+            try:
+                verdicts = judge(case, tensors, one_step.run(case, bnfast, tensors))
+            except faults as fault:
+                failed += 1
+                print(_row("FAIL", case, f"{fault}".partition("\n")[0]), flush=True)
+            else:
+                bad = [name for name, verdict in verdicts.items() if not verdict.ok]
+                for name in bad or [max(verdicts, key=lambda name: verdicts[name].share)]:
+                    told = _told(name, verdicts[name])
+                    print(_row("FAIL" if bad else "ok", case, told), flush=True)
+                failed += bool(bad)
             done += 1
             if compiled:
                 launched.clear()  # and with them the memory of their tensors

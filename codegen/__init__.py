@@ -19,3 +19,17 @@ def why_not_compiled() -> str | None:
 
         why = "under TRITON_INTERPRET kernels are not compiled" if INTERPRET else None
     return why and f"bytes and launches alone: {why}"
+
+
+def why_not_counted() -> str | None:
+    """Why this process cannot count what compiled kernels do, which needs a C compiler too; None where it
+    can."""
+    if why_not := why_not_compiled():
+        return why_not
+    from bnfast.ptx import library
+
+    try:
+        library.load()
+    except library.MissingCompiler as missing:
+        return f"bytes and launches alone: {str(missing).splitlines()[0]}"
+    return None

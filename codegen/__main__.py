@@ -11,23 +11,24 @@ import pandas as pd
 from tqdm import tqdm
 
 from bnfast import dispatch
-from codegen import budgets, why_not_compiled
+from codegen import budgets, why_not_counted
 from codegen.cases import CASES
 
 ABOUT = """\
-Of a layer's kernels, as compiled for an H200: MB that they have to move, registers a thread, KB that an SM
-waits for at a time, bytes of the average load. Executed: instructions a thread for 16 bytes; 32-byte sectors,
-wavefronts of shared memory and barriers of a program; and how often the program that finalizes waits for
-memory. A figure that is not its budget is followed by a star."""
-NAME_WIDTH = 34
+Of a layer's kernels, as compiled for an H200: MB that they have to move, registers a thread, KB
+that an SM waits for at a time, bytes of the average load. Executed: about how many machine
+instructions a thread issues for 16 bytes; 32-byte sectors, wavefronts of shared memory and barriers
+of a program; and how often the program that finalizes waits for memory. A figure that is not its
+budget is followed by a star."""
+NAME_WIDTH, WIDTH = 32, 6
 COLUMNS = {  # figure: (title, unit, format)
     "bytes": ("MB", 1e6, ".1f"),
     budgets.REGISTERS: ("regs", 1, ".0f"),
     budgets.IN_FLIGHT: ("KB", 1, ".1f"),
     budgets.LOAD: ("load", 1, ".1f"),
     budgets.INSTRUCTIONS: ("instr", 1, ".1f"),
-    budgets.SECTORS: ("sectors", 1, ".0f"),
-    budgets.WAVEFRONTS: ("waves", 1, ".0f"),
+    budgets.SECTORS: ("sector", 1, ".0f"),
+    budgets.WAVEFRONTS: ("wavefr", 1, ".0f"),
     budgets.BARRIERS: ("bars", 1, ".0f"),
     budgets.ROUND_TRIPS: ("trips", 1, ".0f"),
 }
@@ -36,13 +37,14 @@ COLUMNS = {  # figure: (title, unit, format)
 def show(now: pd.DataFrame, changes: pd.DataFrame) -> None:
     """now: with figures of one Triton."""
     changed = set(changes.index)
-    print(f"{'kernel':{NAME_WIDTH}}{''.join(f'{title:>7} ' for title, _, _ in COLUMNS.values())}".rstrip())
+    titles = " ".join(f"{title:>{WIDTH}}" for title, _, _ in COLUMNS.values())
+    print(f"{'kernel':{NAME_WIDTH}}{titles}")
     for case, lines in now.groupby(level="case", sort=False):
         print(case)
         for key, line in lines.drop(columns="launches").iterrows():
             shown = f"  {key[1]} {key[2].removesuffix('_kernel')}".ljust(NAME_WIDTH)
             for (figure, value), (_, unit, form) in zip(line.items(), COLUMNS.values(), strict=True):
-                shown += f"{value / unit:7{form}}" + ("*" if (*key, figure) in changed else " ")
+                shown += f"{value / unit:{WIDTH}{form}}" + ("*" if (*key, figure) in changed else " ")
             print(shown.rstrip())
     print(*budgets.told(changes), sep="\n")
 
@@ -52,7 +54,7 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python3 -m codegen", description=ABOUT)
     parser.add_argument("--write", action="store_true", help="write budgets.csv anew, for this Triton")
     write = parser.parse_args(arguments).write
-    if why_not := why_not_compiled():
+    if why_not := why_not_counted():
         print(f"NOT RUN: {why_not}")
         return 0
     from codegen import launches  # needs Triton

@@ -14,7 +14,7 @@ from bnfast.ptx.program import CODES
 
 # How many machine instructions ptxas makes of one of PTX, where that is not one: about, and of operands that
 # are anything. test_counts_static.py holds the sums against machine code.
-SLOTS = {
+INSTRUCTIONS = {
     **dict.fromkeys(("move", "parameter", "unpack16", "unpack32", "pack32", "warp_sync"), 0.0),
     **dict.fromkeys(("add64", "sub64", "shl64", "shr_u64", "shr_s64", "mad_wide_s", "mul_wide_s"), 2.0),
     **dict.fromkeys(("mad_wide_u", "mul_wide_u"), 2.0),
@@ -27,7 +27,7 @@ SLOTS = {
 }
 FRESH = 1 << 25  # bytes from which on an allocation is new memory
 NOBODY_IS_LAST = 1 << 30  # in a counter: more than any number of programs
-_SLOTS = np.array([SLOTS.get(name, 1.0) for name in CODES])
+_INSTRUCTIONS = np.array([INSTRUCTIONS.get(name, 1.0) for name in CODES])
 
 
 PROGRAMS = 4  # which are executed: neighbours, as they are of different blocks of channels
@@ -64,8 +64,8 @@ def counted(kernel: str, code: Any, programs: int, arguments: dict[str, Any]) ->
         semaphores.fill_(NOBODY_IS_LAST)
     some = executed(middle, PROGRAMS)
     n = min(PROGRAMS, programs - middle)
-    slots = float(some.counters["executed"] @ _SLOTS[program.code["op"]])
-    mine = slots / n, some.count("sectors") / n, some.count("wavefronts") / n, some.totals["barriers"]
+    issued = float(some.counters["executed"] @ _INSTRUCTIONS[program.code["op"]])
+    mine = issued / n, some.count("sectors") / n, some.count("wavefronts") / n, some.totals["barriers"]
     if semaphores is None:
         return Counts(*mine)
     # One counter for each block of channels, then one for each sample whose blocks are merged.

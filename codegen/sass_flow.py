@@ -6,7 +6,7 @@ A kernel of this project runs through phases, and each instruction is counted in
     main loop   the innermost loop with the widest global loads: where the time goes
     remainder   what unrolling left over: code behind the main loop that still goes on to such loads
     epilogue    from there to the first atomic: what every CTA does once
-    finaliser   behind an atomic: what only the last CTA to arrive does, but for the check that it is the last
+    finalizer   behind an atomic: what only the last CTA to arrive does, but for the check that it is the last
 
 ptxas places unlikely code out of line, so phases follow from control flow and not from the order of the text.
 """
@@ -60,7 +60,7 @@ class Phases(NamedTuple):
     main_loop: tuple[Instruction, ...]
     remainder: tuple[Instruction, ...]
     epilogue: tuple[Instruction, ...]
-    finaliser: tuple[Instruction, ...]
+    finalizer: tuple[Instruction, ...]
     repeated: tuple[Instruction, ...]  # the part of the epilogue inside loops, which runs more than once
 
 

@@ -1,14 +1,49 @@
-"""What `python3 -m tests` runs where, and what it does without a C compiler."""
+"""What `python3 -m tests` runs where, each test once, and what it does without a C compiler."""
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from _pytest.mark.expression import Expression
 
+import codegen
 from bnfast.ptx import library
-from tests.__main__ import COMPILED, EXECUTED, PERTURBED, SOME_COMPILED, WHOLE, Gate, feasible, no_compiler
+from codegen import __main__ as command
+from tests.__main__ import (
+    COMPILED,
+    EXECUTED,
+    GPU,
+    PERTURBED,
+    ROOT,
+    SOME_COMPILED,
+    STATIC,
+    WHOLE,
+    Gate,
+    feasible,
+    no_compiler,
+)  # fmt: skip
+
+COLLECT = """
+import json, sys
+import pytest
+
+class Noted:
+    def pytest_collection_finish(self, session):
+        self.found = [(item.nodeid, [mark.name for mark in item.iter_markers()]) for item in session.items]
+
+noted = Noted()
+code = pytest.main(["tests", "--collect-only", "-qq", "-n0", "--no-header"], plugins=[noted])
+with open(sys.argv[1], "w") as file:
+    json.dump(noted.found, file)
+sys.exit(code)
+"""
 
 
 @pytest.fixture
@@ -42,3 +77,39 @@ def test_without_a_compiler_the_same_tests_are_interpreted(
 def test_with_a_compiler_they_are_executed(gate: Gate) -> None:
     assert feasible(gate) is gate
     assert not gate.interpret
+
+
+@pytest.mark.usefixtures("without_a_compiler")
+def test_without_a_compiler_nothing_is_held_against_budgets(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(codegen, "why_not_compiled", lambda: None)
+    assert command.main([]) == 0
+    said = capsys.readouterr().out
+    assert said.startswith("NOT RUN: ")
+    assert "install gcc or clang, or name one in CC" in said
+
+
+def holds(gate: Gate, name: str, marks: list[str]) -> bool:
+    """Whether pytest, told what the gate tells it, runs a test."""
+    folder, *options = gate.selection
+    ignored = [option.removeprefix("--ignore=") for option in options if option.startswith("--ignore=")]
+    marked = Expression.compile(options[options.index("-m") + 1])
+    inside = name.startswith(f"{folder}/") and not name.startswith(tuple(f"{each}/" for each in ignored))
+    return inside and marked.evaluate(lambda mark, **_: mark in marks)
+
+
+@pytest.mark.slow
+def test_every_test_is_in_one_gate(tmp_path: Path) -> None:
+    variables = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST_")}
+    file = tmp_path / "found.json"
+    subprocess.run(
+        [sys.executable, "-c", COLLECT, str(file)], cwd=ROOT, env=variables, check=True,
+        stdout=subprocess.DEVNULL, timeout=300,
+    )  # fmt: skip
+    found, held = json.loads(file.read_text(encoding="utf-8")), Counter[str]()
+    for name, marks in found:
+        gates = [gate.name for gate in (WHOLE, COMPILED, STATIC, GPU) if holds(gate, name, marks)]
+        assert len(gates) == 1, (name, gates)
+        held += Counter(gates)
+    assert set(held) == {gate.name for gate in (WHOLE, COMPILED, STATIC, GPU)}

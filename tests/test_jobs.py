@@ -29,6 +29,7 @@ from benchmarks import (
 from benchmarks.layers import Run, layouts
 from benchmarks.records import CANNOT, MEASURED, PREDICTED, Record, frame
 from benchmarks.session import WIDTH
+from benchmarks.tables import FLOOR_LABEL, WITH_LAUNCHES
 from codegen.cases import DIRECTIONS, DTYPES, Case
 from tests.support.made_up_gpu import make_up
 
@@ -116,7 +117,7 @@ def test_run_of_a_suite_without_a_gpu(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Predictions, in the terminal and in a file."""
-    monkeypatch.setattr("benchmarks.predict.why_not_compiled", lambda: "no registers: a test")
+    monkeypatch.setattr("benchmarks.predict.why_not_counted", lambda: "no registers: a test")
     monkeypatch.setattr("benchmarks.environment.ensure", lambda: ["matplotlib"])
     code, folder = job(tmp_path, "run", "--suite", "sd-vae", "--layout", "both")
     assert code == 0
@@ -126,7 +127,8 @@ def test_run_of_a_suite_without_a_gpu(
     found = records.read(folder / "predicted.csv")
     assert len(found) == 2 * 2 * 2 * 7
     assert set(found["status"]) == {PREDICTED}
-    assert {note.rpartition("; ")[2] for note in found["note"]} == {"no registers: a test"}
+    (note,) = set(found["note"])
+    assert note.startswith(f"{FLOOR_LABEL}; {WITH_LAUNCHES}; no registers: a test")
 
 
 @pytest.mark.slow

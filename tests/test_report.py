@@ -120,7 +120,7 @@ def test_there_is_a_table_of_compiled_kernels_where_kernels_were_compiled() -> N
     lines_of(table)
     last, layers = table.iloc[-1], len(suites.UNET3D.layers)
     assert [last["regs"], last["KB in flight"], last["instr"]] == ["64/64", "48/49", "30/30"]
-    assert [last["sector MB"], last["kwaves"]] == [f"{layers}/{layers}", f"{2 * layers}/{2 * layers}"]
+    assert [last["sector MB"], last["kwavefr"]] == [f"{layers}/{layers}", f"{2 * layers}/{2 * layers}"]
     assert [last["barriers"], last["trips"]] == ["9/9", f"{len(found) - 2}/{len(found) - 1}"]
 
 
@@ -159,6 +159,17 @@ def test_report_of_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
         assert pictures - {"roofline.png"} == {"ResNet-50-BatchNorm-bf16-channels_last.png"}
         assert ("roofline.png" in pictures) == (folder == measured)
         assert all((folder / name).read_bytes()[:4] == b"\x89PNG" for name in pictures)
+
+
+def test_the_columns_of_compiled_kernels_are_explained(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = [r for r in made_up(suites.UNET3D) if r.status == PREDICTED]
+    for registers in (None, 64):
+        file = tmp_path / f"{registers}.csv"
+        records.append(file, [dataclasses.replace(r, registers=registers) for r in found])
+        assert report.run(options(file), ["matplotlib"]) == 0
+        assert ("COUNTED: registers of a thread" in capsys.readouterr().out) == (registers is not None)
 
 
 def test_comparison_of_two_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,4 +1,4 @@
-"""Every kernel against fp64, in the interpreter, judged element by element as the GPU tests are: layouts,
+"""Every kernel against fp64, on compiled PTX, judged element by element as the GPU tests are: layouts,
 dtypes, awkward sizes, memory, parameters, and means far from zero."""
 
 from __future__ import annotations

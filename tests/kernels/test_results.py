@@ -18,8 +18,10 @@ from bnfast import exact
 from bnfast.checks import fp64, one_step
 from bnfast.checks.cases import Case, batch_renorm, given, group_norm, instance_norm, layer_norm
 from bnfast.kernels import launch, launch_plan
+from bnfast.ptx import Execution
 from tests.support.buffers import assert_same_bits, bit_identical, nan_filled_allocations
 from tests.support.families import BF16, FP16, FP32, FP64, layouts, on_gpu
+from tests.support.kernel_calls import kernel_names
 
 pytestmark = pytest.mark.compiled
 
@@ -72,6 +74,15 @@ SPLIT = [
 ]
 
 
+# whose steps launch every kernel but that of LayerNorm's activation
+COVERING = [
+    Case((8, 24, 7, 7), FP16),
+    group_norm((3, 12, 5, 5), FP16, groups=3),
+    layer_norm((7, 768), FP16),
+    layer_norm((2, 8201)),
+]
+
+
 @contextlib.contextmanager
 def noise() -> Iterator[None]:
     """Other work on the GPU meanwhile, of no fixed rhythm: it shuffles which programs run when."""
@@ -110,6 +121,16 @@ def test_same_bits_in_any_order(case: Case, device: torch.device) -> None:
     forget_everything()
     for _ in range(2):  # on a GPU the first compiles and binds, the second runs what was bound
         assert_same_bits(one_step.run(case, bnfast, g), first, "after the caches were cleared")
+
+
+@pytest.mark.usefixtures("several_programs")
+def test_every_kernel_is_executed(executed: list[Execution]) -> None:
+    """In one test, which no sample of cases leaves out; test_numerics.py judges the results."""
+    for case in COVERING:
+        one_step.run(case, bnfast, given(case, torch.device("cpu")))
+    x = torch.randn(7, 64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    bnfast.LayerNorm(64, activation="relu")(x).sum().backward()
+    assert {each.kernel for each in executed} == kernel_names()
 
 
 @pytest.mark.parametrize("case", [*ORDINARY, *on_gpu(LARGER)], ids=str)

@@ -9,6 +9,8 @@ from bnfast.ptx.execute import MADE, READ_ONLY, UPDATED, Arguments, Fault, run
 from bnfast.ptx.traffic import Traffic
 from tests.support.ptx_kernels import LANES, kernel, launch
 
+pytestmark = pytest.mark.usefixtures("executor")
+
 OWN = "mad.wide.u32 %rd10, %r0, 4, %rd0;\n"  # the address of the thread's own element
 LOAD = "ld.global.b32 %r1, [%rd10];\n"
 WAYS = {

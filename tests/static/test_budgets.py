@@ -3,19 +3,18 @@ kind of figure that got worse is named, and the file comes back as it was writte
 
 from __future__ import annotations
 
-import importlib
 import itertools
-import pkgutil
 
 import pandas as pd
 import pytest
 
 from benchmarks import model, predict
-from bnfast import dispatch, kernels
+from bnfast import dispatch
 from codegen import __main__ as command
 from codegen import budgets, launches
 from codegen.cases import CASES, LAST, Case, layers
 from tests.__main__ import TRITONS
+from tests.support.kernel_calls import kernel_names
 
 pytestmark = pytest.mark.static
 
@@ -25,6 +24,7 @@ KEY = (NAME, "forward", "transform_kernel")
 NOW = COMMITTED.loc[[NAME]]
 
 
+@pytest.mark.usefixtures("executor")
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_no_figure_is_worse_than_its_budget(case: Case) -> None:
     found = launches.of_case(case)
@@ -97,9 +97,7 @@ def test_each_case_and_each_kernel_has_its_lines() -> None:
     assert set(COMMITTED.index.unique("case")) == set(names)
     assert budgets.versions(COMMITTED) == sorted(TRITONS)
     assert COMMITTED.notna().all(axis=None)
-    modules = pkgutil.iter_modules(kernels.__path__, "bnfast.kernels.")
-    defined = {name for module in modules for name in vars(importlib.import_module(module.name))}
-    assert {name for name in defined if name.endswith("_kernel")} == set(COMMITTED.index.unique("kernel"))
+    assert kernel_names() == set(COMMITTED.index.unique("kernel"))
 
 
 @pytest.mark.parametrize("newer", TRITONS[2:])
@@ -117,7 +115,8 @@ def test_the_table_shows_what_changed_and_fits_a_terminal(capsys: pytest.Capture
     command.show(now, budgets.changes(now, COMMITTED))
     shown = capsys.readouterr().out
     table, _, _ = shown.partition(f"{NAME}, ")
-    assert max(map(len, table.splitlines())) <= 110
+    assert max(map(len, command.ABOUT.splitlines())) <= 100
+    assert max(map(len, table.splitlines())) <= 100
     moved, registers = COMMITTED.loc[other, ["bytes", "registers 3.7.1"]]
     line = shown.partition(f"{NAME}\n")[2].splitlines()[0]
     assert line.split()[:4] == ["forward", "statistics", f"{moved / 1e6 + 1:.1f}*", f"{registers + 6}*"]
@@ -136,6 +135,7 @@ def test_the_command_says_why_it_cannot_run(
     assert budgets.PATH.read_bytes() == before
 
 
+@pytest.mark.usefixtures("executor")
 def test_predictions() -> None:
     (case,) = layers("BatchNorm", (256, 256, 56, 56), after=["z + relu"], last=LAST)
     for record, kernel in zip(predict.records([case]), ("statistics", "gradient_sums"), strict=True):

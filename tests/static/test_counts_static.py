@@ -9,7 +9,7 @@ from bnfast.ptx import executing
 from codegen import launches
 from codegen.cases import BF16, CASES, Case, layers
 
-pytestmark = pytest.mark.static
+pytestmark = [pytest.mark.static, pytest.mark.usefixtures("executor")]
 
 SMALL = [
     *layers("BatchNorm", (8, 64, 14, 14), after=["relu"], last=(True, False)),
@@ -35,7 +35,7 @@ def test_a_few_programs_stand_for_their_launch(case: Case, monkeypatch: pytest.M
         assert whole.totals["barriers"] == counts.barriers + counts.final_barriers
         assert whole.totals["final_round_trips"] == counts.final_round_trips
         for counted, each in (("sectors", counts.sectors), ("wavefronts", counts.wavefronts)):
-            assert whole.count(counted) == pytest.approx(each * whole.grid, rel=0.25, abs=500), whole.kernel
+            assert whole.count(counted) == pytest.approx(each * whole.grid, rel=0.25, abs=16), whole.kernel
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case.dtype == BF16], ids=str)

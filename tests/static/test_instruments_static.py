@@ -73,9 +73,9 @@ class TestPhases:
         assert "STG" not in names["remainder"]
         assert {"STG", "BAR", "ATOMG"} <= names["epilogue"]
         assert "LDG" not in names["epilogue"]
-        assert {"LDG", "STG", "EXIT"} <= names["finaliser"]
-        assert "ATOMG" not in names["finaliser"]
-        assert any(".STRONG" in ins.opcode for ins in phases.finaliser if ins.name == "LDG")
+        assert {"LDG", "STG", "EXIT"} <= names["finalizer"]
+        assert "ATOMG" not in names["finalizer"]
+        assert any(".STRONG" in ins.opcode for ins in phases.finalizer if ins.name == "LDG")
         # together they are the text, but for padding and a jump to itself behind the last EXIT
         padding = len([*itertools.takewhile(lambda ins: ins.name == "NOP", reversed(code.instructions))])
         assert sum(map(len, phases[:-1])) == len(code.instructions) - padding - 1
@@ -86,7 +86,7 @@ class TestPhases:
         assert report.code.bytes_in_flight == 64
         phases = report.code.phases
         assert 40 < len(phases.main_loop) < 100  # 32 conversions or additions, and addresses
-        assert not phases.finaliser
+        assert not phases.finalizer
         assert not phases.remainder
 
     def test_without_a_loop_everything_is_prologue(self, target):

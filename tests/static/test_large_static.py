@@ -9,7 +9,7 @@ from bnfast.ptx.execute import Arguments, program_of, run
 from codegen import launches
 from codegen.cases import LAST, Case, layers
 
-pytestmark = pytest.mark.static
+pytestmark = [pytest.mark.static, pytest.mark.usefixtures("executor")]
 
 LARGE = [
     *layers("BatchNorm", (1, 64, 5793, 5800), after=["relu"], last=LAST),

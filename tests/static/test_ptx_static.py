@@ -6,6 +6,7 @@ import inspect
 import re
 import sys
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -13,14 +14,15 @@ from torch import Tensor
 
 import bnfast
 from bnfast import selfcheck
+from bnfast.checks import one_step
 from bnfast.kernels.normalizers.group_norm import finalize_groups
 from bnfast.ptx import Execution, execute, executing
 from bnfast.ptx.execute import Fault
-from bnfast.ptx.program import Program
+from bnfast.ptx.program import Program, UnknownInstruction
 from codegen.launches import TABLES
 from tests.support.buffers import assert_same_bits
 
-pytestmark = pytest.mark.static
+pytestmark = [pytest.mark.static, pytest.mark.usefixtures("executor")]
 
 SCHEDULES = (1, 2, 3)
 
@@ -192,3 +194,26 @@ def test_a_user_can_check_them(capsys: pytest.CaptureFixture[str]) -> None:
     text = capsys.readouterr().out
     assert "executes their compiled PTX" in text
     assert " 0 failed" in text
+
+
+@pytest.mark.parametrize("error", [Fault, UnknownInstruction], ids=lambda error: error.__name__)
+def test_what_a_check_finds_ends_its_case_alone(
+    error: type[Exception], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, second = selfcheck.cases(torch.device("cpu"))[:2]
+    sound = one_step.run
+
+    def run(case: Any, library: Any, tensors: Any) -> Any:
+        if case is first:
+            raise error("a race in statistics_kernel\nand where it is")
+        return sound(case, library, tensors)
+
+    monkeypatch.setattr(selfcheck, "cases", lambda device: [first, second])
+    monkeypatch.setattr(one_step, "run", run)
+    assert selfcheck.run(60.0, compiled=True) == 1
+    text = capsys.readouterr().out
+    (line,) = (line for line in text.splitlines() if line.startswith("FAIL"))
+    assert line.split()[1] == first.layer
+    assert line.endswith(" a race in statistics_kernel")
+    assert "and where it is" not in text
+    assert "1 passed, 1 failed" in text

@@ -12,7 +12,7 @@ from bnfast.ptx.execute import Fault
 from tests.support import toys
 from tests.support.toy_launches import Executed
 
-pytestmark = pytest.mark.static
+pytestmark = [pytest.mark.static, pytest.mark.usefixtures("executor")]
 
 copy = Executed(toys.copy)
 

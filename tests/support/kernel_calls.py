@@ -5,6 +5,8 @@ Each forward returns (y, stats, mask or None), and each backward (dx, dweight, d
 from __future__ import annotations
 
 import contextlib
+import importlib
+import pkgutil
 from collections.abc import Iterator
 from typing import Any
 from unittest import mock
@@ -12,6 +14,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
+from bnfast import kernels
 from bnfast.kernels import batch_norm as _batch_norm
 from bnfast.kernels import group_norm as _group_norm
 from bnfast.kernels import plan
@@ -33,6 +36,13 @@ from bnfast.ops import op
 TRAINING, EVAL = (BatchNormOptions(training, 0.1, 1e-5) for training in (True, False))
 Vector = Tensor | None
 ALL = Wanted(True, torch.float32, torch.float32)
+
+
+def kernel_names() -> set[str]:
+    """Those of all kernels that there are."""
+    modules = pkgutil.iter_modules(kernels.__path__, "bnfast.kernels.")
+    defined = {name for module in modules for name in vars(importlib.import_module(module.name))}
+    return {name for name in defined if name.endswith("_kernel")}
 
 
 def batch_norm_train(
