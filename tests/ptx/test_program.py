@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 
-from bnfast.ptx import program
+from bnfast.ptx import execute, program
 from bnfast.ptx.execute import UPDATED, Arguments, run
 from bnfast.ptx.program import UnknownInstruction
-from tests.support.ptx_kernels import LANES, kernel
+from tests.support.ptx_kernels import LANES, kernel, launch
 
 REFUSED = (
     # registers
@@ -110,3 +111,64 @@ def test_a_parameter_is_widened_with_its_sign(kind: str, high: int) -> None:
     arguments.add("n", "i32", -5)
     run(kernel(body, 1), "k", 1, 0, arguments, 1)
     assert y.tolist() == [(high << 32) + 2**32 - 5] * LANES
+
+
+@pytest.mark.usefixtures("executor")
+def test_a_parameter_that_nothing_was_handed_for() -> None:
+    with pytest.raises(UnknownInstruction, match=r"line 6: ld.param.b32 .*: k is handed 1 parameters"):
+        launch(kernel("ld.param.b32 %r1, [k_param_1];", 1), np.zeros(1))
+
+
+@pytest.mark.parametrize(("kind", "bits"), [("fp32", 0x3FC00000), ("fp64", 0x3FF8 << 48), ("i32", 1)])
+def test_a_scalar_is_handed_as_its_type(kind: str, bits: int) -> None:
+    arguments = Arguments()
+    arguments.add("factor", kind, 1.5)
+    assert arguments.parameters == [bits]
+
+
+@pytest.mark.parametrize("kind", ["fp16", "bf16", "*fp32", "tensordesc<fp32[8, 8]>"])
+def test_a_scalar_of_another_type(kind: str) -> None:
+    with pytest.raises(TypeError, match="factor is a scalar of type"):
+        Arguments().add("factor", kind, 1.5)
+
+
+def test_a_tensor_of_another_device() -> None:
+    with pytest.raises(TypeError, match="x_ptr is on meta"):
+        Arguments().add("x_ptr", "*fp32", torch.empty(8, device="meta"))
+
+
+@pytest.mark.parametrize("other", ["dy_ptr", "y_ptr"])
+def test_only_inputs_may_overlap(other: str) -> None:
+    x, arguments = torch.zeros(12), Arguments()
+    for name, window in (("x_ptr", x[:8]), ("residual_ptr", x[4:]), ("weight_ptr", x[4:])):
+        arguments.add(name, "*fp32", window)
+    assert arguments.tensors == {"x_ptr": 0, "residual_ptr": 1, "weight_ptr": 1}
+    if other == "dy_ptr":
+        arguments.add(other, "*fp32", x[2:6])
+    else:
+        with pytest.raises(ValueError, match="the tensor of y_ptr overlaps"):
+            arguments.add(other, "*fp32", x[2:6])
+
+
+@pytest.mark.usefixtures("executor")
+def test_loads_of_inputs_that_overlap() -> None:
+    x, y = np.arange(LANES + 8, dtype=np.uint32), np.zeros(LANES, np.uint32)
+    body = """
+        mad.wide.u32 %rd10, %r0, 4, %rd0;
+        mad.wide.u32 %rd11, %r0, 4, %rd1;
+        mad.wide.u32 %rd12, %r0, 4, %rd2;
+        ld.global.b32 %r1, [%rd10];
+        ld.global.b32 %r2, [%rd11];
+        add.s32 %r1, %r1, %r2;
+        st.global.b32 [%rd12], %r1;
+    """
+    launch(kernel(body, 3), x[:LANES], x[8:], y)
+    assert (y == x[:LANES] + x[8:]).all()
+
+
+def test_an_execution_needs_a_schedule(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match="seeds"), execute.executing(seeds=()):
+        pass
+    monkeypatch.setattr(execute, "INTERPRET", True)
+    with pytest.raises(RuntimeError, match="TRITON_INTERPRET"), execute.executing():
+        pass
