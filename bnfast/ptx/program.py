@@ -186,7 +186,7 @@ class Program:
             operands = re.findall(r"\{[^}]*\}|\[[^\]]*\]|[^,\s]+", rest[0] if rest else "")
             name, fields = self._decode(opcode, operands)
             row |= {"op": CODES[name], **fields}
-            if len(fields.get("to", ())) > 8:
+            if len(fields.get("to", ())) > 8 or name == "parameter" and "guard" in row:
                 raise ValueError
         except (KeyError, IndexError, ValueError):
             raise UnknownInstruction(place) from None

@@ -67,6 +67,7 @@ REFUSED = (
     "ld.global.acquire.b32 %r1, [%rd1];",
     "st.shared::cluster.b32 [%r1], %r2;",
     "ld.param.b32 %r1, [k_param_0+4];",
+    "@%p1 ld.param.b32 %r1, [k_param_0];",
     "ld.param.b8 %rs1, [k_param_0];",
     "ld.param.v2.b32 {%r1, %r2}, [k_param_0];",
     "st.global.b32 [%rd1], _;",
