@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import re
 import struct
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -17,9 +18,10 @@ import triton
 from torch import Tensor
 from triton.backends.nvidia.compiler import CUDABackend
 
+from ..kernels.launch import INTERPRET
 from .driver import launching
 from .library import load
-from .program import Program
+from .program import Program, UnknownInstruction
 from .traffic import Traffic
 
 TENSOR = np.dtype([
@@ -33,6 +35,7 @@ _KINDS |= dict.fromkeys(("running_mean_ptr", "running_var_ptr", "batches_ptr", "
 COUNTERS = ("executed", "sectors", "fewest_sectors", "wavefronts", "fewest_wavefronts", "diverged")
 TOTALS = ("replicas", "round_trips", "final_round_trips", "barriers")
 _MESSAGES = 8192  # bytes
+_FLOATS = {"fp32": "<f", "fp64": "<d"}  # how struct packs scalars
 
 
 class _Launch(ctypes.Structure):
@@ -97,9 +100,10 @@ class Arguments:
 
     def add(self, name: str, kind: str, value: Any, watched: bool = True) -> None:
         if not isinstance(value, Tensor):
-            bits = struct.unpack("<Q", struct.pack("<d", value))[0] if kind.startswith("fp") else int(value)
-            self.parameters.append(bits % 2**64)
+            self.parameters.append(_scalar(name, kind, value))
             return
+        if value.device.type != "cpu":
+            raise TypeError(f"{name} is on {value.device}; only tensors of the CPU can be executed on")
         self.parameters.append(value.data_ptr())
         use = _KINDS.get(name, MADE) if watched else UNWATCHED
         span = value.data_ptr(), value.nbytes
@@ -107,16 +111,27 @@ class Arguments:
             self.written += [value] * (use != READ_ONLY)
 
     def watch(self, name: str, address: int, size: int, element: int, use: int, storage: Any = None) -> bool:
-        """Lets the kernel touch this memory. False: another parameter has brought the same."""
+        """Lets the kernel touch this memory. False: another parameter has brought the same. Otherwise only
+        inputs may overlap."""
         for k, (base, length, *_) in enumerate(self.watched):
-            if base < address + size and address < base + length:
-                if (base, length) != (address, size):
-                    raise ValueError(f"the tensor of {name} overlaps another one")
+            if (base, length) == (address, size):
                 self.tensors[name] = k
                 return False
+        for base, length, _, other, _ in self.watched:
+            if base < address + size and address < base + length and not use == other == READ_ONLY:
+                raise ValueError(f"the tensor of {name} overlaps another one")
         self.tensors[name] = len(self.watched)
         self.watched.append((address, size, element, use, storage))
         return True
+
+
+def _scalar(name: str, kind: str, value: Any) -> int:
+    """The bits of a parameter, an integer's with its sign in all 64."""
+    if kind in _FLOATS:
+        return int.from_bytes(struct.pack(_FLOATS[kind], value), "little")
+    if not re.fullmatch(r"[iu]\d+", kind):
+        raise TypeError(f"{name} is a scalar of type {kind}, which the executor cannot hand to a kernel")
+    return int(value) % 2**64
 
 
 def run(
@@ -135,6 +150,9 @@ def run(
     """Executes one launch. shared: bytes of shared memory. resident: programs that run at a time. only: the
     programs of the grid that are executed; None: all. counting: whether what is moved of each tensor is
     counted."""
+    for number, place in program.parameters.items():
+        if number >= len(arguments.parameters):
+            raise UnknownInstruction(f"{place}: {name} is handed {len(arguments.parameters)} parameters")
     chosen = range(grid) if only is None else only
     traffic = [
         Traffic(address, size, np.zeros(size // element, np.uint8), np.zeros(4, np.int64), storage)
@@ -147,7 +165,7 @@ def run(
     given = [
         program.code,
         program.initial,
-        np.array([*arguments.parameters, 0, 0], np.uint64),  # Triton adds two pointers to scratch memory
+        np.array(arguments.parameters, np.uint64),
         np.array(rows, TENSOR),
     ]
     counters: np.ndarray = np.zeros((len(program.code), len(COUNTERS)), np.int64)
@@ -229,7 +247,13 @@ def executing(*, sms: int = 2, seeds: Sequence[int] = (1,), perturb: int = 0) ->
 
     Raises:
         Fault: A launch did what a kernel must not do.
-        MissingCompiler: There is no C compiler."""
+        MissingCompiler: There is no C compiler.
+        RuntimeError: TRITON_INTERPRET is set.
+        ValueError: There is no seed."""
+    if INTERPRET:
+        raise RuntimeError("under TRITON_INTERPRET=1 Triton compiles no kernel to execute; unset it")
+    if not len(seeds):
+        raise ValueError("seeds: at least one is needed, since each is an execution")
     load()
     found: list[Execution] = []
 

@@ -8,6 +8,7 @@ import functools
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -28,15 +29,21 @@ FLAGS = (
 
 
 class MissingCompiler(RuntimeError):
-    """There is no C compiler, or it cannot compile the executor."""
+    """There is no C compiler, or it cannot compile the executor, or there is no place for what it makes."""
 
 
-def compiler() -> str:
-    """The C compiler that Triton would take."""
-    for name in (os.environ.get("CC"), "gcc", "clang", "cc"):
-        path = shutil.which(name) if name else None
-        if path is not None:
-            return path
+def compiler() -> list[str]:
+    """The C compiler that Triton would take, and its arguments: CC, which may have some, if that is set."""
+    if named := os.environ.get("CC"):
+        for name, *arguments in ([named], shlex.split(named)):
+            if path := shutil.which(name):
+                return [path, *arguments]
+        raise MissingCompiler(
+            f"executing PTX needs a C compiler, and CC={named} names none: unset or correct it"
+        )
+    for name in ("gcc", "clang", "cc"):
+        if path := shutil.which(name):
+            return [path]
     raise MissingCompiler("executing PTX needs a C compiler: install gcc or clang, or name one in CC")
 
 
@@ -52,15 +59,25 @@ def processor() -> str:
 @functools.cache
 def load() -> ctypes.CDLL:
     """The library, from the cache if these sources have been compiled before."""
-    command = [compiler(), *FLAGS]
+    command = [*compiler(), *FLAGS]
     digest = hashlib.sha256(" ".join([*command, processor()]).encode())
     for name in SOURCES:
         digest.update((HERE / name).read_bytes())
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bnfast"
     library = folder / f"ptx-{digest.hexdigest()[:16]}.so"
-    if not library.exists():
-        _compile(command, library)
-    loaded = ctypes.CDLL(str(library))
+    try:
+        if not library.exists():
+            _compile(command, library)
+        try:
+            loaded = ctypes.CDLL(str(library))
+        except OSError:  # such as a file that a full disk has cut short
+            _compile(command, library)
+            loaded = ctypes.CDLL(str(library))
+    except OSError as error:
+        raise MissingCompiler(
+            f"the executor of PTX cannot be kept in {folder}, or not loaded from there: {error}. Name a "
+            "folder that can be written, and whose files may be executed, in XDG_CACHE_HOME"
+        ) from error
     loaded.execute.restype = ctypes.c_int64
     return loaded
 
@@ -71,7 +88,11 @@ def _compile(command: list[str], library: Path) -> None:
     with tempfile.TemporaryDirectory(dir=library.parent) as folder:
         made = Path(folder) / library.name
         sources = [str(HERE / name) for name in SOURCES if name.endswith(".c")]
-        done = subprocess.run([*command, "-o", str(made), *sources, "-lm"], capture_output=True, text=True)
+        command = [*command, "-o", str(made), *sources, "-lm"]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True)
+        except OSError as error:
+            raise MissingCompiler(f"{command[0]}, the C compiler, cannot be run: {error}") from error
         if done.returncode:
             raise MissingCompiler(f"{command[0]} cannot compile the executor of PTX:\n{done.stderr[-2000:]}")
         made.replace(library)

@@ -22,20 +22,44 @@ INSTRUCTION = np.dtype(
     align=True,
 )  # fmt: skip
 LANES = 32
-_TABLE = re.findall(r'^OP\((\w+), "([^"]*)"', (HERE / "opcodes.h").read_text(), re.MULTILINE)
+_TEXT = re.sub("//.*", "", (HERE / "opcodes.h").read_text())
+_TABLE = re.findall(r'^OP\((\w+), "([^"]*)",(.*?)(?=^OP|\Z)', _TEXT, re.MULTILINE | re.DOTALL)
 # in the order of the enumeration in executor.c
 _OTHERS = (
     "branch", "exit", "barrier", "warp_sync", "parameter", "load", "store", "load_shared", "store_shared",
     "load_matrix", "store_matrix", "atomic_add", "shuffle_xor", "shuffle_index", "reduce_add",
     "unpack16", "unpack32",
 )  # fmt: skip
-CODES = {name: code for code, name in enumerate([*(name for name, _ in _TABLE), *_OTHERS])}
-_SPELLED = {spelling: name for name, spellings in _TABLE for spelling in spellings.split()}
-_COMPARISONS = {"eq": 0, "ne": 1, "lt": 2, "le": 3, "gt": 4, "ge": 5, "nan": 6, "num": 7}
-_COMPARISONS |= {"lo": 2, "ls": 3, "hi": 4, "hs": 5}  # of unsigned numbers
-_UNORDERED = 16
+CODES = {name: code for code, name in enumerate([*(name for name, *_ in _TABLE), *_OTHERS])}
+_SPELLED = {spelling: name for name, spellings, _ in _TABLE for spelling in spellings.split()}
+_SOURCES = {
+    name: max("ABC".index(x) for x in re.findall(r"\b[ABC]\b", result)) + 1 for name, _, result in _TABLE
+}
+_SIGNED = {"eq": 0, "ne": 1, "lt": 2, "le": 3, "gt": 4, "ge": 5}
+_UNORDERED = {f"{name}u": number + 16 for name, number in _SIGNED.items()}  # true of NaN too
+_COMPARISONS = {
+    "b": _SIGNED,
+    "s": _SIGNED,
+    "u": {**_SIGNED, "lo": 2, "ls": 3, "hi": 4, "hs": 5},
+    "f": {**_SIGNED, **_UNORDERED, "nan": 6, "num": 7},
+}
 _SPECIAL = ("%tid.x", "%ctaid.x", "%nctaid.x")  # the first registers
-_IGNORED = (".reg", ".file", ".pragma", "$L__tmp")
+_REGISTER = re.compile(r"%(p|r|rd|rs|f|fd|h)\d+")
+_NUMBER = re.compile(r"0[fF]([0-9a-fA-F]{8})|0[dD]([0-9a-fA-F]{16})|(-?(?:0x[0-9a-fA-F]+|\d+))U?")
+_IGNORED = re.compile(r"(\.reg|\.file|\.pragma|\$L__tmp)[^;]*;?")
+_DROPPED = ("_", "tmp")
+# Caches and how long they keep something change nothing that is computed.
+_ACCESS = re.compile(
+    r"(?:ld|st)\.(global|shared(?:::cta)?)(?:\.(?:L[12]::\w+|ca|cg|cs|nc))*(?:\.v([248]))?\.([bfus])(8|16|32|64)"
+)
+_PARAMETER = re.compile(r"ld\.param\.([bfus])(32|64)")
+_MATRIX = re.compile(r"(?:ld|st)matrix\.sync\.aligned\.m8n8\.x([124])(\.trans)?\.shared(?:::cta)?\.b16")
+_ATOMIC = re.compile(r"atom\.global(?:\.(cta|gpu|sys))?(?:\.(acq_rel|acquire|release|relaxed))?\.add\.[su]32")
+_WIDTHS = {"rs": 16, "h": 16, "r": 32, "f": 32, "rd": 64, "fd": 64}  # of registers, by their names
+_WHOLE_WARP = ("-1", "0xffffffff")
+# with all that they may have for operands
+_PLAIN = {("ret",): "exit", ("bar.sync", "0"): "barrier", ("barrier.sync", "0"): "barrier"}
+_PLAIN |= {("bar.warp.sync", mask): "warp_sync" for mask in _WHOLE_WARP}
 
 
 class UnknownInstruction(NotImplementedError):
@@ -49,7 +73,7 @@ class Program:
         text: The PTX of a module with one kernel.
 
     Raises:
-        UnknownInstruction: The kernel has an instruction that the executor lacks."""
+        UnknownInstruction: The kernel has a statement that the executor does not know in all its parts."""
 
     def __init__(self, text: str) -> None:
         self.registers = {name: number for number, name in enumerate(_SPECIAL)}
@@ -58,17 +82,26 @@ class Program:
         self._labels: dict[str, int] = {}
         self._places: dict[str, int] = {}
         self._place = 0  # in the source; 0 where the module does not say
-        threads = re.search(r"\.reqntid\s+(\d+)", text)
-        if threads is None:
-            raise UnknownInstruction("a kernel of Triton's has .reqntid, the number of its threads")
+        self.parameters: dict[int, str] = {}  # those that it loads: where, for messages
+        threads = re.search(r"\.reqntid\s+(\d+)(?:\s*,\s*1\b)*\s*$", text, re.MULTILINE)
+        if threads is None or int(threads[1]) % LANES:
+            raise UnknownInstruction("a kernel of Triton's has .reqntid, its threads, which are whole warps")
         self.warps = int(threads[1]) // LANES
+        place = ""
         for line, statement in self._statements(text):
-            self._add(statement, line)
+            place = f"line {line}: {statement}"
+            self._add(statement, line, place)
+        last = self._rows[-1] if self._rows else {}
+        if "guard" in last or last.get("op") not in _ENDS:
+            raise UnknownInstruction(f"{place}: a kernel ends with ret, or a branch")
         self.code: np.ndarray = np.zeros(len(self._rows), INSTRUCTION)
         self.code["to"] = self.code["from"] = self.code["guard"] = -1
         for row, instruction in zip(self._rows, self.code, strict=True):
             if "target" in row:
-                row["target"] = self._labels[row["target"]]
+                label, place = row["target"]
+                row["target"] = self._labels.get(label, len(self._rows))
+                if row["target"] == len(self._rows):
+                    raise UnknownInstruction(f"{place}: no instruction has this label")
             for field, value in row.items():
                 if field in ("to", "from"):
                     instruction[field][: len(value)] = value
@@ -100,7 +133,7 @@ class Program:
             if line.startswith(".loc"):
                 self._place = self._places.setdefault(line, len(self._places) + 1)
                 continue
-            if not line or line in "{}" or line.startswith(_IGNORED):
+            if not line or line in "{}" or _IGNORED.fullmatch(line):
                 continue
             first = first if pending else number
             pending = f"{pending} {line}".strip()
@@ -108,121 +141,154 @@ class Program:
                 yield first, pending[:-1].strip()
                 pending = ""
 
-    def _register(self, operand: str) -> int:
-        """Of a register's name, or of a constant; -1 where the value is dropped."""
-        if operand in ("_", "tmp"):
-            return -1
+    def _source(self, operand: str) -> int:
+        """The number of a register, or of a constant."""
         free = len(self.registers) + len(self._constants)
-        if operand.startswith("%"):
+        if _REGISTER.fullmatch(operand) or operand in _SPECIAL:
             return self.registers.setdefault(operand, free)
         if operand == "global_smem":  # shared memory begins at 0
-            value = 0
-        elif operand[:2] in ("0f", "0F", "0d", "0D"):
-            value = int(operand[2:], 16)
-        else:
-            value = int(operand.rstrip("U"), 0) % 2**64
-        return self._constants.setdefault(value, free)
+            return self._constants.setdefault(0, free)
+        number = _NUMBER.fullmatch(operand)
+        if number is None:
+            raise ValueError
+        single, double, integer = number.groups()
+        value = int(integer, 0) if integer else int(single or double, 16)
+        return self._constants.setdefault(value % 2**64, free)
 
-    def _several(self, operand: str) -> list[int]:
-        return [self._register(name.strip()) for name in operand.strip("{} ").split(",")]
+    def _target(self, operand: str) -> int:
+        """The number of a register that is written."""
+        if not _REGISTER.fullmatch(operand):
+            raise ValueError
+        return self._source(operand)
+
+    def _targets(self, operand: str) -> list[int]:
+        """-1 where the value is dropped."""
+        return [-1 if name in _DROPPED else self._target(name) for name in _several(operand)]
+
+    def _sources(self, operands: list[str], count: int) -> list[int]:
+        if len(operands) != count:
+            raise ValueError
+        return [self._source(operand) for operand in operands]
 
     def _address(self, operand: str) -> dict[str, Any]:
-        found = re.fullmatch(r"\[\s*([%$\w.]+)\s*(?:\+\s*(-?\d+))?\s*\]", operand)
+        found = re.fullmatch(r"\[\s*([%\w]+)\s*(?:\+\s*(-?\d+))?\s*\]", operand)
         if found is None:
             raise ValueError
-        return {"from": [self._register(found[1])], "offset": int(found[2] or 0)}
+        return {"from": [self._source(found[1])], "offset": int(found[2] or 0)}
 
-    def _add(self, statement: str, line: int) -> None:
+    def _add(self, statement: str, line: int, place: str) -> None:
         row: dict[str, Any] = {"line": line, "place": self._place}
-        if guarded := re.match(r"@(!?)(%p\d+)\s+(.*)", statement, re.DOTALL):
-            row["guard"] = 2 * self._register(guarded[2]) + (guarded[1] == "!")
-            statement = guarded[3]
-        opcode, *rest = statement.split(None, 1)
-        operands = re.findall(r"\{[^}]*\}|\[[^\]]*\]|[^,\s]+", rest[0] if rest else "")
         try:
+            if guarded := re.match(r"@(!?)(%p\d+)\s+(.*)", statement, re.DOTALL):
+                row["guard"] = 2 * self._source(guarded[2]) + (guarded[1] == "!")
+                statement = guarded[3]
+            opcode, *rest = statement.split(None, 1)
+            operands = re.findall(r"\{[^}]*\}|\[[^\]]*\]|[^,\s]+", rest[0] if rest else "")
             name, fields = self._decode(opcode, operands)
-            self._rows.append({**row, "op": CODES[name], **fields})
+            row |= {"op": CODES[name], **fields}
+            if len(fields.get("to", ())) > 8 or name == "parameter" and "guard" in row:
+                raise ValueError
         except (KeyError, IndexError, ValueError):
-            raise UnknownInstruction(f"line {line}: {statement}") from None
+            raise UnknownInstruction(place) from None
+        if name == "branch":
+            row["target"] = fields["target"], place
+        if name == "parameter":
+            self.parameters[fields["offset"]] = place
+        self._rows.append(row)
 
     def _decode(self, opcode: str, operands: list[str]) -> tuple[str, dict[str, Any]]:
         """The instruction's name, and its fields."""
-        kind, *modifiers = opcode.split(".")
-        braces = [operand.startswith("{") for operand in operands]
-        if kind == "mov" and any(braces):
-            width = "16" if modifiers[0] == "b32" else "32"
-            if braces[0]:
-                return f"unpack{width}", {
-                    "to": self._several(operands[0]),
-                    "from": [self._register(operands[1])],
-                }
-            return f"pack{width}", {"to": [self._register(operands[0])], "from": self._several(operands[1])}
-        if opcode in _SPELLED:
-            to, *sources = (self._register(operand) for operand in operands)
-            return _SPELLED[opcode], {"to": [to], "from": sources}
-        if kind == "setp":
-            return self._comparison(modifiers, operands)
+        kind = opcode.partition(".")[0]
         if kind in ("ld", "st", "ldmatrix", "stmatrix"):
-            return self._access(kind, modifiers, operands)
-        if kind == "atom":
-            if modifiers[0] != "global" or modifiers[-2:] not in (["add", "u32"], ["add", "s32"]):
-                raise ValueError
-            address = self._address(operands[1])
-            address["from"].append(self._register(operands[2]))
-            synchronizes = "acq_rel" in modifiers and "gpu" in modifiers
-            return "atomic_add", {"to": [self._register(operands[0])], "flag": synchronizes, **address}
-        if kind == "shfl":
-            if operands[3:] not in (["31", "-1"], ["31", "0xffffffff"]):
-                raise ValueError
-            name = {"bfly": "shuffle_xor", "idx": "shuffle_index"}[modifiers[1]]
-            return name, {
-                "to": [self._register(operands[0])],
-                "from": [self._register(o) for o in operands[1:3]],
-            }
-        if opcode in ("redux.sync.add.s32", "redux.sync.add.u32"):
-            return "reduce_add", {
-                "to": [self._register(operands[0])],
-                "from": [self._register(o) for o in operands[1:]],
-            }
-        if kind == "createpolicy":  # a hint, which the executor's loads and stores do not look at
-            return "move", {"to": [self._register(operands[0])], "from": [self._register("0")]}
+            return self._access(opcode, operands)
+        if atomic := _ATOMIC.fullmatch(opcode):
+            to, where, value = operands
+            address = self._address(where)
+            address["from"].append(self._source(value))
+            flag = atomic.groups() == ("gpu", "acq_rel")
+            return "atomic_add", {"to": [-1 if to == "_" else self._target(to)], "flag": flag, **address}
         if kind == "bra":
-            return "branch", {"target": operands[0]}
-        names = {
-            "ret": "exit",
-            "bar.sync": "barrier",
-            "barrier.sync": "barrier",
-            "bar.warp.sync": "warp_sync",
-        }
-        return names[opcode], {}
-
-    def _comparison(self, modifiers: list[str], operands: list[str]) -> tuple[str, dict[str, Any]]:
-        comparison, kind = modifiers[0], modifiers[-1].replace("b", "u")
-        compare = _COMPARISONS.get(comparison)
-        if compare is None or kind[0] == "f" and comparison[-1] == "u":  # such as ltu: true of NaN too
-            compare = _COMPARISONS[comparison[:-1]] + _UNORDERED
-        to, *sources = (self._register(operand) for operand in operands)
-        return f"set_{kind}", {"to": [to], "from": sources, "compare": compare}
-
-    def _access(self, kind: str, modifiers: list[str], operands: list[str]) -> tuple[str, dict[str, Any]]:
-        name = "load" if kind.startswith("ld") else "store"
-        values, address = operands[:2] if name == "load" else operands[1::-1]
-        if modifiers[0] == "param":
-            parameter = re.search(r"_param_(\d+)", address)
-            assert parameter is not None
-            size = int(modifiers[-1][1:]) // 8
-            return "parameter", {"to": [self._register(values)], "offset": int(parameter[1]), "size": size}
-        to = self._several(values)
-        fields = {"to": to, "count": len(to), **self._address(address)}
-        if kind.endswith("matrix"):
-            if "m8n8" not in modifiers or modifiers[-1] != "b16":
+            (label,) = operands
+            return {"bra": "branch", "bra.uni": "branch"}[opcode], {"target": label}
+        if plain := _PLAIN.get((opcode, *operands)):
+            return plain, {}
+        if kind == "mov" and "{" in "".join(operands):
+            width = {"mov.b32": "16", "mov.b64": "32"}[opcode]
+            to, source = operands
+            if to.startswith("{"):
+                targets = self._targets(to)
+                if len(targets) != 2:
+                    raise ValueError
+                return f"unpack{width}", {"to": targets, "from": [self._source(source)]}
+            return f"pack{width}", {"to": [self._target(to)], "from": self._sources(_several(source), 2)}
+        to, *sources = operands
+        target = {"to": [self._target(to)]}
+        if opcode in _SPELLED:
+            name = _SPELLED[opcode]
+            return name, {**target, "from": self._sources(sources, _SOURCES[name])}
+        if kind == "setp":
+            _, comparison, of = opcode.split(".")
+            compare = _COMPARISONS[of[0]][comparison]
+            name = f"set_{of.replace('b', 'u')}"
+            return name, {**target, "from": self._sources(sources, 2), "compare": compare}
+        if kind == "shfl":
+            *sources, bounds, lanes = sources
+            if bounds != "31" or lanes not in _WHOLE_WARP:
                 raise ValueError
-            return f"{name}_matrix", {**fields, "size": 2, "flag": "trans" in modifiers}
-        space = {"global": "", "shared": "_shared"}[modifiers[0].partition("::")[0]]
-        width = re.fullmatch(r"[bfus](\d+)", modifiers[-1])
-        assert width is not None
-        return name + space, {**fields, "size": int(width[1]) // 8}
+            name = {"shfl.sync.bfly.b32": "shuffle_xor", "shfl.sync.idx.b32": "shuffle_index"}[opcode]
+            return name, {**target, "from": self._sources(sources, 2)}
+        if opcode in ("redux.sync.add.s32", "redux.sync.add.u32"):
+            return "reduce_add", {**target, "from": self._sources(sources, 2)}
+        if re.fullmatch(r"createpolicy\.fractional\.L2::\w+\.b64", opcode) and len(sources) == 1:
+            # a hint, which the executor's loads and stores do not look at
+            return "move", {**target, "from": [self._source("0")]}
+        raise ValueError
+
+    def _access(self, opcode: str, operands: list[str]) -> tuple[str, dict[str, Any]]:
+        name = "load" if opcode.startswith("ld") else "store"
+        count = 2 + ("cache_hint" in opcode)
+        if len(operands) != count:
+            raise ValueError
+        values, address = operands[:2] if name == "load" else operands[1::-1]
+        if parameter := _PARAMETER.fullmatch(opcode):
+            number = re.fullmatch(r"\[\w+_param_(\d+)\]", address)
+            if number is None:
+                raise ValueError
+            # All 64 bits of a parameter are there, an integer's with its sign.
+            wide = parameter[1] == "s" and _width(values) == 64
+            size = 8 if wide else int(parameter[2]) // 8
+            return "parameter", {"to": [self._target(values)], "offset": int(number[1]), "size": size}
+        fields = self._address(address)
+        names = _several(values)
+        fields["to"] = self._targets(values) if name == "load" else self._sources(names, len(names))
+        fields["count"] = len(names)
+        if matrix := _MATRIX.fullmatch(opcode):
+            if int(matrix[1]) != len(names) or -1 in fields["to"]:
+                raise ValueError
+            return f"{name}_matrix", {**fields, "size": 2, "flag": bool(matrix[2])}
+        access = _ACCESS.fullmatch(opcode)
+        if access is None or int(access[2] or 1) != len(names):
+            raise ValueError
+        space, _, kind, bits = access.groups()
+        # A wider register would get the sign, which the executor's loads leave out.
+        if (
+            kind == "s"
+            and name == "load"
+            and any(_width(register) not in (None, int(bits)) for register in names)
+        ):
+            raise ValueError
+        return name + ("" if space == "global" else "_shared"), {**fields, "size": int(bits) // 8}
 
 
+def _several(operand: str) -> list[str]:
+    return [name.strip() for name in operand.strip("{} ").split(",")]
+
+
+def _width(operand: str) -> int | None:
+    """The bits of a register; None of what is dropped."""
+    return None if operand in _DROPPED else _WIDTHS[operand.strip("%0123456789")]
+
+
+_ENDS = (CODES["exit"], CODES["branch"])
 _SHARED = (CODES["load_shared"], CODES["store_shared"])
 _MATRICES = (CODES["load_matrix"], CODES["store_matrix"])

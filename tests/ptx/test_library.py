@@ -53,6 +53,60 @@ def test_a_compiler_that_fails(cache: Path, tmp_path: Path, monkeypatch: pytest.
     assert not [*cache.iterdir()]
 
 
+@pytest.mark.parametrize("named", ["no-such-compiler", "no-such-compiler -m64"])
+def test_a_compiler_that_is_not_there(named: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CC", named)
+    with pytest.raises(MissingCompiler, match=f"CC={named} names none"):
+        library.load()
+
+
+@pytest.mark.parametrize("named", ["{} -m64 '-D A'", "{}"])
+def test_a_compiler_with_arguments(named: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its path may have spaces, as it may for Triton, if that is all."""
+    path = tmp_path / ("cc" if " " in named else "my cc")
+    path.touch()
+    path.chmod(0o755)
+    monkeypatch.setenv("CC", named.format(path))
+    assert library.compiler() == [str(path), *["-m64", "-D A"][: 2 * named.count("-m64")]]
+
+
+def test_a_compiler_that_cannot_be_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "cc"
+    path.write_bytes(b"\x7fELF")
+    path.chmod(0o755)
+    monkeypatch.setenv("CC", str(path))
+    with pytest.raises(MissingCompiler, match="cc, the C compiler, cannot be run"):
+        library.load()
+
+
+def test_a_cache_that_cannot_be_written(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(library, "compiler", lambda: ["cc"])
+    cache.write_text("in the folder's place")
+    with pytest.raises(MissingCompiler, match=f"kept in {cache}.* XDG_CACHE_HOME"):
+        library.load()
+
+
+@pytest.mark.usefixtures("executor")
+def test_a_library_that_is_cut_short_is_compiled_anew(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled: list[Path] = []
+    compile_ = library._compile
+
+    def broken_at_first(command: list[str], made: Path) -> None:
+        compiled.append(made)
+        compile_(command, made)
+        if len(compiled) == 1:
+            made.write_bytes(made.read_bytes()[:100])
+
+    monkeypatch.setattr(library, "_compile", broken_at_first)
+    library.load()
+    assert len(compiled) == 2
+    monkeypatch.setattr(library, "_compile", lambda command, made: made.write_bytes(b""))
+    monkeypatch.setattr(library, "processor", lambda: "another")
+    library.load.cache_clear()
+    with pytest.raises(MissingCompiler, match="XDG_CACHE_HOME"):
+        library.load()
+
+
 def test_the_check_falls_back_to_the_interpreter(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
