@@ -135,7 +135,7 @@ static void run_warp(Machine *m, Cta *c, Warp *w, int instructions) {
         w->waiting = 1, c->waiting++;
         return;
       case WARP_SYNC: w->synced++; break;
-      case PARAMETER: EACH_LANE RESULT = i->size == 4 ? (u32)m->launch->parameters[i->offset] : m->launch->parameters[i->offset]; break;
+      case PARAMETER: EACH_LANE if (active >> lane & 1) RESULT = i->size == 4 ? (u32)m->launch->parameters[i->offset] : m->launch->parameters[i->offset]; break;
       case LOAD:
       case STORE:
         global_access(m, c, w, i, active, i->op == STORE);

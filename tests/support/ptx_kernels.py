@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 
 import numpy as np
@@ -11,12 +10,10 @@ from bnfast.ptx.execute import MADE, READ_ONLY, Arguments, Execution, run
 from bnfast.ptx.program import Program
 
 LANES = 32
-_NAMES = {"%to": "%rd90", "%a": "%r91", "%b": "%r92"}  # such as Triton's, of what tests call so
 
 
 def kernel(body: str, parameters: int, threads: int = LANES) -> Program:
     """A kernel whose 64-bit parameters are in %rd0, %rd1 and so on, and %tid.x in %r0."""
-    body = re.sub(r"%(to|a|b)\b", lambda name: _NAMES[name[0]], body)
     loads = "\n".join(f"ld.param.b64 %rd{k}, [k_param_{k}];" for k in range(parameters))
     return Program(
         f".visible .entry k()\n.reqntid {threads}\n{{\n{loads}\nmov.u32 %r0, %tid.x;\n{body}\nret;\n}}\n"
