@@ -26,6 +26,7 @@ from bnfast.checks.cases import FORMATS, placed
 from tests.support import layers
 from tests.support.buffers import shifted
 from tests.support.layers import assert_same, call_of, data, derivatives, every_path, norms, statistics
+from tests.support.versions import TORCH
 
 EPS = 1e-3
 NORMS: dict[str, Callable[..., Tensor]] = {
@@ -169,6 +170,8 @@ def test_values_gradients_and_strides(
     for x, layout in pairs(path):
         vector = {"layer": x.shape[-1:], "layer, samples": x.shape[1:]}.get(name, x.shape[1:2])
         dy, residual = (layout(data(*x.shape, seed=seed, dtype=x.dtype)) for seed in (5, 7))
+        if TORCH == (2, 11) and "group" in name and path == "torch" and dy._is_zerotensor():
+            continue  # this PyTorch's own backward leaves dx as it finds it
         rest = [data(*vector, seed=n, dtype=x.dtype) for n in (1, 2) if affine]
         rest += [residual] if activation else []
         ours, theirs = (functools.partial(f, activation=activation, eps=EPS) for f in norms(NORMS[name]))
