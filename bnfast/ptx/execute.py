@@ -250,10 +250,10 @@ def executing(*, sms: int = 2, seeds: Sequence[int] = (1,), perturb: int = 0) ->
         MissingCompiler: There is no C compiler.
         RuntimeError: TRITON_INTERPRET is set.
         ValueError: There is no seed."""
-    if INTERPRET:
-        raise RuntimeError("under TRITON_INTERPRET=1 Triton compiles no kernel to execute; unset it")
     if not len(seeds):
         raise ValueError("seeds: at least one is needed, since each is an execution")
+    if INTERPRET:
+        raise RuntimeError("under TRITON_INTERPRET=1 Triton compiles no kernel to execute; unset it")
     load()
     found: list[Execution] = []
 
@@ -261,7 +261,7 @@ def executing(*, sms: int = 2, seeds: Sequence[int] = (1,), perturb: int = 0) ->
         found.append(_execute(kernel, compiled(), programs, arguments, seeds, perturb))
 
     # Machine code is not looked at. Triton's own cache must not keep kernels that lack it.
-    cache = {"TRITON_CACHE_DIR": f"{triton.knobs.cache.dir}-executed"}
+    cache = {"TRITON_CACHE_DIR": f"{triton.knobs.cache.dir.removesuffix('-executed')}-executed"}
     with (
         mock.patch.dict(os.environ, cache),
         mock.patch.object(CUDABackend, "make_cubin", return_value=b""),
