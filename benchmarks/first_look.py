@@ -7,7 +7,7 @@ import argparse
 import pandas as pd
 import torch
 
-from benchmarks import digits, layers, memory, predict, records, report, tables
+from benchmarks import digits, layers, memory, predict, records, tables
 from benchmarks.cases import of_network
 from benchmarks.session import Session, as_text, begin, section
 from benchmarks.suites import RESNET50, SUITES
@@ -18,10 +18,7 @@ OTHERS = [(suite, network) for suite in SHOWN for network in SUITES[suite]]
 
 def resnet(session: Session) -> None:
     """Part three: what each BatchNorm of ResNet-50 moves and launches and, on a GPU, takes."""
-    section(
-        "3. Every layer of a network",
-        " ".join([layers.COUNTED, report.CODE, *([layers.HOW] if session.gpu else [])]),
-    )
+    section("3. Every layer of a network", layers.explained(session))
     file = session.folder / "layers.csv"
     timing = layers.Run(session, layers.QUICK, ["torch"], file) if session.gpu else None
     choice = ("resnet50", RESNET50, torch.bfloat16, RESNET50.layout)

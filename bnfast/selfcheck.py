@@ -85,7 +85,6 @@ def run(seconds: float, compiled: bool = False) -> int:
         from .ptx.program import UnknownInstruction
 
         faults = Fault, UnknownInstruction
-
         where, way = "this CPU, which executes their compiled PTX", executing(seeds=(1, 2, 3))
     elif INTERPRET:
         from .interpreted import prepared  # needs numpy

@@ -1,5 +1,5 @@
 """What a program of a launch does, counted by executing compiled PTX: that of some programs in the middle of
-the grid, none of which is the last to arrive, and of one that is, and finalizes."""
+the grid, none of which is the last to arrive if several share a block, and of one that is, and finalizes."""
 
 from __future__ import annotations
 
@@ -27,10 +27,8 @@ INSTRUCTIONS = {
 }
 FRESH = 1 << 25  # bytes from which on an allocation is new memory
 NOBODY_IS_LAST = 1 << 30  # in a counter: more than any number of programs
-_INSTRUCTIONS = np.array([INSTRUCTIONS.get(name, 1.0) for name in CODES])
-
-
 PROGRAMS = 4  # which are executed: neighbours, as they are of different blocks of channels
+_INSTRUCTIONS = np.array([INSTRUCTIONS.get(name, 1.0) for name in CODES])
 
 
 @dataclass(frozen=True)

@@ -63,7 +63,7 @@ REDUCE_NCHW_ACTIVATED = (Program(8, 3, 80, 4), Program(4, 6, 80, 4), Program(4, 
 
 
 # What reducing a small tensor waits for, in microseconds: the loads of a tile, and those of a step of the
-# merge, which come from L2. benchmarks/model.py makes the same assumptions.
+# merge, which come from L2. Both are assumptions, about those of benchmarks/model.py.
 TILE, MERGE_STEP = 0.7, 0.25
 
 
