@@ -88,6 +88,18 @@ class TestGlobal:
             assert (found.count("sectors"), found.count("fewest_sectors")) == (sectors, 4)
 
 
+# %r5: the sum of what is stored from %rd0 on, up to the element of this number.
+ADD_UP = """
+    mov.u32 %r5, 0;
+    mov.u32 %r6, 0;
+$again:
+    mad.wide.u32 %rd12, %r6, 4, %rd0;
+    ld.global.b32 %r7, [%rd12];
+    add.s32 %r5, %r5, %r7;
+    add.s32 %r6, %r6, 1;
+    setp.le.u32 %p4, %r6, {last};
+    @%p4 bra $again;
+"""
 # Each program stores its number and counts itself; the last adds up what all have stored.
 COUNTED = """
     mov.u32 %r1, %ctaid.x;
@@ -105,15 +117,7 @@ COUNTED = """
     setp.ne.b32 %p3, %r3, %r4;
     @%p3 ret;
     @%p2 st.global.b32 [%rd1], 0;
-    mov.u32 %r5, 0;
-    mov.u32 %r6, 0;
-$again:
-    mad.wide.u32 %rd11, %r6, 4, %rd0;
-    ld.global.b32 %r7, [%rd11];
-    add.s32 %r5, %r5, %r7;
-    add.s32 %r6, %r6, 1;
-    setp.le.u32 %p4, %r6, %r4;
-    @%p4 bra $again;
+    {add_up}
     @%p2 st.global.b32 [%rd2], %r5;
 """
 
@@ -123,7 +127,7 @@ class TestSynchronization:
 
     def body(self, **what: object) -> str:
         given = {"storing": 40, "barrier": "bar.sync 0;", "order": "acq_rel", "second": "bar.sync 0;"}
-        return COUNTED.format(**{**given, **what})
+        return COUNTED.format(add_up=ADD_UP.format(last="%r4"), **{**given, **what})
 
     def test_the_last_program_sees_what_all_have_stored(self) -> None:
         for seed in SEEDS:
@@ -152,10 +156,14 @@ class TestSynchronization:
         for seed in SEEDS:
             values, counters, total = zeros(8), zeros(5), zeros(1)
             how = {"kinds": [MADE, UPDATED, MADE], "grid": 8, "seed": seed, "resident": 5}
-            launch(kernel(PAIRS.format(order="acq_rel"), 3), values, counters, total, **how)  # type: ignore[arg-type]
+            acquires, relaxes = (
+                kernel(PAIRS.format(add_up=ADD_UP.format(last=7), order=order), 3)
+                for order in ("acq_rel", "relaxed")
+            )
+            launch(acquires, values, counters, total, **how)  # type: ignore[arg-type]
             assert (total[0], counters.any()) == (28, False)
             with pytest.raises(Fault, match="race in global memory"):
-                launch(kernel(PAIRS.format(order="relaxed"), 3), zeros(8), zeros(5), zeros(1), **how)  # type: ignore[arg-type]
+                launch(relaxes, zeros(8), zeros(5), zeros(1), **how)  # type: ignore[arg-type]
 
     def test_a_store_to_what_others_read(self) -> None:
         body = """
@@ -185,15 +193,7 @@ PAIRS = """
     setp.ne.b32 %p2, %r4, 3;
     @%p2 ret;
     st.global.b32 [%rd1+16], 0;
-    mov.u32 %r5, 0;
-    mov.u32 %r6, 0;
-$again:
-    mad.wide.u32 %rd12, %r6, 4, %rd0;
-    ld.global.b32 %r7, [%rd12];
-    add.s32 %r5, %r5, %r7;
-    add.s32 %r6, %r6, 1;
-    setp.lt.u32 %p3, %r6, 8;
-    @%p3 bra $again;
+    {add_up}
     st.global.b32 [%rd2], %r5;
 """
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from bnfast.ptx.execute import Fault
-from bnfast.ptx.program import CODES, Program, UnknownInstruction
+from bnfast.ptx.program import CODES
 from tests.support.ptx_kernels import LANES, kernel, launch
 
 pytestmark = pytest.mark.usefixtures("executor")
@@ -366,24 +366,3 @@ def test_reduction_over_a_warp() -> None:
     assert run("redux.sync.add.s32", [values], "{op} %rd50, {operands}, -1;").tolist() == [wanted] * LANES
     with pytest.raises(Fault, match="a reduction of a part of a warp"):
         run("redux.sync.add.s32", [values], "{op} %rd50, {operands}, 255;")
-
-
-UNKNOWN = (
-    "tanh.approx.f32 %f1, %f2;",
-    "atom.global.gpu.acq_rel.max.u32 %r1, [%rd1], %r2;",
-    "st.local.b32 [%rd1], %r1;",
-    "shfl.sync.down.b32 %r1, %r2, 1, 31, -1;",
-    "setp.lt.f16 %p1, %h1, %h2;",
-    "ld.global.b32 %r1, [%rd1 + %rd2];",
-)
-
-
-@pytest.mark.parametrize("statement", UNKNOWN)
-def test_an_unknown_instruction_is_named(statement: str) -> None:
-    with pytest.raises(UnknownInstruction, match=statement.split()[0].replace(".", r"\.")):
-        kernel(statement, 0)
-
-
-def test_a_kernel_without_its_number_of_threads() -> None:
-    with pytest.raises(UnknownInstruction, match="reqntid"):
-        Program(".visible .entry k()\n{\nret;\n}\n")

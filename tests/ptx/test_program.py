@@ -12,6 +12,13 @@ from bnfast.ptx.program import UnknownInstruction
 from tests.support.ptx_kernels import LANES, kernel, launch
 
 REFUSED = (
+    # instructions that the executor does not have
+    "tanh.approx.f32 %f1, %f2;",
+    "atom.global.gpu.acq_rel.max.u32 %r1, [%rd1], %r2;",
+    "st.local.b32 [%rd1], %r1;",
+    "shfl.sync.down.b32 %r1, %r2, 1, 31, -1;",
+    "setp.lt.f16 %p1, %h1, %h2;",
+    "ld.global.b32 %r1, [%rd1 + %rd2];",
     # registers
     "mov.u32 %r1, %laneid;",
     "mov.u32 %r1, %ctaid.y;",
@@ -90,6 +97,11 @@ def test_a_kernel_goes_nowhere_after_its_end(body: str) -> None:
     text = f".visible .entry k()\n.reqntid 32\n{{\n{body}\n}}\n"
     with pytest.raises(UnknownInstruction, match="line 4: .*(ends with|no instruction has this label)"):
         program.Program(text)
+
+
+def test_a_kernel_without_its_number_of_threads() -> None:
+    with pytest.raises(UnknownInstruction, match="reqntid"):
+        program.Program(".visible .entry k()\n{\nret;\n}\n")
 
 
 @pytest.mark.parametrize("threads", ["48", "32, 2"])

@@ -15,6 +15,8 @@ from torch import Tensor
 import bnfast
 from bnfast import selfcheck
 from bnfast.checks import one_step
+from bnfast.checks.cases import Case, batch_renorm, given, group_norm
+from bnfast.checks.fp64 import judge
 from bnfast.kernels.normalizers.group_norm import finalize_groups
 from bnfast.ptx import Execution, execute, executing
 from bnfast.ptx.execute import Fault
@@ -25,6 +27,13 @@ from tests.support.buffers import assert_same_bits
 pytestmark = [pytest.mark.static, pytest.mark.usefixtures("executor")]
 
 SCHEDULES = (1, 2, 3)
+FP16, BF16, FP32 = torch.float16, torch.bfloat16, torch.float32
+PLANNED = [
+    *(Case(shape, BF16, True) for shape in ((4, 64, 56, 56), (2, 257, 3, 3), (1, 1, 9, 9), (7, 1000, 1, 1))),
+    *(Case(shape, FP32, True, mean=1e4) for shape in ((2, 72, 17, 19), (1, 13, 5, 7), (3, 5, 2, 3, 4))),
+    batch_renorm((4, 24, 7, 7), FP32, True),
+    group_norm((2, 320, 16, 16), FP16, True, groups=32),
+]
 
 
 def stepped(seed: int) -> tuple[list[Execution], dict[str, Tensor]]:
@@ -187,6 +196,16 @@ def test_approximate_results_may_be_anywhere_within_their_error() -> None:
     assert not torch.equal(results[1], results[2])
     for found in results[1:]:
         torch.testing.assert_close(found, results[0], rtol=2e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("case", PLANNED, ids=str)
+def test_a_layer_as_planned_for_an_h200(case: Case) -> None:
+    """Small tensors, whose channels_last ones are reduced by few programs. Other tests plan for few SMs."""
+    tensors = given(case, torch.device("cpu"))
+    with executing(sms=132, seeds=SCHEDULES):
+        found = one_step.run(case, bnfast, tensors)
+    bad = {name: verdict for name, verdict in judge(case, tensors, found).items() if not verdict.ok}
+    assert not bad
 
 
 def test_a_user_can_check_them(capsys: pytest.CaptureFixture[str]) -> None:
