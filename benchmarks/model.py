@@ -57,7 +57,7 @@ def of_launch(launched: Launched) -> Modelled:
     waiting = launched.bytes / (launched.in_flight * SMS) * LATENCY
     resident = min(of_sm, sass.occupancy(code.registers, code.num_warps, code.shared))
     finalizing = 0
-    if "semaphores_ptr" in launched.arguments:
+    if launched.arguments.get("semaphores_ptr") is not None:
         finalizing = ATOMIC + ROUND_TRIP * done.final_round_trips + BARRIER * done.final_barriers
     shared = WAVEFRONT * resident * done.wavefronts
     return Modelled(max(floor(launched.bytes), issuing, waiting), GAP, shared / CLOCK, finalizing / CLOCK)

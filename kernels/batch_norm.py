@@ -15,13 +15,15 @@ from torch import Tensor
 
 from .elementwise import gradient_transform_kernel, transform_kernel
 from .epilogue import IDENTITY, NO_EPILOGUE, Activation, Epilogue
-from .launch import workspace
+from .launch import Launch, workspace
 from .launch_plan import LaunchPlan, Signature, address, device_and_stream, launch_plan
 from .layouts import dense, dense_like
 from .normalizers.batch_norm import BATCH_NORM, MOMENTS
 from .normalizers.batch_renorm import BATCH_RENORM
 from .records import BatchNormOptions, Buffers, Forward, Gradients, Wanted
 from .reduce import gradient_sums_kernel, statistics_kernel
+from .whole_channels import batch_norm_gradients_kernel, batch_norm_kernel
+from .whole_plan import Pass, plan_whole
 
 _NO_LIMITS = (0.0, 0.0, 0.0, 0.0, 0.0)
 # the names of the tensors that a call hands to its launches, which find theirs by the kernels' parameters
@@ -41,16 +43,24 @@ _PARAMETERS = ("weight", "bias", "running_mean", "running_var")
 
 def _train(
     signature: Signature, cumulative: bool, renorm: bool, guarded: bool, activation: Activation,
-    residual: bool, *rest: Any,
+    residual: bool, mask: bool, *rest: Any,
 ) -> LaunchPlan:  # fmt: skip
+    norm = replace(BATCH_RENORM if renorm else BATCH_NORM, cumulative=cumulative, guarded=guarded)
+    counts = cumulative or renorm  # reads the counter: for the average, or for Batch Renorm's schedule
+    whole = plan_whole(signature.x, Pass.forward(activation.name, residual, mask))
+    if whole is not None:
+        without = () if counts else ("semaphores",)
+        only = Launch(
+            batch_norm_kernel, whole, _FORWARD, {"NORM": norm, "ACT": activation}, signature.aligned,
+            without=without,
+        )  # fmt: skip
+        return LaunchPlan(only, None, signature.acc_like, signature.columns, 0, int(counts))
     constants = {"NORM": BATCH_NORM, "CENTRED": True, "ACT": activation}
     transform = signature.elementwise(
         transform_kernel, 1 + residual, _FORWARD, constants, without=_PARAMETERS
     )
-    # The first launch reads the counter, for the cumulative average and for Batch Renorm's schedule; the
-    # second increments it.
-    without = () if cumulative or renorm else ("batches",)
-    norm = replace(BATCH_RENORM if renorm else BATCH_NORM, cumulative=cumulative, guarded=guarded)
+    # the first launch reads the counter, the second increments it
+    without = () if counts else ("batches",)
     return signature.reduction(statistics_kernel, 1, _FORWARD, {"NORM": norm}, transform, without=without)
 
 
@@ -63,7 +73,7 @@ def _eval(signature: Signature, keep: bool, activation: Activation, residual: bo
     constants = {"NORM": None, "CENTRED": True, "ACT": activation}
     without = () if keep else ("stats",)
     transform = signature.elementwise(transform_kernel, 1 + residual, _INFERENCE, constants, without=without)
-    return LaunchPlan(transform, transform, signature.acc_like, signature.columns)
+    return LaunchPlan(transform, None, signature.acc_like, signature.columns)
 
 
 def _scale(signature: Signature, *dtypes: Any) -> LaunchPlan:
@@ -71,13 +81,21 @@ def _scale(signature: Signature, *dtypes: Any) -> LaunchPlan:
     transform = signature.elementwise(
         transform_kernel, 1, _BACKWARD, constants, rename={"x": "dy", "y": "dx"}
     )
-    return LaunchPlan(transform, transform, signature.acc_like, signature.columns)
+    return LaunchPlan(transform, None, signature.acc_like, signature.columns)
 
 
 def _gradients(
     signature: Signature, training: bool, renorm: bool, need_dx: bool, activation: Activation,
     has_residual: bool, residual: bool, *rest: Any,
 ) -> LaunchPlan:  # fmt: skip
+    norm = BATCH_RENORM if renorm else BATCH_NORM
+    if training and need_dx:
+        kept = "" if not has_residual else "residual" if residual else "mask"
+        whole = plan_whole(signature.x, Pass.backward(activation.name, kept))
+        if whole is not None:
+            constants = {"NORM": norm, "ACT": activation}
+            only = Launch(batch_norm_gradients_kernel, whole, _BACKWARD, constants, signature.aligned)
+            return LaunchPlan(only, None, signature.acc_like, signature.columns)
     transform = None
     if training and need_dx:
         constants = {"NORM": BATCH_NORM, "ACT": IDENTITY if has_residual else activation}
@@ -86,7 +104,7 @@ def _gradients(
     without = [] if training and need_dx else ["dx_coeffs"]
     if training:
         without.append("dx")
-    constants = {"NORM": BATCH_RENORM if renorm else BATCH_NORM, "ACT": activation}
+    constants = {"NORM": norm, "ACT": activation}
     return signature.reduction(
         gradient_sums_kernel, 2 + residual, _BACKWARD, constants, transform, without=without
     )
@@ -124,7 +142,8 @@ def forward(
         vectors |= residual_at or 0
     plan = launch_plan(
         _train, x, index, vectors, momentum is None, renorm is not None, guarded, epilogue.activation,
-        residual is not None, relu_mask is None, weight_type, bias_type, mean_type, var_type, batches is None,
+        residual is not None, relu_mask is not None, weight_type, bias_type, mean_type, var_type,
+        batches is None,
     )  # fmt: skip
     y = torch.empty_like(x)
     size = (4 if renorm is None else 6, plan.columns)
@@ -140,7 +159,8 @@ def forward(
         mask_at, None,
     )  # fmt: skip
     plan.first(stream, tensors, addresses, eps, 0.0 if momentum is None else momentum, *limits)
-    plan.second(stream, tensors, addresses, eps)
+    if plan.second is not None:
+        plan.second(stream, tensors, addresses, eps)
     return y, stats, relu_mask
 
 
@@ -214,6 +234,6 @@ def backward(
     tensors = (*given, partials, semaphores, dx_coeffs, None)
     addresses += [None if t is None else t.data_ptr() for t in (partials, semaphores, dx_coeffs, None)]
     plan.first(stream, tensors, addresses, x.numel() / channels)
-    if dx_coeffs is not None:
+    if plan.second is not None:
         plan.second(stream, tensors, addresses)
     return dx, dweight, dbias, dresidual

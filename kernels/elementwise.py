@@ -9,6 +9,8 @@ With an activation, dy stands for dy times the activation's slope, which both la
 recompute from x. With a residual that product is the residual's gradient too: the first launch writes it,
 and the second reads it in place of dy."""
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
@@ -19,6 +21,29 @@ from .normalizers.batch_norm import from_running_statistics
 from .normalizers.common import Parameters
 from .records import Geometry
 from .reduce import PARAMETERS, SIZES
+
+
+class Results(NamedTuple):
+    """Pointers to where y goes, to the residual that it takes, and to where the bits of relu's mask go, or
+    None."""
+
+    y: Any
+    residual: Any
+    relu_mask: Any
+
+
+@triton.jit
+def finish_tile(y, to, t, block, index, start, g, T: tl.constexpr, ACT: tl.constexpr, ACC: tl.constexpr):
+    """Adds the residual, applies the activation and stores, for tile t, number `index` of a block of the
+    sample that begins at `start`."""
+    base = t.base + start
+    if to.residual is not None:
+        y += read(to.residual + base + t.offs, t.mask).to(ACC)
+    activated = activate(y, ACT).to(to.y.dtype.element_ty)
+    write(to.y + base + t.offs, activated, t.mask)
+    if to.relu_mask is not None:  # after the other store: before it, Triton 3.9 spills a register [sass]
+        bits = tile(block, index, g, T, False, True)
+        tl.store(to.relu_mask + start // 8 + bits.base + bits.offs, pack(y > 0), mask=bits.mask)
 
 
 @triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=PARAMETERS)
@@ -57,20 +82,13 @@ def transform_kernel(
     if batches_ptr is not None:  # num_batches_tracked: the first launch reads it, so this one writes it
         if tl.program_id(0) == 0:
             tl.store(batches_ptr, tl.load(batches_ptr) + 1)
-    start = start_of(sample, g, T)
+    start, to = start_of(sample, g, T), Results(y_ptr, residual_ptr, relu_mask_ptr)
     for step in tl.range(split, g.tiles, g.splits):
         index = g.tiles - 1 - step  # backwards: the first launch has left the end of x in L2
         t = tile(block, index, g, T)
-        base = t.base + start
-        x = read(x_ptr + base + t.offs, t.mask).to(ACC)
+        x = read(x_ptr + start + t.base + t.offs, t.mask).to(ACC)
         y = scale * (x - mean) + shift if CENTRED else scale * x
-        if residual_ptr is not None:
-            y += read(residual_ptr + base + t.offs, t.mask).to(ACC)
-        activated = activate(y, ACT).to(y_ptr.dtype.element_ty)
-        write(y_ptr + base + t.offs, activated, t.mask)
-        if relu_mask_ptr is not None:  # after the other store: before it, Triton 3.9 spills a register [sass]
-            bits = tile(block, index, g, T, False, True)
-            tl.store(relu_mask_ptr + start // 8 + bits.base + bits.offs, pack(y > 0), mask=bits.mask)
+        finish_tile(y, to, t, block, index, start, g, T, ACT, ACC)
 
 
 @triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=PARAMETERS)

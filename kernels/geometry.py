@@ -175,16 +175,41 @@ def values_per_channel(size, g, T: tl.constexpr):
 
 
 @triton.jit
+def has_lane(k, lane, g):
+    """Whether channels k of a block in nchw_packed have these lanes."""
+    return (lane >= k * g.inner) & (lane < (k + 1) * g.inner)
+
+
+@triton.jit
+def sum_rows(values, g, T: tl.constexpr):
+    """[rows, lanes] -> the sums of each lane, [lanes], or of each channel, if a block has few, [channels]."""
+    COUNT: tl.constexpr = T.rows * T.lanes
+    if T.one_channel:
+        if T.mode == "nchw_packed":  # lanes out of bounds may hold anything
+            values = tl.where(tl.arange(0, T.lanes)[None, :] < g.width_v * T.vec, values, 0.0)
+        sums = tl.sum(tl.reshape(values, (1, COUNT)), 1)
+    elif T.few_channels:
+        here = has_lane(tl.arange(0, T.channels)[:, None], tl.arange(0, COUNT)[None, :] % T.lanes, g)
+        sums = tl.sum(tl.where(here, tl.reshape(values, (1, COUNT)), 0.0), 1)
+    else:
+        sums = tl.sum(values, 0)
+    return sums
+
+
+@triton.jit
+def few_by_lane(values, g, T: tl.constexpr):
+    """[channels] -> the value of each lane's channel, [lanes]."""
+    here = has_lane(tl.arange(0, T.channels)[:, None], tl.arange(0, T.lanes)[None, :], g)
+    return tl.sum(tl.where(here, values[:, None], 0.0), 0)
+
+
+@triton.jit
 def sum_by_channel(values, offs_k, g, T: tl.constexpr):
-    """[lanes] -> the sums of the block's offs_k-th channels, of offs_k's shape. Lanes out of bounds are left
-    out."""
+    """What sum_rows returns -> the sums of the block's offs_k-th channels, of offs_k's shape. Lanes out of
+    bounds are left out."""
     COUNT: tl.constexpr = offs_k.shape[0]
-    if T.mode == "nhwc":
+    if T.mode == "nhwc" or T.one_channel or T.few_channels:
         sums = values
-    elif COUNT == 1 and T.lanes_per_channel == T.lanes:  # the whole block is one channel
-        if T.mode == "nchw_packed":
-            values = tl.where(tl.arange(0, T.lanes) < g.width_v * T.vec, values, 0.0)
-        sums = tl.sum(values[None, :], 1)
     else:
         k, j = offs_k[:, None], tl.arange(0, T.lanes_per_channel)[None, :]
         if T.mode == "nchw_packed":

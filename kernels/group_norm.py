@@ -58,7 +58,7 @@ def _forward(
     plan = _one_pass(signature, kind, 1, activation.name, "mask" if relu_mask else "")
     if plan is not None:
         only = Launch(group_norm_kernel, plan, _FORWARD, act, signature.aligned)
-        return LaunchPlan(only, only, signature.acc_like, signature.columns)
+        return LaunchPlan(only, None, signature.acc_like, signature.columns)
     transform = signature.elementwise(
         transform_kernel, 1 + residual, _FORWARD, {"NORM": NORMALIZERS[kind][1], "CENTRED": True, **act}
     )  # fmt: skip
@@ -92,7 +92,7 @@ def forward(
     stats = plan.acc_like.new_empty_strided((2, plan.columns), (plan.columns, 1))
     made = (*given, y, stats, residual, relu_mask)
     addresses += (y.data_ptr(), stats.data_ptr(), residual_at, relu_mask_at)
-    if plan.second is plan.first:
+    if plan.second is None:
         plan.first(stream, made, addresses, eps)
         return y, stats, relu_mask
     partials, semaphores = workspace(index, stream, plan.acc_like, plan.partials, plan.semaphores, private)

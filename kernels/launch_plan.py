@@ -46,7 +46,7 @@ class LaunchPlan:
     """The one or two launches of a call, and the sizes of the workspace that they need."""
 
     first: Launch
-    second: Launch
+    second: Launch | None
     acc_like: Tensor  # empty, of the accumulator's dtype, on x's device; its new_empty is the quickest
     columns: int  # of stats: the channels, or the groups of all samples
     partials: int = 0  # elements that the first launch needs
@@ -122,4 +122,4 @@ class Signature:
         contiguous group is reduced as one run of memory. constants, how: as Launch's."""
         plan = self._pass(plan_reduction, inputs, by_group, constants.get("ACT", IDENTITY).name)
         first = Launch(kernel, plan, tensors, constants, self.aligned, **how)
-        return LaunchPlan(first, then or first, self.acc_like, self.columns, plan.partials, plan.semaphores)
+        return LaunchPlan(first, then, self.acc_like, self.columns, plan.partials, plan.semaphores)

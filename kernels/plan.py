@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 from .epilogue import ACTIVATIONS, NO_EPILOGUE_PLAN, EpiloguePlan
 from .records import Geometry, Problem, Tile
@@ -28,6 +28,7 @@ from .views import (
 
 INT32 = 2**31
 WARP = 32
+MOST_PROGRAMS = 32  # that an SM has at a time
 
 
 class TooLarge(ValueError):
@@ -67,7 +68,7 @@ REDUCE_NCHW_ACTIVATED = (Program(8, 3, 80, 4), Program(4, 6, 80, 4), Program(4, 
 TILE, MERGE_STEP = 0.7, 0.25
 
 
-def _cost(activation: str) -> int:
+def cost_of(activation: str) -> int:
     return ACTIVATIONS[activation].cost if activation in ACTIVATIONS else 0
 
 
@@ -167,7 +168,7 @@ def _evened(tiles: int, splits: int) -> int:
     return even if even >= 0.85 * splits else splits
 
 
-def _reducing(tile: Tile, view: View, warps: int, registers: int, splits: int, group_size: int) -> Tile:
+def reducing(tile: Tile, view: View, warps: int, registers: int, splits: int, group_size: int) -> Tile:
     """The tile with what a reduction does at a time: as much as its registers hold."""
     threads, channels, channels_at_once = WARP * warps, view.channels_per_block, view.lanes
     if view.mode != "nhwc":
@@ -185,35 +186,54 @@ def _reducing(tile: Tile, view: View, warps: int, registers: int, splits: int, g
     )  # fmt: skip
 
 
+class Fitted(NamedTuple):
+    """A tile of a view in a program of this size."""
+
+    tile: Tile
+    warps: int
+    registers: int
+    per_sm: int
+    tiles: int  # of a block
+
+
+def fitted(x: Problem, view: View, program: Program, inputs: int, stacked: bool) -> Fitted:
+    """The tile that fills the loads of a program. stacked: whether a load of all threads may cover several
+    rows, though lanes are positions."""
+    warps, per_sm, registers = program.warps, program.per_sm, program.registers
+    vectors = warps * WARP * (VECTOR_BYTES // x.itemsize)  # elements that one load of all threads brings
+    group_rows = 1
+    if view.mode == "nhwc" or (stacked and view.mode == "nchw_packed"):
+        group_rows = min(max(1, vectors // view.lanes), power_of_two(view.rows))
+    unroll = max(1, program.loads // inputs * vectors // max(vectors, group_rows * view.lanes))
+    vec = view.vector(x.itemsize, x.aligned)
+    narrow = vec * x.itemsize < VECTOR_BYTES
+    if narrow:  # these are several loads already
+        unroll = max(1, unroll * vec * x.itemsize // VECTOR_BYTES) if stacked else 1
+    unroll = min(
+        unroll, floor_power_of_two(view.pieces if view.mode == "nchw" else ceil_div(view.rows, group_rows))
+    )
+    if narrow or x.itemsize == 8:  # they need 128 registers
+        registers = max(128, registers)
+        per_sm = min(per_sm, 65536 // (warps * WARP * registers))
+    # no more warps than there are vectors in group_rows rows
+    most = warps
+    warps = max(1, min(warps, ceil_div(group_rows * view.lanes * x.itemsize, VECTOR_BYTES * WARP)))
+    per_sm = min(MOST_PROGRAMS, per_sm * most // floor_power_of_two(warps))
+    align = vec if view.mode == "nchw_packed" and view.inner % vec == 0 else 1
+    tile = Tile(view.mode, vec, unroll, group_rows, view.lanes, align)
+    return Fitted(tile, warps, registers, per_sm, ceil_div(view.rows, unroll * group_rows))
+
+
 def _pass(
     x: Problem, view: View, program: Program, inputs: int, reduces: bool, samples: int, group_size: int
 ) -> tuple[PassPlan, bool]:
     """The plan of a kernel that goes over this view in programs of this size, and whether its tiles are
     enough to fill the GPU."""
-    warps, per_sm, registers = program.warps, program.per_sm, program.registers
-    vectors = warps * WARP * (VECTOR_BYTES // x.itemsize)  # elements that one load of all threads brings
-    group_rows = 1
-    if view.mode == "nhwc":
-        group_rows = min(max(1, vectors // view.lanes), power_of_two(view.rows))
-    unroll = max(1, program.loads // inputs * vectors // max(vectors, group_rows * view.lanes))
-    unroll = min(
-        unroll, floor_power_of_two(view.pieces if view.mode == "nchw" else ceil_div(view.rows, group_rows))
-    )
-    vec = view.vector(x.itemsize, x.aligned)
-    narrow = vec * x.itemsize < VECTOR_BYTES
-    if narrow:  # these are several loads already
-        unroll = 1
-    if narrow or x.itemsize == 8:  # they need 128 registers
-        registers = max(128, registers)
-        per_sm = min(per_sm, 65536 // (warps * WARP * registers))
-    tiles, strips, programs = ceil_div(view.rows, unroll * group_rows), view.blocks * samples, x.sms * per_sm
+    tile, warps, registers, per_sm, tiles = fitted(x, view, program, inputs, False)
+    strips, programs = view.blocks * samples, x.sms * min(per_sm, program.per_sm)
     splits = _evened(tiles, programs // strips if reduces else ceil_div(programs, strips))
-    # no more warps than there are vectors in group_rows rows
-    warps = max(1, min(warps, ceil_div(group_rows * view.lanes * x.itemsize, VECTOR_BYTES * WARP)))
-    align = vec if view.mode == "nchw_packed" and view.inner % vec == 0 else 1
-    tile = Tile(view.mode, vec, unroll, group_rows, view.lanes, align)
     if reduces:
-        tile = _reducing(tile, view, warps, registers, splits, group_size)
+        tile = reducing(tile, view, warps, registers, splits, group_size)
     plan = PassPlan(view, tile, warps, registers, tiles, splits, inputs, x.itemsize, samples, group_size)
     return plan, tiles * strips >= programs
 
@@ -224,7 +244,7 @@ def _in_few_programs(plan: PassPlan) -> PassPlan:
 
     def splits_in(turns: int) -> PassPlan:
         splits = ceil_div(plan.tiles, turns)
-        tile = _reducing(plan.tile, plan.view, plan.warps, plan.registers, splits, plan.group_size)
+        tile = reducing(plan.tile, plan.view, plan.warps, plan.registers, splits, plan.group_size)
         return replace(plan, splits=splits, tile=tile)
 
     def microseconds(each: PassPlan) -> float:
@@ -242,7 +262,7 @@ def plan_reduction(
     """The plan of a kernel that reduces x, or `samples` tensors like x, over n and s. activation: the one
     whose slope it computes."""
     n, c, s, itemsize, channels_last, *_ = x
-    cost = _cost(activation)
+    cost = cost_of(activation)
     programs: Sequence[Program] = REDUCE if cost < 2 else REDUCE_SMOOTH
     if not channels_last and s > 2 * REDUCE[0].warps * WARP * (VECTOR_BYTES // itemsize):
         programs = REDUCE_NCHW_ACTIVATED if cost else REDUCE_NCHW
@@ -266,7 +286,7 @@ def plan_elementwise(
     """The plan of an elementwise kernel over x, or `samples` tensors like x, with coefficients of each
     channel. activation: the one that it applies, or whose slope it computes."""
     n, c, s, itemsize, channels_last, aligned, _ = x
-    vector, program = VECTOR_BYTES // itemsize, ELEMENTWISE[_cost(activation)]
+    vector, program = VECTOR_BYTES // itemsize, ELEMENTWISE[cost_of(activation)]
     lanes = ELEMENTWISE[0].warps * WARP * vector
     if channels_last:
         view = _rows_view(n * s, c, itemsize, lanes, 4 * lanes)

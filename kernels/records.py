@@ -25,6 +25,11 @@ class Problem(NamedTuple):
     aligned: bool = True  # every tensor starts on 16 bytes
     sms: int = 132  # the GPU's number of SMs; an H200 has 132
 
+    @property
+    def bytes(self) -> int:
+        """T: the bytes of x."""
+        return self.n * self.c * self.s * self.itemsize
+
 
 class Geometry(NamedTuple):
     """x as geometry.py walks over it. What ends in _v counts vectors of Tile.vec elements."""
@@ -59,10 +64,21 @@ class Tile:
     partials_per_iter: int = 1  # that the last program of a block merges at a time
     groups_per_iter: int = 1  # that the last program of a sample merges at a time
     members_per_iter: int = 1  # channels of each of these groups
+    held: bool = False  # a block is one tile, which a program keeps in registers
 
     @property
     def tile_rows(self) -> int:
         return self.unroll * self.rows
+
+    @property
+    def one_channel(self) -> bool:
+        """Whether a block is one channel, whose positions are lanes."""
+        return self.mode != "nhwc" and self.lanes_per_channel == self.lanes
+
+    @property
+    def few_channels(self) -> bool:
+        """Whether a block has so few channels that each lane's value is compared with all of them."""
+        return self.mode == "nchw_packed" and self.channels == self.channels_per_iter == 2
 
 
 class GroupGeometry(NamedTuple):

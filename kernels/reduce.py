@@ -17,14 +17,16 @@ from .geometry import (
     by_lane,
     channels_of_block,
     channels_per_block,
+    few_by_lane,
     lanes_and_channels,
     place,
     start_of,
     sum_by_channel,
+    sum_rows,
     tile,
     values_per_channel,
 )
-from .memory import load_shared, store_rows
+from .memory import load_shared, store_rows, write
 from .moments import (
     Moments,
     finite_or_zero,
@@ -44,7 +46,7 @@ SIZES = list(Geometry._fields)
 
 
 class PivotedSums(NamedTuple):
-    """Sums of x - pivot and of its square, for each lane."""
+    """Sums of x - pivot and of its square, as sum_rows returns them: for each lane, or each channel."""
 
     seen: Any  # how much of x is in them, in the unit of Block.size
     pivot: Any
@@ -66,15 +68,15 @@ def pivoted_sums(raw, mask, pivot, T: tl.constexpr, RAGGED: tl.constexpr, ACC: t
 
 
 @triton.jit
-def pivot_by_lane(sums, size, g, T: tl.constexpr):
-    """The mean of each lane's channel in one tile, from the sums of its lanes: [lanes], or [1] if a block is
-    one channel.
+def pivots(sums, size, g, T: tl.constexpr):
+    """The mean of each lane's channel in one tile, from what sum_rows returns, twice: of its shape, and to
+    be subtracted from lanes, [lanes], or [1] if a block is one channel.
 
     Any fixed choice of a pivot fails on some data: x[0] may be a padded zero or a spike, and running_mean may
     be NaN for good."""
     count = tl.full((1,), values_per_channel(size, g, T), sums.dtype)
-    if T.mode == "nhwc" or T.lanes_per_channel == T.lanes:
-        pivot = sum_by_channel(sums, tl.arange(0, T.channels_per_iter), g, T) / count
+    if T.mode == "nhwc" or T.one_channel or T.few_channels:
+        pivot = sums / count
     else:
         lane = tl.arange(0, T.lanes)
         k = lane // g.inner if T.mode == "nchw_packed" else lane % g.channels
@@ -84,12 +86,13 @@ def pivot_by_lane(sums, size, g, T: tl.constexpr):
             means = sum_by_channel(sums, offs_k, g, T) / count
             here = (k >= start) & (k < start + T.channels_per_iter)
             pivot = tl.where(here, tl.gather(means, tl.where(here, k - start, 0), 0), pivot)
-    return finite_or_zero(pivot)
+    pivot = finite_or_zero(pivot)
+    return pivot, few_by_lane(pivot, g, T) if T.few_channels else pivot
 
 
 @triton.jit
 def sums_by_lane(x_ptr, block, split, g, T: tl.constexpr, ACC: tl.constexpr):
-    """PivotedSums of [lanes] over one program's tiles."""
+    """PivotedSums over one program's tiles, and the last of these tiles, as loaded."""
     # Only the block's last tile may lack rows. Its program takes it first, outside the loop, so that the loop
     # needs no mask of rows: there are fewer predicate registers than loads in flight.
     last = split + (g.tiles - 1 - split) // g.splits * g.splits
@@ -97,36 +100,45 @@ def sums_by_lane(x_ptr, block, split, g, T: tl.constexpr, ACC: tl.constexpr):
     seen = t.size
     # evict_last: the second launch reads x again, backwards, and finds its end in L2
     raw = tl.load(x_ptr + t.base + t.offs, mask=t.mask, other=0.0, eviction_policy="evict_last")
-    sums = tl.sum(tl.sum(tl.reshape(raw, (T.unroll, T.rows, T.lanes)).to(ACC), 0), 0)
-    pivot = pivot_by_lane(sums, seen, g, T)
-    total, squares = pivoted_sums(raw, t.mask, pivot, T, True, ACC)
-    for index in tl.range(split, last, g.splits):
-        t = tile(block, index, g, T, True)
-        raw = tl.load(x_ptr + t.base + t.offs, mask=t.mask, other=0.0, eviction_policy="evict_last")
-        more_total, more_squares = pivoted_sums(raw, t.mask, pivot, T, T.mode == "nchw", ACC)
-        total += more_total
-        squares += more_squares
-        seen += t.size
-    return PivotedSums(seen, pivot, tl.sum(total, 0), tl.sum(squares, 0))
+    sums = sum_rows(tl.sum(tl.reshape(raw, (T.unroll, T.rows, T.lanes)).to(ACC), 0), g, T)
+    pivot, lane_pivot = pivots(sums, seen, g, T)
+    total, squares = pivoted_sums(raw, t.mask, lane_pivot, T, True, ACC)
+    if not T.held:
+        for index in tl.range(split, last, g.splits):
+            t = tile(block, index, g, T, True)
+            more = tl.load(x_ptr + t.base + t.offs, mask=t.mask, other=0.0, eviction_policy="evict_last")
+            more_total, more_squares = pivoted_sums(more, t.mask, lane_pivot, T, T.mode == "nchw", ACC)
+            total += more_total
+            squares += more_squares
+            seen += t.size
+    return PivotedSums(seen, pivot, sum_rows(total, g, T), sum_rows(squares, g, T)), raw
 
 
 @triton.jit
-def store_moments(mine_ptr, block, count, sums, g, T: tl.constexpr):
+def moments_of_channels(sums, offs_k, c, g, T: tl.constexpr):
+    """The Moments of a block's offs_k-th channels, c, from the sums of its lanes."""
+    channel_total = sum_by_channel(sums.total, offs_k, g, T)
+    channel_squares = sum_by_channel(sums.squares, offs_k, g, T)
+    if T.mode == "nhwc" or T.one_channel or T.few_channels:
+        channel_pivot = sums.pivot
+    else:  # any lane of the channel will do
+        first = offs_k * g.inner if T.mode == "nchw_packed" else offs_k
+        channel_pivot = tl.gather(sums.pivot, tl.where(c.mask, first, 0), 0)
+    count = tl.full((1,), values_per_channel(sums.seen, g, T), sums.total.dtype)
+    shift, m2 = from_pivoted_sums(count, channel_total, channel_squares)
+    return Moments(count, channel_pivot, shift, m2)
+
+
+@triton.jit
+def store_moments(mine_ptr, block, sums, g, T: tl.constexpr):
     """Reduces lanes to channels and stores them, channels_per_iter at a time: all at once would need too many
     registers."""
     count_c = channels_per_block(g, T)
     for start in tl.range(0, count_c, T.channels_per_iter):
         offs_k = start + tl.arange(0, T.channels_per_iter)
         c = channels_of_block(block, offs_k, count_c, g)
-        channel_total = sum_by_channel(sums.total, offs_k, g, T)
-        channel_squares = sum_by_channel(sums.squares, offs_k, g, T)
-        if T.mode == "nhwc" or T.lanes_per_channel == T.lanes:
-            channel_pivot = sums.pivot
-        else:  # any lane of the channel will do
-            first = offs_k * g.inner if T.mode == "nchw_packed" else offs_k
-            channel_pivot = tl.gather(sums.pivot, tl.where(c.mask, first, 0), 0)
-        shift, m2 = from_pivoted_sums(tl.full((1,), count, sums.total.dtype), channel_total, channel_squares)
-        store_rows(mine_ptr, c, g.channels, channel_pivot, shift, m2)
+        m = moments_of_channels(sums, offs_k, c, g, T)
+        store_rows(mine_ptr, c, g.channels, m.pivot, m.shift, m.m2)
 
 
 @triton.jit
@@ -164,17 +176,59 @@ def statistics_kernel(
     params = Parameters(weight_ptr, bias_ptr, running_mean_ptr, running_var_ptr, batches_ptr)
     options = Options(eps, momentum, r_max, d_max, warmup, r_steps, d_steps)
     block, split, sample = place(tl.program_id(0), g)
-    sums = sums_by_lane(x_ptr + start_of(sample, g, T), block, split, g, T, ACC)
-    count = values_per_channel(sums.seen, g, T)
+    sums, _ = sums_by_lane(x_ptr + start_of(sample, g, T), block, split, g, T, ACC)
     sample_ptr = partials_ptr + tl.cast(sample, tl.int64) * g.splits * (3 * g.channels + g.blocks)
-    store_moments(sample_ptr + tl.cast(split, tl.int64) * (3 * g.channels), block, count, sums, g, T)
+    store_moments(sample_ptr + tl.cast(split, tl.int64) * (3 * g.channels), block, sums, g, T)
     counts_ptr = sample_ptr + tl.cast(g.splits, tl.int64) * (3 * g.channels) + block
-    tl.store(counts_ptr + split * g.blocks, count.to(ACC))
+    tl.store(counts_ptr + split * g.blocks, values_per_channel(sums.seen, g, T).to(ACC))
     if is_last_program(semaphores_ptr + sample * g.blocks + block, g.splits):
         c = channels_of_block(block, tl.arange(0, T.channels), channels_per_block(g, T), g)
         m = merge_moments(sample_ptr, counts_ptr, c, g, T, ACC)
         ws = Workspace(sample, sample_ptr, semaphores_ptr, stats_ptr)
         NORM.finalize_forward(c, m, ws, params, options, g, T, NORM, ACC)
+
+
+class Sources(NamedTuple):
+    """Pointers to what the gradient of a normalized value is made of, and to where it goes, if the residual
+    has one; or None."""
+
+    dy: Any
+    x: Any
+    residual: Any
+    relu_mask: Any
+    dresidual: Any
+
+
+@triton.jit
+def gradient_tile(
+    p, t, block, index, start, affine, g, T: tl.constexpr, ACT: tl.constexpr, ACC: tl.constexpr
+):
+    """dy times the activation's slope in tile t, number `index` of a block of the sample that begins at
+    `start`, and x. Stores the residual's gradient."""
+    base = t.base + start
+    grad = tl.load(p.dy + base + t.offs, mask=t.mask, other=0.0, eviction_policy="evict_last")
+    x = tl.load(p.x + base + t.offs, mask=t.mask, other=0.0, eviction_policy="evict_last")
+    if ACT.name != "none" and p.relu_mask is None:
+        residual_ptr = None if p.residual is None else p.residual + base
+        grad = before_activation(grad, x, affine, residual_ptr, t.offs, t.mask, ACT, ACC)
+    elif p.relu_mask is not None:
+        bits = tile(block, index, g, T, False, True)
+        relu_mask = tl.load(
+            p.relu_mask + start // 8 + bits.base + bits.offs, mask=bits.mask, other=0,
+            eviction_policy="evict_first",
+        )  # fmt: skip
+        grad = tl.where(unpack(relu_mask), grad, 0.0)
+    if p.dresidual is not None:
+        tl.store(p.dresidual + base + t.offs, grad.to(p.dresidual.dtype.element_ty), mask=t.mask)
+    return grad, x
+
+
+@triton.jit
+def gradient_sums_of_tile(grad, x, mean, T: tl.constexpr, ACC: tl.constexpr):
+    """Sums over a tile's loads of the gradient and of its product with x - mean, [rows, lanes] each."""
+    grad = tl.reshape(grad, (T.unroll, T.rows, T.lanes)).to(ACC)
+    distance = tl.reshape(x, (T.unroll, T.rows, T.lanes)).to(ACC) - mean[None, :, :]
+    return tl.sum(grad, 0), tl.sum(grad * distance, 0)
 
 
 @triton.jit
@@ -214,40 +268,21 @@ def gradient_sums_kernel(
     c = lanes_and_channels(block, g, T)
     mean, scale, shift = NORM.coefficients(c, sample, stats_ptr, params, g, ACC)
     mean, scale, shift = by_lane(mean, T), by_lane(scale, T), by_lane(shift, T)
-    SLOPED: tl.constexpr = ACT.name != "none" and relu_mask_ptr is None
+    affine = Affine(mean, scale, shift)
+    sources = Sources(dy_ptr, x_ptr, residual_ptr, relu_mask_ptr, dresidual_ptr)
     sum_dy = tl.full((T.rows, T.lanes), 0.0, ACC)
     sum_dy_xmu = tl.full((T.rows, T.lanes), 0.0, ACC)
     start_element = start_of(sample, g, T)
     for index in tl.range(split, g.tiles, g.splits):
         t = tile(block, index, g, T)
-        base = t.base + start_element
-        grad = tl.load(dy_ptr + base + t.offs, mask=t.mask, other=0.0, eviction_policy="evict_last")
-        x = tl.load(x_ptr + base + t.offs, mask=t.mask, other=0.0, eviction_policy="evict_last")
-        if SLOPED:
-            grad = before_activation(
-                grad, x, Affine(mean, scale, shift), None if residual_ptr is None else residual_ptr + base,
-                t.offs, t.mask, ACT, ACC,
-            )  # fmt: skip
-        elif relu_mask_ptr is not None:
-            bits = tile(block, index, g, T, False, True)
-            relu_mask = tl.load(
-                relu_mask_ptr + start_element // 8 + bits.base + bits.offs, mask=bits.mask, other=0,
-                eviction_policy="evict_first",
-            )  # fmt: skip
-            grad = tl.where(unpack(relu_mask), grad, 0.0)
-        if dresidual_ptr is not None:
-            tl.store(dresidual_ptr + base + t.offs, grad.to(dresidual_ptr.dtype.element_ty), mask=t.mask)
+        grad, x = gradient_tile(sources, t, block, index, start_element, affine, g, T, ACT, ACC)
         if dx_ptr is not None:
             dx = scale * grad.to(ACC)
-            tl.store(
-                dx_ptr + base + t.offs, dx.to(dx_ptr.dtype.element_ty), mask=t.mask,
-                eviction_policy="evict_first",
-            )  # fmt: skip
-        grad = tl.reshape(grad, (T.unroll, T.rows, T.lanes)).to(ACC)
-        distance = tl.reshape(x, (T.unroll, T.rows, T.lanes)).to(ACC) - mean[None, :, :]
-        sum_dy += tl.sum(grad, 0)
-        sum_dy_xmu += tl.sum(grad * distance, 0)
-    sum_dy, sum_dy_xmu = tl.sum(sum_dy, 0), tl.sum(sum_dy_xmu, 0)
+            write(dx_ptr + t.base + start_element + t.offs, dx, t.mask)
+        more_dy, more_dy_xmu = gradient_sums_of_tile(grad, x, mean, T, ACC)
+        sum_dy += more_dy
+        sum_dy_xmu += more_dy_xmu
+    sum_dy, sum_dy_xmu = sum_rows(sum_dy, g, T), sum_rows(sum_dy_xmu, g, T)
     count_c = channels_per_block(g, T)
     sample_ptr = partials_ptr + tl.cast(sample, tl.int64) * g.splits * (2 * g.channels)
     mine_ptr = sample_ptr + tl.cast(split, tl.int64) * (2 * g.channels)

@@ -104,6 +104,15 @@ def nchw_packed_view(n: int, c: int, s: int, itemsize: int, lanes: int) -> View:
     )  # fmt: skip
 
 
+def nchw_whole_view(n: int, c: int, s: int, channels: int) -> View:
+    """[n, c * s] in blocks of so many whole channels."""
+    width = power_of_two(channels * s)
+    return View(
+        "nchw_packed", n, c * s, channels * s, s, c, width, n * c * s, channels_per_block=channels,
+        lanes_per_channel=power_of_two(s) if channels > 1 else width,
+    )  # fmt: skip
+
+
 def nchw_strips_view(n: int, c: int, s: int, lanes: int) -> View:
     """[n, c * s] in strips that ignore where channels begin, for elementwise kernels."""
     lanes = min(lanes, power_of_two(c * s))

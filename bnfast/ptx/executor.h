@@ -38,6 +38,7 @@ typedef struct { u32 cta, epoch, released; u8 warp; } Stamp;
 
 typedef struct {
   Stamp wrote, read;
+  u32 last_epoch;  // in which a program has read it
   u8 stored, by_atomic, read_by_many;
 } Granule;
 

@@ -26,6 +26,16 @@ static int before(const Stamp *s, const Cta *c, const Warp *w) {
   return s->warp == known->warp && s->released <= known->released;
 }
 
+// Whether all programs have passed a barrier since any of them read it, and this warp knows.
+static int after_all_reads(Machine *m, const Granule *g, const Cta *c, const Warp *w) {
+  u32 first = m->launch->first, programs = m->launch->programs;
+  for (u32 id = first; id < first + programs; id++) {
+    Stamp read = {id, g->last_epoch, 0, SOME_WARPS};
+    if (!before(&read, c, w)) return 0;
+  }
+  return 1;
+}
+
 // Warps of one CTA may store the same values without a barrier, and all may load what one of them then updates.
 static void race(Machine *m, const Instruction *i, const Stamp *s, const Cta *c, const char *kind, u64 granule, int replica) {
   if (s->cta != c->id)
@@ -52,14 +62,17 @@ static void touch(Machine *m, Cta *c, Warp *w, const Instruction *i, Watched *t,
     if (!(g->by_atomic && atomic) && !before(&g->wrote, c, w))
       race(m, i, &g->wrote, c, store ? "write-write" : "write-read", k, replica);
     if (store) {
-      if (g->read_by_many) fault(m, "line %d: a store over what several programs load, element %llu", i->line, k);
+      if (g->read_by_many && !after_all_reads(m, g, c, w))
+        fault(m, "line %d: a store over what several programs load, element %llu", i->line, k);
       if (!before(&g->read, c, w)) race(m, i, &g->read, c, "read-write", k, replica);
-      *g = (Granule){now, NOBODY, 1, atomic, 0};
+      *g = (Granule){now, NOBODY, 0, 1, atomic, 0};
       continue;
     }
     if (!g->stored && !t->early_load) t->early_load = i->line;
     if (g->read.cta != ~0u && g->read.cta != c->id && !before(&g->read, c, w)) g->read_by_many = 1;
     if (g->read.cta == c->id && g->read.epoch == c->epoch && g->read.warp != w->index) now.warp = SOME_WARPS;
+    if (g->read_by_many && t->tensor.kind == UPDATED && after_all_reads(m, g, c, w)) g->read_by_many = g->last_epoch = 0;
+    if (now.epoch > g->last_epoch) g->last_epoch = now.epoch;
     g->read = now;
     now.warp = w->index;
   }

@@ -176,6 +176,24 @@ class TestSynchronization:
         always_found(body, "race in global memory|several programs load", zeros(1), kinds=[UPDATED], grid=4)
 
 
+    @pytest.mark.parametrize(("barrier", "order"), [(True, "acq_rel"), (False, "acq_rel"), (True, "relaxed")])
+    def test_the_last_program_stores_what_all_have_read(self, barrier: bool, order: str) -> None:
+        body = f"""
+            ld.global.b32 %r1, [%rd0];
+            {"bar.sync 0;" if barrier else ""}
+            setp.ne.b32 %p0, %r0, 0;
+            @%p0 ret;
+            atom.global.gpu.{order}.add.u32 %r3, [%rd1], 1;
+            setp.ne.b32 %p1, %r3, 3;
+            @%p1 ret;
+            add.s32 %r1, %r1, 1;
+            st.global.b32 [%rd0], %r1;
+        """
+        found = never_found if barrier and order == "acq_rel" else always_found
+        message = () if found is never_found else ("race in global memory|several programs load",)
+        found(body, *message, zeros(1), zeros(1), kinds=[UPDATED] * 2, grid=4, threads=64)
+
+
 # Eight programs, of one lane each that does anything
 PAIRS = """
     setp.ne.b32 %p0, %r0, 0;
