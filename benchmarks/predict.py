@@ -14,7 +14,7 @@ from benchmarks.records import PREDICTED, Record
 from benchmarks.session import progress
 from benchmarks.tables import FLOOR_LABEL, MODELLED, WITH_LAUNCHES
 from bnfast import dispatch
-from bnfast.kernels import group_plan, plan
+from bnfast.kernels import batch_plan, group_plan
 from bnfast.kernels.epilogue import EpiloguePlan
 from codegen import SMS, why_not_counted
 from codegen.cases import DIRECTIONS, Case
@@ -30,7 +30,7 @@ def counted(case: Case, direction: str) -> tuple[int, int]:
     # where both layouts describe x, the kernels see it as layouts.is_channels_last does
     memory = (case.dtype.itemsize, s == 1 or (case.channels_last and c > 1))
     epilogue = EpiloguePlan.of(case.activation or "none", case.residual, c, s, memory)
-    planned: Any = plan.batch_norm(n, c, s, *memory, sms=SMS, epilogue=epilogue)
+    planned: Any = batch_plan.batch_norm(n, c, s, *memory, sms=SMS, epilogue=epilogue)
     if case.groups:
         planned = group_plan.group_norm(n, c, s, case.groups, *memory, sms=SMS, epilogue=epilogue)
     return getattr(planned, f"{direction}_bytes"), getattr(planned, f"{direction}_launches")

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .batch_plan import Pass, plan_whole
 from .elementwise import gradient_transform_kernel, transform_kernel
-from .epilogue import IDENTITY, NO_EPILOGUE, Activation, Epilogue
+from .epilogue import IDENTITY, NO_EPILOGUE, Activation, Epilogue, EpiloguePlan
 from .launch import Launch, workspace
 from .launch_plan import LaunchPlan, Signature, address, device_and_stream, launch_plan
 from .layouts import dense, dense_like
@@ -23,7 +24,6 @@ from .normalizers.batch_renorm import BATCH_RENORM
 from .records import BatchNormOptions, Buffers, Forward, Gradients, Wanted
 from .reduce import gradient_sums_kernel, statistics_kernel
 from .whole_channels import batch_norm_gradients_kernel, batch_norm_kernel
-from .whole_plan import Pass, plan_whole
 
 _NO_LIMITS = (0.0, 0.0, 0.0, 0.0, 0.0)
 # the names of the tensors that a call hands to its launches, which find theirs by the kernels' parameters
@@ -47,7 +47,7 @@ def _train(
 ) -> LaunchPlan:  # fmt: skip
     norm = replace(BATCH_RENORM if renorm else BATCH_NORM, cumulative=cumulative, guarded=guarded)
     counts = cumulative or renorm  # reads the counter: for the average, or for Batch Renorm's schedule
-    whole = plan_whole(signature.x, Pass.forward(activation.name, residual, mask))
+    whole = plan_whole(signature.x, Pass.forward(EpiloguePlan(activation.name, residual, mask)))
     if whole is not None:
         without = () if counts else ("semaphores",)
         only = Launch(
@@ -90,8 +90,8 @@ def _gradients(
 ) -> LaunchPlan:  # fmt: skip
     norm = BATCH_RENORM if renorm else BATCH_NORM
     if training and need_dx:
-        kept = "" if not has_residual else "residual" if residual else "mask"
-        whole = plan_whole(signature.x, Pass.backward(activation.name, kept))
+        epilogue = EpiloguePlan(activation.name, has_residual, has_residual and not residual)
+        whole = plan_whole(signature.x, Pass.backward(epilogue))
         if whole is not None:
             constants = {"NORM": norm, "ACT": activation}
             only = Launch(batch_norm_gradients_kernel, whole, _BACKWARD, constants, signature.aligned)

@@ -188,7 +188,7 @@ class EpiloguePlan(NamedTuple):
     @classmethod
     def of(cls, activation: str, residual: bool, c: int, s: int, memory: tuple[int, bool]) -> EpiloguePlan:
         """With a mask if relu's backward uses one. activation: its name, or "none". memory: itemsize and
-        channels_last, as in plan.batch_norm."""
+        channels_last, as in batch_plan.batch_norm."""
         return cls(activation, residual, residual and activation == "relu" and packs(c, s, *memory))
 
     @property

@@ -1,7 +1,7 @@
 """Sizes -> the launches of a GroupNorm, and the bytes that a training step moves. InstanceNorm is GroupNorm
 with as many groups as channels. Pure Python, as plan.py.
 
-n, c, s, itemsize, channels_last, aligned and sms are those of plan.batch_norm."""
+n, c, s, itemsize, channels_last, aligned and sms are those of batch_plan.batch_norm."""
 
 from __future__ import annotations
 

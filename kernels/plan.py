@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from typing import Any, NamedTuple
 
-from .epilogue import ACTIVATIONS, NO_EPILOGUE_PLAN, EpiloguePlan
+from .epilogue import ACTIVATIONS, EpiloguePlan
 from .records import Geometry, Problem, Tile
 from .views import (
     VECTOR_BYTES,
@@ -66,6 +66,7 @@ REDUCE_NCHW_ACTIVATED = (Program(8, 3, 80, 4), Program(4, 6, 80, 4), Program(4, 
 # What reducing a small tensor waits for, in microseconds: the loads of a tile, and those of a step of the
 # merge, which come from L2. Both are assumptions, about those of benchmarks/model.py.
 TILE, MERGE_STEP = 0.7, 0.25
+IN_FLIGHT = 4  # iterations of a merge whose loads are waited for at once
 
 
 def cost_of(activation: str) -> int:
@@ -180,9 +181,11 @@ def reducing(tile: Tile, view: View, warps: int, registers: int, splits: int, gr
     values = (8 if registers >= 128 else 2) * threads
     members = min(power_of_two(group_size), values)
     groups = min(power_of_two(view.channels // group_size), values // members)
+    ahead = min(IN_FLIGHT, power_of_two(ceil_div(splits, partials)))
     return replace(
         tile, channels=channels, channels_per_iter=channels_at_once, partials_per_iter=partials,
-        lanes_per_channel=view.lanes_per_channel, groups_per_iter=groups, members_per_iter=members,
+        iters_in_flight=ahead, lanes_per_channel=view.lanes_per_channel, groups_per_iter=groups,
+        members_per_iter=members,
     )  # fmt: skip
 
 
@@ -208,7 +211,7 @@ def fitted(x: Problem, view: View, program: Program, inputs: int, stacked: bool)
     vec = view.vector(x.itemsize, x.aligned)
     narrow = vec * x.itemsize < VECTOR_BYTES
     if narrow:  # these are several loads already
-        unroll = max(1, unroll * vec * x.itemsize // VECTOR_BYTES) if stacked else 1
+        unroll = max(1, unroll * min(2 * vec * x.itemsize, VECTOR_BYTES) // VECTOR_BYTES) if stacked else 1
     unroll = min(
         unroll, floor_power_of_two(view.pieces if view.mode == "nchw" else ceil_div(view.rows, group_rows))
     )
@@ -248,7 +251,7 @@ def _in_few_programs(plan: PassPlan) -> PassPlan:
         return replace(plan, splits=splits, tile=tile)
 
     def microseconds(each: PassPlan) -> float:
-        steps = ceil_div(each.splits, each.tile.partials_per_iter)
+        steps = ceil_div(each.splits, each.tile.partials_in_flight)
         return ceil_div(each.tiles, each.splits) * TILE + steps * MERGE_STEP
 
     fewest = ceil_div(plan.tiles, plan.splits)
@@ -343,22 +346,3 @@ class StepPlan:
         more = self.epilogue.backward_bytes(self.elements, self.itemsize)
         handed = 2 * self.backward[0].handed + (2 * passes - 1) * self.stats + 2 * self.sums
         return (1 + 2 * passes) * self.x_bytes + more + handed * wide
-
-
-def batch_norm(
-    n: int, c: int, s: int, itemsize: int, channels_last: bool, sms: int = 132, aligned: bool = True,
-    epilogue: EpiloguePlan = NO_EPILOGUE_PLAN,
-) -> StepPlan:  # fmt: skip
-    """n, c, s: batch, channels, spatial positions (1 for 2-D input). itemsize: bytes of an element of x.
-    channels_last: C is the fastest dimension, as it is in 2-D input. aligned: every tensor starts on 16
-    bytes. sms: the GPU's number of SMs. epilogue: from EpiloguePlan.of."""
-    x = Problem(n, c, s, itemsize, channels_last, aligned, sms)
-    forward = (
-        plan_reduction(x, 1),
-        plan_elementwise(x, 1 + epilogue.residual, activation=epilogue.activation),
-    )
-    backward = (
-        plan_reduction(x, 2 + (epilogue.kept == "residual"), activation=epilogue.activation),
-        plan_elementwise(x, 2, activation=epilogue.activation_of_dx),
-    )
-    return StepPlan(n * c * s, itemsize, forward, backward, epilogue)

@@ -62,6 +62,7 @@ class Tile:
     channels_per_iter: int = 1  # that are reduced over their lanes at a time
     lanes_per_channel: int = 1  # of a block, as a power of two
     partials_per_iter: int = 1  # that the last program of a block merges at a time
+    iters_in_flight: int = 1  # whose loads are waited for at once
     groups_per_iter: int = 1  # that the last program of a sample merges at a time
     members_per_iter: int = 1  # channels of each of these groups
     held: bool = False  # a block is one tile, which a program keeps in registers
@@ -69,6 +70,11 @@ class Tile:
     @property
     def tile_rows(self) -> int:
         return self.unroll * self.rows
+
+    @property
+    def partials_in_flight(self) -> int:
+        """That the last program of a block waits for at once."""
+        return self.partials_per_iter * self.iters_in_flight
 
     @property
     def one_channel(self) -> bool:

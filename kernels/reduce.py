@@ -35,6 +35,7 @@ from .moments import (
     merge,
     merge_along,
     no_moments,
+    product,
 )
 from .normalizers.common import Gradients, GradientSums, Options, Parameters, Workspace, is_last_program
 from .records import Geometry
@@ -64,7 +65,18 @@ def pivoted_sums(raw, mask, pivot, T: tl.constexpr, RAGGED: tl.constexpr, ACC: t
     distance = tl.reshape(raw, (T.unroll, T.rows, T.lanes)).to(ACC) - pivot[None, None, :]
     if RAGGED:
         distance = tl.where(tl.reshape(mask, (T.unroll, T.rows, T.lanes)), distance, 0.0)
-    return tl.sum(distance, 0), tl.sum(distance * distance, 0)
+    return tl.sum(distance, 0), tl.sum(product_of_loads(distance, distance, T), 0)
+
+
+@triton.jit
+def product_of_loads(a, b, T: tl.constexpr):
+    """a * b, [unroll, rows, lanes], to be summed: see moments.product. Several loads are summed in a thread
+    first, and so are tiles."""
+    if T.held and T.unroll == 1:
+        result = product(a, b)
+    else:
+        result = a * b
+    return result
 
 
 @triton.jit
@@ -145,16 +157,21 @@ def store_moments(mine_ptr, block, sums, g, T: tl.constexpr):
 def merge_moments(sample_ptr, counts_ptr, c, g, T: tl.constexpr, ACC: tl.constexpr):
     """The Moments of a block's channels, merged from all of its programs: partials_per_iter of them at a
     time, element by element, and along that axis only at the end, so that the loop has no cross-warp
-    step."""
+    step. It waits for the loads of several iterations at once."""
+    AHEAD: tl.constexpr = T.iters_in_flight
     found = no_moments(T.partials_per_iter, T.channels, ACC)
-    for start in tl.range(0, g.splits, T.partials_per_iter):
-        offs_s = start + tl.arange(0, T.partials_per_iter)[:, None]
-        mask = (offs_s < g.splits) & c.mask[None, :]
-        theirs_ptr = sample_ptr + tl.cast(offs_s, tl.int64) * (3 * g.channels) + c.offs[None, :]
-        pivot, shift, m2 = load_channels(theirs_ptr, mask, g)
-        count = load_shared(counts_ptr + offs_s * g.blocks, offs_s < g.splits)
-        count = tl.broadcast_to(count, (T.partials_per_iter, T.channels))
-        found = merge(found, Moments(count, pivot, shift, m2))
+    for start in tl.range(0, g.splits, T.partials_per_iter * AHEAD):
+        theirs = ()
+        for k in tl.static_range(AHEAD):
+            offs_s = start + k * T.partials_per_iter + tl.arange(0, T.partials_per_iter)[:, None]
+            mask = (offs_s < g.splits) & c.mask[None, :]
+            theirs_ptr = sample_ptr + tl.cast(offs_s, tl.int64) * (3 * g.channels) + c.offs[None, :]
+            pivot, shift, m2 = load_channels(theirs_ptr, mask, g)
+            count = load_shared(counts_ptr + offs_s * g.blocks, offs_s < g.splits)
+            count = tl.broadcast_to(count, (T.partials_per_iter, T.channels))
+            theirs = theirs + (Moments(count, pivot, shift, m2),)
+        for k in tl.static_range(AHEAD):
+            found = merge(found, theirs[k])
     return merge_along(found, 0)
 
 
@@ -228,20 +245,25 @@ def gradient_sums_of_tile(grad, x, mean, T: tl.constexpr, ACC: tl.constexpr):
     """Sums over a tile's loads of the gradient and of its product with x - mean, [rows, lanes] each."""
     grad = tl.reshape(grad, (T.unroll, T.rows, T.lanes)).to(ACC)
     distance = tl.reshape(x, (T.unroll, T.rows, T.lanes)).to(ACC) - mean[None, :, :]
-    return tl.sum(grad, 0), tl.sum(grad * distance, 0)
+    return tl.sum(grad, 0), tl.sum(product_of_loads(grad, distance, T), 0)
 
 
 @triton.jit
 def merge_gradient_sums(sample_ptr, c, g, T: tl.constexpr, ACC: tl.constexpr):
     """The GradientSums of a block's channels, added up over all of its programs."""
+    AHEAD: tl.constexpr = T.iters_in_flight
     all_dy = tl.full((T.partials_per_iter, T.channels), 0.0, ACC)
     all_dy_xmu = tl.full((T.partials_per_iter, T.channels), 0.0, ACC)
-    for start in tl.range(0, g.splits, T.partials_per_iter):
-        offs_s = start + tl.arange(0, T.partials_per_iter)[:, None]
-        mask = (offs_s < g.splits) & c.mask[None, :]
-        theirs_ptr = sample_ptr + tl.cast(offs_s, tl.int64) * (2 * g.channels) + c.offs[None, :]
-        all_dy += load_shared(theirs_ptr, mask)
-        all_dy_xmu += load_shared(theirs_ptr + g.channels, mask)
+    for start in tl.range(0, g.splits, T.partials_per_iter * AHEAD):
+        theirs = ()
+        for k in tl.static_range(AHEAD):
+            offs_s = start + k * T.partials_per_iter + tl.arange(0, T.partials_per_iter)[:, None]
+            mask = (offs_s < g.splits) & c.mask[None, :]
+            theirs_ptr = sample_ptr + tl.cast(offs_s, tl.int64) * (2 * g.channels) + c.offs[None, :]
+            theirs = theirs + ((load_shared(theirs_ptr, mask), load_shared(theirs_ptr + g.channels, mask)),)
+        for k in tl.static_range(AHEAD):
+            all_dy += theirs[k][0]
+            all_dy_xmu += theirs[k][1]
     return GradientSums(tl.sum(all_dy, 0), tl.sum(all_dy_xmu, 0))
 
 

@@ -69,12 +69,13 @@ class View:
         return gcd(vec, self.total) if self.mode == "nhwc_packed" else vec
 
 
-def nhwc_view(m: int, c: int, itemsize: int) -> View:
-    """[m, c]: channels_last and 2-D input. Blocks take 128 bytes of a row, which are whole DRAM bursts, or
-    more where C is a little larger."""
-    lanes = 128 // itemsize
-    if c % lanes and c <= 2 * lanes:
-        lanes = power_of_two(c)
+def nhwc_view(m: int, c: int, itemsize: int, lanes: int = 0) -> View:
+    """[m, c]: channels_last and 2-D input. Blocks take so many lanes, or 128 bytes of a row, which are whole
+    DRAM bursts, or more where C is a little larger."""
+    if not lanes:
+        lanes = 128 // itemsize
+        if c % lanes and c <= 2 * lanes:
+            lanes = power_of_two(c)
     return View("nhwc", m, c, lanes, 1, c, lanes, m * c, channels_per_block=lanes)
 
 

@@ -2,7 +2,7 @@
 them, finalizes them and writes their results. Nothing is handed to other programs. A program whose channels
 are one tile keeps that in registers and reads x once; another one reads x again, most of it from the caches.
 
-whole_plan.py says where this is faster than two launches. The pieces are those of the two-launch kernels (see
+batch_plan.py says where this is faster than two launches. The pieces are those of the two-launch kernels (see
 reduce.py and elementwise.py)."""
 
 import triton

@@ -14,7 +14,7 @@ import torch
 import bnfast
 from bnfast import dispatch, exact
 from bnfast.interpreted import prepared
-from bnfast.kernels import launch_plan
+from bnfast.kernels import batch_plan, launch_plan
 from bnfast.kernels.launch import INTERPRET, Launch
 from tests.support import oracle
 
@@ -140,6 +140,15 @@ def nothing_known() -> Iterator[dict]:
     launch_plan.forget_plans()
     yield launch_plan._plans
     launch_plan.forget_plans()
+
+
+@pytest.fixture
+def two_launches(nothing_known: dict, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """BatchNorm trains as with large tensors: no program has whole channels."""
+    monkeypatch.setattr(batch_plan, "WARPS", ())
+    batch_plan.plan_whole.cache_clear()
+    yield
+    batch_plan.plan_whole.cache_clear()
 
 
 @pytest.fixture

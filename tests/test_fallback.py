@@ -58,7 +58,7 @@ def test_layer_falls_back(gradient: bool, training: bool, launches: list[Any]) -
 
 @both_modes
 @pytest.mark.parametrize("limit", [4000], indirect=True)
-@pytest.mark.usefixtures("limit")
+@pytest.mark.usefixtures("limit", "two_launches")
 def test_backward_falls_back(training: bool, launches: list[Any]) -> None:
     """The forward had whole vectors. A dy without them makes more of the same sizes."""
     x = data(*LONG_RUNS)

@@ -194,7 +194,7 @@ def test_layers_are_known(
 @EVERY
 @pytest.mark.parametrize("layout", suites.LAYOUTS)
 def test_counted_bytes_are_the_sweeps_and_little_more(suite: str, network: Network, layout: str) -> None:
-    """Groups divide channels, as torch's own layers want. channels_last, none is read once."""
+    """Groups divide channels, as torch's own layers want. channels_last, only small tensors are read once."""
     found = of_network(suite, network, BF16, layout == "channels_last")
     assert sum(case.count for case in found) == len(network.layers)
     batch_norm = network.norm == "BatchNorm"
@@ -202,7 +202,7 @@ def test_counted_bytes_are_the_sweeps_and_little_more(suite: str, network: Netwo
     for case, (direction, (once, twice, sweeping)) in itertools.product(found, sweeps.items()):
         assert case.groups == 0 if batch_norm else case.shape[1] % case.groups == 0
         moved, launched = predict.counted(case, direction)
-        assert launched == sweeping or layout == "contiguous"
+        assert launched == sweeping or layout == "contiguous" or suite == "small"
         passes = (twice if launched == sweeping else once) + case.residual
         # cells of 64 values hand over a good part of what they are; those that matter do not
         spare = 1.04 if case.x_bytes > 5e7 else 1.7

@@ -22,6 +22,7 @@ from tests.support.families import (
     FP16,
     FP32,
     FP64,
+    far_means,
     in_dtypes,
     lacking,
     layouts,
@@ -103,6 +104,11 @@ CASES = {
         *varied([ROWS, layer_norm((2, 8201))], {"bias": False}, {"affine": False, "bias": False}),
     ],
 }  # fmt: skip
+TWO_LAUNCHES = {
+    "batch": layouts(*map(Case, SHAPES)),
+    "batch in other dtypes": in_dtypes(layouts(*FEW), OTHERS),
+    "batch, large means": [case for shape in FEW for case in far_means(shape)],
+}
 # in the interpreter of several multiprocessors
 SPREAD = {
     "group in other dtypes": in_dtypes(layouts(*of_groups(FEW_GROUPS)), OTHERS),
@@ -119,6 +125,13 @@ SPREAD = {
 
 @pytest.mark.parametrize("case", parameters(CASES))
 def test_against_fp64(case: Case, device: torch.device) -> None:
+    oracle.check(case, device)
+
+
+@pytest.mark.usefixtures("several_programs", "two_launches")
+@pytest.mark.parametrize("case", parameters(TWO_LAUNCHES))
+def test_large_batch_norms_against_fp64(case: Case, device: torch.device) -> None:
+    """As they are launched where tensors are large."""
     oracle.check(case, device)
 
 

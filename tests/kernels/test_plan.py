@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bnfast.kernels import plan, row_plan
+from bnfast.kernels import batch_plan, plan, row_plan
 from bnfast.kernels.records import Problem
 
 SMS = 132
@@ -18,7 +18,7 @@ sizes = st.tuples(*counts, st.sampled_from([2, 4, 8]), st.booleans())
 def passes(
     n: int, c: int, s: int, itemsize: int, channels_last: bool, aligned: bool, sms: int
 ) -> list[plan.PassPlan]:
-    p = plan.batch_norm(n, c, s, itemsize, channels_last or s == 1, sms, aligned)
+    p = batch_plan.batch_norm(n, c, s, itemsize, channels_last or s == 1, sms, aligned)
     return [*p.forward, *p.backward]
 
 
@@ -43,10 +43,15 @@ def test_any_sizes_are_covered(size: tuple[int, int, int, int, bool], aligned: b
 @pytest.mark.parametrize("channels_last", [True, False], ids=["channels_last", "contiguous"])
 @pytest.mark.parametrize(("c", "hw"), RESNET50)
 def test_large_shapes_fill_the_gpu(c: int, hw: int, channels_last: bool) -> None:
-    p = plan.batch_norm(256, c, hw * hw, 2, channels_last, SMS)
+    p = batch_plan.batch_norm(256, c, hw * hw, 2, channels_last, SMS)
     for planned in (p.forward[0], p.backward[0]):
-        assert planned.tile.vec * 2 == plan.VECTOR_BYTES
         assert planned.programs >= 0.75 * SMS
+        if isinstance(planned, batch_plan.WholePlan):
+            assert planned.tile.vec * 2 >= plan.VECTOR_BYTES / 2
+            resident = min(planned.programs, SMS * planned.per_sm)
+            assert planned.bytes_per_program * resident / SMS >= 47 * 1024
+            continue
+        assert planned.tile.vec * 2 == plan.VECTOR_BYTES
         # lanes without data carry no bytes: counted out, unlike in the static tests
         assert planned.bytes_per_program * planned.programs / SMS >= 47 * 1024
         # One SM reads this back alone, from L2, at about three times its share of DRAM's rate: under a
@@ -73,13 +78,13 @@ def test_one_channel_or_one_sample_still_fills_the_gpu(n: int, c: int, s: int, c
 def test_few_programs_reduce_a_small_channels_last_tensor(n: int, c: int, s: int, inputs: int) -> None:
     """The last program merges what they leave in a few steps, and no program goes through many tiles."""
     planned = plan.plan_reduction(Problem(n, c, s, 2, True, True, SMS), inputs)
-    steps = -(-planned.splits // planned.tile.partials_per_iter)
+    steps = -(-planned.splits // planned.tile.partials_in_flight)
     assert steps <= 4
     assert planned.tiles <= 3 * planned.splits
 
 
 def test_bytes_of_a_step() -> None:
-    p = plan.batch_norm(256, 64, 56 * 56, 2, True)
+    p = batch_plan.batch_norm(256, 64, 56 * 56, 2, True)
     assert p.x_bytes == 256 * 64 * 56 * 56 * 2
     assert 3 <= p.forward_bytes / p.x_bytes < 3.01
     assert 5 <= p.backward_bytes / p.x_bytes < 5.01
@@ -93,7 +98,7 @@ def test_more_than_2_to_the_31_elements() -> None:
 
 def test_sizes_that_do_not_fit_are_refused() -> None:
     with pytest.raises(ValueError, match="too large"):
-        _ = plan.batch_norm(2, 2**31, 1, 2, True).forward[0].geometry
+        _ = batch_plan.batch_norm(2, 2**31, 1, 2, True).forward[0].geometry
 
 
 @pytest.mark.parametrize("itemsize", [2, 4])

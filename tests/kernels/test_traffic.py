@@ -12,7 +12,7 @@ from torch import Tensor
 import bnfast
 from bnfast.checks import one_step
 from bnfast.checks.cases import Case, batch_renorm, given, group_norm, instance_norm, layer_norm
-from bnfast.kernels import group_plan, plan
+from bnfast.kernels import batch_plan, group_plan
 from bnfast.kernels.layouts import is_channels_last
 from bnfast.ptx import Execution
 from bnfast.ptx.traffic import Traffic
@@ -20,7 +20,8 @@ from tests.support.buffers import bit_identical, shifted
 from tests.support.families import FP16, FP32, layouts
 from tests.support.traffic import Moved, moved
 
-pytestmark = [pytest.mark.compiled, pytest.mark.usefixtures("several_programs")]
+# test_whole_channels.py has BatchNorm in one launch
+pytestmark = [pytest.mark.compiled, pytest.mark.usefixtures("several_programs", "two_launches")]
 SMS = 3  # the fixture's
 CPU = torch.device("cpu")
 
@@ -73,7 +74,7 @@ def assert_planned(case: Case, x: Tensor, forward: Moved, backward: Moved) -> No
     GroupNorm's statistics and coefficients, which many programs read, each value once out and once in."""
     n, c, *space = case.shape
     sizes, memory = (n, c, prod(space)), (x.element_size(), is_channels_last(x))
-    planned = plan.batch_norm(*sizes, *memory, sms=SMS)
+    planned = batch_plan.batch_norm(*sizes, *memory, sms=SMS)
     if case.in_sample:
         planned = group_plan.group_norm(*sizes, case.in_sample, *memory, sms=SMS)
     assert (forward.launches, backward.launches) == (planned.forward_launches, planned.backward_launches)

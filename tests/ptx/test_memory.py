@@ -175,7 +175,6 @@ class TestSynchronization:
         """
         always_found(body, "race in global memory|several programs load", zeros(1), kinds=[UPDATED], grid=4)
 
-
     @pytest.mark.parametrize(("barrier", "order"), [(True, "acq_rel"), (False, "acq_rel"), (True, "relaxed")])
     def test_the_last_program_stores_what_all_have_read(self, barrier: bool, order: str) -> None:
         body = f"""
