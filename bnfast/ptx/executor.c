@@ -193,6 +193,7 @@ static void start(Machine *m, Cta *c, u32 id) {
   }
   memset(c->shared, 0xdb, l->shared_bytes);  // as a value: far from all others
   memset(c->bytes, 0, (l->shared_bytes + 16) * sizeof(Byte));
+  memset(c->cached, 0xff, sizeof c->cached);
   for (int k = 0; k < c->known.length; k++) c->position[c->known.list[k].cta] = 0;
   c->id = id, c->epoch = 0, c->live = 1, c->waiting = c->exited = c->known.length = 0;
   for (int k = 0; k < l->warps; k++) {
@@ -203,8 +204,10 @@ static void start(Machine *m, Cta *c, u32 id) {
     memcpy(registers, l->initial, l->registers * sizeof(Register));
     memset(ready, 0, l->registers * sizeof(u32));
     memset(times, 0, l->length * sizeof(u32));
-    EACH_LANE registers[0].lane[lane] = k * LANES + lane;  // %tid.x, %ctaid.x, %nctaid.x
-    EACH_LANE registers[1].lane[lane] = id, registers[2].lane[lane] = l->grid;
+    // %tid.x, %ctaid.x, .y and .z, %nctaid.x, .y and .z
+    u32 x = l->grid_x, y = l->grid_y, special[] = {0, id % x, id / x % y, id / x / y, x, y, l->grid / x / y};
+    EACH_LANE registers[0].lane[lane] = k * LANES + lane;
+    for (int n = 1; n < 7; n++) EACH_LANE registers[n].lane[lane] = special[n];
   }
 }
 

@@ -21,7 +21,8 @@ REFUSED = (
     "ld.global.b32 %r1, [%rd1 + %rd2];",
     # registers
     "mov.u32 %r1, %laneid;",
-    "mov.u32 %r1, %ctaid.y;",
+    "mov.u32 %r1, %clusterid.x;",
+    "cvt.s8.s32 %r1, %r2;",
     "mov.u32 %r1, %ntid.x;",
     "mov.u32 %tid.x, 1;",
     "mov.u32 %x1, 1;",
