@@ -13,7 +13,7 @@ from unittest import mock
 import torch
 import triton
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from bnfast.ptx.driver import TARGETS, fake_driver
 
@@ -58,7 +58,8 @@ class Kernel:
         self._autotuner = getattr(PyCodeCache.load(source), name)
 
     def run(self, *arguments: Any, stream: int = 0) -> None:
-        self._choose([self._candidate(config, arguments) for config in self._autotuner.configs])
+        with _disable_current_modes():  # what the caller does is not the host code's
+            self._choose([self._candidate(config, arguments) for config in self._autotuner.configs])
 
     def _candidate(self, config: Any, arguments: Sequence[Any]) -> Candidate:
         function, constants = self._autotuner.fn, config.kwargs

@@ -213,20 +213,15 @@ def generate(case: Case) -> list[str]:
         "enable_autograd_cache": False, "force_non_lazy_backward_lowering": True,
         "fake_tensor_allow_meta": True,
     }  # fmt: skip
-    with (
-        functorch_config.patch(functorch_options),
-        config.patch(inductor_options),
-        mock.patch.object(GraphLowering, "_compile_to_module_lines", not_loaded),
-        FakeTensorMode(allow_non_fake_inputs=True) as mode,
-    ):
-        given = empty(case, "meta")
-    with (
-        functorch_config.patch(functorch_options),
-        config.patch(inductor_options),
-        mock.patch.object(GraphLowering, "_compile_to_module_lines", not_loaded),
-        tracing(TracingContext(mode)),
-    ):
-        compile_fx.compile_fx(torch.fx.symbolic_trace(expression(case)), given, inner_compile=inner)
+    with functorch_config.patch(functorch_options), config.patch(inductor_options):
+        with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+            given = empty(case, "meta")
+        traced = torch.fx.symbolic_trace(expression(case))
+        with (
+            mock.patch.object(GraphLowering, "_compile_to_module_lines", not_loaded),
+            tracing(TracingContext(mode)),
+        ):
+            compile_fx.compile_fx(traced, given, inner_compile=inner)
     if len(sources) != SOURCES:
         raise RuntimeError(f"Inductor made {len(sources)} sources, not a forward and a backward")
     return sources
@@ -242,7 +237,6 @@ def main() -> None:
                 answer = generate(Request(**json.loads(line)).case)
             except Exception as e:  # whatever a version of torch does otherwise than the one before
                 answer = f"{type(e).__name__}: {str(e).strip().splitlines()[0] if str(e) else ''}"
-                import traceback; traceback.print_exc()
             print(json.dumps(answer), file=answers, flush=True)
 
 
