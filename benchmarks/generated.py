@@ -1,5 +1,5 @@
-"""Runs the sources that Inductor has made on tensors of the CPU: its own host code, allocations and grids, and
-in place of each launch a function of the caller's."""
+"""Runs the sources that Inductor has made on tensors of the CPU: its own host code, allocations and grids,
+and in place of each launch a function of the caller's."""
 
 from __future__ import annotations
 
@@ -68,7 +68,9 @@ class Kernel:
         code = self._compiled(config)
         given = {name: by_name[name] for name in code.src.signature if name in by_name}
         words = ", ".join(f"{name} {value}" for name, value in constants.items())
-        return Candidate(self.name, code, self._grid(config, by_name), given, f"{words}, {config.num_warps} warps")
+        return Candidate(
+            self.name, code, self._grid(config, by_name), given, f"{words}, {config.num_warps} warps"
+        )
 
     def _compiled(self, config: Any) -> Any:
         meta = self._autotuner._create_compile_meta(config)
@@ -103,19 +105,19 @@ def on_the_host(choose: Callable[[list[Candidate]], None]) -> Iterator[None]:
     guards: Any = torch._C._dynamo.guards
     with (
         mock.patch.object(guards, "_empty_strided_cuda", allocated, create=True),
-        mock.patch.object(torch._C, "_cuda_getCurrentRawStream", lambda device: 0, create=True),
-        mock.patch.object(torch.cuda, "_DeviceGuard", lambda device: contextlib.nullcontext()),
-        mock.patch.object(torch.cuda, "set_device", lambda device: None),
+        mock.patch.object(torch._C, "_cuda_getCurrentRawStream", create=True, return_value=0),
+        mock.patch.object(torch.cuda, "_DeviceGuard", return_value=contextlib.nullcontext()),
+        mock.patch.object(torch.cuda, "set_device"),
         mock.patch.object(AsyncCompile, "triton", kernel),
-        mock.patch.object(AsyncCompile, "wait", lambda self, scope: None),
-        mock.patch.object(triton_helpers, "set_driver_to_gpu", lambda: None),
+        mock.patch.object(AsyncCompile, "wait"),
+        mock.patch.object(triton_helpers, "set_driver_to_gpu"),
         fake_driver(TARGET),
     ):
         yield
 
 
 def call(source: str, given: Sequence[Tensor], choose: Callable[[list[Candidate]], None]) -> list[Any]:
-    """What one of the sources makes of these. It launches by `choose`, which may run any of the candidates."""
+    """What one of the sources makes of these. `choose` is in place of a launch, and may run any candidate."""
     with on_the_host(choose):
         module = types.ModuleType("generated")
         exec(compile(source, "generated", "exec"), module.__dict__)

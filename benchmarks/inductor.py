@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import subprocess
 import sys
 import types
@@ -26,8 +27,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks import ROOT
 from codegen import SMS
-from codegen.cases import DTYPES, FORMATS, NAMES, Case
+from codegen.cases import DTYPES, NAMES, Case
 
 EPS, MOMENTUM = 1e-5, 0.1
 SOURCES = 2  # a forward and a backward
@@ -88,7 +90,7 @@ def normalized(case: Case, x: Tensor, weight: Tensor, bias: Tensor, running: lis
 
 
 def expression(case: Case) -> Callable[..., Tensor]:
-    """act(norm(x) + z) of torch.nn's functions, as a function of `names`, which are its parameters too."""
+    """act(norm(x) + z) of torch.nn's functions, as a function of `names` in their order."""
 
     def of(x: Tensor, weight: Tensor, bias: Tensor, *rest: Tensor) -> Tensor:
         running, z = list(rest[:2]), rest[-1] if case.residual else None
@@ -96,9 +98,17 @@ def expression(case: Case) -> Callable[..., Tensor]:
         y = y if z is None else y + z
         return ACTIVATIONS[case.activation](y) if case.activation else y
 
-    counts = {3: lambda a, b, c: of(a, b, c), 4: lambda a, b, c, d: of(a, b, c, d)}
-    counts |= {5: lambda a, b, c, d, e: of(a, b, c, d, e), 6: lambda a, b, c, d, e, f: of(a, b, c, d, e, f)}
-    return counts[len(names(case))]
+    return of
+
+
+def traced(case: Case) -> torch.fx.GraphModule:
+    """The expression as a graph, as torch.compile takes it from Python."""
+    graph = torch.fx.Graph()
+    tracer = torch.fx.proxy.GraphAppendingTracer(graph)
+    inputs: list[Any] = [torch.fx.Proxy(graph.placeholder(name), tracer) for name in names(case)]
+    result: Any = expression(case)(*inputs)
+    graph.output(result.node)
+    return torch.fx.GraphModule({}, graph)
 
 
 def empty(case: Case, device: str) -> list[Tensor]:
@@ -116,11 +126,12 @@ def empty(case: Case, device: str) -> list[Tensor]:
 
 
 def generated(cases: Iterable[Case]) -> Iterator[list[str] | str]:
-    """For each case the sources that Inductor makes, [forward, backward], or in one line why it makes none."""
+    """For each case the sources that Inductor makes, [forward, backward], or a line that says why not."""
     command = [sys.executable, "-m", "benchmarks.inductor"]
-    with subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as child:
+    variables = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    pipes: dict[str, Any] = dict.fromkeys(("stdin", "stdout"), subprocess.PIPE)
+    pipes["stderr"] = subprocess.DEVNULL  # warnings; errors are answers
+    with subprocess.Popen(command, cwd=ROOT, env=variables, text=True, **pipes) as child:
         assert child.stdin is not None
         assert child.stdout is not None
         for case in cases:
@@ -150,7 +161,8 @@ def made_up_gpu() -> Iterator[None]:
         "is_bf16_supported": lambda *args, **options: True, "synchronize": lambda device=None: None,
         "set_device": lambda device: None, "_exchange_device": lambda device: 0,
         "_maybe_exchange_device": lambda device: 0, "_lazy_init": lambda: None,
-        "get_rng_state": lambda *args: torch.zeros(16, dtype=torch.uint8), "set_rng_state": lambda *args: None,
+        "get_rng_state": lambda *given: torch.zeros(16, dtype=torch.uint8),
+        "set_rng_state": lambda *given: None,
     }  # fmt: skip
     interface, workers = device_interface.CudaInterface, device_interface.caching_worker_device_properties
     current = device_interface.caching_worker_current_devices
@@ -216,12 +228,11 @@ def generate(case: Case) -> list[str]:
     with functorch_config.patch(functorch_options), config.patch(inductor_options):
         with FakeTensorMode(allow_non_fake_inputs=True) as mode:
             given = empty(case, "meta")
-        traced = torch.fx.symbolic_trace(expression(case))
         with (
             mock.patch.object(GraphLowering, "_compile_to_module_lines", not_loaded),
             tracing(TracingContext(mode)),
         ):
-            compile_fx.compile_fx(traced, given, inner_compile=inner)
+            compile_fx.compile_fx(traced(case), given, inner_compile=inner)
     if len(sources) != SOURCES:
         raise RuntimeError(f"Inductor made {len(sources)} sources, not a forward and a backward")
     return sources

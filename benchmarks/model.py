@@ -109,8 +109,8 @@ def _finalizing(work: Work) -> float:
 
 
 def from_memory(work: Work, found: float = 0.0) -> float:
-    """Bytes of a launch that L2 does not keep: each once, but for those `found` there; and those loaded again,
-    as far as the programs that run at a time touch more than L2 keeps."""
+    """Bytes of a launch that L2 does not have: each once, but for those `found` there; and those loaded
+    again, as far as the programs that run at a time touch more than L2 keeps."""
     touched = (work.read + work.written) / work.programs * min(work.programs, work.resident * SMS)
     lost = max(0.0, 1 - L2_KEEPS / touched) if touched else 0.0
     return work.read + work.written - found + work.programs * work.again * lost
@@ -132,7 +132,9 @@ def readings(call: Sequence[Work]) -> Readings:
     """Of all launches of a forward or backward."""
     found = left_in_l2(call)
     pairs = list(zip(call, found, strict=True))
-    model, unstarved = (total(of_work(work, had, starved) for work, had in pairs).all for starved in (True, False))
+    model, unstarved = (
+        total(of_work(work, had, starved) for work, had in pairs).all for starved in (True, False)
+    )
     sums = sum(
         floor(from_memory(work, had)) + GAP + _finalizing(work)
         + WAVEFRONT * work.wavefronts * work.of_sm / CLOCK

@@ -12,6 +12,7 @@ import pandas as pd
 from benchmarks import model
 from benchmarks.cases import columns
 from benchmarks.pictures import drawing
+from benchmarks.records import MEASURED
 from benchmarks.sides import ALLOWED, Side
 from benchmarks.tables import label
 from codegen.cases import Case
@@ -69,7 +70,8 @@ def line(case: Case, side: Side, direction: str) -> Line:
     return Line(
         side.name, direction, len(call), read / t, written / t, sum(model.left_in_l2(call)) / t,
         of_all(lambda each: each.fetched) / t,
-        of_all(lambda each: each.useful) / of_all(lambda each: each.transferred),
+        # where programs that share a sector take turns, its bytes may count more often than the sector
+        min(1.0, of_all(lambda each: each.useful) / of_all(lambda each: each.transferred)),
         of_all(lambda each: each.instructions) * 32 * 16 / (read + written),
         of_all(lambda each: each.wavefronts) / 1e3,
         max(each.barriers for each in call), min(each.programs for each in large),
@@ -85,6 +87,31 @@ def frame(case: Case, lines: Sequence[Line]) -> pd.DataFrame:
     return pd.DataFrame([{**own, "groups": case.groups, **asdict(each)} for each in lines])
 
 
+def launches(case: Case, side: Side, direction: str) -> list[dict[str, Any]]:
+    """A row for each launch: what it does, as Work has it, and the parts of its modelled time."""
+    call = side.call[direction]
+    rows = []
+    for work, had in zip(call, model.left_in_l2(call), strict=True):
+        counted = {name: value for name, value in vars(work).items() if name not in ("tensors", "final")}
+        moved = {"read": work.read, "written": work.written, "kept": had}
+        parts = model.of_work(work, had)._asdict()
+        which = {"case": str(case), "provider": side.name, "direction": direction}
+        rows.append({**which, **counted, **moved, **parts})
+    return rows
+
+
+def timed(found: pd.DataFrame, records: pd.DataFrame) -> pd.DataFrame:
+    """With `measured`: microseconds on a GPU, L2 cold, of benchmarks.records' frame; NaN where there are
+    none."""
+    rows = records[
+        (records["status"] == MEASURED) & (records["cache"] == "cold") & (records["mode"] == "eager")
+    ]
+    rows = rows.assign(provider=rows["variant"].map({OURS: OURS, "compile": "inductor"}), measured=rows["us"])
+    own = rows[[*(name for name in KEY if name != "groups"), "provider", "measured"]]
+    keys = [name for name in own.columns if name != "measured"]
+    return found.merge(own.drop_duplicates(keys, keep="last"), on=keys, how="left")
+
+
 def compared(found: pd.DataFrame) -> pd.DataFrame:
     """A row for each case, direction and peer, the worst for us first: our columns with _ours, the peer's
     with _peer, and the ratios ours/peer of the three readings."""
@@ -92,7 +119,7 @@ def compared(found: pd.DataFrame) -> pd.DataFrame:
     peers = found[found["provider"] != OURS]
     keep = [name for name in found.columns if name not in KEY]
     both = peers[[*KEY, *keep]].merge(ours[[*KEY, *keep]], on=KEY, suffixes=("_peer", "_ours"))
-    for name in READINGS:
+    for name in (*READINGS, *(["measured"] if "measured" in keep else [])):
         both[name] = both[f"{name}_ours"] / both[f"{name}_peer"]
     return both.sort_values("model", ascending=False, kind="stable").reset_index(drop=True)
 
@@ -113,10 +140,12 @@ def named(row: Any) -> str:
 
 
 def ratios(both: pd.DataFrame) -> pd.DataFrame:
-    """The three readings' ratios, then a/b, ours/peer: the modelled microseconds, launches, and bytes."""
+    """The three readings' ratios, and the measured one if there is one; then a/b, ours/peer: the modelled
+    microseconds, launches, and bytes."""
+    shown = (*READINGS, *(["measured"] if "measured" in both else []))
     return pd.DataFrame({
         "case": [named(row) for row in both.itertuples()], "peer": both["provider_peer"],
-        **{name: [f"{value:.2f}" for value in both[name]] for name in READINGS},
+        **{name: [f"{value:.2f}" for value in both[name]] for name in shown},
         "us": _pair(both, "model", ".1f"), "launches": _pair(both, "launches", "d"),
         "read T": _pair(both, "read_T", ".1f"), "written T": _pair(both, "written_T", ".1f"),
         "L2 T": _pair(both, "l2_T", ".1f"), "apart": _pair(both, "apart", ".0e"),

@@ -50,7 +50,12 @@ class Problem:
         forward = {"y": y.detach()}
         forward |= {name: t for name, t in named.items() if name.startswith("running")}
         of = [name for name, t in given.items() if t.requires_grad]
-        return cls(case, given, dy, dict(zip(DIRECTIONS, (forward, dict(zip(of, gradients, strict=True))), strict=True)))
+        return cls(
+            case,
+            given,
+            dy,
+            dict(zip(DIRECTIONS, (forward, dict(zip(of, gradients, strict=True))), strict=True)),
+        )
 
     def distances(self, forward: dict[str, Tensor], backward: dict[str, Tensor]) -> dict[str, float]:
         """By direction: that of the result that is furthest from fp64's."""
@@ -87,7 +92,7 @@ def reduced(case: Case) -> Case:
 
 
 def execute(name: str, code: Any, grid: Grid, given: dict[str, Any]) -> None:
-    """All programs of a launch, whose tensors may be stored to in any order: what comes out is what counts."""
+    """All programs of a launch. Nothing is judged but what comes out."""
     arguments = Arguments.of(code, given, watched=False)
     shared = code.metadata.shared
     run(program_of(code), name, grid, shared, arguments, 1, counting=False, racing=True)
@@ -130,7 +135,7 @@ def _our_distances(problem: Problem) -> dict[str, float]:
     handed = [inputs[name].detach().requires_grad_() for name in ("x", "z") if name in inputs]
     with launching(executed, SMS):
         y = layer(*handed)
-        gradients = torch.autograd.grad(y, [*handed, layer.weight, layer.bias], problem.dy)
+        gradients = torch.autograd.grad(y, [*handed, *layer.parameters()], problem.dy)
     of = [name for name in ("x", "z") if name in inputs] + ["weight", "bias"]
     running = {k: v for k, v in layer.named_buffers() if k.startswith("running")}
     return problem.distances({"y": y, **running}, dict(zip(of, gradients, strict=True)))
@@ -142,7 +147,9 @@ def _our_distances(problem: Problem) -> dict[str, float]:
 def of_inductor(case: Case, sources: Sequence[str], of_reduced: Sequence[str]) -> Side:
     """sources: of the case, to count; of the reduced one, to execute."""
     small = reduced(case)
-    return Side("inductor", _counted(case, sources), _distances(Problem.of(small), of_reduced), small.shape[0])
+    return Side(
+        "inductor", _counted(case, sources), _distances(Problem.of(small), of_reduced), small.shape[0]
+    )
 
 
 def best(candidates: Sequence[Candidate]) -> tuple[int, Work]:

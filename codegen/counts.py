@@ -67,7 +67,12 @@ def counted(kernel: str, code: Any, programs: int, arguments: dict[str, Any]) ->
         semaphores.fill_(NOBODY_IS_LAST)
     some = executed(middle, PROGRAMS)
     n = min(PROGRAMS, programs - middle)
-    mine = instructions(some) / n, some.count("sectors") / n, some.count("wavefronts") / n, some.totals["barriers"]
+    mine = (
+        instructions(some) / n,
+        some.count("sectors") / n,
+        some.count("wavefronts") / n,
+        some.totals["barriers"],
+    )
     if semaphores is None:
         return Counts(*mine)
     # One counter for each block of channels, then one for each sample whose blocks are merged.

@@ -1,5 +1,5 @@
-"""What a launch does, whoever's kernel it is: counted from its machine code, and from some programs in the
-middle of its grid, which are executed."""
+"""What a launch does, whoever's kernel it is: counted from its machine code, and from some of its programs,
+which are executed."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 from torch import Tensor
 
 from bnfast.ptx.execute import Arguments, Execution, Grid, program_of, run
@@ -18,7 +19,10 @@ from codegen import SMS, counts, sass
 if TYPE_CHECKING:
     from codegen.launches import Launched
 
-PROGRAMS = counts.PROGRAMS
+FEW = 8e6  # bytes of a launch's tensors: if they are fewer, all of its programs are executed
+SAMPLED = 64  # else about so many
+OF_SM = 4  # of which so many run on one SM
+L1 = 256 << 10  # bytes of an SM, of which shared memory takes its part
 FLOAT_ATOMICS = re.compile(r"\b(?:atom|red)\.[\w.:]*add\.(?:noftz\.)?(?:b?f\d+)")
 
 
@@ -40,9 +44,9 @@ class Final(NamedTuple):
 @dataclass(frozen=True)
 class Work:
     """One launch. Of a program: instructions of its warps, about as many as in machine code; bytes that it
-    asks L2 for (`fetched`), those among them that it or a neighbour had loaded before (`again`), and bytes
-    that it asked for but did not need (of `transferred`, `useful` ones are needed); wavefronts of shared
-    memory; barriers. in_flight: bytes that an SM waits for at a time. resident: programs that fit on one."""
+    asks L2 for (`fetched`), and those among them that had been loaded before (`again`); of all bytes in the
+    sectors that it moves (`transferred`), the `useful` ones; wavefronts of shared memory; barriers.
+    in_flight: bytes that an SM waits for at a time. resident: programs that fit on one."""
 
     kernel: str
     programs: int
@@ -76,31 +80,30 @@ class Work:
         return -(-self.programs // SMS)
 
 
-def of_kernel(
-    name: str, code: Any, grid: Grid, given: Mapping[str, Any], final: Final | None = None
-) -> Work:
+def of_kernel(name: str, code: Any, grid: Grid, given: Mapping[str, Any], final: Final | None = None) -> Work:
     """code: Triton's compiled kernel. given: its arguments by name, tensors of the CPU, of whose values
     nothing depends but what is stored."""
     programs, report = grid[0] * grid[1] * grid[2], sass.report(code)
-    middle = programs // 2
-    some = range(middle, min(middle + PROGRAMS, programs))
+    resident = sass.occupancy(report.registers, report.num_warps, report.shared)
+    of_one = L1 // max(1, min(resident, -(-programs // SMS))) - report.shared
     handed = Arguments.of(code, dict(given), watched=False)
-    done = run(program_of(code), name, grid, code.metadata.shared, handed, 1, only=some, racing=True)
+    size = sum(size for _, size, *_ in handed.watched)
+    some = range(programs) if size < FEW else samples(programs)
+    done = run(
+        program_of(code), name, grid, code.metadata.shared, handed, 1, only=some, racing=True,
+        cached=(max(1, of_one // SECTOR), SMS),
+    )  # fmt: skip
     n, distinct = len(some), {t.address: t for t in done.tensors.values()}.values()
-    loaded, stored = _fetched(done)
-    first_loaded = sum(int(t.moved[4]) for t in distinct)
+    loaded, stored = _fetched(done, loads=True), _fetched(done, loads=False)
+    every: np.ndarray = sum((t.moved for t in distinct), np.zeros(6, np.int64))
     return Work(
-        name, programs, report.num_warps, report.registers, report.spills,
-        sass.occupancy(report.registers, report.num_warps, report.shared),
-        sass.bytes_in_flight_per_sm(report, programs / SMS),
-        len(FLOAT_ATOMICS.findall(code.asm["ptx"])),
+        name, programs, report.num_warps, report.registers, report.spills, resident,
+        sass.bytes_in_flight_per_sm(report, programs / SMS), len(FLOAT_ATOMICS.findall(code.asm["ptx"])),
         counts.instructions(done) / n, SECTOR * (loaded + stored) / n,
-        SECTOR * max(0, loaded - first_loaded) / n,
-        sum(t.loaded + t.stored for t in distinct) / n,
-        SECTOR * sum(t.loaded_sectors + t.stored_sectors for t in distinct) / n,
-        done.count("wavefronts") / n, done.totals["barriers"],
+        SECTOR * max(0, loaded - int(every[4])) / n, int(every[0] + every[1]) / n,
+        SECTOR * int(every[2] + every[3]) / n, done.count("wavefronts") / n, done.totals["barriers"],
         tuple(
-            Moved(t.address, _whole(int(t.moved[4]) * programs / n, t.size), _whole(int(t.moved[5]) * programs / n, t.size))
+            Moved(t.address, *(_whole(int(sectors) * programs / n, t.size) for sectors in t.moved[4:]))
             for t in distinct
         ),
         final,
@@ -123,11 +126,22 @@ def of_launched(launched: Launched) -> Work:
     return work
 
 
-def _fetched(done: Execution) -> tuple[int, int]:
-    """Sectors asked of L2 by loads, and by stores and atomics."""
-    ops, fetched = done.program.code["op"], done.counters["fetched"]
-    loads = ops == CODES["load"]
-    return int(fetched[loads].sum()), int(fetched[~loads].sum())
+def samples(programs: int) -> list[int]:
+    """Those that are executed: some in the middle of what some SMs run, or, where few have several, some that
+    are spread over the grid."""
+    if programs <= 2 * SMS:
+        return list(range(0, programs, -(-programs // SAMPLED)))
+    found: list[int] = []
+    for sm in range(0, SMS, SMS * OF_SM // SAMPLED):
+        own = range(sm, programs, SMS)
+        first = max(0, (len(own) - OF_SM) // 2)
+        found += own[first : first + OF_SM]
+    return found
+
+
+def _fetched(done: Execution, loads: bool) -> int:
+    """Sectors asked of L2 by loads, or by stores and atomics."""
+    return int(done.counters["fetched"][(done.program.code["op"] == CODES["load"]) == loads].sum())
 
 
 def _whole(sectors: float, size: int) -> float:

@@ -185,6 +185,7 @@ static void start(Machine *m, Cta *c, u32 id) {
     c->shared = malloc(l->shared_bytes + 16);
     c->bytes = malloc((l->shared_bytes + 16) * sizeof(Byte));
     c->position = calloc(l->grid, sizeof(i32));
+    c->cached = m->cached ? NULL : malloc(l->cached * sizeof(u64));
     for (int k = 0; k < l->warps; k++) {
       c->warps[k].registers = aligned_alloc(64, l->registers * sizeof(Register));
       c->warps[k].ready = malloc(l->registers * sizeof(u32));
@@ -193,7 +194,8 @@ static void start(Machine *m, Cta *c, u32 id) {
   }
   memset(c->shared, 0xdb, l->shared_bytes);  // as a value: far from all others
   memset(c->bytes, 0, (l->shared_bytes + 16) * sizeof(Byte));
-  memset(c->cached, 0xff, sizeof c->cached);
+  if (m->cached) c->cached = m->cached + (i64)(id % l->sms) * l->cached;
+  else memset(c->cached, 0xff, l->cached * sizeof(u64));
   for (int k = 0; k < c->known.length; k++) c->position[c->known.list[k].cta] = 0;
   c->id = id, c->epoch = 0, c->live = 1, c->waiting = c->exited = c->known.length = 0;
   for (int k = 0; k < l->warps; k++) {
@@ -244,7 +246,11 @@ i64 execute(const Launch *launch) {
   Cta *ctas = calloc(launch->resident, sizeof(Cta));
   u32 *order = malloc(launch->programs * sizeof(u32));
   int next = 0, live = 0;
-  for (int k = 0; k < launch->programs; k++) order[k] = launch->first + k;
+  if (launch->sms) {
+    size_t size = (size_t)launch->sms * launch->cached * sizeof(u64);
+    m->cached = memset(malloc(size), 0xff, size);
+  }
+  for (int k = 0; k < launch->programs; k++) order[k] = launch->chosen[k];
   for (int k = launch->programs - 1; launch->seed && k > 0; k--) {
     int other = random_bits(&m->random) % (k + 1);
     u32 kept = order[k];
@@ -268,9 +274,10 @@ i64 execute(const Launch *launch) {
       free(w->registers), free(w->ready), free(w->times);
     }
     free(ctas[k].warps), free(ctas[k].shared), free(ctas[k].bytes), free(ctas[k].position);
+    if (!m->cached) free(ctas[k].cached);
     free(ctas[k].known.list), free(ctas[k].since), free(ctas[k].acquirer);
   }
   unwatch(m);
-  free(ctas), free(order), free(m->last_tensor);
+  free(ctas), free(order), free(m->last_tensor), free(m->cached);
   return m->steps;
 }

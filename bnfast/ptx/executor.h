@@ -29,9 +29,8 @@ enum { READ_ONLY, MADE, UPDATED, UNWATCHED };
 // Of `moved`; the first two are bytes, the last two sectors that the launch had not loaded or stored before.
 enum { LOADED, STORED, LOADED_SECTORS, STORED_SECTORS, NEW_LOADED_SECTORS, NEW_STORED_SECTORS };
 
-// FETCHED: sectors that are asked of L2, all that are stored, and those loaded that a program's share of L1 lacks.
+// FETCHED: sectors that are asked of L2: all that are stored, and those loaded that L1 lacks.
 enum { EXECUTED, SECTORS, FEWEST_SECTORS, FETCHED, WAVEFRONTS, FEWEST_WAVEFRONTS, DIVERGED, COUNTERS };
-#define CACHED 512  // sectors of L1 for a program, each in the one place that its address gives
 enum { REPLICAS, ROUND_TRIPS, FINAL_ROUND_TRIPS, BARRIERS, TOTALS };
 
 // When a warp of a CTA did something: how many barriers the CTA had passed, and how many atomics the warp had
@@ -77,7 +76,7 @@ typedef struct { u32 wrote_in, wrote_by, read_in, read_by, wrote_synced, read_sy
 typedef struct {
   u32 id, epoch;
   int live, waiting, exited;
-  u64 cached[CACHED];  // numbers of sectors
+  u64 *cached;  // of L1, the number of a sector in the one place that this gives it
   u8 *shared;
   Byte *bytes;
   Warp *warps;
@@ -91,9 +90,11 @@ typedef struct {
   const Instruction *code;
   i32 length, registers, warps, shared_bytes, shared_step, grid, resident, quantum;
   i32 grid_x, grid_y;   // of the grid, whose third size follows
-  i32 first, programs;  // which of the grid are executed: so many from the first on
+  i32 programs;         // how many of the grid are executed: `chosen`
+  i32 cached, sms;      // sectors of an L1, and how many take programs in turn; 0: each program has one
   i32 counting;         // whether what is moved of each tensor is counted
   i32 racing;           // whether races in shared memory go unwatched
+  const i32 *chosen;
   const Register *initial;
   const u64 *parameters;
   Tensor *tensors;
@@ -108,6 +109,7 @@ typedef struct {
   const Launch *launch;
   Watched *watched;
   int *last_tensor;  // of each instruction: where it found its last address
+  u64 *cached;       // the L1s of `sms`
   u64 random, perturb;
   int faults;
   i64 steps;

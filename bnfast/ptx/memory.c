@@ -115,7 +115,7 @@ void global_access(Machine *m, Cta *c, Warp *w, const Instruction *i, u32 active
     if (k < 0 || sectors[k] != address >> 5)
       for (k = 0; k < found && sectors[k] != address >> 5; k++);
     if (k == found) {
-      u64 *cached = c->cached + (address >> 5) % CACHED;
+      u64 *cached = c->cached + (address >> 5) % m->launch->cached;
       sectors[found++] = address >> 5;
       COUNT(FETCHED) += store || *cached != address >> 5;
       if (!store) *cached = address >> 5;
