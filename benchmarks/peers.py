@@ -12,7 +12,7 @@ from typing import Any
 import pandas as pd
 import torch
 
-from benchmarks import inductor, model, peer_tables, sides, suites
+from benchmarks import model, peer_tables, suites
 from benchmarks.cases import of_network
 from benchmarks.layers import QUICK, Run
 from benchmarks.peer_tables import SHORT
@@ -83,6 +83,8 @@ def cases(suite: str, batch: int | None, layout: str | None) -> list[Case]:
 
 def generated(todo: Sequence[Case]) -> Iterator[tuple[list[str] | str, list[str] | str]]:
     """For each case what Inductor makes of it and of the one that is executed whole."""
+    from benchmarks import inductor, sides  # need Triton
+
     asked = [each for case in todo for each in dict.fromkeys((case, sides.reduced(case)))]
     answers = inductor.generated(asked)
     for case in todo:
@@ -103,6 +105,8 @@ class Found:
     def add(self, case: Case, sources: list[str] | str, small: list[str] | str) -> None:
         """Both sides of a case. sources, small: what Inductor makes of it and of the reduced one, or why it
         makes nothing."""
+        from benchmarks import sides  # needs Triton
+
         for name in (peer_tables.OURS, "inductor"):
             try:
                 if name == peer_tables.OURS:

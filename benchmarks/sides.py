@@ -20,7 +20,6 @@ from codegen.cases import DIRECTIONS, Case
 from codegen.work import Work
 
 WHOLE = 8e6  # bytes of x: of larger ones, the largest batch that is smaller is executed
-ALLOWED = 0.01  # a result's distance from fp64's, relative; rounding to bf16 gives about 0.0017
 Call = dict[str, list[Work]]  # by direction
 
 

@@ -45,6 +45,7 @@ static inline float fma_down(float a, float b, float c) {
   double product = (double)a * b, sum = product + c, other = sum - product, lost = (product - (sum - other)) + (c - other);
   float near = (float)sum;
   if (!isfinite(sum)) return (float)sum;
+  if (sum == 0) return signbit(product) || signbit(c) ? -0.0f : 0.0f;
   return (double)near > sum || ((double)near == sum && lost < 0) ? nextafterf(near, -INFINITY) : near;
 }
 
