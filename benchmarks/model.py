@@ -27,7 +27,7 @@ ROUND_TRIP = 390  # cycles that a program waits for what others have left in L2,
 BARRIER = 30  # cycles
 L2_RATE = 5.5e12  # bytes a second of L2
 L2_LATENCY = 0.17  # microseconds that a load waits for L2
-L2_KEEPS = 30e6  # bytes that are still there when they are wanted again
+L2_KEEPS = 30e6  # bytes that are all still there when they are wanted again; of twice as many, none are
 PORT = 64  # bytes that an SM takes from L2 in a cycle
 ATOMIC = 900  # cycles of the atomic that acquires and releases, with its fences
 
@@ -108,21 +108,25 @@ def _finalizing(work: Work) -> float:
     return (ATOMIC + ROUND_TRIP * work.final.round_trips + BARRIER * work.final.barriers) / CLOCK
 
 
+def kept(touched: float) -> float:
+    """The share of data that L2 still has after so many bytes were touched."""
+    return min(1.0, max(0.0, 2 - touched / L2_KEEPS))
+
+
 def from_memory(work: Work, found: float = 0.0) -> float:
     """Bytes of a launch that L2 does not have: each once, but for those `found` there; and those loaded
     again, as far as the programs that run at a time touch more than L2 keeps."""
     touched = (work.read + work.written) / work.programs * min(work.programs, work.resident * SMS)
-    lost = max(0.0, 1 - L2_KEEPS / touched) if touched else 0.0
-    return work.read + work.written - found + work.programs * work.again * lost
+    return work.read + work.written - found + work.programs * work.again * (1 - kept(touched))
 
 
 def left_in_l2(call: Sequence[Work]) -> list[float]:
-    """Bytes that each launch of a call finds in L2, which is cold at first: those of a tensor that an earlier
-    launch touched, if since then no more was touched than L2 keeps."""
+    """Bytes that each launch of a call finds in L2, which is cold at first: of a tensor that an earlier
+    launch touched, what is kept after all that was touched since that launch began."""
     found, touched, since = [], 0.0, dict[int, float]()
     for work in call:
-        kept = [t.read for t in work.tensors if touched - since.get(t.address, -2 * L2_KEEPS) <= L2_KEEPS]
-        found.append(sum(kept))
+        known = [t for t in work.tensors if t.address in since]
+        found.append(sum(t.read * kept(touched - since[t.address]) for t in known))
         since |= {t.address: touched for t in work.tensors}
         touched += work.read + work.written
     return found

@@ -132,8 +132,8 @@ def samples(programs: int) -> list[int]:
     if programs <= 2 * SMS:
         return list(range(0, programs, -(-programs // SAMPLED)))
     found: list[int] = []
-    for sm in range(0, SMS, SMS * OF_SM // SAMPLED):
-        own = range(sm, programs, SMS)
+    for k in range(SAMPLED // OF_SM):
+        own = range(k * SMS * OF_SM // SAMPLED, programs, SMS)
         first = max(0, (len(own) - OF_SM) // 2)
         found += own[first : first + OF_SM]
     return found
