@@ -1,10 +1,10 @@
 """How long a layer's launches take on an H200: a model. What goes in is counted; the constants below are
 assumptions, to be calibrated on a GPU.
 
-A launch takes as long as its bytes at the copy rate, or as its instructions, or as the loads that it has in
-flight wait for memory, whichever takes longest. To that are added the gap between launches; the wavefronts of
-shared memory that an SM's programs need at the same time, while nothing is loaded; and what the last program
-to arrive does alone, while all other SMs are idle."""
+A launch takes as long as its bytes at the copy rate, or as what it asks L2 for, or as its instructions, or as
+the loads that it has in flight and its barriers make it wait, whichever takes longest. To that are added
+the gap between launches; the wavefronts of shared memory that an SM's programs need at the same time, while
+nothing is loaded; and what the last program to arrive does alone, while all other SMs are idle."""
 
 from __future__ import annotations
 
@@ -55,17 +55,59 @@ def uncounted(moved: int, launches: int) -> Modelled:
     return Modelled(floor(moved), launches * GAP)
 
 
+class Demand(NamedTuple):
+    """What a launch asks for. memory: bytes of global memory, to and fro. Of a program: bytes that it asks L2
+    for (`fetched`), instructions of its warps, wavefronts and barriers. resident: programs that fit on an SM.
+    in_flight: bytes that an SM waits for at a time. finalizing: cycles of the last program alone."""
+
+    memory: float
+    programs: int
+    fetched: float
+    instructions: float
+    wavefronts: float
+    barriers: int
+    resident: int
+    in_flight: float
+    finalizing: float = 0.0
+
+    @property
+    def of_sm(self) -> int:
+        """Programs of the SM that has most."""
+        return -(-self.programs // SMS)
+
+
+def modelled(asked: Demand, starved: bool = True) -> Modelled:
+    """starved: whether loads and barriers are waited for."""
+    all_fetched, resident = asked.programs * asked.fetched, max(1, asked.resident)
+    bound = [
+        floor(asked.memory),
+        all_fetched / L2_RATE * 1e6,
+        asked.fetched * asked.of_sm / PORT / CLOCK,
+        asked.instructions * asked.of_sm / SLOTS / CLOCK,
+    ]
+    if starved:
+        waited = asked.memory * LATENCY + max(0.0, all_fetched - asked.memory) * L2_LATENCY
+        rounds = -(-asked.of_sm // resident)  # programs that run one after another
+        bound.append(waited / (max(1.0, asked.in_flight) * SMS) + rounds * asked.barriers * BARRIER / CLOCK)
+    shared = WAVEFRONT * min(asked.of_sm, resident) * asked.wavefronts
+    return Modelled(max(bound), GAP, shared / CLOCK, asked.finalizing / CLOCK)
+
+
+def finalizing(barriers: int, round_trips: int) -> float:
+    """Cycles of a last program that passes so many barriers and waits so often for memory."""
+    return ATOMIC + ROUND_TRIP * round_trips + BARRIER * barriers
+
+
 def of_launch(launched: Launched) -> Modelled:
-    code, done = launched.report, launched.counts
-    of_sm = -(-launched.programs // SMS)  # programs of the SM that has most
-    issuing = done.instructions * of_sm / SLOTS / CLOCK
-    waiting = launched.bytes / (launched.in_flight * SMS) * LATENCY
-    resident = min(of_sm, sass.occupancy(code.registers, code.num_warps, code.shared))
-    finalizing = 0
+    """One of bnfast's, whose bytes all come from memory and go there, as its plan counts them."""
+    code, done, last = launched.report, launched.counts, 0.0
     if "semaphores_ptr" in launched.arguments:
-        finalizing = ATOMIC + ROUND_TRIP * done.final_round_trips + BARRIER * done.final_barriers
-    shared = WAVEFRONT * resident * done.wavefronts
-    return Modelled(max(floor(launched.bytes), issuing, waiting), GAP, shared / CLOCK, finalizing / CLOCK)
+        last = finalizing(done.final_barriers, done.final_round_trips)
+    resident = sass.occupancy(code.registers, code.num_warps, code.shared)
+    return modelled(Demand(
+        launched.bytes, launched.programs, 32 * done.sectors, done.instructions, done.wavefronts,
+        done.barriers, resident, launched.in_flight, last,
+    ))  # fmt: skip
 
 
 def total(parts: Iterable[Modelled]) -> Modelled:
@@ -82,30 +124,18 @@ class Readings(NamedTuple):
     sums: float
 
 
+def demand(work: Work, found: float = 0.0) -> Demand:
+    """A launch of anybody's. found: bytes that earlier launches of the call have left in L2."""
+    final = work.final
+    return Demand(
+        from_memory(work, found), work.programs, work.fetched, work.instructions, work.wavefronts,
+        work.barriers, work.resident, work.in_flight,
+        finalizing(final.barriers, final.round_trips) if final else 0.0,
+    )  # fmt: skip
+
+
 def of_work(work: Work, found: float = 0.0, starved: bool = True) -> Modelled:
-    """A launch of anybody's, as of_launch, and beside that limited by L2: what is loaded again comes from
-    there. found: bytes that earlier launches of the call have left in L2. starved: whether loads and barriers
-    are waited for."""
-    memory, everything = from_memory(work, found), work.programs * work.fetched
-    issuing = work.instructions * work.of_sm / SLOTS / CLOCK
-    through_port = work.fetched * work.of_sm / PORT / CLOCK
-    running = min(work.of_sm, max(1, work.resident))
-    waiting = 0.0
-    if starved:
-        of_l2 = max(0.0, everything - memory)
-        in_flight = max(work.in_flight, 1.0) * SMS
-        rounds = -(-work.of_sm // max(1, work.resident))
-        waiting = (memory * LATENCY + of_l2 * L2_LATENCY) / in_flight
-        waiting += rounds * work.barriers * BARRIER / CLOCK
-    streaming = max(floor(memory), everything / L2_RATE * 1e6, issuing, through_port, waiting)
-    shared = WAVEFRONT * running * work.wavefronts / CLOCK
-    return Modelled(streaming, GAP, shared, _finalizing(work))
-
-
-def _finalizing(work: Work) -> float:
-    if work.final is None:
-        return 0.0
-    return (ATOMIC + ROUND_TRIP * work.final.round_trips + BARRIER * work.final.barriers) / CLOCK
+    return modelled(demand(work, found), starved)
 
 
 def kept(touched: float) -> float:
@@ -134,14 +164,8 @@ def left_in_l2(call: Sequence[Work]) -> list[float]:
 
 def readings(call: Sequence[Work]) -> Readings:
     """Of all launches of a forward or backward."""
-    found = left_in_l2(call)
-    pairs = list(zip(call, found, strict=True))
-    model, unstarved = (
-        total(of_work(work, had, starved) for work, had in pairs).all for starved in (True, False)
-    )
-    sums = sum(
-        floor(from_memory(work, had)) + GAP + _finalizing(work)
-        + WAVEFRONT * work.wavefronts * work.of_sm / CLOCK
-        for work, had in pairs
-    )  # fmt: skip
-    return Readings(model, unstarved, sums)
+    asked = [demand(work, found) for work, found in zip(call, left_in_l2(call), strict=True)]
+    with_all, unstarved = (total(modelled(each, starved) for each in asked).all for starved in (True, False))
+    cycles = sum(WAVEFRONT * each.wavefronts * each.of_sm + each.finalizing for each in asked)
+    sums = floor(sum(each.memory for each in asked)) + GAP * len(asked) + cycles / CLOCK
+    return Readings(with_all, unstarved, sums)

@@ -74,11 +74,6 @@ class Work:
     def written(self) -> float:
         return sum(t.written for t in self.tensors)
 
-    @property
-    def of_sm(self) -> int:
-        """Programs of the SM that has most."""
-        return -(-self.programs // SMS)
-
 
 def of_kernel(name: str, code: Any, grid: Grid, given: Mapping[str, Any], final: Final | None = None) -> Work:
     """code: Triton's compiled kernel. given: its arguments by name, tensors of the CPU, of whose values
@@ -113,11 +108,12 @@ def of_kernel(name: str, code: Any, grid: Grid, given: Mapping[str, Any], final:
 def of_launched(launched: Launched) -> Work:
     """One of bnfast's, with what its last program does."""
     given, final = launched.arguments, None
+    untouched(given)
     semaphores = given.get("semaphores_ptr")
     if semaphores is not None:
         done = launched.counts
         final = Final(done.final_barriers, done.final_round_trips)
-        if given["splits"] > 1:  # else each is the last of its block
+        if given.get("splits", 1) > 1:  # else each is the last of its block
             semaphores.fill_(counts.NOBODY_IS_LAST)
     grid = launched.programs, 1, 1
     work = of_kernel(launched.kernel, launched.code, grid, given, final)

@@ -45,10 +45,6 @@ class Work:
     read: float = 1e6
     written: float = 1e6
 
-    @property
-    def of_sm(self) -> int:
-        return -(-self.programs // 132)
-
 
 def moved(address: int, read: float, written: float = 0.0) -> SimpleNamespace:
     return SimpleNamespace(address=address, read=read, written=written)
