@@ -111,18 +111,18 @@ def layer_of(case: Case) -> nn.Module:
 
 def ours(case: Case) -> Side:
     small = reduced(case)
-    return Side("bnfast", _our_call(case), _our_distances(Problem.of(small)), small.shape[0])
+    return Side("bnfast", our_call(case), _our_distances(Problem.of(small)), small.shape[0])
 
 
-def _our_call(case: Case) -> Call:
+def our_call(case: Case) -> Call:
     layer = layer_of(case)
     given = [case.empty().requires_grad_() for _ in range(1 + case.residual)]
     with launches.recording() as found:
         y = layer(*given)
         forward = len(found)
         torch.autograd.grad(y, [*given, *layer.parameters()], torch.empty_like(y))
-    counted = [work.of_launched(each) for each in found]
-    return dict(zip(DIRECTIONS, (counted[:forward], counted[forward:]), strict=True))
+    done = [work.of_launched(each) for each in found]
+    return dict(zip(DIRECTIONS, (done[:forward], done[forward:]), strict=True))
 
 
 def _our_distances(problem: Problem) -> dict[str, float]:
@@ -146,9 +146,7 @@ def _our_distances(problem: Problem) -> dict[str, float]:
 def of_inductor(case: Case, sources: Sequence[str], of_reduced: Sequence[str]) -> Side:
     """sources: of the case, to count; of the reduced one, to execute."""
     small = reduced(case)
-    return Side(
-        "inductor", _counted(case, sources), _distances(Problem.of(small), of_reduced), small.shape[0]
-    )
+    return Side("inductor", counted(case, sources), _distances(Problem.of(small), of_reduced), small.shape[0])
 
 
 def best(candidates: Sequence[Candidate]) -> tuple[int, Work]:
@@ -161,7 +159,7 @@ def best(candidates: Sequence[Candidate]) -> tuple[int, Work]:
     return min(enumerate(found), key=lambda pair: (pair[1].spills > 0, model.of_work(pair[1]).all))
 
 
-def _counted(case: Case, sources: Sequence[str]) -> Call:
+def counted(case: Case, sources: Sequence[str]) -> Call:
     call: Call = {direction: [] for direction in DIRECTIONS}
     kept = []  # so that no tensor has the address of an earlier one
 

@@ -5,49 +5,34 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
-from types import SimpleNamespace
+from typing import Any
 
 import pandas as pd
 import pytest
 import torch
 
-from benchmarks import __main__, inductor, model, peer_tables, peers
+from benchmarks import __main__, inductor, model, peer_tables, peers, sides
 from benchmarks.inductor import Request
 from benchmarks.records import MEASURED, Record, frame
-from codegen.cases import BF16, Case
+from benchmarks.sides import Side
+from codegen.cases import BF16, DIRECTIONS, Case
+from codegen.work import Final, Moved, Work
+from tests.support.made_up_gpu import make_up
 
-MB = 10**6
 CASE = Case("BatchNorm", (4, 64, 56, 56), 0, BF16, True, "relu")
 
 
-@dataclasses.dataclass
-class Work:
-    """A launch as codegen.work counts it, which cannot be imported under TRITON_INTERPRET: 264 programs, of
-    which each of 132 SMs has two at a time, that read 1 MB and write 1 MB."""
-
-    kernel: str = "kernel"
-    programs: int = 264
-    warps: int = 4
-    registers: int = 64
-    spills: int = 0
-    resident: int = 2
-    in_flight: float = 65536.0
-    float_atomics: int = 0
-    instructions: float = 0.0
-    fetched: float = 0.0
-    again: float = 0.0
-    useful: float = 30.0
-    transferred: float = 32.0
-    wavefronts: float = 0.0
-    barriers: int = 0
-    tensors: tuple = ()
-    final: object = None
-    read: float = 1e6
-    written: float = 1e6
+# 264 programs, of which each of 132 SMs has two at a time, that read 1 MB and write 1 MB
+LAUNCH = Work(
+    kernel="kernel", programs=264, warps=4, registers=64, spills=0, resident=2, in_flight=65536.0,
+    float_atomics=0, instructions=0.0, fetched=0.0, again=0.0, useful=30.0, transferred=32.0, wavefronts=0.0,
+    barriers=0, tensors=(Moved(1, 1e6, 1e6),),
+)  # fmt: skip
 
 
-def moved(address: int, read: float, written: float = 0.0) -> SimpleNamespace:
-    return SimpleNamespace(address=address, read=read, written=written)
+def launch(*tensors: Moved, **changes: Any) -> Work:
+    """As LAUNCH, but for these."""
+    return dataclasses.replace(LAUNCH, **({"tensors": tensors} if tensors else {}), **changes)
 
 
 # the model
@@ -62,24 +47,20 @@ def moved(address: int, read: float, written: float = 0.0) -> SimpleNamespace:
     ({"barriers": 1755, "resident": 1}, 2 * 30 + 2e6 / (65536 * 132) * 0.7),  # one after the other
 ], ids=["memory", "instructions", "L2", "one SM's L2", "latency", "barriers"])  # fmt: skip
 def test_a_launch_takes_as_long_as_what_binds_it(changes: dict[str, float], microseconds: float) -> None:
-    parts = model.of_work(dataclasses.replace(Work(), **changes))  # type: ignore[arg-type]
+    parts = model.of_work(launch(**changes))
     assert parts == pytest.approx((microseconds, model.GAP, 0.0, 0.0), rel=1e-6)
 
 
 def test_what_is_added_to_it() -> None:
-    final = SimpleNamespace(barriers=8, round_trips=17)
-    parts = model.of_work(Work(wavefronts=50, final=final))  # type: ignore[arg-type]
+    parts = model.of_work(launch(wavefronts=50, final=Final(8, 17)))
     assert parts[1:] == pytest.approx((1.5, 2 * 50 / 1755, (900 + 17 * 390 + 8 * 30) / 1755))
 
 
 def test_a_few_programs_starve() -> None:
     """An SM without a program waits for nothing, and loads nothing."""
-    few, many = (
-        model.of_work(Work(programs=n, in_flight=4096 * n / 132)).streaming  # type: ignore[arg-type]
-        for n in (66, 264)
-    )
+    few, many = (model.of_work(launch(programs=n, in_flight=4096 * n / 132)).streaming for n in (66, 264))
     assert few == pytest.approx(4 * many)
-    unstarved = model.of_work(Work(programs=66, in_flight=2048), starved=False)  # type: ignore[arg-type]
+    unstarved = model.of_work(launch(programs=66, in_flight=2048), starved=False)
     assert unstarved.streaming == pytest.approx(2 / 4.3)
 
 
@@ -88,29 +69,26 @@ def test_a_few_programs_starve() -> None:
 def test_a_second_read_comes_from_l2_where_it_fits(megabytes: int, programs: int) -> None:
     """Of what runs at a time, which is all of it or a tenth."""
     read = megabytes * 1e6
-    work = Work(read=read, written=0.0, again=read / programs, fetched=2 * read / programs, programs=programs)
+    work = launch(Moved(1, read, 0.0), again=read / programs, fetched=2 * read / programs, programs=programs)
     at_a_time = megabytes * 264 / programs
     lost = min(1.0, max(0.0, at_a_time / 30 - 1)) * read
-    assert model.from_memory(work) == pytest.approx(read + lost)  # type: ignore[arg-type]
-    parts = model.of_work(work, starved=False)  # type: ignore[arg-type]
+    assert model.from_memory(work) == pytest.approx(read + lost)
+    parts = model.of_work(work, starved=False)
     assert parts.streaming == pytest.approx(max((read + lost) / 4.3e6, 2 * read / 5.5e6))
 
 
 def test_an_earlier_launch_leaves_its_tensors_in_l2() -> None:
-    x, y = moved(1, 20e6), moved(2, 0.0, 20e6)
-    small = [Work(tensors=(moved(1, 5e6),)), Work(tensors=(moved(1, 5e6), y), read=5e6, written=20e6)]
-    assert model.left_in_l2(small) == [0.0, 5e6]  # type: ignore[arg-type]
-    between = [
-        Work(tensors=(x,), read=20e6, written=0.0), Work(tensors=(y,), read=0.0, written=20e6),
-        Work(tensors=(x, moved(2, 20e6)), read=40e6, written=0.0),
-    ]  # fmt: skip
+    x, y = Moved(1, 20e6, 0.0), Moved(2, 0.0, 20e6)
+    small = [launch(Moved(1, 5e6, 0.0)), launch(Moved(1, 5e6, 0.0), y)]
+    assert model.left_in_l2(small) == [0.0, 5e6]
+    between = [launch(x), launch(y), launch(x, Moved(2, 20e6, 0.0))]
     # of x two thirds, since twice its size was touched, 40 MB
-    assert model.left_in_l2(between) == [0.0, 0.0, pytest.approx(20e6 * (2 / 3) + 20e6)]  # type: ignore[arg-type]
+    assert model.left_in_l2(between) == [0.0, 0.0, pytest.approx(20e6 * (2 / 3) + 20e6)]
 
 
 def test_readings_of_the_same_work_are_the_same() -> None:
-    calls = [[Work(tensors=(moved(k, 1e6),), wavefronts=100)] for k in (1, 2)]
-    first, second = (model.readings(call) for call in calls)  # type: ignore[arg-type]
+    calls = [[launch(Moved(k, 1e6, 1e6), wavefronts=100)] for k in (1, 2)]
+    first, second = (model.readings(call) for call in calls)
     assert first == second
     assert first.sums == pytest.approx(2 / 4.3 + 1.5 + 2 * 100 / 1755)
 
@@ -158,7 +136,7 @@ def test_the_expression_is_a_graph_of_its_inputs(norm: str, residual: bool, inpu
 def line(provider: str, direction: str, **changes: float) -> peer_tables.Line:
     made = dict.fromkeys(peer_tables.Line.__dataclass_fields__, 1)
     made |= {"provider": provider, "direction": direction, "kernels": "a b", **changes}
-    return peer_tables.Line(**made)  # type: ignore[arg-type]
+    return peer_tables.Line(**made)
 
 
 def some() -> pd.DataFrame:
@@ -189,16 +167,16 @@ def test_wrong_results_are_named() -> None:
 
 
 def test_a_line_adds_up_its_launches() -> None:
-    large = Work(read=1e6, written=0.0, fetched=1e6 / 264, wavefronts=10, spills=2)
-    tiny = Work(read=64.0, written=0.0, programs=1, registers=80, barriers=5, fetched=64.0)
-    side = SimpleNamespace(name="bnfast", call={"forward": [large, tiny]}, apart={"forward": 0.1}, checked=4)
-    found = peer_tables.line(CASE, side, "forward")  # type: ignore[arg-type]
+    large = launch(Moved(1, 1e6, 0.0), fetched=1e6 / 264, wavefronts=10, spills=2)
+    tiny = launch(Moved(2, 64.0, 0.0), programs=1, registers=80, barriers=5, fetched=64.0)
+    side = Side("bnfast", {"forward": [large, tiny]}, {"forward": 0.1}, 4)
+    found = peer_tables.line(CASE, side, "forward")
     t = CASE.x_bytes
     assert (found.launches, found.programs, found.registers) == (2, 264, 80)
     assert (found.spills, found.barriers) == (2, 5)
     assert (found.read_T, found.kwavefronts) == (pytest.approx((1e6 + 64) / t), 2.64)
     assert found.efficiency == pytest.approx(30 / 32)
-    rows = peer_tables.launches(CASE, side, "forward")  # type: ignore[arg-type]
+    rows = peer_tables.launches(CASE, side, "forward")
     assert sum(row["streaming"] + row["gaps"] + row["shared"] for row in rows) == pytest.approx(found.model)
 
 
@@ -235,3 +213,30 @@ def test_what_cannot_be_compiled_is_not_run(
     monkeypatch.setattr(peers, "why_not_counted", lambda: "there is no C compiler")
     assert __main__.main(["peers", "--device", "cpu", "--out", str(tmp_path)]) == 0
     assert "NOT RUN  peers there is no C compiler" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_on_a_gpu_both_are_timed(
+    plain_torch_in_one_thread: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """On one that is made up, where nothing is compiled."""
+
+    def side(name: str) -> Side:
+        own = {way: [launch(Moved(k, 1e6, 1e6), fetched=8e3)] for k, way in enumerate(DIRECTIONS)}
+        return Side(name, own, dict.fromkeys(DIRECTIONS, 0.001), 2)
+
+    make_up(monkeypatch)
+    case = Case("BatchNorm", (2, 8, 3, 3), 0, BF16, True, "relu", suite="suite", network="network")
+    monkeypatch.setattr(peers, "why_not_counted", lambda: None)
+    monkeypatch.setattr(peers, "cases", lambda suite, batch, layout: [case])
+    monkeypatch.setattr(inductor, "generated", lambda cases: iter([["", ""] for _ in cases]))
+    monkeypatch.setattr(sides, "ours", lambda case: side("bnfast"))
+    monkeypatch.setattr(sides, "of_inductor", lambda case, sources, small: side("inductor"))
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    assert __main__.main(["peers", "--device", "cpu", "--out", str(tmp_path)]) == 0
+    said = capsys.readouterr().out
+    assert "measured" in said
+    assert said.rstrip().endswith("ahead 0, equal 2, behind 0")
+    (folder,) = tmp_path.iterdir()
+    assert (pd.read_csv(folder / "peers.csv")["measured"] > 0).all()
