@@ -16,6 +16,7 @@ DEFAULT = "first-look"
 # Named here and not asked of their modules, which need torch.
 DTYPES = ("bf16", "fp16", "fp32")
 PARTS = ("correctness", "machine", "resnet50", "groupnorm", "step", "compiled", "cudnn-frontend", "tiles")
+PEERS = ("resnet50", "groupnorm", "layernorm", "small")
 BASELINES = ("torch", "native", "cudnn-op", "cudnn-frontend", "compile", "compile-max")
 
 
@@ -54,6 +55,14 @@ def parser() -> argparse.ArgumentParser:
         "--baseline", choices=BASELINES, nargs="+", default=list(BASELINES[:4]), metavar="NAME", help=others
     )
     option("--quick", action="store_true", help="fewer readings, L2 cold only, no CUDA graphs")
+
+    about = "count and model bnfast beside what torch.compile generates, executed without a GPU"
+    option = add("peers", "peers", about)
+    what = f"which layers: {', '.join(PEERS)} (default: %(default)s)"
+    option("--suite", choices=PEERS, default="small", metavar="SUITE", help=what)
+    option("--batch", type=positive, metavar="N", help="of layernorm, the rows (default: each suite's own)")
+    kinds = f"of the tensors: {', '.join(LAYOUTS)} or both (default: what each network usually runs in)"
+    option("--layout", choices=[*LAYOUTS, "both"], metavar="LAYOUT", help=kinds)
 
     option = add("gpu", "battery", "run what needs a GPU, what matters most first, in at most nine minutes")
     option("--limit", type=positive, default=540, metavar="SECONDS", help="(default: %(default)s)")

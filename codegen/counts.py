@@ -17,7 +17,7 @@ from bnfast.ptx.program import CODES
 INSTRUCTIONS = {
     **dict.fromkeys(("move", "parameter", "unpack16", "unpack32", "pack32", "warp_sync"), 0.0),
     **dict.fromkeys(("add64", "sub64", "shl64", "shr_u64", "shr_s64", "mad_wide_s", "mul_wide_s"), 2.0),
-    **dict.fromkeys(("mad_wide_u", "mul_wide_u"), 2.0),
+    **dict.fromkeys(("mad_wide_u", "mul_wide_u", "mul_high_s16", "mul_high_u16", "add16x2"), 2.0),
     **dict.fromkeys(("mul64", "mad64", "exp2_f", "sqrt_f", "rsqrt_f"), 4.0),
     "div_f": 8.0,
     "sqrt_rn_f": 10.0,
@@ -45,6 +45,11 @@ class Counts:
     final_round_trips: int = 0
 
 
+def instructions(executed: Execution) -> float:
+    """Of its warps, about as many as in machine code."""
+    return float(executed.counters["executed"] @ _INSTRUCTIONS[executed.program.code["op"]])
+
+
 def counted(kernel: str, code: Any, programs: int, arguments: dict[str, Any]) -> Counts:
     """code: Triton's compiled kernel. programs: its grid. arguments: by name. Tensors are made to hold zeros,
     as fresh memory does: some stores are left out where a value is not finite, and so is the wait for it."""
@@ -55,15 +60,19 @@ def counted(kernel: str, code: Any, programs: int, arguments: dict[str, Any]) ->
 
     def executed(first: int, n: int) -> Execution:
         only = range(first, min(first + n, programs))
-        return run(program, kernel, programs, code.metadata.shared, handed, 1, only=only)
+        return run(program, kernel, programs, code.metadata.shared, handed, 1, only=only, counting=False)
 
     semaphores, middle = arguments.get("semaphores_ptr"), programs // 2
     if semaphores is not None and arguments["splits"] > 1:
         semaphores.fill_(NOBODY_IS_LAST)
     some = executed(middle, PROGRAMS)
     n = min(PROGRAMS, programs - middle)
-    issued = float(some.counters["executed"] @ _INSTRUCTIONS[program.code["op"]])
-    mine = issued / n, some.count("sectors") / n, some.count("wavefronts") / n, some.totals["barriers"]
+    mine = (
+        instructions(some) / n,
+        some.count("sectors") / n,
+        some.count("wavefronts") / n,
+        some.totals["barriers"],
+    )
     if semaphores is None:
         return Counts(*mine)
     # One counter for each block of channels, then one for each sample whose blocks are merged.

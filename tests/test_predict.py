@@ -161,7 +161,7 @@ def test_a_launch_is_modelled_by_its_parts() -> None:
     streams.programs = 264 * 50  # no more run at a time than fit
     assert model.of_launch(streams).shared == pytest.approx(8 * 50 / 1755)
     waits = made_up("column_sums_kernel", 56, 0, 128.0)
-    assert model.of_launch(waits).streaming == pytest.approx(2**20 / (128 * 132) * 0.7)
+    assert model.of_launch(waits).streaming == pytest.approx(2**20 / (128 * 132) * 0.7 + 3 * 30 / 1755)
     finalizes = made_up("statistics_kernel", 64, 0, 65536.0, x_ptr=0, semaphores_ptr=0)
     assert model.of_launch(finalizes).finalizing == pytest.approx((900 + 17 * 390 + 8 * 30) / 1755)
     assert model.uncounted(43 * 10**6, 2) == (10.0, 3.0, 0.0, 0.0)

@@ -10,6 +10,7 @@ import re
 import struct
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from math import prod
 from typing import Any
 from unittest import mock
 
@@ -25,16 +26,19 @@ from .program import Program, UnknownInstruction
 from .traffic import Traffic
 
 TENSOR = np.dtype([
-    ("base", "u8"), ("bytes", "u8"), ("granule", "i4"), ("kind", "i4"), ("touched", "u8"), ("moved", "i8", 4),
+    ("base", "u8"), ("bytes", "u8"), ("granule", "i4"), ("kind", "i4"), ("touched", "u8"), ("moved", "i8", 6),
 ])  # fmt: skip
 READ_ONLY, MADE, UPDATED, UNWATCHED = range(4)
 # What a launch may do with a tensor, by the name of the kernel's parameter. All others are MADE: if a launch
 # stores to one, it may load from there only what it has stored.
 _KINDS = dict.fromkeys(("x_ptr", "dy_ptr", "residual_ptr", "weight_ptr", "bias_ptr"), READ_ONLY)
 _KINDS |= dict.fromkeys(("running_mean_ptr", "running_var_ptr", "batches_ptr", "semaphores_ptr"), UPDATED)
-COUNTERS = ("executed", "sectors", "fewest_sectors", "wavefronts", "fewest_wavefronts", "diverged")
+COUNTERS = (
+    "executed", "sectors", "fewest_sectors", "fetched", "wavefronts", "fewest_wavefronts", "diverged",
+)  # fmt: skip
 TOTALS = ("replicas", "round_trips", "final_round_trips", "barriers")
 _MESSAGES = 8192  # bytes
+Grid = tuple[int, int, int]
 _FLOATS = {"fp32": "<f", "fp64": "<d"}  # how struct packs scalars
 
 
@@ -43,9 +47,9 @@ class _Launch(ctypes.Structure):
         ("code", ctypes.c_void_p),
         *((name, ctypes.c_int32) for name in (
             "length", "registers", "warps", "shared_bytes", "shared_step", "grid", "resident", "quantum",
-            "first", "programs", "counting",
+            "grid_x", "grid_y", "programs", "cached", "sms", "counting", "racing",
         )),
-        *((name, ctypes.c_void_p) for name in ("initial", "parameters", "tensors")),
+        *((name, ctypes.c_void_p) for name in ("chosen", "initial", "parameters", "tensors")),
         *((name, ctypes.c_int32) for name in ("n_tensors", "messages_room")),
         *((name, ctypes.c_uint64) for name in ("seed", "perturb")),
         *((name, ctypes.c_void_p) for name in ("counters", "totals", "messages")),
@@ -137,25 +141,33 @@ def _scalar(name: str, kind: str, value: Any) -> int:
 def run(
     program: Program,
     name: str,
-    grid: int,
+    grid: int | Grid,
     shared: int,
     arguments: Arguments,
     seed: int,
     *,
     resident: int = 8,
     perturb: int = 0,
-    only: range | None = None,
+    only: Sequence[int] | None = None,
     counting: bool = True,
+    racing: bool = False,
+    cached: tuple[int, int] = (512, 0),
 ) -> Execution:
-    """Executes one launch. shared: bytes of shared memory. resident: programs that run at a time. only: the
-    programs of the grid that are executed; None: all. counting: whether what is moved of each tensor is
-    counted."""
+    """Executes one launch.
+
+    grid: programs, in one or three dimensions. shared: bytes of shared memory. resident: programs that run at
+    a time. only: the programs that are executed, numbered along the grid's first dimension first; None: all.
+    counting: whether what is moved of each tensor is counted. racing: whether warps and lanes may store
+    different values in one place of shared memory, since any of them will do. cached: sectors of an L1, and
+    over how many of them programs are dealt out in turn; 0: each program has one."""
+    sizes = (grid, 1, 1) if isinstance(grid, int) else grid
+    grid = prod(sizes)
     for number, place in program.parameters.items():
         if number >= len(arguments.parameters):
             raise UnknownInstruction(f"{place}: {name} is handed {len(arguments.parameters)} parameters")
-    chosen = range(grid) if only is None else only
+    chosen = np.array(range(grid) if only is None else only, np.int32)
     traffic = [
-        Traffic(address, size, np.zeros(size // element, np.uint8), np.zeros(4, np.int64), storage)
+        Traffic(address, size, np.zeros(size // element, np.uint8), np.zeros(6, np.int64), storage)
         for address, size, element, _, storage in arguments.watched
     ]
     rows = [
@@ -177,8 +189,9 @@ def run(
         shared_bytes=shared, shared_step=program.shared_step, grid=grid, resident=min(resident, len(chosen)),
         quantum=64, initial=initial, parameters=parameters, tensors=tensors, n_tensors=len(rows),
         messages_room=_MESSAGES, seed=seed, perturb=perturb, counters=counters.ctypes.data,
-        totals=totals.ctypes.data, messages=ctypes.addressof(messages), first=chosen.start,
-        programs=len(chosen), counting=counting,
+        totals=totals.ctypes.data, messages=ctypes.addressof(messages), programs=len(chosen),
+        chosen=chosen.ctypes.data, cached=cached[0], sms=cached[1], counting=counting, racing=racing,
+        grid_x=sizes[0], grid_y=sizes[1],
     )  # fmt: skip
     instructions = load().execute(ctypes.byref(launch))
     if messages.value:

@@ -185,6 +185,7 @@ static void start(Machine *m, Cta *c, u32 id) {
     c->shared = malloc(l->shared_bytes + 16);
     c->bytes = malloc((l->shared_bytes + 16) * sizeof(Byte));
     c->position = calloc(l->grid, sizeof(i32));
+    c->cached = m->cached ? NULL : malloc(l->cached * sizeof(u64));
     for (int k = 0; k < l->warps; k++) {
       c->warps[k].registers = aligned_alloc(64, l->registers * sizeof(Register));
       c->warps[k].ready = malloc(l->registers * sizeof(u32));
@@ -193,6 +194,8 @@ static void start(Machine *m, Cta *c, u32 id) {
   }
   memset(c->shared, 0xdb, l->shared_bytes);  // as a value: far from all others
   memset(c->bytes, 0, (l->shared_bytes + 16) * sizeof(Byte));
+  if (m->cached) c->cached = m->cached + (i64)(id % l->sms) * l->cached;
+  else memset(c->cached, 0xff, l->cached * sizeof(u64));
   for (int k = 0; k < c->known.length; k++) c->position[c->known.list[k].cta] = 0;
   c->id = id, c->epoch = 0, c->live = 1, c->waiting = c->exited = c->known.length = 0;
   for (int k = 0; k < l->warps; k++) {
@@ -203,8 +206,10 @@ static void start(Machine *m, Cta *c, u32 id) {
     memcpy(registers, l->initial, l->registers * sizeof(Register));
     memset(ready, 0, l->registers * sizeof(u32));
     memset(times, 0, l->length * sizeof(u32));
-    EACH_LANE registers[0].lane[lane] = k * LANES + lane;  // %tid.x, %ctaid.x, %nctaid.x
-    EACH_LANE registers[1].lane[lane] = id, registers[2].lane[lane] = l->grid;
+    // %tid.x, %ctaid.x, .y and .z, %nctaid.x, .y and .z
+    u32 x = l->grid_x, y = l->grid_y, special[] = {0, id % x, id / x % y, id / x / y, x, y, l->grid / x / y};
+    EACH_LANE registers[0].lane[lane] = k * LANES + lane;
+    for (int n = 1; n < 7; n++) EACH_LANE registers[n].lane[lane] = special[n];
   }
 }
 
@@ -241,7 +246,11 @@ i64 execute(const Launch *launch) {
   Cta *ctas = calloc(launch->resident, sizeof(Cta));
   u32 *order = malloc(launch->programs * sizeof(u32));
   int next = 0, live = 0;
-  for (int k = 0; k < launch->programs; k++) order[k] = launch->first + k;
+  if (launch->sms) {
+    size_t size = (size_t)launch->sms * launch->cached * sizeof(u64);
+    m->cached = memset(malloc(size), 0xff, size);
+  }
+  for (int k = 0; k < launch->programs; k++) order[k] = launch->chosen[k];
   for (int k = launch->programs - 1; launch->seed && k > 0; k--) {
     int other = random_bits(&m->random) % (k + 1);
     u32 kept = order[k];
@@ -265,9 +274,10 @@ i64 execute(const Launch *launch) {
       free(w->registers), free(w->ready), free(w->times);
     }
     free(ctas[k].warps), free(ctas[k].shared), free(ctas[k].bytes), free(ctas[k].position);
+    if (!m->cached) free(ctas[k].cached);
     free(ctas[k].known.list), free(ctas[k].since), free(ctas[k].acquirer);
   }
   unwatch(m);
-  free(ctas), free(order), free(m->last_tensor);
+  free(ctas), free(order), free(m->last_tensor), free(m->cached);
   return m->steps;
 }

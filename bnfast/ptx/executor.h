@@ -21,14 +21,16 @@ typedef struct {
   i32 granule;  // log2 of the bytes that are watched together: those of an element
   i32 kind;     // what the kernel may do with it, as below
   u8 *touched;  // of each granule: 1 << LOADED, 1 << STORED
-  i64 moved[4];
+  i64 moved[6];
 } Tensor;
 // MADE: nothing may be loaded that this launch has not stored. UNWATCHED: anything goes, within its bounds.
 enum { READ_ONLY, MADE, UPDATED, UNWATCHED };
 
-enum { LOADED, STORED, LOADED_SECTORS, STORED_SECTORS };  // of `moved`; the first two are bytes
+// Of `moved`; the first two are bytes, the last two sectors that the launch had not loaded or stored before.
+enum { LOADED, STORED, LOADED_SECTORS, STORED_SECTORS, NEW_LOADED_SECTORS, NEW_STORED_SECTORS };
 
-enum { EXECUTED, SECTORS, FEWEST_SECTORS, WAVEFRONTS, FEWEST_WAVEFRONTS, DIVERGED, COUNTERS };
+// FETCHED: sectors that are asked of L2: all that are stored, and those loaded that L1 lacks.
+enum { EXECUTED, SECTORS, FEWEST_SECTORS, FETCHED, WAVEFRONTS, FEWEST_WAVEFRONTS, DIVERGED, COUNTERS };
 enum { REPLICAS, ROUND_TRIPS, FINAL_ROUND_TRIPS, BARRIERS, TOTALS };
 
 // When a warp of a CTA did something: how many barriers the CTA had passed, and how many atomics the warp had
@@ -75,6 +77,7 @@ typedef struct { u32 wrote_in, wrote_by, read_in, read_by, wrote_synced, read_sy
 typedef struct {
   u32 id, epoch;
   int live, waiting, exited;
+  u64 *cached;  // of L1, the number of a sector in the one place that this gives it
   u8 *shared;
   Byte *bytes;
   Warp *warps;
@@ -87,8 +90,12 @@ typedef struct {
 typedef struct {
   const Instruction *code;
   i32 length, registers, warps, shared_bytes, shared_step, grid, resident, quantum;
-  i32 first, programs;  // which of the grid are executed: so many from the first on
+  i32 grid_x, grid_y;   // of the grid, whose third size follows
+  i32 programs;         // how many of the grid are executed: `chosen`
+  i32 cached, sms;      // sectors of an L1, and how many take programs in turn; 0: each program has one
   i32 counting;         // whether what is moved of each tensor is counted
+  i32 racing;           // whether races in shared memory go unwatched
+  const i32 *chosen;
   const Register *initial;
   const u64 *parameters;
   Tensor *tensors;
@@ -103,6 +110,7 @@ typedef struct {
   const Launch *launch;
   Watched *watched;
   int *last_tensor;  // of each instruction: where it found its last address
+  u64 *cached;       // the L1s of `sms`
   u64 random, perturb;
   int faults;
   i64 steps;

@@ -96,6 +96,7 @@ static int count_moved(Machine *m, Cta *c, Warp *w, Watched *t, u64 address, int
   }
   now.number = w->operations;
   moved[LOADED_SECTORS] += memcmp(s, &now, sizeof now) != 0;
+  moved[NEW_LOADED_SECTORS] += s->cta == 0;
   *s = now;
   return again;
 }
@@ -126,7 +127,12 @@ void global_access(Machine *m, Cta *c, Warp *w, const Instruction *i, u32 active
     int k = found - 1;
     if (k < 0 || sectors[k] != address >> 5)
       for (k = 0; k < found && sectors[k] != address >> 5; k++);
-    if (k == found) sectors[found++] = address >> 5;
+    if (k == found) {
+      u64 *cached = c->cached + (address >> 5) % m->launch->cached;
+      sectors[found++] = address >> 5;
+      COUNT(FETCHED) += store || *cached != address >> 5;
+      if (!store) *cached = address >> 5;
+    }
   }
   COUNT(SECTORS) += found;
   COUNT(FEWEST_SECTORS) += (lanes * bytes + 31) / 32;
@@ -165,6 +171,7 @@ static int shared_ok(Machine *m, const Instruction *i, u64 address, int bytes) {
 // the value that another thread has stored since the last barrier is no race: warps may hold the same values.
 static void touch_shared(Machine *m, Cta *c, Warp *w, const Instruction *i, u32 address, int bytes, int lane, int store, int same) {
   u32 thread = w->index * LANES + lane, now = w->epoch + 1;
+  if (m->launch->racing) return;
   for (u32 k = address; k < address + bytes; k += m->launch->shared_step) {
     Byte *b = c->bytes + k;
     int wrote = b->wrote_in == now && b->wrote_by != thread && !(store && same);
@@ -279,13 +286,12 @@ Watched *watch(const Launch *launch) {
   Watched *all = calloc(launch->n_tensors + 1, sizeof(Watched));
   for (int k = 0; k < launch->n_tensors; k++) {
     all[k].tensor = launch->tensors[k];
-    if (all[k].tensor.kind == UNWATCHED) continue;
     u64 n = (all[k].tensor.bytes >> all[k].tensor.granule) + 1;
     for (int store = 0; store < 2 && launch->counting; store++) {
       all[k].marks[store] = calloc(n, sizeof(Mark));
       all[k].sectors[store] = calloc(all[k].tensor.bytes / 32 + 2, sizeof(Mark));
     }
-    if (all[k].tensor.kind == READ_ONLY) continue;
+    if (all[k].tensor.kind == READ_ONLY || all[k].tensor.kind == UNWATCHED) continue;
     all[k].granules = calloc(n, sizeof(Granule));
     for (u64 g = 0; g < n; g++) all[k].granules[g].wrote = all[k].granules[g].read = NOBODY;
   }

@@ -43,7 +43,8 @@ _COMPARISONS = {
     "u": {**_SIGNED, "lo": 2, "ls": 3, "hi": 4, "hs": 5},
     "f": {**_SIGNED, **_UNORDERED, "nan": 6, "num": 7},
 }
-_SPECIAL = ("%tid.x", "%ctaid.x", "%nctaid.x")  # the first registers
+# the first registers
+_SPECIAL = ("%tid.x", *(f"%{name}.{axis}" for name in ("ctaid", "nctaid") for axis in "xyz"))
 _REGISTER = re.compile(r"%(p|r|rd|rs|f|fd|h)\d+")
 _NUMBER = re.compile(r"0[fF]([0-9a-fA-F]{8})|0[dD]([0-9a-fA-F]{16})|(-?(?:0x[0-9a-fA-F]+|\d+))U?")
 _IGNORED = re.compile(r"(\.reg|\.file|\.pragma|\$L__tmp)[^;]*;?")
@@ -223,6 +224,8 @@ class Program:
             return f"pack{width}", {"to": [self._target(to)], "from": self._sources(_several(source), 2)}
         to, *sources = operands
         target = {"to": [self._target(to)]}
+        if opcode == "cvt.s8.s32" and _width(to) != 16:
+            raise ValueError  # a wider register would get the sign in all of it
         if opcode in _SPELLED:
             name = _SPELLED[opcode]
             return name, {**target, "from": self._sources(sources, _SOURCES[name])}

@@ -40,6 +40,15 @@ static inline float of_half(u16 x) {
   return x & 0x8000 ? -size : size;
 }
 
+// a * b + c, rounded towards minus infinity. A double has the product exactly; `lost` is what the sum rounds away.
+static inline float fma_down(float a, float b, float c) {
+  double product = (double)a * b, sum = product + c, other = sum - product, lost = (product - (sum - other)) + (c - other);
+  float near = (float)sum;
+  if (!isfinite(sum)) return (float)sum;
+  if (sum == 0) return signbit(product) || signbit(c) ? -0.0f : 0.0f;
+  return (double)near > sum || ((double)near == sum && lost < 0) ? nextafterf(near, -INFINITY) : near;
+}
+
 // -0 is less than +0, and a number is preferred to a NaN.
 static inline float least(float a, float b) { return a == b ? (signbit(a) ? a : b) : fminf(a, b); }
 static inline float most(float a, float b) { return a == b ? (signbit(a) ? b : a) : fmaxf(a, b); }

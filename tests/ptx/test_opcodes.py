@@ -140,6 +140,14 @@ for kind in (*I32, *I64):
     add(f"min.{kind}", min)
     add(f"max.{kind}", max)
     add(f"bfe.{kind}", field(kind), f"b{width(kind)} u32 u32")
+for kind in ("s16", "u16"):
+    add(f"sub.{kind}", operator.sub)
+    add(f"mul.lo.{kind}", operator.mul)
+    add(f"mul.hi.{kind}", lambda a, b: a * b >> 16)
+    add(f"mul.wide.{kind}", operator.mul, kind, "b32")
+    add(f"mad.lo.{kind}", lambda a, b, c: a * b + c)
+    add(f"mad.wide.{kind}", lambda a, b, c: a * b + c, f"{kind} {kind} b32", "b32")
+add("add.s16x2", lambda a, b: (a + b) % 2**16 + ((a >> 16) + (b >> 16) << 16), "b32", "b32")
 for kind in ("s32", "u32"):
     add(f"mul.wide.{kind}", operator.mul, kind, "b64")
     add(f"mad.wide.{kind}", lambda a, b, c: a * b + c, f"{kind} {kind} b64", "b64")
@@ -192,6 +200,21 @@ def _nearest(exact: Fraction, kind: Any) -> Any:
 
 for kind in ("f32", "f64"):
     add(f"fma.rn.{kind}", fused)
+
+
+def fused_down(a: Any, b: Any, c: Any) -> Any:
+    """a * b + c, rounded towards minus infinity."""
+    if not np.isfinite([a, b, c]).all():
+        return a * b + c
+    exact = Fraction(float(a)) * Fraction(float(b)) + Fraction(float(c))
+    if not exact:
+        return np.float32(0.0 if not np.signbit(a * b) and not np.signbit(c) else -0.0)
+    near = np.float32(float(exact))
+    return near if Fraction(float(near)) <= exact else np.nextafter(near, np.float32(-np.inf))
+
+
+add("fma.rm.ftz.f32", fused_down, "f32")
+add("cvt.ftz.sat.f32.f32", lambda a: np.fmin(np.fmax(a, np.float32(0)), np.float32(1)) + np.float32(0), "f32")
 add("rcp.rn.f64", lambda a: 1 / a)
 for conversion in (
     "f32.bf16", "f32.f16", "f64.bf16", "f64.f16", "f64.f32", "s64.s32", "s32.s16", "s64.s16", "s16.s8",
@@ -213,10 +236,16 @@ APPROXIMATE: dict[str, tuple[Callable[..., Any], int]] = {  # with the units in 
     "rcp.approx.f32": (np.reciprocal, 1),
     "sqrt.approx.f32": (np.sqrt, 1),
     "rsqrt.approx.f32": (lambda a: 1 / np.sqrt(a), 2),
+    "rsqrt.approx.ftz.f32": (lambda a: 1 / np.sqrt(a), 2),
     "ex2.approx.f32": (np.exp2, 2),
     "ex2.approx.ftz.f32": (np.exp2, 2),
 }
-FLUSHED = {"mul.ftz.f32": operator.mul, "fma.rn.ftz.f32": lambda a, b, c: a * b + c, "abs.ftz.f32": np.abs}
+FLUSHED = {
+    "mul.ftz.f32": operator.mul,
+    "fma.rm.ftz.f32": fused_down,
+    "fma.rn.ftz.f32": lambda a, b, c: a * b + c,
+    "abs.ftz.f32": np.abs,
+}
 
 
 def run(
@@ -330,7 +359,15 @@ def test_every_instruction_of_the_table_is_tested() -> None:
     from bnfast.ptx.program import _SPELLED
 
     tested = {_SPELLED[opcode] for opcode in (*TABLE, *APPROXIMATE, *FLUSHED)}
-    made_of_several = {"move", "pack16", "pack32", "f_to_bf16x2", "f_to_f16x2", "max_nan_f"}  # below
+    made_of_several = {
+        "move",
+        "pack16",
+        "pack32",
+        "f_to_bf16x2",
+        "f_to_f16x2",
+        "max_nan_f",
+        "s32_to_8",
+    }  # below
     compared = {name for name in CODES if name.startswith("set_")}
     assert {*_SPELLED.values()} - tested - made_of_several - compared == set()
 
@@ -358,6 +395,12 @@ def test_two_are_converted_at_a_time(kind: str) -> None:
             for a, b in zip(high, low, strict=True)
         ]
     assert run(f"cvt.rn.{kind}x2.f32", [high, low]).tolist() == wanted
+
+
+def test_the_lowest_byte_gives_its_sign_to_16_bits() -> None:
+    (values,) = operands_of(["s32"])
+    found = run("cvt.s8.s32", [values], "{op} %rs1, {operands};\ncvt.u64.u16 %rd50, %rs1;")
+    assert (found == values.astype(np.int8).astype(np.int16).astype(np.uint16)).all()
 
 
 def test_reduction_over_a_warp() -> None:

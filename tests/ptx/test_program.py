@@ -21,7 +21,8 @@ REFUSED = (
     "ld.global.b32 %r1, [%rd1 + %rd2];",
     # registers
     "mov.u32 %r1, %laneid;",
-    "mov.u32 %r1, %ctaid.y;",
+    "mov.u32 %r1, %clusterid.x;",
+    "cvt.s8.s32 %r1, %r2;",
     "mov.u32 %r1, %ntid.x;",
     "mov.u32 %tid.x, 1;",
     "mov.u32 %x1, 1;",
@@ -124,6 +125,28 @@ def test_a_parameter_is_widened_with_its_sign(kind: str, high: int) -> None:
     arguments.add("n", "i32", -5)
     run(kernel(body, 1), "k", 1, 0, arguments, 1)
     assert y.tolist() == [(high << 32) + 2**32 - 5] * LANES
+
+
+@pytest.mark.usefixtures("executor")
+def test_a_grid_has_three_dimensions() -> None:
+    """Programs are numbered along the first one; some of them can be chosen."""
+    numbers = "\n".join(
+        f"mov.u32 %r{k}, %{name};" for k, name in enumerate(
+            ("ctaid.x", "ctaid.y", "ctaid.z", "nctaid.x", "nctaid.y", "nctaid.z"), start=1
+        )
+    )  # fmt: skip
+    body = f"""{numbers}
+        mad.lo.u32 %r7, %r3, %r5, %r2;
+        mad.lo.u32 %r7, %r7, %r4, %r1;
+        mad.wide.u32 %rd1, %r7, 16, %rd0;
+        st.global.v4.b32 [%rd1], {{%r1, %r2, %r3, %r6}};
+    """
+    found = np.full((4, 3, 2, 4), 9, np.uint32)
+    arguments = Arguments([found.ctypes.data])
+    arguments.watch("found", found.ctypes.data, found.nbytes, 4, UPDATED)
+    run(kernel(body, 1), "k", (2, 3, 4), 0, arguments, 1, only=range(1, 24))
+    wanted = [[x, y, z, 4] for z in range(4) for y in range(3) for x in range(2)]
+    assert found.reshape(24, 4).tolist() == [[9, 9, 9, 9], *wanted[1:]]
 
 
 @pytest.mark.usefixtures("executor")

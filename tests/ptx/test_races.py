@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from bnfast.ptx.execute import UPDATED, Fault
+from bnfast.ptx.execute import UPDATED, Arguments, Fault, run
 from tests.ptx.test_memory import zeros
 from tests.support.ptx_kernels import LANES, kernel, launch
 
@@ -45,6 +45,13 @@ class TestWarpsAndLanesOfAProgram:
         launch(kernel("st.shared.b32 [0], 7;", 1), zeros(1), shared=4)
         with pytest.raises(Fault, match="write-write race in shared memory"):
             launch(kernel("st.shared.b32 [0], %r0;", 1), zeros(1), shared=4)
+
+    def test_races_where_any_value_will_do(self) -> None:
+        """Shuffles of what does not commute leave lanes with values that differ in their last bits."""
+        program, arguments = kernel("st.shared.b32 [0], %r0;", 0), Arguments()
+        run(program, "k", 1, 4, arguments, 1, racing=True)
+        with pytest.raises(Fault, match="write-write race in shared memory"):
+            run(program, "k", 1, 4, arguments, 1)
 
     def test_an_atomic_is_aligned(self) -> None:
         with pytest.raises(Fault, match="a misaligned atomic"):

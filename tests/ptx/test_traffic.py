@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from bnfast.ptx.execute import MADE, READ_ONLY, UPDATED, Arguments, Fault, run
+from bnfast.ptx.execute import MADE, READ_ONLY, UNWATCHED, UPDATED, Arguments, Fault, run
 from bnfast.ptx.traffic import Traffic
 from tests.support.ptx_kernels import LANES, kernel, launch
 
@@ -83,6 +83,30 @@ def test_a_sector_counts_once_for_a_line_of_the_source(line: str, sectors: int) 
     t = launch(kernel(body, 1), aligned(LANES), kinds=[READ_ONLY]).tensors["array0"]
     assert (t.loaded_sectors, t.stored_sectors, t.loaded) == (sectors, 0, 128)
     assert t.read_efficiency == 4 / sectors
+
+
+def fetched(loads: str, cached: tuple[int, int], programs: int = 1) -> int:
+    """Sectors asked of L2 by programs that each make these loads."""
+    x = aligned(4 * LANES)
+    arguments = Arguments([x.ctypes.data])
+    arguments.watch("x", x.ctypes.data, x.nbytes, 4, UNWATCHED)
+    done = run(kernel(OWN + loads, 1), "k", programs, 0, arguments, 1, cached=cached)
+    assert done.tensors["x"].moved[4:].tolist() == [4, 0]  # new ones, of all programs
+    return done.count("fetched")
+
+
+def test_what_l1_has_is_not_fetched_again() -> None:
+    assert fetched(LOAD, (512, 0)) == fetched(LOAD + LOAD, (512, 0)) == 4
+    assert fetched(LOAD + LOAD, (1, 0)) == 8  # no more than one sector is kept
+    assert fetched(LOAD, (512, 0), programs=3) == 12  # each program has an L1
+    assert fetched(LOAD, (512, 1), programs=3) == 4  # one SM's
+    assert fetched(LOAD, (512, 2), programs=3) == 8  # the first and the third share one
+
+
+def test_stores_are_always_fetched_and_new_once() -> None:
+    done = launch(kernel(OWN + "st.global.b32 [%rd10], 7;\n" * 2, 1), aligned(LANES))
+    assert done.count("fetched") == 8
+    assert done.tensors["array0"].moved[4:].tolist() == [0, 4]
 
 
 def test_two_names_of_one_tensor_are_one_and_overlaps_are_refused() -> None:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from bnfast.ptx.execute import MADE, READ_ONLY, Arguments, Execution, run
+from bnfast.ptx.execute import MADE, READ_ONLY, Arguments, Execution, Grid, run
 from bnfast.ptx.program import Program
 
 LANES = 32
@@ -24,7 +24,7 @@ def launch(
     program: Program,
     *arrays: np.ndarray,
     kinds: Sequence[int] | None = None,
-    grid: int = 1,
+    grid: int | Grid = 1,
     shared: int = 0,
     seed: int = 1,
     resident: int = 8,
