@@ -99,18 +99,6 @@ def finalizing(barriers: int, round_trips: int) -> float:
 
 
 def of_launch(launched: Launched) -> Modelled:
-<<<<<<< HEAD
-    code, done = launched.report, launched.counts
-    of_sm = -(-launched.programs // SMS)  # programs of the SM that has most
-    issuing = done.instructions * of_sm / SLOTS / CLOCK
-    waiting = launched.bytes / (launched.in_flight * SMS) * LATENCY
-    resident = min(of_sm, sass.occupancy(code.registers, code.num_warps, code.shared))
-    finalizing = 0
-    if launched.arguments.get("semaphores_ptr") is not None:
-        finalizing = ATOMIC + ROUND_TRIP * done.final_round_trips + BARRIER * done.final_barriers
-    shared = WAVEFRONT * resident * done.wavefronts
-    return Modelled(max(floor(launched.bytes), issuing, waiting), GAP, shared / CLOCK, finalizing / CLOCK)
-=======
     """One of bnfast's, whose bytes all come from memory and go there, as its plan counts them."""
     code, done, last = launched.report, launched.counts, 0.0
     if launched.arguments.get("semaphores_ptr") is not None:
@@ -120,7 +108,6 @@ def of_launch(launched: Launched) -> Modelled:
         launched.bytes, launched.programs, 32 * done.sectors, done.instructions, done.wavefronts,
         done.barriers, resident, launched.in_flight, last,
     ))  # fmt: skip
->>>>>>> e979f6db95627e67ce8a4a46a4a918d70cc260bd
 
 
 def total(parts: Iterable[Modelled]) -> Modelled:
