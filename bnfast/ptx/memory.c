@@ -28,9 +28,8 @@ static int before(const Stamp *s, const Cta *c, const Warp *w) {
 
 // Whether all programs have passed a barrier since any of them read it, and this warp knows.
 static int after_all_reads(Machine *m, const Granule *g, const Cta *c, const Warp *w) {
-  u32 first = m->launch->first, programs = m->launch->programs;
-  for (u32 id = first; id < first + programs; id++) {
-    Stamp read = {id, g->last_epoch, 0, SOME_WARPS};
+  for (int k = 0; k < m->launch->programs; k++) {
+    Stamp read = {m->launch->chosen[k], g->last_epoch, 0, SOME_WARPS};
     if (!before(&read, c, w)) return 0;
   }
   return 1;
