@@ -37,7 +37,8 @@ ISSUED = 4 * 1755  # instructions of warps that an SM issues in a microsecond
 # 128 registers a thread, and 16 warps an SM: as many as there are registers for.
 WARPS = (8, 4, 2, 1, 16)
 # Loads that a thread has in flight; fewer where a program that keeps its tile has much to do with it: adds a
-# residual, computes a smooth activation, or gathers the lanes of more than two channels [sass].
+# residual, computes a smooth activation, gathers the lanes of more than two channels, or has a channel in
+# each lane [sass].
 LOADS, FEW_LOADS = 8, 4
 CHANNELS = (1, 2, 4, 8)  # of a contiguous program, at most
 ROW_BYTES = (128, 64, 32)  # of the channels of a channels_last program: whole sectors
@@ -85,7 +86,7 @@ def _views(x: Problem, warps: int) -> Iterator[tuple[View, int]]:
         for size in ROW_BYTES if x.c % vector == 0 else ():
             lanes = size // x.itemsize
             if lanes <= power_of_two(x.c):
-                yield nhwc_view(x.n * x.s, x.c, x.itemsize, lanes), LOADS
+                yield nhwc_view(x.n * x.s, x.c, x.itemsize, lanes), FEW_LOADS
     elif x.s > 2 * warps * WARP * vector:
         yield nchw_view(x.n, x.c, x.s, warps * WARP * vector), LOADS
     else:

@@ -169,9 +169,9 @@ def merge_moments(sample_ptr, counts_ptr, c, g, T: tl.constexpr, ACC: tl.constex
             pivot, shift, m2 = load_channels(theirs_ptr, mask, g)
             count = load_shared(counts_ptr + offs_s * g.blocks, offs_s < g.splits)
             count = tl.broadcast_to(count, (T.partials_per_iter, T.channels))
-            theirs = theirs + (Moments(count, pivot, shift, m2),)
+            theirs = theirs + ((count, pivot, shift, m2),)  # Triton 3.6 forgets the names of records in tuples
         for k in tl.static_range(AHEAD):
-            found = merge(found, theirs[k])
+            found = merge(found, Moments(theirs[k][0], theirs[k][1], theirs[k][2], theirs[k][3]))
     return merge_along(found, 0)
 
 
@@ -200,8 +200,9 @@ def statistics_kernel(
     tl.store(counts_ptr + split * g.blocks, values_per_channel(sums.seen, g, T).to(ACC))
     if is_last_program(semaphores_ptr + sample * g.blocks + block, g.splits):
         c = channels_of_block(block, tl.arange(0, T.channels), channels_per_block(g, T), g)
+        loaded = NORM.load_forward(c, params, ACC)
         m = merge_moments(sample_ptr, counts_ptr, c, g, T, ACC)
-        ws = Workspace(sample, sample_ptr, semaphores_ptr, stats_ptr)
+        ws = Workspace(sample, sample_ptr, semaphores_ptr, stats_ptr, loaded)
         NORM.finalize_forward(c, m, ws, params, options, g, T, NORM, ACC)
 
 
@@ -315,7 +316,8 @@ def gradient_sums_kernel(
         store_rows(mine_ptr, done, g.channels, channel_dy, sum_by_channel(sum_dy_xmu, offs_k, g, T))
     if is_last_program(semaphores_ptr + sample * g.blocks + block, g.splits):
         done = channels_of_block(block, tl.arange(0, T.channels), count_c, g)
+        loaded = NORM.load_backward(done, sample, stats_ptr, params, g, ACC)
         sums = merge_gradient_sums(sample_ptr, done, g, T, ACC)
-        ws = Workspace(sample, sample_ptr, semaphores_ptr, stats_ptr)
+        ws = Workspace(sample, sample_ptr, semaphores_ptr, stats_ptr, loaded)
         out = Gradients(dx_coeffs_ptr, dweight_ptr, dbias_ptr, sums_ptr, count)
         NORM.finalize_backward(done, sums, ws, params, out, g, T, ACC)

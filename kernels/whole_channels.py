@@ -59,10 +59,10 @@ def batch_norm_kernel(
     params = Parameters(weight_ptr, bias_ptr, running_mean_ptr, running_var_ptr, counted_ptr)
     options = Options(eps, momentum, r_max, d_max, warmup, r_steps, d_steps)
     block = tl.program_id(0)
-    sums, raw = sums_by_lane(x_ptr, block, 0, g, T, ACC)
     offs_k = tl.arange(0, T.channels)
     mine = channels_of_block(block, offs_k, channels_per_block(g, T), g)
-    ws = Workspace(0, None, None, stats_ptr)
+    ws = Workspace(0, None, None, stats_ptr, NORM.load_forward(mine, params, ACC))
+    sums, raw = sums_by_lane(x_ptr, block, 0, g, T, ACC)
     m = moments_of_channels(sums, offs_k, mine, g, T)
     NORM.finalize_forward(mine, m, ws, params, options, g, T, NORM, ACC)
     tl.debug_barrier()  # what is stored of a channel, all threads with its lanes may load
@@ -105,6 +105,9 @@ def batch_norm_gradients_kernel(
     c = lanes_and_channels(block, g, T)
     mean, scale, shift = NORM.coefficients(c, 0, stats_ptr, params, g, ACC)
     mean, scale, shift = by_lane(mean, T), by_lane(scale, T), by_lane(shift, T)
+    offs_k = tl.arange(0, T.channels)
+    mine = channels_of_block(block, offs_k, channels_per_block(g, T), g)
+    loaded = NORM.load_backward(mine, 0, stats_ptr, params, g, ACC)
     affine = Affine(mean, scale, shift)
     sources = Sources(dy_ptr, x_ptr, residual_ptr, relu_mask_ptr, dresidual_ptr)
     t = tile(block, g.tiles - 1, g, T)
@@ -117,14 +120,13 @@ def batch_norm_gradients_kernel(
             more_dy, more_dy_xmu = gradient_sums_of_tile(more_grad, more_x, mean, T, ACC)
             sum_dy += more_dy
             sum_dy_xmu += more_dy_xmu
-    offs_k = tl.arange(0, T.channels)
-    mine = channels_of_block(block, offs_k, channels_per_block(g, T), g)
     sums = GradientSums(
         sum_by_channel(sum_rows(sum_dy, g, T), offs_k, g, T),
         sum_by_channel(sum_rows(sum_dy_xmu, g, T), offs_k, g, T),
     )
     out = Gradients(dx_coeffs_ptr, dweight_ptr, dbias_ptr, None, count)
-    NORM.finalize_backward(mine, sums, Workspace(0, None, None, stats_ptr), params, out, g, T, ACC)
+    ws = Workspace(0, None, None, stats_ptr, loaded)
+    NORM.finalize_backward(mine, sums, ws, params, out, g, T, ACC)
     tl.debug_barrier()
     c_dy, c_xmu, c_one = NORM.dx_coefficients(c, 0, stats_ptr, dx_coeffs_ptr, params, g, ACC)
     c_dy, c_xmu, c_one = by_lane(c_dy, T), by_lane(c_xmu, T), by_lane(c_one, T)

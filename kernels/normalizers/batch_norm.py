@@ -1,10 +1,36 @@
 """BatchNorm: a group is a channel over all samples. stats is [4, channels]: mean, scale, shift and rstd."""
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
 from ..memory import as_scalar, load_or, load_row, store_as, store_rows
-from .common import Normalizer, reciprocal_std
+from .common import Normalizer, load_nothing, reciprocal_std
+
+
+class Loaded(NamedTuple):
+    """A layer's values of some channels, before this batch; 1 and 0 for those that there are not."""
+
+    weight: Any
+    bias: Any
+    running_mean: Any
+    running_var: Any
+    batches: Any
+
+
+@triton.jit
+def load_forward(c, params, ACC: tl.constexpr):
+    batches = tl.zeros((1,), ACC)
+    if params.batches is not None:
+        batches = tl.load(params.batches + tl.arange(0, 1)).to(ACC)
+    return Loaded(
+        load_or(params.weight, c.offs, c.mask, 1.0, ACC),
+        load_or(params.bias, c.offs, c.mask, 0.0, ACC),
+        load_or(params.running_mean, c.offs, c.mask, 0.0, ACC),
+        load_or(params.running_var, c.offs, c.mask, 1.0, ACC),
+        batches,
+    )
 
 
 @triton.jit
@@ -17,23 +43,20 @@ def finalize_forward(c, m, ws, params, options, g, T: tl.constexpr, NORM: tl.con
     mean = m.pivot + m.shift
     variance = m.m2 / tl.where(m.count > 0, m.count, 1.0)
     rstd = reciprocal_std(variance, as_scalar(options.eps, ACC), ACC)
-    scale = load_or(params.weight, c.offs, c.mask, 1.0, ACC) * rstd
-    beta = load_or(params.bias, c.offs, c.mask, 0.0, ACC)
-    store_rows(ws.stats_ptr, c, g.channels, mean, scale, beta, rstd)
+    store_rows(ws.stats_ptr, c, g.channels, mean, ws.loaded.weight * rstd, ws.loaded.bias, rstd)
     if NORM.cumulative:
-        factor = 1.0 / (tl.load(params.batches + tl.arange(0, 1)) + 1).to(ACC)
+        factor = 1.0 / (ws.loaded.batches + 1)
     else:
         factor = as_scalar(options.momentum, ACC)
     if params.running_mean is not None:
-        ema_update(params.running_mean, c, mean, factor, ACC)
+        ema_update(params.running_mean, c, ws.loaded.running_mean, mean, factor)
     if params.running_var is not None:
         unbiased = m.m2 / tl.where(m.count > 1, m.count - 1, 1.0)
-        ema_update(params.running_var, c, unbiased, factor, ACC)
+        ema_update(params.running_var, c, ws.loaded.running_var, unbiased, factor)
 
 
 @triton.jit
-def ema_update(running_ptr, c, value, factor, ACC: tl.constexpr):
-    old = load_or(running_ptr, c.offs, c.mask, 0.0, ACC)
+def ema_update(running_ptr, c, old, value, factor):
     new = (1 - factor) * old + factor * value  # torch's formula: NaN passes through even with momentum 0
     store_as(running_ptr + c.offs, new, c.mask)
 
@@ -61,10 +84,15 @@ def from_running_statistics(c, params, eps, ACC: tl.constexpr):
 
 
 @triton.jit
-def store_dx_coefficients(c, sums, ws, out, g, rstd, ACC: tl.constexpr):
+def load_backward(c, sample, stats_ptr, params, g, ACC: tl.constexpr):
+    """(scale, rstd)."""
+    return load_row(stats_ptr, 1, c, g.channels), load_row(stats_ptr, 3, c, g.channels)
+
+
+@triton.jit
+def store_dx_coefficients(c, sums, out, g, scale, rstd, ACC: tl.constexpr):
     """Stores the coefficients of dx, [3, channels], if dx is wanted."""
     if out.dx_coeffs is not None:
-        scale = load_row(ws.stats_ptr, 1, c, g.channels)
         n = as_scalar(out.count, ACC)
         c_xmu_ptr = out.dx_coeffs + g.channels + c.offs
         tl.store(out.dx_coeffs + c.offs, scale, mask=c.mask)
@@ -77,8 +105,8 @@ def finalize_backward(c, sums, ws, params, out, g, T: tl.constexpr, ACC: tl.cons
     """The derivative of algorithm 1, with n values a channel:
 
     dx = scale * (dy - sums.dy / n - (x - mean) * rstd^2 * sums.dy_xmu / n)."""
-    rstd = load_row(ws.stats_ptr, 3, c, g.channels)
-    store_dx_coefficients(c, sums, ws, out, g, rstd, ACC)
+    scale, rstd = ws.loaded
+    store_dx_coefficients(c, sums, out, g, scale, rstd, ACC)
     if out.weight is not None:
         store_as(out.weight + c.offs, rstd * sums.dy_xmu, c.mask)
     if out.bias is not None:
@@ -97,5 +125,6 @@ def store_moments(c, m, ws, params, options, g, T: tl.constexpr, NORM: tl.conste
     store_rows(ws.stats_ptr, c, g.channels, m.pivot + m.shift, m.m2, m.count)
 
 
-BATCH_NORM = Normalizer(finalize_forward, coefficients, finalize_backward, dx_coefficients)
-MOMENTS = Normalizer(store_moments, coefficients, finalize_backward, dx_coefficients)
+_OTHERS = (coefficients, load_backward, finalize_backward, dx_coefficients)
+BATCH_NORM = Normalizer(load_forward, finalize_forward, *_OTHERS)
+MOMENTS = Normalizer(load_nothing, store_moments, *_OTHERS)

@@ -4,9 +4,9 @@ statistics."""
 import triton
 import triton.language as tl
 
-from ..memory import Channels, as_scalar, load_or, load_row, store_as, store_rows
+from ..memory import Channels, as_scalar, load_row, store_as, store_rows
 from ..moments import not_negative
-from .batch_norm import coefficients, dx_coefficients, ema_update, store_dx_coefficients
+from .batch_norm import coefficients, dx_coefficients, ema_update, load_forward, store_dx_coefficients
 from .common import Normalizer, reciprocal_std
 
 
@@ -39,11 +39,8 @@ def finalize_forward(c, m, ws, params, options, g, T: tl.constexpr, NORM: tl.con
     variance = m.m2 / tl.where(m.count > 0, m.count, 1.0)
     rstd = reciprocal_std(variance, eps, ACC)
     sigma_batch = root(variance + eps, ACC)
-    old_mean = load_or(params.running_mean, c.offs, c.mask, 0.0, ACC)
-    old_sigma = root(load_or(params.running_var, c.offs, c.mask, 1.0, ACC) + eps, ACC)
-    batches = tl.zeros((1,), ACC)
-    if params.batches is not None:
-        batches = tl.load(params.batches + tl.arange(0, 1)).to(ACC)
+    old_mean, batches = ws.loaded.running_mean, ws.loaded.batches
+    old_sigma = root(ws.loaded.running_var + eps, ACC)
     if NORM.cumulative:
         r = tl.full(mean.shape, 1.0, ACC)
         d = tl.zeros(mean.shape, ACC)
@@ -55,15 +52,14 @@ def finalize_forward(c, m, ws, params, options, g, T: tl.constexpr, NORM: tl.con
         r = clip(sigma_batch / old_sigma, 1.0 / r_limit, r_limit)
         d = clip((mean - old_mean) / old_sigma, -d_limit, d_limit)
         factor = as_scalar(options.momentum, ACC)
-    gamma = load_or(params.weight, c.offs, c.mask, 1.0, ACC)
-    beta = load_or(params.bias, c.offs, c.mask, 0.0, ACC)
-    store_rows(ws.stats_ptr, c, g.channels, mean, gamma * r * rstd, beta + gamma * d, rstd)
+    gamma = ws.loaded.weight
+    store_rows(ws.stats_ptr, c, g.channels, mean, gamma * r * rstd, ws.loaded.bias + gamma * d, rstd)
     tl.store(ws.stats_ptr + 4 * g.channels + c.offs, r, mask=c.mask)
     tl.store(ws.stats_ptr + 5 * g.channels + c.offs, d, mask=c.mask)
     updated = c.mask
     if NORM.guarded:
         updated = c.mask & (tl.abs(mean) < float("inf")) & (sigma_batch < float("inf"))
-    ema_update(params.running_mean, Channels(c.offs, updated), mean, factor, ACC)
+    ema_update(params.running_mean, Channels(c.offs, updated), old_mean, mean, factor)
     sigma = old_sigma + factor * (sigma_batch - old_sigma)
     store_as(params.running_var + c.offs, not_negative(sigma * sigma - eps), updated)
 
@@ -74,16 +70,26 @@ def root(value, ACC: tl.constexpr):
 
 
 @triton.jit
+def load_backward(c, sample, stats_ptr, params, g, ACC: tl.constexpr):
+    """(scale, rstd, r, d)."""
+    return (
+        load_row(stats_ptr, 1, c, g.channels), load_row(stats_ptr, 3, c, g.channels),
+        load_row(stats_ptr, 4, c, g.channels), load_row(stats_ptr, 5, c, g.channels),
+    )  # fmt: skip
+
+
+@triton.jit
 def finalize_backward(c, sums, ws, params, out, g, T: tl.constexpr, ACC: tl.constexpr):
     """As BatchNorm's. scale includes r, and the value that gamma multiplies is r * xhat + d."""
-    rstd = load_row(ws.stats_ptr, 3, c, g.channels)
-    store_dx_coefficients(c, sums, ws, out, g, rstd, ACC)
+    scale, rstd, r, d = ws.loaded
+    store_dx_coefficients(c, sums, out, g, scale, rstd, ACC)
     if out.weight is not None:
         dweight = rstd * sums.dy_xmu
-        r, d = load_row(ws.stats_ptr, 4, c, g.channels), load_row(ws.stats_ptr, 5, c, g.channels)
         store_as(out.weight + c.offs, r * dweight + d * sums.dy, c.mask)
     if out.bias is not None:
         store_as(out.bias + c.offs, sums.dy, c.mask)
 
 
-BATCH_RENORM = Normalizer(finalize_forward, coefficients, finalize_backward, dx_coefficients)
+BATCH_RENORM = Normalizer(
+    load_forward, finalize_forward, coefficients, load_backward, finalize_backward, dx_coefficients
+)  # fmt: skip

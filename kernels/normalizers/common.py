@@ -19,15 +19,20 @@ import triton.language as tl
 class Normalizer:
     """A policy of jit functions, which kernels take as a compile-time constant, NORM.
 
+    load_forward(c, params, ACC) returns what finalize_forward needs beside the moments: it is loaded before
+    these are waited for, and handed over as ws.loaded.
     finalize_forward(c, m, ws, params, options, g, T, NORM, ACC) turns the moments m of channels c into stats.
     coefficients(c, sample, stats_ptr, params, g, ACC) returns (mean, scale, shift) of a sample's channels.
+    load_backward(c, sample, stats_ptr, params, g, ACC) is finalize_backward's.
     finalize_backward(c, sums, ws, params, out, g, T, ACC) turns their gradient sums into the parameters'
     gradients and into dx_coeffs, from which
     dx_coefficients(c, sample, stats_ptr, dx_coeffs_ptr, params, g, ACC) returns (c_dy, c_xmu, c_one).
     cumulative and guarded say how running statistics are updated: see batch_norm.py and batch_renorm.py."""
 
+    load_forward: Any
     finalize_forward: Any
     coefficients: Any
+    load_backward: Any
     finalize_backward: Any
     dx_coefficients: Any
     cumulative: bool = False
@@ -37,7 +42,8 @@ class Normalizer:
     def cache_key(self) -> str:
         """Triton's cache on disk needs the functions' sources: their names would not change with an edit."""
         functions = (
-            self.finalize_forward, self.coefficients, self.finalize_backward, self.dx_coefficients,
+            self.load_forward, self.finalize_forward, self.coefficients, self.load_backward,
+            self.finalize_backward, self.dx_coefficients,
         )  # fmt: skip
         return "-".join([*(f.cache_key for f in functions), str((self.cumulative, self.guarded))])
 
@@ -49,6 +55,7 @@ class Workspace(NamedTuple):
     sample_ptr: Any  # the sample's partial results
     semaphores_ptr: Any  # counters of the programs that are done: of each block, then of each sample
     stats_ptr: Any
+    loaded: Any  # by the Normalizer's load_forward or load_backward
 
 
 class Parameters(NamedTuple):
@@ -104,3 +111,9 @@ def is_last_program(semaphores_ptr, expected):
 @triton.jit
 def reciprocal_std(variance, eps, ACC: tl.constexpr):
     return 1.0 / tl.sqrt_rn(variance + eps) if ACC == tl.float32 else 1.0 / tl.sqrt(variance + eps)
+
+
+@triton.jit
+def load_nothing(c, params, ACC: tl.constexpr):
+    """For a finalize_forward that needs the moments alone."""
+    return None

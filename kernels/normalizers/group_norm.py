@@ -9,7 +9,7 @@ import triton.language as tl
 
 from ..memory import Channels, as_scalar, load_or, load_row, load_shared, store_rows
 from ..moments import Moments, load_channels, merge, merge_along, no_moments
-from .common import GradientSums, Normalizer, is_last_program, reciprocal_std
+from .common import GradientSums, Normalizer, is_last_program, load_nothing, reciprocal_std
 
 
 @triton.jit
@@ -88,8 +88,14 @@ def group_norm_dx_coeffs(rstd, sums, n):
 
 
 @triton.jit
-def store_dx_coefficients(group, sums, ws, out, g, ACC: tl.constexpr):
-    rstd = load_row(ws.stats_ptr, 1, group, g.groups)
+def load_backward(c, sample, stats_ptr, params, g, ACC: tl.constexpr):
+    """(gamma, rstd) of each channel."""
+    rstd = load_row(stats_ptr, 1, group_of_channel(c, sample, g), g.groups)
+    return load_or(params.weight, c.offs, c.mask, 1.0, ACC), rstd
+
+
+@triton.jit
+def store_dx_coefficients(group, rstd, sums, out, g, ACC: tl.constexpr):
     c_xmu, c_one = group_norm_dx_coeffs(rstd, sums, as_scalar(out.count, ACC))
     store_rows(out.dx_coeffs, group, g.groups, c_xmu, c_one)
 
@@ -98,7 +104,7 @@ def store_dx_coefficients(group, sums, ws, out, g, ACC: tl.constexpr):
 def store_parameter_sums(c, sums, ws, out, g):
     """Stores what this sample adds to dgamma and dbeta, if they are wanted."""
     if out.sums is not None:
-        rstd = load_row(ws.stats_ptr, 1, group_of_channel(c, ws.sample, g), g.groups)
+        _, rstd = ws.loaded
         store_rows(out.sums + ws.sample * (2 * g.channels), c, g.channels, rstd * sums.dy_xmu, sums.dy)
 
 
@@ -106,10 +112,10 @@ def store_parameter_sums(c, sums, ws, out, g):
 def finalize_channel_sums(c, sums, ws, params, out, g, T: tl.constexpr, ACC: tl.constexpr):
     store_parameter_sums(c, sums, ws, out, g)
     if out.dx_coeffs is not None:
-        weight = load_or(params.weight, c.offs, c.mask, 1.0, ACC)
+        weight, rstd = ws.loaded
         group = Channels(ws.sample * g.channels + c.offs, c.mask)
         weighted = GradientSums(weight * sums.dy, weight * sums.dy_xmu)
-        store_dx_coefficients(group, weighted, ws, out, g, ACC)
+        store_dx_coefficients(group, rstd, weighted, out, g, ACC)
 
 
 @triton.jit
@@ -123,11 +129,12 @@ def finalize_group_sums(c, sums, ws, params, out, g, T: tl.constexpr, ACC: tl.co
             groups_per_sample = g.channels // g.group_size
             for start in tl.range(0, groups_per_sample, T.groups_per_iter):
                 offs_g = start + tl.arange(0, T.groups_per_iter)
+                group = Channels(ws.sample * groups_per_sample + offs_g, offs_g < groups_per_sample)
+                rstd = load_row(ws.stats_ptr, 1, group, g.groups)
                 weighted = merge_group_sums(
                     ws.sample_ptr, params.weight, offs_g, groups_per_sample, g, T, ACC
                 )
-                group = Channels(ws.sample * groups_per_sample + offs_g, offs_g < groups_per_sample)
-                store_dx_coefficients(group, weighted, ws, out, g, ACC)
+                store_dx_coefficients(group, rstd, weighted, out, g, ACC)
 
 
 @triton.jit
@@ -156,5 +163,9 @@ def dx_coefficients(c, sample, stats_ptr, dx_coeffs_ptr, params, g, ACC: tl.cons
     return c_dy, load_row(dx_coeffs_ptr, 0, group, g.groups), load_row(dx_coeffs_ptr, 1, group, g.groups)
 
 
-GROUPS = Normalizer(finalize_groups, coefficients, finalize_group_sums, dx_coefficients)
-CHANNELS = Normalizer(finalize_channels, coefficients, finalize_channel_sums, dx_coefficients)
+GROUPS = Normalizer(
+    load_nothing, finalize_groups, coefficients, load_backward, finalize_group_sums, dx_coefficients
+)
+CHANNELS = Normalizer(
+    load_nothing, finalize_channels, coefficients, load_backward, finalize_channel_sums, dx_coefficients
+)
