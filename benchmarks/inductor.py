@@ -247,7 +247,8 @@ def main() -> None:
             try:
                 answer = generate(Request(**json.loads(line)).case)
             except Exception as e:  # whatever a version of torch does otherwise than the one before
-                answer = f"{type(e).__name__}: {str(e).strip().splitlines()[0] if str(e) else ''}"
+                why = (str(e).strip().splitlines() or [""])[0]
+                answer = f"{type(e).__name__}: {why} (PyTorch {torch.__version__}; 2.15 is known to work)"
             print(json.dumps(answer), file=answers, flush=True)
 
 

@@ -110,7 +110,7 @@ class Arguments:
             raise TypeError(f"{name} is on {value.device}; only tensors of the CPU can be executed on")
         self.parameters.append(value.data_ptr())
         use = _KINDS.get(name, MADE) if watched else UNWATCHED
-        span = value.data_ptr(), value.nbytes
+        span = value.data_ptr(), _extent(value)
         if value.numel() and self.watch(name, *span, value.element_size(), use, value.untyped_storage()):
             self.written += [value] * (use != READ_ONLY)
 
@@ -127,6 +127,12 @@ class Arguments:
         self.tensors[name] = len(self.watched)
         self.watched.append((address, size, element, use, storage))
         return True
+
+
+def _extent(t: Tensor) -> int:
+    """Bytes from the first element to behind the last, with what strides leave out."""
+    last = sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
+    return (last + 1) * t.element_size() if t.numel() else 0
 
 
 def _scalar(name: str, kind: str, value: Any) -> int:

@@ -186,6 +186,14 @@ def test_only_inputs_may_overlap(other: str) -> None:
             arguments.add(other, "*fp32", x[2:6])
 
 
+@pytest.mark.parametrize(("strides", "size"), [((4, 1), 48), ((1, 3), 48), ((6, 1), 64), ((0, 1), 16)])
+def test_a_tensor_reaches_to_its_last_element(strides: tuple[int, int], size: int) -> None:
+    """Inductor pads strides."""
+    arguments = Arguments()
+    arguments.add("x_ptr", "*fp32", torch.empty(100).as_strided((3, 4), strides))
+    assert [watched[1] for watched in arguments.watched] == [size]
+
+
 @pytest.mark.usefixtures("executor")
 def test_loads_of_inputs_that_overlap() -> None:
     x, y = np.arange(LANES + 8, dtype=np.uint32), np.zeros(LANES, np.uint32)
