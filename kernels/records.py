@@ -112,6 +112,8 @@ class RowTile:
     parts: int = 1  # tiles across the width
     even: bool = False  # the last part is as full as the others
     partials_per_iter: int = 1  # shares of a row that are merged at a time
+    partial_rows: int = 1  # of sums of columns, that a program leaves
+    shares: int = 1  # of the sums of a row, that a program leaves
 
 
 class ColumnGeometry(NamedTuple):
