@@ -21,7 +21,7 @@ import triton.language as tl
 from .activations import times_slope
 from .memory import load_or, read, write
 from .moments import product_in_tile
-from .row_norm import STATS, columns, group_of_rows, normalized
+from .row_norm import STATS, by_vector, columns, group_of_rows, normalized, sums_of_rows
 
 SIZES = ["rows", "width_v", "groups", "programs", "blocks", "splits"]
 
@@ -40,28 +40,9 @@ def over_rows(values, T: tl.constexpr):
 
 
 @triton.jit
-def by_vector(values, VEC: tl.constexpr):
-    """[R, LANES] -> [R, LANES // VEC]: sums neighbours, which one thread holds, to save registers."""
-    return tl.sum(tl.reshape(values, (values.shape[0], values.shape[1] // VEC, VEC)), 2)
-
-
-@triton.jit
 def by_share(values, T: tl.constexpr):
     """[R, LANES] -> [R, shares]: sums of equal parts of each row, those that one warp holds."""
     return tl.sum(tl.reshape(values, (values.shape[0], T.shares, values.shape[1] // T.shares)), 2)
-
-
-@triton.jit
-def sums_of_rows(a, b):
-    """[R, LANES] each -> the sums of both over rows, [R, 1] each. Warps that share a row exchange their sums
-    through shared memory; those of a and b together, so that they wait for each other half as often, but in
-    programs of 16 warps, where that would take a register too many [sass]."""
-    if a.shape[1] < 16 * 32:
-        sum_a, sum_b = tl.split(tl.sum(tl.join(a, b), 1))
-    else:
-        sum_a = tl.sum(a, 1)
-        sum_b = tl.sum(b, 1)
-    return sum_a[:, None], sum_b[:, None]
 
 
 @triton.jit

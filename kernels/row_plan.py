@@ -17,13 +17,18 @@ from .views import VECTOR_BYTES, ceil_div, power_of_two
 
 LINE = WARP * VECTOR_BYTES  # bytes that a warp loads at once
 
-# Forward, by itemsize: the vectors of a row that a thread may hold, by the warps that share a row. 8
-# vectors of 16-bit numbers take 96 to 128 registers, since they are widened early, and bring 64 to 80 KB in
-# flight an SM. With 16 warps, at the limit of 128 registers, Triton 3.7.1 spills two of 8 vectors, and none
-# of 7. fp32 takes 66 registers [sass]. 16-bit numbers that are loaded one by one take a register each.
-HELD = {2: {1: 8, 2: 8, 4: 8, 8: 8, 16: 7}, 4: dict.fromkeys((1, 2, 4, 8, 16), 8)}
+# Forward, by itemsize: the vectors of a row that a thread may hold, by the warps that share a row. 8 vectors
+# of 16-bit numbers take 96 to 128 registers, since they are widened early, and bring 64 KB in flight an SM; 4
+# take 80 to 96 and bring 40 to 48 KB, in half the time from a row's first load to its last store, so rows of
+# several warps have no more while that leaves three programs an SM. With 16 warps, at the limit of 128
+# registers, Triton 3.7.1 spills two of 8 vectors, and none of 7. fp32 takes 66 registers [sass]. 16-bit
+# numbers that are loaded one by one take a register each.
+HELD = {2: {1: 8, 4: 4, 8: 8, 16: 7}, 4: dict.fromkeys((1, 2, 4, 8, 16), 8)}
 HELD[8] = HELD[4]
 HELD_SINGLES = dict.fromkeys((1, 2, 4, 8, 16), 4)
+# Longer rows, and those of several warps, load gamma and beta ahead of their use, into 16 registers more. For
+# a warp with a short row of its own that is dearer than waiting for L1: two programs an SM less [sass].
+AT_HAND = 3
 LOADS = 4  # in flight at least: from several rows, where one has fewer
 FORWARD_WARPS, FORWARD_REGISTERS = 4, 128
 # Longer rows: 4 loads a thread. With 80 registers, 3 programs share an SM and have 48 KB in flight [sass].
@@ -157,7 +162,8 @@ def forward(size: Rows) -> tuple[str, RowPlan]:
         unroll //= 2
     group = min(unroll * at_once, power_of_two(size.rows))
     programs, loads = ceil_div(size.rows, group), parts * max(1, group // at_once)
-    tile = RowTile(size.vec, group, lanes, parts=parts, even=size.even(lanes, parts))
+    early = across > 1 or parts > AT_HAND
+    tile = RowTile(size.vec, group, lanes, parts=parts, even=size.even(lanes, parts), early=early)
     return "one_pass", size.plan(programs, tile, max(FORWARD_WARPS, across), FORWARD_REGISTERS, loads)
 
 
