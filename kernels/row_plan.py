@@ -126,8 +126,13 @@ class Rows:
     def partial_rows(self, warps: int, group: int, lanes: int) -> int:
         """The rows of sums of columns that a program leaves of a group of rows: one for each of its warps,
         or of the warps that share a row."""
-        vectors = WARP * self.vec  # that a warp loads at once
-        return max(1, min(group // max(1, vectors // lanes), warps // max(1, lanes // vectors)))
+        at_once = WARP * self.vec  # elements that a warp loads
+        warps = self.filled(warps, group * lanes)
+        return max(1, min(group // max(1, at_once // lanes), warps // max(1, lanes // at_once)))
+
+    def filled(self, warps: int, elements: int) -> int:
+        """As many of the warps as have something to load."""
+        return max(1, min(warps, elements * self.itemsize // LINE))
 
     def even(self, lanes: int, parts: int) -> bool:
         return lanes * parts == self.width
@@ -142,7 +147,7 @@ class Rows:
         within = max(self.width * max(2, at_once), 2 * self.width + step)
         if max(grid, self.rows + at_once, within) >= INT32:
             raise TooLarge(f"{self.rows} rows of {self.width} are too many for 32-bit offsets or grids")
-        warps = max(1, min(warps, tile.lanes * tile.rows * self.itemsize // LINE))
+        warps = self.filled(warps, tile.rows * tile.lanes)
         sizes = RowGeometry(self.rows, self.width // self.vec, **geometry)
         return RowPlan(grid, tile, sizes, warps, registers, partials, loads)
 
