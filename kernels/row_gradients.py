@@ -9,7 +9,8 @@ wide for that are read twice: first by programs that each take a block of column
 each row contributes (column_gradients_kernel), then element by element (wide_gradients_kernel). If only
 parameters need gradients, the first of these two is all.
 
-Every program stores its sums in partials, [programs, 1 or 2, width]; column_sums.py adds them up.
+Every program stores its sums in partials, [programs * partial_rows, 1 or 2, width]: those of each warp, or of
+each set of warps that share a row, in a row of their own. column_sums.py adds them up.
 
 With an activation, row_activation_kernel comes first: dresidual = dy * act'(v), where v = xhat * gamma +
 beta + residual. The others read dresidual in place of dy, because their registers are full (see
@@ -46,11 +47,12 @@ def by_share(values, T: tl.constexpr):
 
 
 @triton.jit
-def store_rows_of(partials_ptr, program, pitch, column, exists, sums, T: tl.constexpr):
-    """Stores one program's sums, [rows, lanes], in `partial_rows` rows of partials, `pitch` apart: what one
-    warp holds is added up, in rows that follow each other and in those that all warps together lie apart.
-    Sums of several warps are not added up: that takes shared memory, in which up to 32 lanes of a warp would
-    want the same bank, while nothing is loaded [sass]."""
+def store_partial_rows(partials_ptr, program, pitch, column, exists, sums, T: tl.constexpr):
+    """Stores one program's sums, [rows, lanes], in `partial_rows` rows of partials, `pitch` elements apart.
+
+    What one warp holds is added up: neighbouring rows, and rows that the program's warps together lie apart.
+    Sums of several warps are not: that takes shared memory, in which up to 32 lanes of a warp would want the
+    same bank, while nothing is loaded [sass]."""
     R: tl.constexpr = T.partial_rows
     NEIGHBOURS: tl.constexpr = min(T.rows // R, max(1, 32 * T.vec // T.lanes))
     if R < T.rows:
@@ -68,9 +70,9 @@ def store_sums(
     """Stores one program's sums of dy * xhat and of dy. WEIGHT, BIAS: which are wanted."""
     pitch = width * (WEIGHT + BIAS)
     if WEIGHT:
-        store_rows_of(partials_ptr, program, pitch, column, exists, sum_w, T)
+        store_partial_rows(partials_ptr, program, pitch, column, exists, sum_w, T)
     if BIAS:
-        store_rows_of(partials_ptr + WEIGHT * width, program, pitch, column, exists, sum_b, T)
+        store_partial_rows(partials_ptr + WEIGHT * width, program, pitch, column, exists, sum_b, T)
 
 
 @triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=STATS)
@@ -150,7 +152,8 @@ def column_gradients_kernel(
     T: tl.constexpr, WEIGHT: tl.constexpr, BIAS: tl.constexpr,
 ):  # fmt: skip
     """Program (block, p) takes a block of columns of the groups p, p + programs ... of unroll * rows rows.
-    shares, if given, receives each block's part of a row's sums of wdy and wdy * xhat, [blocks, 2, rows]."""
+    shares, [blocks * T.shares, 2, rows], if given, receives the sums of wdy and wdy * xhat over each warp's
+    part of a row, so that warps need not wait for each other."""
     ACC: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
     ROWS: tl.constexpr = T.unroll * T.rows
     width = width_v * T.vec

@@ -3,7 +3,7 @@ Python, as plan.py.
 
 One load of a warp brings 512 bytes of a row. Some warps share a row, of which each thread holds `parts`
 vectors; where these are fewer warps than the program has, it holds several rows. What fits in registers
-without spills was read from compiled kernels, and is the same for Triton 3.6.0 and 3.7.1 [sass]."""
+without spills was read from compiled kernels, of Triton 3.6.0 to 3.9.0 [sass]."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from .views import VECTOR_BYTES, ceil_div, power_of_two
 LINE = WARP * VECTOR_BYTES  # bytes that a warp loads at once
 
 # Forward, by itemsize: the vectors of a row that a thread may hold, by the warps that share a row. 8 vectors
-# of 16-bit numbers take 96 to 128 registers, since they are widened early, and bring 64 KB in flight an SM; 4
-# take 80 to 96 and bring 40 to 48 KB, in half the time from a row's first load to its last store, so rows of
-# several warps have no more while that leaves three programs an SM. With 16 warps, at the limit of 128
-# registers, Triton 3.7.1 spills two of 8 vectors, and none of 7. fp32 takes 66 registers [sass]. 16-bit
-# numbers that are loaded one by one take a register each.
-HELD = {2: {1: 8, 4: 4, 8: 8, 16: 7}, 4: dict.fromkeys((1, 2, 4, 8, 16), 8)}
+# of 16-bit numbers take 96 to 128 registers, since they are widened early, and bring 64 KB in flight an SM.
+# Rows of 8192 columns have 8 warps: 4 vectors take 80 registers and bring 48 KB, in half the time from the
+# first load to the last store. With 16 warps, at the limit of 128 registers, Triton 3.7.1 spills two of 8
+# vectors, and none of 7. fp32 takes 66 registers [sass]. 16-bit numbers that are loaded one by one take a
+# register each.
+HELD = {2: {1: 8, 4: 7, 8: 8, 16: 7}, 4: dict.fromkeys((1, 2, 4, 8, 16), 8)}
 HELD[8] = HELD[4]
 HELD_SINGLES = dict.fromkeys((1, 2, 4, 8, 16), 4)
 # Longer rows, and those of several warps, load gamma and beta ahead of their use, into 16 registers more. For
