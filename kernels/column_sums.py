@@ -24,12 +24,14 @@ def column_sums_kernel(
     half = tl.program_id(0) // blocks
     column = block * T.lanes + tl.arange(0, T.lanes)
     exists = column < columns
-    offs_r = tl.arange(0, T.rows)[:, None]
+    row = tl.arange(0, T.rows)[:, None]
+    pitch = HALVES * columns
+    offs = row * pitch + half * columns + column[None, :]
     total = tl.full((T.rows, T.lanes), 0.0, partials_ptr.dtype.element_ty)
     for start in tl.range(0, rows, T.rows):
-        theirs_ptr = partials_ptr + tl.cast(start + offs_r, tl.int64) * (HALVES * columns) + half * columns
-        mask = (start + offs_r < rows) & exists[None, :]
-        total += tl.load(theirs_ptr + column[None, :], mask=mask, other=0.0)
+        theirs_ptr = partials_ptr + tl.cast(start, tl.int64) * pitch
+        mask = (start + row < rows) & exists[None, :]
+        total += tl.load(theirs_ptr + offs, mask=mask, other=0.0)
     sums = tl.sum(total, 0)
     if first_ptr is None:
         store_as(second_ptr + column, sums, exists)

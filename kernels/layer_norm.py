@@ -99,11 +99,11 @@ def _backward(
             Launch(column_gradients_kernel, plan, _BACKWARD, wanted, bound, rename=rename, without=without)
         )
         if need_dx:
-            shares = plan.geometry.blocks * 2 * size.rows
+            shares = plan.shares * 2 * size.rows
             wide = row_plan.wide_gradients(size)
             launches.append(Launch(wide_gradients_kernel, wide, _BACKWARD, {}, bound, rename=rename))
     if halves:
-        sums = row_plan.column_sums(partials, size.width, halves)
+        sums = row_plan.column_sums(partials, size.width, halves, size.sms)
         rename = {"first": "dweight", "second": "dbias"}
         without = () if halves == 2 else ("second",) if weight else ("first",)
         launches.append(

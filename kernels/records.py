@@ -133,7 +133,10 @@ class RowTile:
     unroll: int = 1
     parts: int = 1  # tiles across the width
     even: bool = False  # the last part is as full as the others
+    early: bool = False  # gamma and beta of a part are loaded before the part before it is stored
     partials_per_iter: int = 1  # shares of a row that are merged at a time
+    partial_rows: int = 1  # of sums of columns, that a program leaves
+    shares: int = 1  # of the sums of a row, that a program leaves
 
 
 class ColumnGeometry(NamedTuple):

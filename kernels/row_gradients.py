@@ -9,7 +9,8 @@ wide for that are read twice: first by programs that each take a block of column
 each row contributes (column_gradients_kernel), then element by element (wide_gradients_kernel). If only
 parameters need gradients, the first of these two is all.
 
-Every program stores its sums in partials, [programs, 1 or 2, width]; column_sums.py adds them up.
+Every program stores its sums in partials, [programs * partial_rows, 1 or 2, width]: those of each warp, or of
+each set of warps that share a row, in a row of their own. column_sums.py adds them up.
 
 With an activation, row_activation_kernel comes first: dresidual = dy * act'(v), where v = xhat * gamma +
 beta + residual. The others read dresidual in place of dy, because their registers are full (see
@@ -21,7 +22,7 @@ import triton.language as tl
 from .activations import times_slope
 from .memory import load_or, read, write
 from .moments import product_in_tile
-from .row_norm import STATS, columns, group_of_rows, normalized
+from .row_norm import STATS, by_vector, columns, group_of_rows, normalized, sums_of_rows
 
 SIZES = ["rows", "width_v", "groups", "programs", "blocks", "splits"]
 
@@ -40,29 +41,38 @@ def over_rows(values, T: tl.constexpr):
 
 
 @triton.jit
-def by_vector(values, VEC: tl.constexpr):
-    """[R, LANES] -> [R, LANES // VEC]: sums neighbours, which one thread holds, to save registers."""
-    return tl.sum(tl.reshape(values, (values.shape[0], values.shape[1] // VEC, VEC)), 2)
+def by_share(values, T: tl.constexpr):
+    """[R, LANES] -> [R, shares]: sums of equal parts of each row, those that one warp holds."""
+    return tl.sum(tl.reshape(values, (values.shape[0], T.shares, values.shape[1] // T.shares)), 2)
 
 
 @triton.jit
-def one_row(values):
-    """[R, LANES] -> [1, LANES]."""
-    if values.shape[0] > 1:
-        values = tl.sum(values, 0)[None, :]
-    return values
+def store_partial_rows(partials_ptr, program, pitch, column, exists, sums, T: tl.constexpr):
+    """Stores one program's sums, [rows, lanes], in `partial_rows` rows of partials, `pitch` elements apart.
+
+    What one warp holds is added up: neighbouring rows, and rows that the program's warps together lie apart.
+    Sums of several warps are not: that takes shared memory, in which up to 32 lanes of a warp would want the
+    same bank, while nothing is loaded [sass]."""
+    R: tl.constexpr = T.partial_rows
+    NEIGHBOURS: tl.constexpr = min(T.rows // R, max(1, 32 * T.vec // T.lanes))
+    if R < T.rows:
+        apart = tl.reshape(sums, (T.rows // (R * NEIGHBOURS), R, NEIGHBOURS, T.lanes))
+        sums = tl.sum(tl.sum(apart, 0), 1)
+    row = tl.cast(program, tl.int64) * R + tl.arange(0, R)[:, None]
+    tl.store(partials_ptr + row * pitch + column, sums, mask=exists)
 
 
 @triton.jit
 def store_sums(
-    partials_ptr, program, column, exists, width, sum_w, sum_b, WEIGHT: tl.constexpr, BIAS: tl.constexpr
+    partials_ptr, program, column, exists, width, sum_w, sum_b,
+    T: tl.constexpr, WEIGHT: tl.constexpr, BIAS: tl.constexpr,
 ):  # fmt: skip
-    """Stores one program's sums of dy * xhat and of dy, [R, LANES] each. WEIGHT, BIAS: which are wanted."""
-    mine_ptr = partials_ptr + tl.cast(program, tl.int64) * (width * (WEIGHT + BIAS))
+    """Stores one program's sums of dy * xhat and of dy. WEIGHT, BIAS: which are wanted."""
+    pitch = width * (WEIGHT + BIAS)
     if WEIGHT:
-        tl.store(mine_ptr + column, one_row(sum_w), mask=exists)
+        store_partial_rows(partials_ptr, program, pitch, column, exists, sum_w, T)
     if BIAS:
-        tl.store(mine_ptr + WEIGHT * width + column, one_row(sum_b), mask=exists)
+        store_partial_rows(partials_ptr + WEIGHT * width, program, pitch, column, exists, sum_b, T)
 
 
 @triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=STATS)
@@ -94,8 +104,8 @@ def row_gradients_kernel(
             dys += (read(dy_ptr + base + offs, mask),)
             xs += (read(x_ptr + base + offs, mask),)
         mean, rstd = load_statistics(stats_ptr, rows, first, row, inside)
-        mean_wdy = tl.full((ROWS, T.lanes // T.vec), 0.0, ACC)
-        mean_wdy_xhat = tl.full((ROWS, T.lanes // T.vec), 0.0, ACC)
+        wdy = tl.full((ROWS, T.lanes // T.vec), 0.0, ACC)
+        wdy_xhat = tl.full((ROWS, T.lanes // T.vec), 0.0, ACC)
         new_w = ()
         new_b = ()
         for part in tl.static_range(PARTS):
@@ -111,12 +121,12 @@ def row_gradients_kernel(
                 new_b += (sums_b[part] + over_rows(dy, T),)
             wide = tl.broadcast_to(column, (ROWS, T.lanes))
             gamma = load_or(weight_ptr, wide, exists, 1.0, ACC)
-            mean_wdy += by_vector(product_in_tile(dy, gamma, T.vec), T.vec)
-            mean_wdy_xhat += by_vector(product_in_tile(dy_xhat, gamma, T.vec), T.vec)
+            wdy += by_vector(product_in_tile(dy, gamma, T.vec), T.vec)
+            wdy_xhat += by_vector(product_in_tile(dy_xhat, gamma, T.vec), T.vec)
         sums_w = new_w
         sums_b = new_b
-        mean_wdy = (tl.sum(mean_wdy, 1) / count)[:, None]
-        mean_wdy_xhat = (tl.sum(mean_wdy_xhat, 1) / count)[:, None]
+        sum_wdy, sum_wdy_xhat = sums_of_rows(wdy, wdy_xhat)
+        mean_wdy, mean_wdy_xhat = sum_wdy / count, sum_wdy_xhat / count
         for part in tl.static_range(PARTS):
             column, exists = columns(part, lane, width, T)
             # It is loaded again, not kept in registers: the other eviction policy stops the compiler from
@@ -131,7 +141,7 @@ def row_gradients_kernel(
         column, exists = columns(part, lanes, width, T)
         store_sums(
             partials_ptr, tl.program_id(0), column, exists, width,
-            sums_w[part] if WEIGHT else None, sums_b[part] if BIAS else None, WEIGHT, BIAS,
+            sums_w[part] if WEIGHT else None, sums_b[part] if BIAS else None, T, WEIGHT, BIAS,
         )  # fmt: skip
 
 
@@ -142,7 +152,8 @@ def column_gradients_kernel(
     T: tl.constexpr, WEIGHT: tl.constexpr, BIAS: tl.constexpr,
 ):  # fmt: skip
     """Program (block, p) takes a block of columns of the groups p, p + programs ... of unroll * rows rows.
-    shares, if given, receives each block's part of a row's sums of wdy and wdy * xhat, [blocks, 2, rows]."""
+    shares, [blocks * T.shares, 2, rows], if given, receives the sums of wdy and wdy * xhat over each warp's
+    part of a row, so that warps need not wait for each other."""
     ACC: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
     ROWS: tl.constexpr = T.unroll * T.rows
     width = width_v * T.vec
@@ -167,11 +178,14 @@ def column_gradients_kernel(
                 sum_w += over_rows(dy_xhat, T)
             if shares_ptr is not None:
                 gamma = load_or(weight_ptr, tl.broadcast_to(column, (ROWS, T.lanes)), exists, 1.0, ACC)
-                mine_ptr = shares_ptr + tl.cast(block, tl.int64) * 2 * rows + first + row
-                tl.store(mine_ptr, tl.sum(dy * gamma, 1)[:, None], mask=inside)
-                tl.store(mine_ptr + rows, tl.sum(dy_xhat * gamma, 1)[:, None], mask=inside)
+                wdy = by_share(by_vector(product_in_tile(dy, gamma, T.vec), T.vec), T)
+                wdy_xhat = by_share(by_vector(product_in_tile(dy_xhat, gamma, T.vec), T.vec), T)
+                share = block * T.shares + tl.arange(0, T.shares)[None, :]
+                mine_ptr = shares_ptr + tl.cast(share, tl.int64) * 2 * rows + first + row
+                tl.store(mine_ptr, wdy, mask=inside)
+                tl.store(mine_ptr + rows, wdy_xhat, mask=inside)
     if WEIGHT or BIAS:
-        store_sums(partials_ptr, program, column, exists, width, sum_w, sum_b, WEIGHT, BIAS)
+        store_sums(partials_ptr, program, column, exists, width, sum_w, sum_b, T, WEIGHT, BIAS)
 
 
 @triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=STATS)

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from .activations import activate
-from .memory import Channels, as_scalar, load_or, read, store_rows, write
+from .memory import as_scalar, load_or, read, write
 from .moments import Moments, finite_or_zero, merge_along, not_negative, product_in_tile
 from .normalizers.common import reciprocal_std
 
@@ -41,6 +41,50 @@ def columns(part: tl.constexpr, lane, width, T: tl.constexpr):
 
 
 @triton.jit
+def by_vector(values, VEC: tl.constexpr):
+    """[R, LANES] -> [R, LANES // VEC]: sums neighbours, which one thread holds, to save registers."""
+    return tl.sum(tl.reshape(values, (values.shape[0], values.shape[1] // VEC, VEC)), 2)
+
+
+@triton.jit
+def sums_of_rows(a, b):
+    """[R, LANES] each -> the sums of both over rows, [R, 1] each. Warps that share a row exchange their sums
+    through shared memory; those of a and b together, so that they wait for each other half as often, but in
+    programs of 16 warps, where that would take a register too many [sass]."""
+    if a.shape[1] < 16 * 32:
+        sum_a, sum_b = tl.split(tl.sum(tl.join(a, b), 1))
+    else:
+        sum_a = tl.sum(a, 1)
+        sum_b = tl.sum(b, 1)
+    return sum_a[:, None], sum_b[:, None]
+
+
+@triton.jit
+def parameters(part: tl.constexpr, lane, width, weight_ptr, bias_ptr, T: tl.constexpr):
+    """(gamma, beta) in a part's lanes, as they are stored; 1 and 0 for what there is not. They are [rows,
+    lanes], so that each warp loads its own: fewer would go through shared memory, with three barriers."""
+    column, exists = columns(part, lane, width, T)
+    column = tl.broadcast_to(column, (T.rows, T.lanes))
+    if weight_ptr is None:
+        gamma = 1.0
+    else:
+        gamma = tl.load(weight_ptr + column, mask=exists, other=1.0)
+    if bias_ptr is None:
+        beta = 0.0
+    else:
+        beta = tl.load(bias_ptr + column, mask=exists, other=0.0)
+    return gamma, beta
+
+
+@triton.jit
+def widened(value, ACC: tl.constexpr):
+    """A parameter in the type ACC."""
+    if value.dtype.primitive_bitwidth == 16:
+        value = value.to(tl.float32)  # see memory.store_as
+    return value.to(ACC)
+
+
+@triton.jit
 def normalized(distance, rstd, column, exists, weight_ptr, bias_ptr, ACC: tl.constexpr):
     """rstd * distance * gamma + beta."""
     y = distance * rstd
@@ -49,6 +93,17 @@ def normalized(distance, rstd, column, exists, weight_ptr, bias_ptr, ACC: tl.con
     if bias_ptr is not None:
         y = y + load_or(bias_ptr, column, exists, 0.0, ACC)
     return y
+
+
+@triton.jit
+def store_from_warps(stats_ptr, rows, row, inside, mean, rstd, T: tl.constexpr):
+    """Stores two values a row, [R, 1] each, by the first of the lanes that hold the row. As [R, 1] they would
+    first go through shared memory, to neighbouring threads. The minimum hides that they are neighbours."""
+    vector = tl.arange(0, T.lanes // T.vec)[None, :]
+    offs = tl.minimum(row, rows) + vector * 0
+    alone = inside & (vector == 0)
+    tl.store(stats_ptr + offs, tl.broadcast_to(mean, offs.shape), mask=alone)
+    tl.store(stats_ptr + rows + offs, tl.broadcast_to(rstd, offs.shape), mask=alone)
 
 
 @triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=STATS)
@@ -71,6 +126,8 @@ def row_norm_kernel(
         column, exists = columns(part, lane, width, T)
         # evict_first: x is not read again soon, and L1 is better used for gamma and beta
         tiles = tiles + (read(x_ptr + base + (row * width + column), inside & exists),)
+    if T.early:
+        gamma, beta = parameters(0, lane, width, weight_ptr, bias_ptr, T)
     total = tl.full((T.rows, T.lanes), 0.0, ACC)
     for part in tl.static_range(PARTS):
         total += tiles[part].to(ACC)
@@ -85,26 +142,29 @@ def row_norm_kernel(
             distance = tl.where(exists, distance, 0.0)
         distances += distance
         squares += product_in_tile(distance, distance, T.vec)
-    sum_distances = tl.sum(distances, 1)[:, None]
+    sum_distances, sum_squares = sums_of_rows(by_vector(distances, T.vec), by_vector(squares, T.vec))
     shift = sum_distances / count
-    variance = not_negative(tl.sum(squares, 1)[:, None] - shift * sum_distances) / count
+    variance = not_negative(sum_squares - shift * sum_distances) / count
     rstd = reciprocal_std(variance, as_scalar(eps, ACC), ACC)
-    if stats_ptr is not None:
-        store_rows(stats_ptr + first, Channels(row, inside), rows, pivot + shift, rstd)
     for part in tl.static_range(PARTS):
+        if T.early:  # the next part's, before this one is stored: the compiler moves no load past a store
+            later = parameters(min(part + 1, PARTS - 1), lane, width, weight_ptr, bias_ptr, T)
+        else:
+            gamma, beta = parameters(part, lane, width, weight_ptr, bias_ptr, T)
         column, exists = columns(part, lane, width, T)
-        if T.rows == 1 and part > 0:
-            # without it, gamma and beta of all parts are loaded in advance, into registers needed elsewhere
-            tl.debug_barrier()
-        distance = (tiles[part].to(ACC) - pivot) - shift
-        # [rows, lanes], so that each warp loads its own: fewer would go through shared memory, with three
-        # barriers
-        wide = tl.broadcast_to(column, (T.rows, T.lanes))
-        y = normalized(distance, rstd, wide, exists, weight_ptr, bias_ptr, ACC)
+        y = ((tiles[part].to(ACC) - pivot) - shift) * rstd
+        if weight_ptr is not None:
+            y = y * widened(gamma, ACC)
+        if bias_ptr is not None:
+            y = y + widened(beta, ACC)
         if residual_ptr is not None:
             y += read(residual_ptr + base + (row * width + column), inside & exists).to(ACC)
         y = activate(y, ACT)
         write(y_ptr + base + (row * width + column), y, inside & exists)
+        if T.early:
+            gamma, beta = later
+    if stats_ptr is not None:
+        store_from_warps(stats_ptr + first, rows, row, inside, pivot + shift, rstd, T)
 
 
 @triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=STATS)

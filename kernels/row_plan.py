@@ -3,7 +3,7 @@ Python, as plan.py.
 
 One load of a warp brings 512 bytes of a row. Some warps share a row, of which each thread holds `parts`
 vectors; where these are fewer warps than the program has, it holds several rows. What fits in registers
-without spills was read from compiled kernels, and is the same for Triton 3.6.0 and 3.7.1 [sass]."""
+without spills was read from compiled kernels, of Triton 3.6.0 to 3.9.0 [sass]."""
 
 from __future__ import annotations
 
@@ -17,13 +17,18 @@ from .views import VECTOR_BYTES, ceil_div, power_of_two
 
 LINE = WARP * VECTOR_BYTES  # bytes that a warp loads at once
 
-# Forward, by itemsize: the vectors of a row that a thread may hold, by the warps that share a row. 8
-# vectors of 16-bit numbers take 96 to 128 registers, since they are widened early, and bring 64 to 80 KB in
-# flight an SM. With 16 warps, at the limit of 128 registers, Triton 3.7.1 spills two of 8 vectors, and none
-# of 7. fp32 takes 66 registers [sass]. 16-bit numbers that are loaded one by one take a register each.
-HELD = {2: {1: 8, 2: 8, 4: 8, 8: 8, 16: 7}, 4: dict.fromkeys((1, 2, 4, 8, 16), 8)}
+# Forward, by itemsize: the vectors of a row that a thread may hold, by the warps that share a row. 8 vectors
+# of 16-bit numbers take 96 to 128 registers, since they are widened early, and bring 64 KB in flight an SM.
+# Rows of 8192 columns have 8 warps: 4 vectors take 80 registers and bring 48 KB, in half the time from the
+# first load to the last store. With 16 warps, at the limit of 128 registers, Triton 3.7.1 spills two of 8
+# vectors, and none of 7. fp32 takes 66 registers [sass]. 16-bit numbers that are loaded one by one take a
+# register each.
+HELD = {2: {1: 8, 4: 7, 8: 8, 16: 7}, 4: dict.fromkeys((1, 2, 4, 8, 16), 8)}
 HELD[8] = HELD[4]
 HELD_SINGLES = dict.fromkeys((1, 2, 4, 8, 16), 4)
+# Longer rows, and those of several warps, load gamma and beta ahead of their use, into 16 registers more. For
+# a warp with a short row of its own that is dearer than waiting for L1: two programs an SM less [sass].
+AT_HAND = 3
 LOADS = 4  # in flight at least: from several rows, where one has fewer
 FORWARD_WARPS, FORWARD_REGISTERS = 4, 128
 # Longer rows: 4 loads a thread. With 80 registers, 3 programs share an SM and have 48 KB in flight [sass].
@@ -34,6 +39,8 @@ LONG_REGISTERS = {2: 80, 4: 80, 8: 128}
 # vector of 16-bit numbers. 3 programs of 4 warps have up to 48 KB in flight, and leave fewer partial results
 # than many small ones would [sass].
 GRADIENTS = {4: (3, 168), 8: (2, 128), 16: (1, 128)}
+# Warps that share a row leave fewer sums to add up, and each thread holds those of fewer columns.
+GRADIENT_WARPS = 4
 # The vectors of a row that a thread holds, by itemsize and by the warps that share a row: 4 of 16-bit numbers
 # fit into 168 registers if all threads are in step, and 2 if they are loaded element by element.
 GRADIENT_SINGLES = dict.fromkeys((1, 2, 4, 8, 16), 2)
@@ -44,8 +51,9 @@ COLUMN_WARPS, COLUMN_LOADS, COLUMN_PER_SM, COLUMN_REGISTERS = 8, 4, 2, 128
 WIDE_WARPS, WIDE_LOADS, WIDE_PER_SM, WIDE_REGISTERS = 8, 2, 4, 64
 WIDE_SPLITS = 32  # each program of a row merges all of its shares, so there may not be many
 MERGE = 256
-# The sum of partial results takes 128 bytes of each of 128 rows at a time, 4 loads a thread.
-SUM_WARPS, SUM_TILE, SUM_ROWS, SUM_REGISTERS = 8, 4096, 128, 128
+# The sum of partial results takes 128 bytes of each of 128 rows at a time, 16 loads a thread; of fewer rows
+# more, and where that leaves SMs without a program, a sector of 32 bytes at least.
+SUM_WARPS, SUM_TILE, SUM_ROWS, SUM_LANES, SUM_REGISTERS = 8, 4096, 128, 8, 128
 
 
 @dataclass(frozen=True)
@@ -63,6 +71,11 @@ class RowPlan:
     @property
     def vec(self) -> int:
         return self.tile.vec
+
+    @property
+    def shares(self) -> int:
+        """Of each row's sums, that all blocks of columns store."""
+        return self.geometry.blocks * self.tile.shares
 
 
 @dataclass(frozen=True)
@@ -100,6 +113,27 @@ class Rows:
                 return warps, lanes, parts
         return None
 
+    def spread(self, warps: int, lanes: int, parts: int) -> tuple[int, int]:
+        """(lanes, parts) with a row's vectors over as many of the warps as leave at most a quarter of the
+        lanes idle."""
+        wider = lanes
+        while wider < min(warps * self.line, self.width):
+            wider *= 2
+            if 3 * wider * ceil_div(self.width, wider) <= 4 * self.width:
+                lanes, parts = wider, ceil_div(self.width, wider)
+        return lanes, parts
+
+    def partial_rows(self, warps: int, group: int, lanes: int) -> int:
+        """The rows of sums of columns that a program leaves of a group of rows: one for each of its warps,
+        or of the warps that share a row."""
+        at_once = WARP * self.vec  # elements that a warp loads
+        warps = self.filled(warps, group * lanes)
+        return max(1, min(group // max(1, at_once // lanes), warps // max(1, lanes // at_once)))
+
+    def filled(self, warps: int, elements: int) -> int:
+        """As many of the warps as have something to load."""
+        return max(1, min(warps, elements * self.itemsize // LINE))
+
     def even(self, lanes: int, parts: int) -> bool:
         return lanes * parts == self.width
 
@@ -113,7 +147,7 @@ class Rows:
         within = max(self.width * max(2, at_once), 2 * self.width + step)
         if max(grid, self.rows + at_once, within) >= INT32:
             raise TooLarge(f"{self.rows} rows of {self.width} are too many for 32-bit offsets or grids")
-        warps = max(1, min(warps, tile.lanes * tile.rows * self.itemsize // LINE))
+        warps = self.filled(warps, tile.rows * tile.lanes)
         sizes = RowGeometry(self.rows, self.width // self.vec, **geometry)
         return RowPlan(grid, tile, sizes, warps, registers, partials, loads)
 
@@ -133,7 +167,8 @@ def forward(size: Rows) -> tuple[str, RowPlan]:
         unroll //= 2
     group = min(unroll * at_once, power_of_two(size.rows))
     programs, loads = ceil_div(size.rows, group), parts * max(1, group // at_once)
-    tile = RowTile(size.vec, group, lanes, parts=parts, even=size.even(lanes, parts))
+    early = across > 1 or parts > AT_HAND
+    tile = RowTile(size.vec, group, lanes, parts=parts, even=size.even(lanes, parts), early=early)
     return "one_pass", size.plan(programs, tile, max(FORWARD_WARPS, across), FORWARD_REGISTERS, loads)
 
 
@@ -143,8 +178,8 @@ def gradients(size: Rows) -> RowPlan | None:
     shared = size.shared_by(GRADIENT_PARTS[size.itemsize] if size.vectors else GRADIENT_SINGLES)
     if shared is None:
         return None
-    across, lanes, parts = shared
-    warps = max(4, across)
+    warps = max(GRADIENT_WARPS, shared[0])
+    lanes, parts = size.spread(warps, *shared[1:])
     per_sm, registers = GRADIENTS[warps]
     group = min(max(1, warps * size.line // lanes), power_of_two(size.rows))
     even = size.even(lanes, parts)
@@ -154,37 +189,43 @@ def gradients(size: Rows) -> RowPlan | None:
     while unroll > 1 and ceil_div(size.rows, unroll * group) < per_sm * size.sms:
         unroll //= 2
     groups = ceil_div(size.rows, unroll * group)
-    programs = _evened(groups, per_sm * size.sms)
-    tile, loads = RowTile(size.vec, group, lanes, unroll, parts, even), 2 * parts * unroll
-    return size.plan(programs, tile, warps, registers, loads, programs, groups=groups, programs=programs)
+    programs, left = _evened(groups, per_sm * size.sms), size.partial_rows(warps, group, lanes)
+    tile = RowTile(size.vec, group, lanes, unroll, parts, even, partial_rows=left)
+    return size.plan(
+        programs, tile, warps, registers, 2 * parts * unroll, programs * left, groups=groups,
+        programs=programs,
+    )  # fmt: skip
 
 
 @lru_cache(maxsize=4096)
 def column_gradients(size: Rows) -> RowPlan:
     """The plan of the pass by columns: parameter gradients, and each block's share of its rows' sums."""
     lanes = min(size.line, power_of_two(size.width))
+    lanes, blocks = size.spread(COLUMN_WARPS, lanes, ceil_div(size.width, lanes))
     group = min(COLUMN_WARPS * size.line // lanes, power_of_two(size.rows))
     unroll = min(COLUMN_LOADS if size.vectors else 1, power_of_two(ceil_div(size.rows, group)))
-    blocks = ceil_div(size.width, lanes)
     groups = ceil_div(size.rows, unroll * group)
     programs = _evened(groups, ceil_div(COLUMN_PER_SM * size.sms, blocks))
+    left = size.partial_rows(COLUMN_WARPS, group, lanes)
+    shares = max(1, lanes // size.line) if size.vectors else 1
+    tile = RowTile(size.vec, group, lanes, unroll, partial_rows=left, shares=shares)
     return size.plan(
-        blocks * programs, RowTile(size.vec, group, lanes, unroll), COLUMN_WARPS, COLUMN_REGISTERS,
-        2 * unroll, programs, groups=groups, programs=programs, blocks=blocks,
+        blocks * programs, tile, COLUMN_WARPS, COLUMN_REGISTERS, 2 * unroll, programs * left, groups=groups,
+        programs=programs, blocks=blocks,
     )  # fmt: skip
 
 
 @lru_cache(maxsize=4096)
 def wide_gradients(size: Rows) -> RowPlan:
     """The plan of dx from the shares that the pass by columns has stored."""
-    blocks = column_gradients(size).geometry.blocks
+    shares = column_gradients(size).shares
     lanes = WIDE_WARPS * size.line
     pieces = ceil_div(size.width, WIDE_LOADS * lanes)
     splits = max(1, min(pieces, WIDE_SPLITS, ceil_div(WIDE_PER_SM * size.sms, size.rows)))
     tile = RowTile(size.vec, 1, lanes, WIDE_LOADS, partials_per_iter=MERGE)
     registers = WIDE_REGISTERS if size.vectors and size.itemsize < 8 else 128
     return size.plan(
-        size.rows * splits, tile, WIDE_WARPS, registers, 2 * WIDE_LOADS, along=True, blocks=blocks,
+        size.rows * splits, tile, WIDE_WARPS, registers, 2 * WIDE_LOADS, along=True, blocks=shares,
         splits=splits,
     )  # fmt: skip
 
@@ -201,10 +242,15 @@ def activation(size: Rows) -> RowPlan:
 
 
 @lru_cache(maxsize=4096)
-def column_sums(rows: int, columns: int, halves: int) -> RowPlan:
-    """The plan of the sum of [rows, halves, columns] over rows."""
-    at_once = min(SUM_ROWS, power_of_two(rows))
-    lanes = min(SUM_TILE // at_once, 1024, power_of_two(columns))
+def column_sums(rows: int, columns: int, halves: int, sms: int = 132) -> RowPlan:
+    """The plan of the sum of [rows, halves, columns] over rows. Each program adds up all rows of a strip of
+    columns, narrow enough that there are as many programs as SMs."""
+    lanes = min(SUM_TILE // min(SUM_ROWS, power_of_two(rows)), 1024, power_of_two(columns))
+    while lanes > SUM_LANES and halves * ceil_div(columns, lanes) < sms:
+        lanes //= 2
+    at_once = min(SUM_TILE // lanes, power_of_two(rows))
+    while at_once * halves * columns >= INT32 and at_once > 1:
+        at_once //= 2
     blocks = ceil_div(columns, lanes)
     if max(rows + at_once, 2 * columns + lanes) >= INT32:
         raise TooLarge(f"{rows} partial sums of {columns} columns are too many for 32-bit offsets")

@@ -126,3 +126,82 @@ def test_rows_too_large_for_32_bits() -> None:
             row_plan.forward(size)
     assert row_plan.forward(row_plan.Rows(2**24, 4096, 2, True, 132))[0] == "one_pass"
     assert row_plan.gradients(row_plan.Rows(2**24, 4096, 2, True, 132)) is not None
+
+
+# of bf16: from less than a warp's width up to what only 16 warps hold
+WIDTHS = [1, 7, 64, 100, 256, 385, 512, 640, 768, 1000, 1001, 1024, 1280, 2048, 4096, 8192, 12288]
+
+
+@pytest.mark.parametrize("rows", [1, 3, 64, 4096, 65536])
+@pytest.mark.parametrize("width", WIDTHS)
+def test_partial_rows_of_a_backward(rows: int, width: int) -> None:
+    """A program leaves a row of sums for each set of warps that share a row, not one for each of its rows.
+    All of them together are small beside x and dy, if there are enough rows."""
+    size = row_plan.Rows(rows, width, 2, True, SMS)
+    planned = row_plan.gradients(size)
+    assert planned is not None
+    tile, geometry = planned.tile, planned.geometry
+    assert tile.lanes * tile.parts >= width
+    assert geometry.programs <= geometry.groups
+    assert (geometry.groups - 1) * tile.unroll * tile.rows < rows
+    assert tile.rows % tile.partial_rows == 0
+    assert tile.partial_rows <= planned.warps
+    assert planned.partials == planned.programs * tile.partial_rows
+    if rows * width >= 2**25 and width >= 256:
+        assert planned.partials * 2 * width * 4 <= 0.15 * 3 * rows * width * 2
+
+
+@pytest.mark.parametrize(
+    ("width", "lanes"), [(256, 256), (512, 512), (768, 1024), (1024, 1024), (1536, 1024), (4096, 1024)]
+)
+def test_warps_share_rows_in_the_backward(width: int, lanes: int) -> None:
+    """As many as leave at most a quarter of the lanes idle: each has fewer columns to sum then."""
+    planned = row_plan.gradients(row_plan.Rows(16384, width, 2, True, SMS))
+    assert planned is not None
+    assert planned.tile.lanes == lanes
+    assert planned.tile.partial_rows == max(1, 1024 // lanes)
+
+
+@pytest.mark.parametrize("width", [30000, 40000, 40001, 10**6])
+@pytest.mark.parametrize("rows", [1, 16, 64, 5000])
+def test_columns_of_long_rows(rows: int, width: int) -> None:
+    """No warp sums columns of another, and each stores its own share of a row."""
+    size = row_plan.Rows(rows, width, 2, True, SMS)
+    planned = row_plan.column_gradients(size)
+    tile, geometry = planned.tile, planned.geometry
+    assert (geometry.blocks - 1) * tile.lanes < width <= geometry.blocks * tile.lanes
+    assert tile.partial_rows == 1
+    assert planned.partials == geometry.programs
+    assert tile.shares == (tile.lanes // size.line if size.vectors else 1)
+    assert row_plan.wide_gradients(size).geometry.blocks == planned.shares == geometry.blocks * tile.shares
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "halves"),
+    [(342, 768, 2), (342, 1024, 2), (1368, 768, 1), (396, 4096, 2), (8, 40000, 2)],
+)
+def test_sums_of_partial_rows_fill_the_gpu(rows: int, columns: int, halves: int) -> None:
+    planned = row_plan.column_sums(rows, columns, halves, SMS)
+    tile = planned.tile
+    assert planned.programs >= min(SMS, halves * columns // 8)
+    assert tile.lanes * 4 >= 32  # whole sectors
+    assert (planned.geometry.blocks - 1) * tile.lanes < columns <= planned.geometry.blocks * tile.lanes
+
+
+def test_sums_of_partial_rows_stay_within_32_bits() -> None:
+    """An offset within a step of the sum's loop has 32 bits."""
+    planned = row_plan.column_sums(64, 2**28, 2, SMS)
+    assert planned.tile.rows * 2 * 2**28 < 2**31
+    with pytest.raises(plan.TooLarge):
+        row_plan.column_sums(4, 2**30, 2, SMS)
+
+
+def test_warps_of_a_forward_grow_with_the_width() -> None:
+    """A warp has a short row for itself, and needs no other; of a long one a thread holds 4 vectors, as long
+    as several programs fit on an SM."""
+    warps = {}
+    for width in (256, 768, 1024, 4096, 8192, 16384, 28672):
+        kind, planned = row_plan.forward(row_plan.Rows(16384, width, 2, True, SMS))
+        assert kind == "one_pass"
+        warps[width] = planned.warps // planned.tile.rows if planned.tile.rows < planned.warps else 1
+    assert warps == {256: 1, 768: 1, 1024: 1, 4096: 4, 8192: 8, 16384: 8, 28672: 16}
