@@ -93,8 +93,7 @@ def one_pass(
     the backward reads of a residual, "residual", "mask" or ""."""
     if x.channels_last and x.s > 1:
         return None
-    # dy times any other slope is kept in full precision, which takes more registers than there are [sass]
-    if inputs > 1 and activation != "none" and (activation not in ("relu", "relu6") or kept == "residual"):
+    if inputs > 1 and kept == "residual":
         return None
     plan = plan_one_pass(x.n, groups, x.c // groups, x.s, x.itemsize, x.aligned, inputs)
     # a vector's bits of relu's mask are one byte
