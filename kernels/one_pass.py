@@ -23,15 +23,15 @@ THREADS = tl.constexpr(128)  # of the smallest program: see group_plan.py
 @triton.jit
 def vectors(first, K: tl.constexpr, g, T: tl.constexpr):
     """Tile K of the groups from `first` on: element offsets from the first group's start, [rows, vec], their
-    mask, [rows, 1], and each row's channel in its sample, [rows, 1]."""
+    mask, [rows, 1], each row's channel in its sample, [rows, 1], and whether there is one, [rows, 1]."""
     row = tl.arange(0, T.rows)[:, None]
     channel = (row // T.span) % T.channels + (K // T.pieces) * T.channels
     group = row // (T.span * T.channels)
     vector = row % T.span + (K % T.pieces) * T.span
-    mask = (channel < g.group_size) & (vector < g.inner_v) & (first + group < g.groups)
+    exists = (channel < g.group_size) & (first + group < g.groups)
     start = ((group * g.group_size + channel) * g.inner_v + vector) * T.vec
     offs_c = (first + group) % g.groups_per_sample * g.group_size + channel
-    return start + tl.arange(0, T.vec)[None, :], mask, offs_c
+    return start + tl.arange(0, T.vec)[None, :], exists & (vector < g.inner_v), offs_c, exists
 
 
 @triton.jit
@@ -68,10 +68,10 @@ def groups_of(first, g, T: tl.constexpr):
 
 
 @triton.jit
-def affine_of(offs_c, mask, mean, rstd, weight_ptr, bias_ptr, T: tl.constexpr, ACC: tl.constexpr):
+def affine_of(offs_c, exists, mean, rstd, weight_ptr, bias_ptr, T: tl.constexpr, ACC: tl.constexpr):
     """The Affine of each row of a tile, from its channels and its groups' mean and rstd."""
-    scale = load_or(weight_ptr, offs_c, mask, 1.0, ACC) * by_row(rstd, T)
-    return Affine(by_row(mean, T), scale, load_or(bias_ptr, offs_c, mask, 0.0, ACC))
+    scale = load_or(weight_ptr, offs_c, exists, 1.0, ACC) * by_row(rstd, T)
+    return Affine(by_row(mean, T), scale, load_or(bias_ptr, offs_c, exists, 0.0, ACC))
 
 
 @triton.jit
@@ -97,7 +97,7 @@ def group_norm_kernel(
     base = tl.cast(first, tl.int64) * group_size * (tl.cast(inner_v, tl.int64) * T.vec)
     tiles = ()
     for k in tl.static_range(TILES):
-        offs, mask, _ = vectors(first, k, g, T)
+        offs, mask, _, _ = vectors(first, k, g, T)
         tiles = tiles + (read(x_ptr + base + offs, mask),)
     # each thread adds up its own rows first: see the module's docstring
     total = tl.full((T.rows,), 0.0, ACC)
@@ -108,7 +108,7 @@ def group_norm_kernel(
     moved = tl.full((T.rows,), 0.0, ACC)
     squares = tl.full((T.rows,), 0.0, ACC)
     for k in tl.static_range(TILES):
-        _, mask, _ = vectors(first, k, g, T)
+        _, mask, _, _ = vectors(first, k, g, T)
         distance = tl.where(mask, tiles[k].to(ACC) - by_row(mean, T), 0.0)
         moved += tl.sum(distance, 1)
         squares += tl.sum(product_in_tile(distance, distance, T.vec, THREADS), 1)
@@ -120,8 +120,8 @@ def group_norm_kernel(
     rstd = group_rstd(variance, as_scalar(eps, ACC), ACC)
     store_rows(stats_ptr, groups_of(first, g, T), groups, mean, rstd)
     for k in tl.static_range(TILES):
-        offs, mask, offs_c = vectors(first, k, g, T)
-        affine = affine_of(offs_c, mask, mean, rstd, weight_ptr, bias_ptr, T, ACC)
+        offs, mask, offs_c, exists = vectors(first, k, g, T)
+        affine = affine_of(offs_c, exists, mean, rstd, weight_ptr, bias_ptr, T, ACC)
         y = affine.scale * (tiles[k].to(ACC) - affine.mean) + affine.shift
         if residual_ptr is not None:
             y += read(residual_ptr + base + offs, mask).to(ACC)
@@ -180,7 +180,7 @@ def group_norm_gradients_kernel(
     xs = ()
     dys = ()
     for k in tl.static_range(TILES):
-        offs, mask, _ = vectors(first, k, g, T)
+        offs, mask, _, _ = vectors(first, k, g, T)
         dys = dys + (read(dy_ptr + base + offs, mask),)
         xs = xs + (read(x_ptr + base + offs, mask),)
     mine = groups_of(first, g, T)
@@ -192,13 +192,13 @@ def group_norm_gradients_kernel(
     masked = ()
     to_sums = ()
     for k in tl.static_range(TILES):
-        offs, mask, offs_c = vectors(first, k, g, T)
+        offs, mask, offs_c, exists = vectors(first, k, g, T)
         grad = dys[k]  # 0 where the mask is not set
         if relu_mask_ptr is not None:
             relu_mask = tl.load(relu_mask_ptr + base // 8 + byte_of(offs), mask=mask, other=0)
             grad = tl.where(unpack(relu_mask), grad, 0.0)
         elif SLOPED:
-            affine = affine_of(offs_c, mask, mean, rstd, weight_ptr, bias_ptr, T, ACC)
+            affine = affine_of(offs_c, exists, mean, rstd, weight_ptr, bias_ptr, T, ACC)
             grad = before_activation(grad, xs[k], affine, None, offs, mask, ACT, ACC)
         if CLIPPED:
             masked = masked + (grad.to(dy_ptr.dtype.element_ty),)
@@ -209,18 +209,19 @@ def group_norm_gradients_kernel(
         channel_dy += tl.sum(grad, 1)
         channel_dy_xmu += tl.sum(product_in_tile(grad, distance, T.vec, THREADS), 1)
         if k % T.pieces == T.pieces - 1:
-            weight = tl.reshape(load_or(weight_ptr, offs_c, mask, 1.0, ACC), (T.rows,))
+            weight = tl.reshape(load_or(weight_ptr, offs_c, exists, 1.0, ACC), (T.rows,))
             sum_wdy += product(weight, channel_dy)
             sum_wdy_xmu += product(weight, channel_dy_xmu)
-            to_sums = to_sums + (channel_dy_xmu * tl.reshape(by_row(rstd, T), (T.rows,)), channel_dy)
+            of_weight = product(tl.reshape(by_row(rstd, T), (T.rows,)), channel_dy_xmu)
+            to_sums = to_sums + (of_weight, channel_dy)
             channel_dy = tl.full((T.rows,), 0.0, ACC)
             channel_dy_xmu = tl.full((T.rows,), 0.0, ACC)
     count = as_scalar(1.0, ACC) * group_size * inner_v * T.vec
     sums = GradientSums(*sum_two_rows(sum_wdy, sum_wdy_xmu, T.groups))
     c_xmu, c_one = group_norm_dx_coeffs(rstd, sums, count)
     for k in tl.static_range(TILES):
-        offs, mask, offs_c = vectors(first, k, g, T)
-        affine = affine_of(offs_c, mask, mean, rstd, weight_ptr, bias_ptr if SLOPED else None, T, ACC)
+        offs, mask, offs_c, exists = vectors(first, k, g, T)
+        affine = affine_of(offs_c, exists, mean, rstd, weight_ptr, bias_ptr if SLOPED else None, T, ACC)
         if CLIPPED:
             grad = masked[k].to(ACC)
         elif SLOPED:
