@@ -17,13 +17,13 @@ from .views import VECTOR_BYTES, ceil_div, floor_power_of_two, power_of_two
 
 # By the number of inputs: the tiles of each that a program can hold without spills, in 128 registers a
 # thread [sass, all Tritons]. With 16 warps that is 80 KB of x, or 40 KB each of x and dy. Slopes of smooth
-# activations need registers of their own, as fp64 does; silu's, the cheapest, fits all the same.
+# activations need registers of their own, as fp64 does.
 ONE_PASS_TILES = {1: 10, 2: 5}
 ONE_PASS_TILES_OF_SMOOTH = 4
 
 
 def _most_tiles(inputs: int, itemsize: int, activation: str) -> int:
-    smooth = activation not in ("none", "silu") and ACTIVATIONS[activation].cost == SMOOTH
+    smooth = activation != "none" and ACTIVATIONS[activation].cost == SMOOTH
     return ONE_PASS_TILES_OF_SMOOTH if inputs > 1 and (smooth or itemsize == 8) else ONE_PASS_TILES[inputs]
 
 

@@ -22,7 +22,7 @@ BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.flo
 # 10 channels a group, which is no power of two, of planes of vectors and of odd ones; a channel in pieces;
 # several groups a program; 3 sets of channels of a group, the last of them not full
 SHAPES = [
-    ((2, 320, 4, 4), 32), ((2, 20, 5, 3), 2), ((1, 4, 44, 44), 2), ((5, 24, 2, 4), 8), ((1, 18, 16, 8), 1),
+    ((2, 320, 4, 4), 32), ((2, 20, 5, 3), 2), ((1, 4, 44, 44), 2), ((5, 24, 2, 4), 8), ((1, 12, 16, 8), 1),
 ]  # fmt: skip
 Results = list[Tensor]
 
@@ -100,15 +100,9 @@ def test_shapes_take_every_way() -> None:
 
 
 def test_smooth_slopes_take_registers() -> None:
-    """Groups of 40 KB: dy and x fit beside the slope of silu, and of what is linear piece by piece."""
+    """Groups of 40 KB: dy and x fit beside a slope that is linear piece by piece."""
     group = (20, 32 * 32)
-    for activation, fits in (
-        ("none", True),
-        ("relu", True),
-        ("silu", True),
-        ("gelu", False),
-        ("mish", False),
-    ):
+    for activation, fits in (("none", True), ("relu", True), ("silu", False), ("gelu", False)):
         plan = plan_one_pass(2, 32, *group, 2, True, 2, activation)
         assert (plan is not None) is fits, activation
     smaller = plan_one_pass(2, 32, 16, 32 * 32, 2, True, 2, "gelu")
