@@ -10,16 +10,21 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any, ClassVar
 
-from .epilogue import NO_EPILOGUE_PLAN, EpiloguePlan
+from .epilogue import ACTIVATIONS, NO_EPILOGUE_PLAN, SMOOTH, EpiloguePlan
 from .plan import INT32, WARP, PassPlan, StepPlan, plan_elementwise, plan_reduction
 from .records import GroupGeometry, OnePassTile, Problem
 from .views import VECTOR_BYTES, ceil_div, floor_power_of_two, power_of_two
 
 # By the number of inputs: the tiles of each that a program can hold without spills, in 128 registers a
-# thread [sass, all Tritons]. With 16 warps that is 64 KB of x (80 KB where a tile is one channel), or 32 KB
-# each of x and dy.
-ONE_PASS_TILES = {1: 8, 2: 4}
-ONE_PASS_TILES_OF_ONE_CHANNEL = {1: 10, 2: 4}
+# thread [sass, all Tritons]. With 16 warps that is 80 KB of x, or 40 KB each of x and dy. Slopes of smooth
+# activations need registers of their own, as fp64 does.
+ONE_PASS_TILES = {1: 10, 2: 5}
+ONE_PASS_TILES_OF_SMOOTH = 4
+
+
+def _most_tiles(inputs: int, itemsize: int, activation: str) -> int:
+    smooth = activation != "none" and ACTIVATIONS[activation].cost == SMOOTH
+    return ONE_PASS_TILES_OF_SMOOTH if inputs > 1 and (smooth or itemsize == 8) else ONE_PASS_TILES[inputs]
 
 
 @dataclass(frozen=True)
@@ -48,8 +53,9 @@ class OnePassPlan:
 
 @lru_cache(maxsize=4096)
 def plan_one_pass(
-    samples: int, groups: int, group_size: int, inner: int, itemsize: int, aligned: bool, inputs: int
-) -> OnePassPlan | None:
+    samples: int, groups: int, group_size: int, inner: int, itemsize: int, aligned: bool, inputs: int,
+    activation: str = "none",
+) -> OnePassPlan | None:  # fmt: skip
     """The plan for `samples` times `groups` contiguous groups of group_size channels of `inner` positions, of
     `inputs` tensors each. None: a group is too large, or would leave too much of its tiles empty."""
     vec = VECTOR_BYTES // itemsize if aligned else 1
@@ -59,6 +65,9 @@ def plan_one_pass(
     if all_groups * group_size * 2 >= INT32:
         return None
     load_bytes = max(4, vec * itemsize)  # bytes of registers that a load takes
+    most = _most_tiles(inputs, itemsize, activation)
+    if load_bytes < VECTOR_BYTES:  # more addresses for the same bytes
+        most = most * 3 // 4 * VECTOR_BYTES // load_bytes
     for warps in (4, 8, 16):
         threads = warps * WARP
         padded = power_of_two(span)
@@ -73,10 +82,6 @@ def plan_one_pass(
             per_program = 1
             if tiles == 1:
                 per_program = min(max(1, threads // (channels * padded)), power_of_two(all_groups))
-        one_channel = channels == per_program == 1
-        most = (ONE_PASS_TILES_OF_ONE_CHANNEL if one_channel else ONE_PASS_TILES)[inputs]
-        if load_bytes < VECTOR_BYTES:  # more addresses for the same bytes
-            most = most * 3 // 4 * VECTOR_BYTES // load_bytes
         if tiles <= most:
             needed = max(1, per_program * channels * width // WARP)
             tile = OnePassTile(vec, per_program, channels, width, pieces, tiles)
@@ -90,13 +95,13 @@ def one_pass(
 ) -> OnePassPlan | None:
     """The plan of one launch which reads each of `inputs` tensors once (1: forward, 2: backward). None: a
     group does not fit in a program's registers, or is not one run of memory, and is read twice. kept: what
-    the backward reads of a residual, "residual", "mask" or ""."""
+    the backward reads of a residual, "residual", "mask" or ""; a program has no registers for a third
+    tensor."""
     if x.channels_last and x.s > 1:
         return None
-    # dy times any other slope is kept in full precision, which takes more registers than there are [sass]
-    if inputs > 1 and activation != "none" and (activation not in ("relu", "relu6") or kept == "residual"):
+    if inputs > 1 and kept == "residual":
         return None
-    plan = plan_one_pass(x.n, groups, x.c // groups, x.s, x.itemsize, x.aligned, inputs)
+    plan = plan_one_pass(x.n, groups, x.c // groups, x.s, x.itemsize, x.aligned, inputs, activation)
     # a vector's bits of relu's mask are one byte
     return None if plan is not None and kept == "mask" and plan.tile.vec != 8 else plan
 

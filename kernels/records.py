@@ -111,6 +111,11 @@ class OnePassTile:
     def rows(self) -> int:
         return self.groups * self.channels * self.span
 
+    @property
+    def power_of_sums(self) -> int:
+        """2 to the power of this are two sums of each set of channels, and what is missing to a power."""
+        return (2 * self.tiles // self.pieces - 1).bit_length()
+
 
 class RowGeometry(NamedTuple):
     """Rows that are normalized each by itself. A kernel takes the sizes that it needs."""

@@ -280,8 +280,8 @@ def test_the_copy_that_bandwidth_is_measured_by() -> None:
 
 
 def test_which_groups_are_held() -> None:
-    """Forward, groups of up to 64 KB are read once; backward, x and dy of up to 32 KB each."""
-    for positions, (kilobytes, inputs) in itertools.product((64, 256, 1024, 4096), ((64, 1), (32, 2))):
+    """Forward, groups of up to 80 KB are read once; backward, x and dy of up to 40 KB each."""
+    for positions, (kilobytes, inputs) in itertools.product((64, 256, 1024, 4096), ((80, 1), (40, 2))):
         group = kilobytes * 1024 // 2 // positions
         assert group_plan.plan_one_pass(2, 4, group, positions, 2, True, inputs) is not None
         assert group_plan.plan_one_pass(2, 4, 4 * group, positions, 2, True, inputs) is None
