@@ -169,7 +169,7 @@ def merge_moments(sample_ptr, counts_ptr, c, g, T: tl.constexpr, ACC: tl.constex
             pivot, shift, m2 = load_channels(theirs_ptr, mask, g)
             count = load_shared(counts_ptr + offs_s * g.blocks, offs_s < g.splits)
             count = tl.broadcast_to(count, (T.partials_per_iter, T.channels))
-            theirs = theirs + ((count, pivot, shift, m2),)  # Triton 3.6 forgets the names of records in tuples
+            theirs = theirs + ((count, pivot, shift, m2),)  # in tuples, Triton 3.6 forgets records' names
         for k in tl.static_range(AHEAD):
             found = merge(found, Moments(theirs[k][0], theirs[k][1], theirs[k][2], theirs[k][3]))
     return merge_along(found, 0)
