@@ -37,8 +37,8 @@ ISSUED = 4 * 1755  # instructions of warps that an SM issues in a microsecond
 # 128 registers a thread, and 16 warps an SM: as many as there are registers for.
 WARPS = (8, 4, 2, 1, 16)
 # Loads that a thread has in flight; fewer where a program that keeps its tile has much to do with it: adds a
-# residual, computes a smooth activation, gathers the lanes of more than two channels, or has a channel in
-# each lane [sass].
+# residual, computes a smooth activation, or compares or gathers the lanes of several channels. With a channel
+# in each lane there are no registers to keep a tile [sass].
 LOADS, FEW_LOADS = 8, 4
 CHANNELS = (1, 2, 4, 8)  # of a contiguous program, at most
 ROW_BYTES = (128, 64, 32)  # of the channels of a channels_last program: whole sectors
@@ -79,7 +79,7 @@ class WholePlan(PassPlan):
     handed: ClassVar[int] = 0  # to other programs
 
 
-def _views(x: Problem, warps: int) -> Iterator[tuple[View, int]]:
+def _views(x: Problem, p: Pass, warps: int) -> Iterator[tuple[View, int]]:
     """Those whose blocks are whole channels, with the loads that a thread may have in flight."""
     vector = VECTOR_BYTES // x.itemsize
     if x.channels_last:
@@ -93,18 +93,19 @@ def _views(x: Problem, warps: int) -> Iterator[tuple[View, int]]:
         for channels in CHANNELS:
             # more than that would be reduced in several steps
             if channels == 1 or (channels <= x.c and channels * power_of_two(x.s) <= 4 * warps * WARP):
-                loads = LOADS if channels <= 2 else FEW_LOADS
+                loads = LOADS if channels * p.inputs <= 2 else FEW_LOADS
                 yield nchw_whole_view(x.n, x.c, x.s, channels), loads
 
 
 def _plans(x: Problem, p: Pass) -> Iterator[WholePlan]:
     for most in WARPS:
-        for view, loads in _views(x, most):
+        for view, loads in _views(x, p, most):
             if p.packed and (view.width % 8 or view.pitch % 8):
                 continue
             program = Program(most, 16 // most, 128, FEW_LOADS if p.heavy else loads)
             tile, warps, registers, per_sm, tiles = fitted(x, view, program, p.first, True)
-            tile = replace(reducing(tile, view, warps, registers, 1, 1), held=tiles == 1)
+            held = tiles == 1 and not x.channels_last
+            tile = replace(reducing(tile, view, warps, registers, 1, 1), held=held)
             yield WholePlan(
                 view, tile, warps, registers, tiles, 1, p.first, x.itemsize, per_sm=per_sm
             )  # fmt: skip
