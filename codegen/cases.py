@@ -104,12 +104,16 @@ CASES = (
     *layers("BatchNorm", (256, 1024, 14, 14), after=["", "z + relu"], last=BOTH),
     *layers("BatchNorm", (64, 512, 7, 7), after=["relu"], last=BOTH),
     *layers("BatchNorm", (4, 64, 56, 56), after=["relu"], last=BOTH),
+    # whole channels in one launch: kept in registers, read again from the caches, with their lanes gathered
+    *layers("BatchNorm", (32, 1024, 14, 14), after=["relu", "z + relu", "silu"]),
+    *layers("BatchNorm", (32, 512, 28, 28), after=["relu"]),
+    *layers("BatchNorm", (4, 512, 7, 7), after=["relu"], last=LAST),
     *layers("BatchNorm", (256, 256, 56, 56), dtypes=[FP32], last=BOTH),
     *layers("BatchNorm", (256, 256, 56, 56), last=BOTH, training=False),
     *layers("BatchNorm", (256, 256, 56, 56), after=["z + relu"], last=LAST, training=False),
-    *layers("BatchRenorm", (64, 256, 14, 14), last=LAST),
+    *layers("BatchRenorm", (64, 256, 14, 14), last=BOTH),
     # diffusion networks: groups that a program holds in both directions, forward only, in neither; volumes
-    *layers("GroupNorm", (16, 1280, 16, 16), after=["", "relu"], groups=32),
+    *layers("GroupNorm", (16, 1280, 16, 16), after=["", "relu", "silu"], groups=32),
     *layers("GroupNorm", (16, 320, 64, 64), last=(False, True), groups=32),
     *layers("GroupNorm", (16, 640, 64, 64), groups=32),
     *layers("InstanceNorm", (2, 32, 128, 128, 128), (2, 320, 8, 8, 8)),
