@@ -41,7 +41,7 @@ WARPS = (8, 4, 2, 1, 16)
 # in each lane there are no registers to keep a tile [sass].
 LOADS, FEW_LOADS = 8, 4
 CHANNELS = (1, 2, 4, 8)  # of a contiguous program, at most
-ROW_BYTES = (128, 64, 32)  # of the channels of a channels_last program: whole sectors
+ROW_BYTES = (64, 32)  # of the channels of a channels_last program: whole sectors, few enough to finalize
 
 
 class Pass(NamedTuple):
@@ -132,7 +132,7 @@ def _one_launch(plan: WholePlan, x: Problem, p: Pass) -> float:
     rate = SM_RATE * min(1, tile.lanes * x.itemsize / 64) if x.channels_last else SM_RATE
     of_thread = plan.tiles * tile.tile_rows * tile.lanes / (plan.warps * WARP)
     loads = VECTOR_BYTES // (tile.vec * x.itemsize)
-    instructions = of_thread * (p.inputs * (9 + 4 * loads) + p.heavy * 12) + 150 * min(tile.channels, 3)
+    instructions = of_thread * (10 * p.inputs + 3.5 * loads + 12 * p.heavy) + 150 * min(tile.channels, 3)
     issuing = of_sm * plan.warps * instructions / ISSUED
     return max(streaming + fold, waiting, of_sm * of_block / rate + fold, issuing)
 

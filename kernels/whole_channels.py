@@ -61,8 +61,12 @@ def batch_norm_kernel(
     block = tl.program_id(0)
     offs_k = tl.arange(0, T.channels)
     mine = channels_of_block(block, offs_k, channels_per_block(g, T), g)
-    ws = Workspace(0, None, None, stats_ptr, NORM.load_forward(mine, params, ACC))
+    if T.mode != "nhwc":  # whose lanes are channels, too many to keep so much of each meanwhile [sass]
+        loaded = NORM.load_forward(mine, params, ACC)
     sums, raw = sums_by_lane(x_ptr, block, 0, g, T, ACC)
+    if T.mode == "nhwc":
+        loaded = NORM.load_forward(mine, params, ACC)
+    ws = Workspace(0, None, None, stats_ptr, loaded)
     m = moments_of_channels(sums, offs_k, mine, g, T)
     NORM.finalize_forward(mine, m, ws, params, options, g, T, NORM, ACC)
     tl.debug_barrier()  # what is stored of a channel, all threads with its lanes may load
