@@ -201,10 +201,10 @@ def workspace(
     """The memory that programs of one launch share: room for `partials` values of acc_like's dtype, on its
     device, and `blocks` int32 semaphores, which are 0, and which kernels leave at 0.
 
-    Launches on one stream do not overlap, so one workspace serves them all, whichever host thread they come
-    from. A captured graph may be replayed on any stream, beside anything: it gets a workspace of its own, set
-    to 0 in the graph. So does a caller that asks for a private one, and one whose workspace is too large to
-    keep."""
+    Launches with counters do not overlap on one stream, so one workspace serves them all, whichever host
+    thread they come from. A captured graph may be replayed on any stream, beside anything: it gets a
+    workspace of its own, set to 0 in the graph. So does a caller that asks for a private one, and one whose
+    workspace is too large to keep."""
     # in the interpreter, a program that fails would leave counts in a kept workspace
     if private or partials > KEPT or INTERPRET or is_capturing():
         return acc_like.new_empty(partials), torch.zeros(blocks, dtype=torch.int32, device=acc_like.device)
