@@ -15,7 +15,17 @@ from benchmarks.suites import LAYOUTS, SUITES
 DEFAULT = "first-look"
 # Named here and not asked of their modules, which need torch.
 DTYPES = ("bf16", "fp16", "fp32")
-PARTS = ("correctness", "machine", "resnet50", "groupnorm", "step", "compiled", "cudnn-frontend", "tiles")
+PARTS = (
+    "correctness",
+    "machine",
+    "resnet50",
+    "groupnorm",
+    "step",
+    "overlap",
+    "compiled",
+    "cudnn-frontend",
+    "tiles",
+)
 PEERS = ("resnet50", "groupnorm", "layernorm", "small")
 BASELINES = ("torch", "native", "cudnn-op", "cudnn-frontend", "compile", "compile-max")
 

@@ -25,7 +25,7 @@ from benchmarks.baselines import lacks
 from benchmarks.cases import of_network
 from benchmarks.layers import Run
 from benchmarks.machine import copies
-from benchmarks.records import CANNOT, MEASURED, Record
+from benchmarks.records import CANNOT, MEASURED, PREDICTED, Record
 from benchmarks.session import Session, begin, paragraph, progress
 from benchmarks.suites import Network
 
@@ -44,6 +44,7 @@ TESTS = {
     "correctness-shapes": ("gpu/test_large", ""),
 }
 LATE = "out of time; "
+OVERLAPPING = "bnfast-pdl"
 Work = Callable[[Session, float], Iterable[Record]]
 
 
@@ -51,19 +52,22 @@ Work = Callable[[Session, float], Iterable[Record]]
 class Part:
     """seconds: its share, as large as the others' are; what it leaves goes to those after it. work: makes
     records, in a process of its own; without it TESTS are run, each in its own, and the part fails if the
-    one of its name does not end in time. package: without which it cannot run."""
+    one of its name does not end in time. package: without which it cannot run. variables: of the
+    environment, NAME=VALUE, of the process of `work`."""
 
     name: str
     seconds: float
     work: Work | None = None
     package: str = ""
+    variables: tuple[str, ...] = ()
 
     def commands(self, session: Session) -> dict[str, list[str]]:
         """By the names of their processes."""
         folder = session.folder.absolute()
         if self.work:
             given = [self.name, str(folder), str(session.device)]
-            return {self.name: [sys.executable, "-m", "benchmarks.battery", *given]}
+            python = [*(("env", *self.variables) if self.variables else ()), sys.executable]
+            return {self.name: [*python, "-m", "benchmarks.battery", *given]}
         commands = {}
         for name, (files, selected) in TESTS.items():
             options = ["-v", "--tb=short", "-m", "gpu", "--maxfail=50", f"--junitxml={folder / name}.xml"]
@@ -90,6 +94,21 @@ def of_suite(
     return work
 
 
+def overlapping(work: Work) -> Work:
+    """What is measured in a process in which the launches of a call overlap (BNFAST_PDL=1), under another
+    name, so that tables have it beside what another process has measured of the same cases."""
+
+    def renamed(session: Session, seconds: float) -> Iterator[Record]:
+        if session.device.type != "cuda" or torch.cuda.get_device_capability(session.device) < (9, 0):
+            yield Record("probe", CANNOT, variant=OVERLAPPING, note="needs compute capability 9.0")
+            return
+        for record in work(session, seconds):
+            if record.status != PREDICTED:
+                yield dataclasses.replace(record, variant=OVERLAPPING)
+
+    return renamed
+
+
 def steps(session: Session, seconds: float) -> Iterator[Record]:
     return step.measure_steps(step.Task(session.device), step.BATCHES, seconds, step.STAGES)
 
@@ -97,13 +116,20 @@ def steps(session: Session, seconds: float) -> Iterator[Record]:
 LAST, BOTH = suites.LAYOUTS[::-1], (torch.bfloat16, torch.float16)
 SHORT = measure.Method(rounds=7)
 COLD = measure.Method(rounds=7, caches=("cold",), graph=False)
+ALONE = measure.Method(rounds=7, caches=("cold",))
 RESNET, UNET = (suites.RESNET50, "resnet50"), (suites.SD15_UNET, "sd-unet")
 PARTS = (
     Part("correctness", 120),
     Part("machine", 25, lambda session, seconds: copies(session.device)),
-    Part("resnet50", 165, of_suite(*RESNET, LAST, BOTH, ("torch", "native", "cudnn-op"), SHORT)),
+    Part("resnet50", 150, of_suite(*RESNET, LAST, BOTH, ("torch", "native", "cudnn-op"), SHORT)),
     Part("groupnorm", 50, of_suite(*UNET, suites.LAYOUTS, BOTH[:1], ("torch",), SHORT)),
-    Part("step", 90, steps),
+    Part("step", 85, steps),
+    Part(
+        "overlap",
+        20,
+        overlapping(of_suite(*RESNET, LAST[:1], BOTH[:1], (), ALONE)),
+        variables=("BNFAST_PDL=1",),
+    ),  # fmt: skip
     Part("compiled", 50, of_suite(*RESNET, LAST[:1], BOTH[:1], ("compile", "compile-max"), COLD)),
     Part("cudnn-frontend", 15, of_suite(*RESNET, LAST[:1], BOTH, ("cudnn-frontend",), SHORT), cudnn.PACKAGE),
     Part("tiles", 25, lambda session, seconds: tile_sweep.sweep(session.device)),

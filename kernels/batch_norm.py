@@ -21,7 +21,7 @@ from .launch_plan import LaunchPlan, Signature, address, device_and_stream, laun
 from .layouts import dense, dense_like
 from .normalizers.batch_norm import BATCH_NORM, MOMENTS
 from .normalizers.batch_renorm import BATCH_RENORM
-from .records import BatchNormOptions, Buffers, Forward, Gradients, Wanted
+from .records import ALONE, FIRST, LAST, BatchNormOptions, Buffers, Forward, Gradients, Wanted
 from .reduce import gradient_sums_kernel, statistics_kernel
 from .whole_channels import batch_norm_gradients_kernel, batch_norm_kernel
 
@@ -57,11 +57,13 @@ def _train(
         return LaunchPlan(only, None, signature.acc_like, signature.columns, 0, int(counts))
     constants = {"NORM": BATCH_NORM, "CENTRED": True, "ACT": activation}
     transform = signature.elementwise(
-        transform_kernel, 1 + residual, _FORWARD, constants, without=_PARAMETERS
+        transform_kernel, 1 + residual, _FORWARD, constants, without=_PARAMETERS, overlap=LAST
     )
     # the first launch reads the counter, the second increments it
     without = () if counts else ("batches",)
-    return signature.reduction(statistics_kernel, 1, _FORWARD, {"NORM": norm}, transform, without=without)
+    return signature.reduction(
+        statistics_kernel, 1, _FORWARD, {"NORM": norm}, transform, without=without, overlap=FIRST
+    )
 
 
 def _moments(signature: Signature) -> LaunchPlan:
@@ -100,14 +102,17 @@ def _gradients(
     if training and need_dx:
         constants = {"NORM": BATCH_NORM, "ACT": IDENTITY if has_residual else activation}
         rename = {"dy": "dresidual"} if has_residual else {}
-        transform = signature.elementwise(gradient_transform_kernel, 2, _BACKWARD, constants, rename=rename)
+        transform = signature.elementwise(
+            gradient_transform_kernel, 2, _BACKWARD, constants, rename=rename, overlap=LAST
+        )
     without = [] if training and need_dx else ["dx_coeffs"]
     if training:
         without.append("dx")
     constants = {"NORM": norm, "ACT": activation}
     return signature.reduction(
-        gradient_sums_kernel, 2 + residual, _BACKWARD, constants, transform, without=without
-    )
+        gradient_sums_kernel, 2 + residual, _BACKWARD, constants, transform, without=without,
+        overlap=ALONE if transform is None else FIRST,
+    )  # fmt: skip
 
 
 def forward(

@@ -4,7 +4,7 @@ fixed, so that the same input gives the same bits."""
 import triton
 import triton.language as tl
 
-from .memory import store_as
+from .memory import await_launch_before, store_as
 
 SIZES = ["rows", "columns", "blocks"]
 # the caller's tensors, which need no alignment
@@ -15,7 +15,7 @@ RESULTS = ["first_ptr", "second_ptr"]
 def column_sums_kernel(
     partials_ptr, first_ptr, second_ptr,
     rows, columns, blocks,
-    T: tl.constexpr,
+    T: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """partials: [rows, 2, columns], whose halves are summed to first and second, [columns] each; [rows, 1,
     columns] if only one of these is given. A program sums `lanes` columns of one half, `rows` rows a step."""
@@ -28,6 +28,7 @@ def column_sums_kernel(
     pitch = HALVES * columns
     offs = row * pitch + half * columns + column[None, :]
     total = tl.full((T.rows, T.lanes), 0.0, partials_ptr.dtype.element_ty)
+    await_launch_before(PDL)
     for start in tl.range(0, rows, T.rows):
         theirs_ptr = partials_ptr + tl.cast(start, tl.int64) * pitch
         mask = (start + row < rows) & exists[None, :]

@@ -16,7 +16,7 @@ import triton.language as tl
 
 from .activations import Affine, activate, before_activation, pack
 from .geometry import by_lane, lanes_and_channels, place, start_of, tile
-from .memory import Channels, read, store_rows, write
+from .memory import Channels, await_launch_before, read, store_rows, write
 from .normalizers.batch_norm import from_running_statistics
 from .normalizers.common import Parameters
 from .records import Geometry
@@ -53,7 +53,7 @@ def transform_kernel(
     eps: tl.float64,
     rows, pitch_v, width_v, inner, channels, tiles, pieces, total_v, blocks, splits, group_size, groups,
     T: tl.constexpr, NORM: tl.constexpr, CENTRED: tl.constexpr,
-    ACT: tl.constexpr,
+    ACT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """NORM: the Normalizer that reads its coefficients from stats; None: the running statistics are used,
     as in eval, and stats, if given, receives the coefficients for a backward. not CENTRED: y = scale * x,
@@ -66,6 +66,7 @@ def transform_kernel(
     params = Parameters(weight_ptr, bias_ptr, running_mean_ptr, running_var_ptr, batches_ptr)
     block, split, sample = place(tl.program_id(0), g)
     c = lanes_and_channels(block, g, T)
+    await_launch_before(PDL)
     if NORM is None:
         mean, scale, shift, rstd = from_running_statistics(c, params, eps, ACC)
         if stats_ptr is not None:
@@ -95,7 +96,7 @@ def transform_kernel(
 def gradient_transform_kernel(
     dy_ptr, x_ptr, dx_ptr, stats_ptr, dx_coeffs_ptr, weight_ptr, bias_ptr,
     rows, pitch_v, width_v, inner, channels, tiles, pieces, total_v, blocks, splits, group_size, groups,
-    T: tl.constexpr, NORM: tl.constexpr, ACT: tl.constexpr,
+    T: tl.constexpr, NORM: tl.constexpr, ACT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """dx from the coefficients that gradient_sums_kernel has stored."""
     ACC: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
@@ -105,6 +106,7 @@ def gradient_transform_kernel(
     block, split, sample = place(tl.program_id(0), g)
     c = lanes_and_channels(block, g, T)
     params = Parameters(weight_ptr, bias_ptr, None, None, None)
+    await_launch_before(PDL)
     mean, scale, shift = NORM.coefficients(c, sample, stats_ptr, params, g, ACC)
     c_dy, c_xmu, c_one = NORM.dx_coefficients(c, sample, stats_ptr, dx_coeffs_ptr, params, g, ACC)
     mean, shift = by_lane(mean, T), by_lane(shift, T)

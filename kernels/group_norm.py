@@ -25,7 +25,7 @@ from .layouts import dense, dense_like
 from .normalizers.common import Normalizer
 from .normalizers.group_norm import CHANNELS, GROUPS
 from .one_pass import group_norm_gradients_kernel, group_norm_kernel
-from .records import Buffers, Forward, Gradients, GroupNormOptions, Wanted
+from .records import ALONE, FIRST, LAST, Buffers, Forward, Gradients, GroupNormOptions, Wanted
 from .reduce import gradient_sums_kernel, statistics_kernel
 
 _FORWARD = ("x", "weight", "bias", "y", "stats", "residual", "relu_mask", "partials", "semaphores", "none")
@@ -60,13 +60,14 @@ def _forward(
         only = Launch(group_norm_kernel, plan, _FORWARD, act, signature.aligned)
         return LaunchPlan(only, None, signature.acc_like, signature.columns)
     transform = signature.elementwise(
-        transform_kernel, 1 + residual, _FORWARD, {"NORM": NORMALIZERS[kind][1], "CENTRED": True, **act}
+        transform_kernel, 1 + residual, _FORWARD, {"NORM": NORMALIZERS[kind][1], "CENTRED": True, **act},
+        overlap=LAST,
     )  # fmt: skip
     by_group = not signature.x.channels_last
     constants = {"NORM": NORMALIZERS[kind][0] if by_group else _normalizer(signature, kind)}
     without = ("weight", "bias")
     return signature.reduction(
-        statistics_kernel, 1, _FORWARD, constants, transform, by_group, without=without
+        statistics_kernel, 1, _FORWARD, constants, transform, by_group, without=without, overlap=FIRST
     )
 
 
@@ -126,23 +127,31 @@ def _backward(
     if need_parameters:
         columns = row_plan.column_sums(signature.x.n, signature.x.c, 2)
         rename = {"first": "dweight", "second": "dbias", "partials": "sums"}
-        parameters = Launch(column_sums_kernel, columns, _BACKWARD, {}, signature.aligned, rename=rename)
+        parameters = Launch(
+            column_sums_kernel, columns, _BACKWARD, {}, signature.aligned, rename=rename, overlap=LAST
+        )
     without = [] if need_parameters else ["sums"]
     kept = "mask" if relu_mask else "residual" if residual else ""
     held = _one_pass(signature, kind, 2, activation.name, kept) if need_dx else None
     if held is not None:
         only = Launch(
-            group_norm_gradients_kernel, held, _BACKWARD, act, signature.aligned, without=without
+            group_norm_gradients_kernel, held, _BACKWARD, act, signature.aligned, without=without,
+            overlap=FIRST if need_parameters else ALONE,
         )  # fmt: skip
         return _Gradients(only, parameters, None, True, signature.acc_like)
     transform = None
     if need_dx:
         constants = {"NORM": _normalizer(signature, kind), "ACT": IDENTITY if has_residual else activation}
         rename = {"dy": "dresidual"} if has_residual else {}
-        transform = signature.elementwise(gradient_transform_kernel, 2, _BACKWARD, constants, rename=rename)
+        transform = signature.elementwise(
+            gradient_transform_kernel, 2, _BACKWARD, constants, rename=rename, overlap=LAST
+        )
     without += ["dx", "dweight", "dbias"] + ([] if need_dx else ["dx_coeffs"])
     constants = {"NORM": _normalizer(signature, kind), **act}
-    plan = signature.reduction(gradient_sums_kernel, 2 + residual, _BACKWARD, constants, without=without)
+    plan = signature.reduction(
+        gradient_sums_kernel, 2 + residual, _BACKWARD, constants, without=without,
+        overlap=FIRST if need_parameters or need_dx else ALONE,
+    )  # fmt: skip
     return _Gradients(
         plan.first, parameters, transform, False, signature.acc_like, plan.partials, plan.semaphores
     )

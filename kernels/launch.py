@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import inspect
+import os
 import threading
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from operator import itemgetter
@@ -20,10 +21,15 @@ import triton
 from torch import Tensor
 from triton.runtime import driver
 
+from .records import ALONE, Overlap
+
 INTERPRET: bool = triton.knobs.runtime.interpret
 # Products may be contracted into sums. Every launch says so, because Triton's default changes with versions
 # and environments, and a backward that recomputes relu's input must round as the forward did.
 FP_FUSION = True
+# Whether a launch that reads what the one before it leaves may start before that one has ended, on GPUs
+# that can (programmatic dependent launch): off until a GPU has confirmed it.
+OVERLAPS: bool = os.environ.get("BNFAST_PDL") == "1"
 _runtime = triton.knobs.runtime
 # Whether hooks may be set costs three truth values a launch: the functions in Triton's two chains, and what
 # has replaced a default, perhaps a chain. Triton changes each of these in place.
@@ -80,6 +86,14 @@ def hooked() -> bool:
     return any(hook is not None and getattr(hook, "calls", True) for hook in hooks)
 
 
+def _can_overlap() -> bool:
+    """Whether launches overlap: it was asked for, and the GPU is of compute capability 9.0 or higher."""
+    if INTERPRET or not OVERLAPS:
+        return False
+    target = driver.active.get_current_target()
+    return target.backend == "cuda" and target.arch >= 90
+
+
 class Planned(Protocol):
     """A plan as a launch sees it: PassPlan, OnePassPlan or RowPlan."""
 
@@ -104,8 +118,9 @@ class Launch:
 
     tensors: the names of what a call hands over; the last one, "none", is None. rename: what the kernel calls
     otherwise, {its name: the call's}. without: the names of tensors that the kernel is not given; nor is it
-    given what `tensors` does not name. bind_once: the caller promises that all later calls have the dtypes,
-    the Nones and the 16-byte alignment of the first."""
+    given what `tensors` does not name. overlap: with the launches of the same call, if OVERLAPS; none with
+    counters waits. bind_once: the caller promises that all later calls have the dtypes, the Nones and the
+    16-byte alignment of the first."""
 
     __slots__ = ("_bind_once", "_bound", "_grid", "_kernel", "_options", "_pick", "_tail")
 
@@ -119,9 +134,11 @@ class Launch:
         *,
         rename: Mapping[str, str] | None = None,
         without: Collection[str] = (),
+        overlap: Overlap = ALONE,
     ) -> None:
         self._kernel, self._grid, self._bind_once = kernel, plan.programs, bind_once
-        fixed = {**plan.geometry._asdict(), **constants, "T": plan.tile}
+        overlap = overlap if _can_overlap() else ALONE
+        fixed = {**plan.geometry._asdict(), **constants, "T": plan.tile, "PDL": overlap}
         pointers = [name.removesuffix("_ptr") for name in kernel.arg_names if name.endswith("_ptr")]
         given = [(rename or {}).get(name, name) for name in pointers]
         picks = [
@@ -132,6 +149,7 @@ class Launch:
         head = kernel.arg_names[: len(kernel.arg_names) - len(tail)]
         assert kernel.arg_names == [*head, *tail], f"{kernel.__name__}: scalars come before sizes"
         assert {*(rename or ()), *without} <= {*pointers}, f"{kernel.__name__} takes {pointers}"
+        assert not overlap.waits or ("PDL" in tail and "semaphores" not in given), f"{kernel.__name__} waits"
         self._pick = itemgetter(*picks)
         self._tail = tuple(fixed[name] for name in tail)
         self._options: dict[str, int] = {"enable_fp_fusion": FP_FUSION}
@@ -141,6 +159,8 @@ class Launch:
             self._options["num_warps"] = max(1, plan.warps * 32 // target.warp_size)
             if target.backend == "cuda":
                 self._options["maxnreg"] = plan.registers
+            if overlap.waits:
+                self._options["launch_pdl"] = True
         self._bound: Any = None  # what a direct launch needs, set in one go: other threads may be looking
 
     def __call__(
@@ -181,10 +201,10 @@ def workspace(
     """The memory that programs of one launch share: room for `partials` values of acc_like's dtype, on its
     device, and `blocks` int32 semaphores, which are 0, and which kernels leave at 0.
 
-    Launches on one stream do not overlap, so one workspace serves them all, whichever host thread they come
-    from. A captured graph may be replayed on any stream, beside anything: it gets a workspace of its own, set
-    to 0 in the graph. So does a caller that asks for a private one, and one whose workspace is too large to
-    keep."""
+    Launches with counters do not overlap on one stream, so one workspace serves them all, whichever host
+    thread they come from. A captured graph may be replayed on any stream, beside anything: it gets a
+    workspace of its own, set to 0 in the graph. So does a caller that asks for a private one, and one whose
+    workspace is too large to keep."""
     # in the interpreter, a program that fails would leave counts in a kept workspace
     if private or partials > KEPT or INTERPRET or is_capturing():
         return acc_like.new_empty(partials), torch.zeros(blocks, dtype=torch.int32, device=acc_like.device)

@@ -21,7 +21,7 @@ from .launch import Launch
 from .launch_plan import address, device_and_stream, launch_plan, multiprocessors
 from .layouts import accumulator, dense_like
 from .plan import VECTOR_BYTES
-from .records import Buffers, Forward, Gradients, LayerNormOptions, Wanted
+from .records import FIRST, LAST, MIDDLE, Buffers, Forward, Gradients, LayerNormOptions, Wanted
 from .row_gradients import (
     column_gradients_kernel,
     row_activation_kernel,
@@ -86,28 +86,39 @@ def _backward(
     if activation.name != "none":
         rename, plan = {"dy": "dresidual"}, row_plan.activation(size)
         launches.append(Launch(row_activation_kernel, plan, _BACKWARD, {"ACT": activation}, bound))
+    overlap = MIDDLE if launches else FIRST  # which may also be the last: its signal is to nobody then
     if rows is not None:
         partials = rows.partials
         launches.append(
-            Launch(row_gradients_kernel, rows, _BACKWARD, wanted, bound, rename=rename, without=without)
-        )
+            Launch(
+                row_gradients_kernel, rows, _BACKWARD, wanted, bound, rename=rename, without=without,
+                overlap=overlap,
+            )
+        )  # fmt: skip
     else:
         plan = row_plan.column_gradients(size)
         partials = plan.partials
         without = without if need_dx else (*without, "weight", "shares")
         launches.append(
-            Launch(column_gradients_kernel, plan, _BACKWARD, wanted, bound, rename=rename, without=without)
-        )
+            Launch(
+                column_gradients_kernel, plan, _BACKWARD, wanted, bound, rename=rename, without=without,
+                overlap=overlap,
+            )
+        )  # fmt: skip
         if need_dx:
             shares = plan.shares * 2 * size.rows
             wide = row_plan.wide_gradients(size)
-            launches.append(Launch(wide_gradients_kernel, wide, _BACKWARD, {}, bound, rename=rename))
+            launches.append(
+                Launch(wide_gradients_kernel, wide, _BACKWARD, {}, bound, rename=rename, overlap=LAST)
+            )
     if halves:
         sums = row_plan.column_sums(partials, size.width, halves, size.sms)
         rename = {"first": "dweight", "second": "dbias"}
         without = () if halves == 2 else ("second",) if weight else ("first",)
         launches.append(
-            Launch(column_sums_kernel, sums, _BACKWARD, {}, bound, rename=rename, without=without)
+            Launch(
+                column_sums_kernel, sums, _BACKWARD, {}, bound, rename=rename, without=without, overlap=LAST
+            )
         )
     partials *= halves * size.width
     return RowLaunchPlan(tuple(launches), signature.acc_like, size.rows, shares, partials)

@@ -79,3 +79,20 @@ def store_rows(ptr, c, pitch, first, second, third=None, fourth=None):
 def load_shared(ptrs, mask):
     """What other programs of this launch have stored. .cg: it must not come from L1."""
     return tl.load(ptrs, mask=mask, other=0.0, cache_modifier=".cg")
+
+
+@triton.jit
+def await_launch_before(PDL: tl.constexpr):
+    """Waits until all that the launch before has stored can be loaded, if this one did not wait to start.
+    Before it, a kernel loads only what that launch does not store, and stores nothing: the memory that it
+    stores to may have been freed by what that launch still reads."""
+    if PDL.waits:
+        tl.extra.cuda.gdc_wait()
+
+
+@triton.jit
+def let_next_launch_start(PDL: tl.constexpr):
+    """Lets the programs of the next launch start, once all of this one have come here or ended. What they
+    wait for is that this launch ends, so it may still store."""
+    if PDL.signals:
+        tl.extra.cuda.gdc_launch_dependents()

@@ -13,7 +13,16 @@ import triton
 import triton.language as tl
 
 from .activations import Affine, activate, before_activation, pack, unpack
-from .memory import Channels, as_scalar, load_or, load_row, read, store_rows, write
+from .memory import (
+    Channels,
+    as_scalar,
+    let_next_launch_start,
+    load_or,
+    load_row,
+    read,
+    store_rows,
+    write,
+)
 from .moments import not_negative, product, product_in_tile
 from .normalizers.common import GradientSums
 from .normalizers.group_norm import group_norm_dx_coeffs, group_rstd
@@ -167,7 +176,7 @@ def store_channel_sums(sums_ptr, values, first, g, T: tl.constexpr):
 def group_norm_gradients_kernel(
     dy_ptr, x_ptr, dx_ptr, stats_ptr, weight_ptr, sums_ptr, bias_ptr, relu_mask_ptr, dresidual_ptr,
     groups, group_size, inner_v, groups_per_sample,
-    T: tl.constexpr, ACT: tl.constexpr,
+    T: tl.constexpr, ACT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """sums, if given, receives what each sample adds to dgamma and dbeta, [samples, 2, channels]. The formula
     of dx is at group_norm_dx_coeffs. dy and x stay as they are loaded, and dy times the activation's slope is
@@ -186,6 +195,7 @@ def group_norm_gradients_kernel(
         offs, mask, _, _ = vectors(first, k, g, T)
         dys = dys + (read(dy_ptr + base + offs, mask),)
         xs = xs + (read(x_ptr + base + offs, mask),)
+    let_next_launch_start(PDL)
     mine = groups_of(first, g, T)
     mean, rstd = load_row(stats_ptr, 0, mine, groups), load_row(stats_ptr, 1, mine, groups)
     sum_wdy = tl.full((T.rows,), 0.0, ACC)

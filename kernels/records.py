@@ -152,6 +152,17 @@ class ColumnGeometry(NamedTuple):
     blocks: Any
 
 
+@dataclass(frozen=True)
+class Overlap:
+    """What a kernel does where launches of one call may overlap (see launch.OVERLAPS): it may start before
+    the launch ahead of it has ended, and then waits for it; it tells the next one when it may start."""
+
+    waits: bool = False
+    signals: bool = False
+
+
+ALONE, FIRST, MIDDLE, LAST = Overlap(), Overlap(signals=True), Overlap(True, True), Overlap(waits=True)
+
 # Makes a NamedTuple in half the time that calling its class takes: new(Wanted, (dx, weight, bias)).
 new: Any = tuple.__new__
 

@@ -26,7 +26,7 @@ from .geometry import (
     tile,
     values_per_channel,
 )
-from .memory import load_shared, store_rows, write
+from .memory import let_next_launch_start, load_shared, store_rows, write
 from .moments import (
     Moments,
     finite_or_zero,
@@ -182,7 +182,7 @@ def statistics_kernel(
     eps: tl.float64, momentum: tl.float64, r_max: tl.float64, d_max: tl.float64,
     warmup: tl.float64, r_steps: tl.float64, d_steps: tl.float64,
     rows, pitch_v, width_v, inner, channels, tiles, pieces, total_v, blocks, splits, group_size, groups,
-    T: tl.constexpr, NORM: tl.constexpr,
+    T: tl.constexpr, NORM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """partials, for each sample: pivot, shift and M2, [splits, 3, channels], then counts, [splits, blocks].
     NORM: the Normalizer, whose finalize_forward turns the moments into stats."""
@@ -194,6 +194,7 @@ def statistics_kernel(
     options = Options(eps, momentum, r_max, d_max, warmup, r_steps, d_steps)
     block, split, sample = place(tl.program_id(0), g)
     sums, _ = sums_by_lane(x_ptr + start_of(sample, g, T), block, split, g, T, ACC)
+    let_next_launch_start(PDL)
     sample_ptr = partials_ptr + tl.cast(sample, tl.int64) * g.splits * (3 * g.channels + g.blocks)
     store_moments(sample_ptr + tl.cast(split, tl.int64) * (3 * g.channels), block, sums, g, T)
     counts_ptr = sample_ptr + tl.cast(g.splits, tl.int64) * (3 * g.channels) + block
@@ -274,7 +275,7 @@ def gradient_sums_kernel(
     weight_ptr, sums_ptr, bias_ptr, residual_ptr, relu_mask_ptr, dresidual_ptr,
     count: tl.float64,
     rows, pitch_v, width_v, inner, channels, tiles, pieces, total_v, blocks, splits, group_size, groups,
-    T: tl.constexpr, NORM: tl.constexpr, ACT: tl.constexpr,
+    T: tl.constexpr, NORM: tl.constexpr, ACT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """partials, for each sample: [splits, 2, channels]. count: the number of values in a group.
 
@@ -305,6 +306,7 @@ def gradient_sums_kernel(
         more_dy, more_dy_xmu = gradient_sums_of_tile(grad, x, mean, T, ACC)
         sum_dy += more_dy
         sum_dy_xmu += more_dy_xmu
+    let_next_launch_start(PDL)
     sum_dy, sum_dy_xmu = sum_rows(sum_dy, g, T), sum_rows(sum_dy_xmu, g, T)
     count_c = channels_per_block(g, T)
     sample_ptr = partials_ptr + tl.cast(sample, tl.int64) * g.splits * (2 * g.channels)

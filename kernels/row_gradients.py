@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 
 from .activations import times_slope
-from .memory import load_or, read, write
+from .memory import await_launch_before, let_next_launch_start, load_or, read, write
 from .moments import product_in_tile
 from .row_norm import STATS, by_vector, columns, group_of_rows, normalized, sums_of_rows
 
@@ -79,7 +79,7 @@ def store_sums(
 def row_gradients_kernel(
     dy_ptr, x_ptr, dx_ptr, stats_ptr, weight_ptr, partials_ptr,
     rows, width_v, groups, programs,
-    T: tl.constexpr, WEIGHT: tl.constexpr, BIAS: tl.constexpr,
+    T: tl.constexpr, WEIGHT: tl.constexpr, BIAS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Program p takes the groups p, p + programs ... of unroll * rows rows each."""
     ACC: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
@@ -93,6 +93,7 @@ def row_gradients_kernel(
         sums_w = sums_w + (tl.full((T.rows, T.lanes), 0.0, ACC),)
     for _ in tl.static_range(PARTS if BIAS else 0):
         sums_b = sums_b + (tl.full((T.rows, T.lanes), 0.0, ACC),)
+    await_launch_before(PDL)
     for group in tl.range(tl.program_id(0), groups, programs):
         first = group * ROWS
         base, row, lane, inside = group_of_rows(first, rows, width, ROWS, T.lanes)
@@ -136,6 +137,7 @@ def row_gradients_kernel(
             xhat = (xs[part].to(ACC) - mean) * rstd
             dx = rstd * (dys[part].to(ACC) * gamma - mean_wdy - xhat * mean_wdy_xhat)
             write(dx_ptr + base + (row * width + column), dx, inside & exists)
+    let_next_launch_start(PDL)
     lanes = tl.arange(0, T.lanes)[None, :]
     for part in tl.static_range(PARTS if WEIGHT or BIAS else 0):
         column, exists = columns(part, lanes, width, T)
@@ -149,7 +151,7 @@ def row_gradients_kernel(
 def column_gradients_kernel(
     dy_ptr, x_ptr, stats_ptr, weight_ptr, shares_ptr, partials_ptr,
     rows, width_v, groups, programs, blocks,
-    T: tl.constexpr, WEIGHT: tl.constexpr, BIAS: tl.constexpr,
+    T: tl.constexpr, WEIGHT: tl.constexpr, BIAS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Program (block, p) takes a block of columns of the groups p, p + programs ... of unroll * rows rows.
     shares, [blocks * T.shares, 2, rows], if given, receives the sums of wdy and wdy * xhat over each warp's
@@ -163,6 +165,7 @@ def column_gradients_kernel(
     exists = column < width
     sum_w = tl.full((T.rows, T.lanes), 0.0, ACC)
     sum_b = tl.full((T.rows, T.lanes), 0.0, ACC)
+    await_launch_before(PDL)
     for group in tl.range(program, groups, programs):
         first = group * ROWS
         base, row, _, inside = group_of_rows(first, rows, width, ROWS, T.lanes)
@@ -184,6 +187,7 @@ def column_gradients_kernel(
                 mine_ptr = shares_ptr + tl.cast(share, tl.int64) * 2 * rows + first + row
                 tl.store(mine_ptr, wdy, mask=inside)
                 tl.store(mine_ptr + rows, wdy_xhat, mask=inside)
+    let_next_launch_start(PDL)
     if WEIGHT or BIAS:
         store_sums(partials_ptr, program, column, exists, width, sum_w, sum_b, T, WEIGHT, BIAS)
 
@@ -192,7 +196,7 @@ def column_gradients_kernel(
 def wide_gradients_kernel(
     dy_ptr, x_ptr, dx_ptr, stats_ptr, weight_ptr, shares_ptr,
     rows, width_v, blocks, splits,
-    T: tl.constexpr,
+    T: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """dx of row r, by programs (r, split), each of which takes the pieces split, split + splits ... of
     unroll * lanes elements, from the row's end, which the launch before has left in L2."""
@@ -205,6 +209,7 @@ def wide_gradients_kernel(
     base = tl.cast(row, tl.int64) * width
     mean = tl.load(stats_ptr + row)
     rstd = tl.load(stats_ptr + rows + row)
+    await_launch_before(PDL)  # what is loaded above is the forward's
     sum_wdy = tl.zeros((MERGE,), ACC)
     sum_wdy_xhat = tl.zeros((MERGE,), ACC)
     for start in tl.range(0, blocks, MERGE):

@@ -107,6 +107,23 @@ def test_a_part_that_measures_runs_in_a_process_and_keeps_what_it_made(
     assert found["versions"].str.startswith("bnfast=").all()
 
 
+def test_launches_that_overlap_are_told_apart(look: session.Session, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their process has the variable, and its records another name; only where a GPU can."""
+    (part,) = (part for part in battery.PARTS if part.name == "overlap")
+    (command,) = part.commands(look).values()
+    assert command[:5] == ["env", "BNFAST_PDL=1", sys.executable, "-m", "benchmarks.battery"]
+    predicted = dataclasses.replace(GOOD, status=battery.PREDICTED)
+    work = battery.overlapping(lambda session, seconds: [predicted, GOOD, BAD])
+    (record,) = work(look, 1.0)
+    assert (record.status, record.variant) == (CANNOT, "bnfast-pdl")
+    gpu = dataclasses.replace(look, device=torch.device("cuda"))
+    for capability, statuses in (((8, 9), [CANNOT]), ((9, 0), [MEASURED, CANNOT])):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
+        records_of = list(work(gpu, 1.0))
+        assert [each.status for each in records_of] == statuses
+        assert {each.variant for each in records_of} == {"bnfast-pdl"}
+
+
 def test_a_process_of_the_battery_is_recorded(look: session.Session) -> None:
     for code, said, status in ((0, "3 passed", MEASURED), (2, "1 failed", CANNOT)):
         command = [sys.executable, "-c", f"print('{said}'); raise SystemExit({code})"]

@@ -47,9 +47,12 @@ class _Launch(ctypes.Structure):
         ("code", ctypes.c_void_p),
         *((name, ctypes.c_int32) for name in (
             "length", "registers", "warps", "shared_bytes", "shared_step", "grid", "resident", "quantum",
-            "grid_x", "grid_y", "programs", "cached", "sms", "counting", "racing",
+            "grid_x", "grid_y", "programs", "cached", "sms", "counting", "racing", "dependent",
+            "n_unfinished",
         )),
-        *((name, ctypes.c_void_p) for name in ("chosen", "initial", "parameters", "tensors")),
+        *((name, ctypes.c_void_p) for name in (
+            "chosen", "initial", "parameters", "unfinished", "tensors",
+        )),
         *((name, ctypes.c_int32) for name in ("n_tensors", "messages_room")),
         *((name, ctypes.c_uint64) for name in ("seed", "perturb")),
         *((name, ctypes.c_void_p) for name in ("counters", "totals", "messages")),
@@ -77,6 +80,7 @@ class Execution:
     counters: dict[str, np.ndarray]
     totals: dict[str, int]
     tensors: dict[str, Traffic]
+    dependent: bool = False  # whether it may start before the launch before it has ended
 
     def count(self, counter: str) -> int:
         return int(self.counters[counter].sum())
@@ -158,6 +162,7 @@ def run(
     counting: bool = True,
     racing: bool = False,
     cached: tuple[int, int] = (512, 0),
+    after: Sequence[Execution] | None = None,
 ) -> Execution:
     """Executes one launch.
 
@@ -165,7 +170,8 @@ def run(
     a time. only: the programs that are executed, numbered along the grid's first dimension first; None: all.
     counting: whether what is moved of each tensor is counted. racing: whether warps and lanes may store
     different values in one place of shared memory, since any of them will do. cached: sectors of an L1, and
-    over how many of them programs are dealt out in turn; 0: each program has one."""
+    over how many of them programs are dealt out in turn; 0: each program has one. after: the launches that
+    may still run when this one starts; None: it starts when all have ended."""
     sizes = (grid, 1, 1) if isinstance(grid, int) else grid
     grid = prod(sizes)
     for number, place in program.parameters.items():
@@ -180,6 +186,8 @@ def run(
         (t.address, t.size, element.bit_length() - 1, use, t.touched.ctypes.data, t.moved)
         for t, (_, _, element, use, _) in zip(traffic, arguments.watched, strict=True)
     ]
+    stored = [(t.address, t.size) for each in after or () for t in each.tensors.values() if t.unique_written]
+    spans: np.ndarray = np.array(stored, np.uint64)
     given = [
         program.code,
         program.initial,
@@ -197,7 +205,8 @@ def run(
         messages_room=_MESSAGES, seed=seed, perturb=perturb, counters=counters.ctypes.data,
         totals=totals.ctypes.data, messages=ctypes.addressof(messages), programs=len(chosen),
         chosen=chosen.ctypes.data, cached=cached[0], sms=cached[1], counting=counting, racing=racing,
-        grid_x=sizes[0], grid_y=sizes[1],
+        grid_x=sizes[0], grid_y=sizes[1], dependent=after is not None, n_unfinished=len(stored),
+        unfinished=spans.ctypes.data,
     )  # fmt: skip
     instructions = load().execute(ctypes.byref(launch))
     if messages.value:
@@ -209,6 +218,7 @@ def run(
         counters=dict(zip(COUNTERS, counters.T, strict=True)),
         totals=dict(zip(TOTALS, totals.tolist(), strict=True)),
         tensors={parameter: traffic[k] for parameter, k in arguments.tensors.items()},
+        dependent=after is not None,
     )  # fmt: skip
 
 
@@ -226,18 +236,23 @@ def _bits(t: Tensor) -> bytes:
 
 
 def _execute(
-    name: str, code: Any, grid: int, given: dict[str, Any], seeds: Sequence[int], perturb: int
-) -> Execution:
-    """Executes a launch once for each schedule. All have to give the same bits."""
+    name: str, code: Any, grid: int, given: dict[str, Any], seeds: Sequence[int], perturb: int,
+    ahead: Sequence[Execution],
+) -> Execution:  # fmt: skip
+    """Executes a launch once for each schedule. All have to give the same bits. ahead: the launches that may
+    still run when it starts, if it is made so that it does not wait for them."""
     program = program_of(code)
     arguments = Arguments.of(code, given)
     before = [_bits(t) for t in arguments.written]
-    first = None
+    first, after = None, ahead if code.metadata.launch_pdl else None
     for seed in seeds:
         for t, bits in zip(arguments.written, before, strict=True):
             ctypes.memmove(t.data_ptr(), bits, len(bits))  # autograd sees no new version
         last = seed == seeds[-1]
-        done = run(program, name, grid, code.metadata.shared, arguments, seed, perturb=perturb, counting=last)
+        done = run(
+            program, name, grid, code.metadata.shared, arguments, seed,
+            perturb=perturb, counting=last, after=after,
+        )  # fmt: skip
         result = [_bits(t) for t in arguments.written]
         if result != (first := first or result):
             raise Fault(f"{name}: schedule {seed} gives other bits than schedule {seeds[0]}")
@@ -275,9 +290,14 @@ def executing(*, sms: int = 2, seeds: Sequence[int] = (1,), perturb: int = 0) ->
         raise RuntimeError("under TRITON_INTERPRET=1 Triton compiles no kernel to execute; unset it")
     load()
     found: list[Execution] = []
+    ahead: list[Execution] = []  # since the last launch that waited to start
 
     def note(kernel: str, programs: int, arguments: dict[str, Any], compiled: Callable[[], Any]) -> None:
-        found.append(_execute(kernel, compiled(), programs, arguments, seeds, perturb))
+        done = _execute(kernel, compiled(), programs, arguments, seeds, perturb, ahead)
+        if not done.dependent:
+            ahead.clear()
+        ahead.append(done)
+        found.append(done)
 
     # Machine code is not looked at. Triton's own cache must not keep kernels that lack it.
     cache = {"TRITON_CACHE_DIR": f"{triton.knobs.cache.dir.removesuffix('-executed')}-executed"}

@@ -11,6 +11,7 @@ enum {
 #undef OP
   BRANCH, EXIT, BARRIER, WARP_SYNC, PARAMETER, LOAD, STORE, LOAD_SHARED, STORE_SHARED, LOAD_MATRIX, STORE_MATRIX,
   ATOMIC_ADD, SHUFFLE_XOR, SHUFFLE_INDEX, REDUCE_ADD, UNPACK16, UNPACK32,
+  GRID_WAIT, GRID_SIGNAL,
 };
 
 #define MOST_FAULTS 12
@@ -114,6 +115,8 @@ static void run_warp(Machine *m, Cta *c, Warp *w, int instructions) {
     }
     if (i->op == EXIT) {
       go_to(w, here, pc + 1);
+      if (m->launch->dependent && active & ~w->depended)
+        fault(m, "line %d: program %u ends without having waited for the launch before it", i->line, c->id);
       w->alive &= ~active;
       if (!w->alive) { w->done = 1, c->exited++; return; }
       if (active) EACH_LANE w->pc[lane] = w->together ? w->pc[0] : w->pc[lane];
@@ -173,6 +176,8 @@ static void run_warp(Machine *m, Cta *c, Warp *w, int instructions) {
         if (to[0] >= 0) r[to[0]].lane[lane] = i->op == UNPACK16 ? (u16)x : (u32)x;
         if (to[1] >= 0) r[to[1]].lane[lane] = i->op == UNPACK16 ? (u16)(x >> 16) : x >> 32;
       } break;
+      case GRID_WAIT: w->depended |= active; break;
+      case GRID_SIGNAL: break;  // a hint: what waits, waits until this launch has ended
       default: fault(m, "line %d: no such instruction: %d", i->line, i->op); return;
     }
   }

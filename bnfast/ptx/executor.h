@@ -60,9 +60,11 @@ typedef struct {
 
 typedef struct { u64 lane[LANES]; } Register;
 
+typedef struct { u64 base, bytes; } Span;
+
 typedef struct {
   i32 pc[LANES];  // pc[0] is all lanes' while `together`
-  u32 alive;
+  u32 alive, depended;  // depended: lanes that have waited for the launch before
   int index, together, waiting, done;
   u32 epoch, synced, released, round, final_round;  // round: global round trips that its results depend on
   u32 operations;  // of global memory, as the source has them
@@ -95,9 +97,12 @@ typedef struct {
   i32 cached, sms;      // sectors of an L1, and how many take programs in turn; 0: each program has one
   i32 counting;         // whether what is moved of each tensor is counted
   i32 racing;           // whether races in shared memory go unwatched
+  i32 dependent;        // whether it may start before the launch before it has ended
+  i32 n_unfinished;
   const i32 *chosen;
   const Register *initial;
   const u64 *parameters;
+  const Span *unfinished;  // of a dependent launch: the tensors that launches which may still run have stored to
   Tensor *tensors;
   i32 n_tensors, messages_room;
   u64 seed, perturb;  // perturb: moves approximate results within their documented error; 0: does not

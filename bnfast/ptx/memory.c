@@ -14,6 +14,17 @@ static Watched *find(Machine *m, const Instruction *i, u64 address, int bytes) {
   return NULL;
 }
 
+// A lane of a dependent launch that has not waited stores nothing, since the launch before may still read what was
+// there, and loads nothing that this launch stores to.
+static void depend(Machine *m, Warp *w, const Instruction *i, u64 address, int bytes, int store, int lane) {
+  const Launch *l = m->launch;
+  if (!l->dependent || w->depended >> lane & 1) return;
+  if (store) fault(m, "line %d: a store before the wait for the launch before", i->line);
+  for (int k = 0; k < l->n_unfinished && !store; k++)
+    if (address < l->unfinished[k].base + l->unfinished[k].bytes && address + bytes > l->unfinished[k].base)
+      fault(m, "line %d: a load before the wait for the launch before, which stores there", i->line);
+}
+
 // Whether the stamped access happened before what this warp does now.
 static int before(const Stamp *s, const Cta *c, const Warp *w) {
   if (s->cta == ~0u) return 1;
@@ -110,6 +121,7 @@ void global_access(Machine *m, Cta *c, Warp *w, const Instruction *i, u32 active
     if (address % bytes) { fault(m, "line %d: a misaligned access of %d bytes", i->line, bytes); continue; }
     Watched *t = find(m, i, address, bytes);
     if (!t) { fault(m, "line %d: out of bounds: lane %d, address %llx", i->line, lane, address); continue; }
+    depend(m, w, i, address, bytes, store, lane);
     int same = store;
     for (int k = 0; k < i->count && same; k++)
       same = !memcmp((void *)(address + k * i->size), &w->registers[i->to[k]].lane[lane], i->size);
@@ -261,7 +273,9 @@ void atomic_add(Machine *m, Cta *c, Warp *w, const Instruction *i, u32 active) {
     Watched *t = find(m, i, address, 4);
     if (!t || t->tensor.kind == READ_ONLY) { fault(m, "line %d: an atomic out of bounds", i->line); continue; }
     if (address % 4) { fault(m, "line %d: a misaligned atomic", i->line); continue; }
+    depend(m, w, i, address, 4, 1, lane);
     u64 k = (address - t->tensor.base) >> t->tensor.granule;
+    t->tensor.touched[k] |= 1 << LOADED | 1 << STORED;
     if (!t->released) t->released = calloc((t->tensor.bytes >> t->tensor.granule) + 1, sizeof(Knowledge *));
     Knowledge *released = t->released[k];
     if (!released) released = t->released[k] = calloc(1, sizeof(Knowledge));

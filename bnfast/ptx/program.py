@@ -28,7 +28,7 @@ _TABLE = re.findall(r'^OP\((\w+), "([^"]*)",(.*?)(?=^OP|\Z)', _TEXT, re.MULTILIN
 _OTHERS = (
     "branch", "exit", "barrier", "warp_sync", "parameter", "load", "store", "load_shared", "store_shared",
     "load_matrix", "store_matrix", "atomic_add", "shuffle_xor", "shuffle_index", "reduce_add",
-    "unpack16", "unpack32",
+    "unpack16", "unpack32", "grid_wait", "grid_signal",
 )  # fmt: skip
 CODES = {name: code for code, name in enumerate([*(name for name, *_ in _TABLE), *_OTHERS])}
 _SPELLED = {spelling: name for name, spellings, _ in _TABLE for spelling in spellings.split()}
@@ -61,6 +61,7 @@ _WHOLE_WARP = ("-1", "0xffffffff")
 # with all that they may have for operands
 _PLAIN = {("ret",): "exit", ("bar.sync", "0"): "barrier", ("barrier.sync", "0"): "barrier"}
 _PLAIN |= {("bar.warp.sync", mask): "warp_sync" for mask in _WHOLE_WARP}
+_PLAIN |= {("griddepcontrol.wait",): "grid_wait", ("griddepcontrol.launch_dependents",): "grid_signal"}
 
 
 class UnknownInstruction(NotImplementedError):

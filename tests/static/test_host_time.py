@@ -22,6 +22,7 @@ pytestmark = pytest.mark.static
 BUDGETS = {"batch_norm": (2, 3.3), "layer_norm": (1, 4.5)}
 
 
+@pytest.mark.usefixtures("two_launches")
 @pytest.mark.parametrize("mode", ["without gradient", "with gradient"])
 @pytest.mark.parametrize("function", BUDGETS)
 def test_a_forward_is_within_its_budget(function: str, mode: str, capsys: pytest.CaptureFixture[str]) -> None:

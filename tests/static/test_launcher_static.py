@@ -21,7 +21,7 @@ from codegen.sass import compile_kernel
 from tests.support import kernel_calls as kernels
 from tests.support import toys
 
-pytestmark = pytest.mark.static
+pytestmark = [pytest.mark.static, pytest.mark.usefixtures("two_launches")]
 
 runtime = triton.knobs.runtime
 

@@ -29,6 +29,7 @@ def launch(
     seed: int = 1,
     resident: int = 8,
     perturb: int = 0,
+    after: Sequence[Execution] | None = None,
 ) -> Execution:
     """Runs it on numpy's arrays. kinds: what it may do with each; if not given, it makes the last."""
     arguments = Arguments()
@@ -36,4 +37,4 @@ def launch(
         kind = kinds[k] if kinds else MADE if k == len(arrays) - 1 else READ_ONLY
         arguments.parameters.append(array.ctypes.data)
         arguments.watch(f"array{k}", array.ctypes.data, array.nbytes, array.itemsize, kind)
-    return run(program, "k", grid, shared, arguments, seed, resident=resident, perturb=perturb)
+    return run(program, "k", grid, shared, arguments, seed, resident=resident, perturb=perturb, after=after)
