@@ -92,19 +92,38 @@ def exp_minus_1(v):
 
 
 @triton.jit
+def normal_tail(v):
+    """For fp32: two factors of the normal distribution at -|v|, e^(-v^2 / 2) and a polynomial of
+    1 / (1 + |v| / 2). Their product is off by less than 4e-7."""
+    t = reciprocal(1.0 + 0.5 * tl.abs(v))
+    times = ((0.2105238 - 0.0436468981 * t) * t - 0.355292469) * t + 0.144595534
+    times = ((times * t + 0.15152517) * t + 0.191475898) * t + 0.200818956
+    return exp(v * v, -0.5), t * times
+
+
+@triton.jit
 def normal(v):
-    """(the normal distribution at v, e^(-v^2 / 2)). In fp32 the distribution is off by less than 4e-7: its
-    tail is this power times a polynomial of 1 / (1 + |v| / 2)."""
-    power = exp(v * v, -0.5)
+    """The normal distribution."""
     if v.dtype == tl.float64:
         below = 0.5 * (1.0 + tl.erf(v * 0.7071067811865476))  # sqrt(1 / 2)
     else:
-        t = reciprocal(1.0 + 0.5 * tl.abs(v))
-        tail = ((0.2105238 - 0.0436468981 * t) * t - 0.355292469) * t + 0.144595534
-        tail = ((tail * t + 0.15152517) * t + 0.191475898) * t + 0.200818956
-        tail = power * (t * tail)
+        power, times = normal_tail(v)
+        tail = power * times
         below = tl.where(v > 0, 1.0 - tail, tail)
-    return below, power
+    return below
+
+
+@triton.jit
+def gelu_slope(v):
+    """normal(v) + v e^(-v^2 / 2) / sqrt(2 pi). Its values at v and at -v add up to 1: in fp32 that at -|v| is
+    found, which takes fewer registers than the two terms do."""
+    if v.dtype == tl.float64:
+        slope = normal(v) + v * (0.3989422804014327 * exp(v * v, -0.5))
+    else:
+        power, times = normal_tail(v)
+        tail = power * (times - 0.3989422804014327 * tl.abs(v))
+        slope = tl.where(v > 0, 1.0 - tail, tail)
+    return slope
 
 
 @triton.jit
@@ -141,8 +160,7 @@ def activate(v, ACT: tl.constexpr):
     elif ACT.name == "silu":
         y = v * sigmoid(v)
     elif ACT.name == "gelu":
-        below, _ = normal(v)
-        y = v * below
+        y = v * normal(v)
     elif ACT.name == "gelu_tanh":
         y = v * reciprocal(1.0 + exp_of_gelu(v))
     elif ACT.name == "hardswish":
@@ -181,8 +199,7 @@ def times_slope(g, v, ACT: tl.constexpr):
         s = reciprocal(1.0 + e)
         d = g * (s * (1.0 + v * (e * s)))
     elif ACT.name == "gelu":
-        below, power = normal(v)
-        d = g * (below + v * (0.3989422804014327 * power))  # 1 / sqrt(2 pi)
+        d = g * gelu_slope(v)
     elif ACT.name == "gelu_tanh":
         # as of silu, times the slope of u
         v = at_least(v, -9.0)

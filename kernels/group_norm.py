@@ -125,7 +125,7 @@ def _backward(
     signature.groups = groups
     parameters, act = None, {"ACT": activation}
     if need_parameters:
-        columns = row_plan.column_sums(signature.x.n, signature.x.c, 2)
+        columns = row_plan.column_sums(signature.x.n, signature.x.c, 2, signature.x.sms)
         rename = {"first": "dweight", "second": "dbias", "partials": "sums"}
         parameters = Launch(
             column_sums_kernel, columns, _BACKWARD, {}, signature.aligned, rename=rename, overlap=LAST

@@ -20,9 +20,10 @@ pytestmark = pytest.mark.compiled
 
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 # 10 channels a group, which is no power of two, of planes of vectors and of odd ones; a channel in pieces;
-# several groups a program; 3 sets of channels of a group, the last of them not full
+# several groups a program; 3 sets of channels of a group, which are all full, and of which the last is not
 SHAPES = [
     ((2, 320, 4, 4), 32), ((2, 20, 5, 3), 2), ((1, 4, 44, 44), 2), ((5, 24, 2, 4), 8), ((1, 12, 16, 8), 1),
+    ((2, 20, 16, 8), 2),
 ]  # fmt: skip
 Results = list[Tensor]
 
@@ -96,7 +97,12 @@ def test_shapes_take_every_way() -> None:
     tiles = [tile(case, 2) for case in SHAPES]
     assert any(t and t.pieces > 1 for t in tiles)
     assert any(t and t.groups > 1 for t in tiles)
-    assert any(t and t.tiles // t.pieces not in (1, 2, 4, 8) for t in tiles)
+    left = set()  # channels of the last of 3 sets
+    for ((_, c, *_), groups), t in zip(SHAPES, tiles, strict=True):
+        if t and t.tiles // t.pieces == 3:
+            left.add(c // groups - 2 * t.channels)
+            assert t.channels == 4
+    assert left == {2, 4}
 
 
 def test_smooth_slopes_take_registers() -> None:

@@ -33,7 +33,7 @@ def driver() -> Iterator[FakeDriver]:
 
 
 def forward(columns: int = 2) -> None:
-    """Two launches."""
+    """Two launches, of BatchNorm's kernels for large tensors."""
     kernels.batch_norm_train(torch.ones(2, 4, 2, columns))
 
 
