@@ -95,10 +95,11 @@ def exp_minus_1(v):
 def normal_tail(v):
     """For fp32: two factors of the normal distribution at -|v|, e^(-v^2 / 2) and a polynomial of
     1 / (1 + |v| / 2). Their product is off by less than 4e-7."""
+    power = exp(v * v, -0.5)
     t = reciprocal(1.0 + 0.5 * tl.abs(v))
     times = ((0.2105238 - 0.0436468981 * t) * t - 0.355292469) * t + 0.144595534
     times = ((times * t + 0.15152517) * t + 0.191475898) * t + 0.200818956
-    return exp(v * v, -0.5), t * times
+    return power, t * times
 
 
 @triton.jit

@@ -16,11 +16,11 @@ from torch import Tensor
 
 from . import row_plan
 from .column_sums import column_sums_kernel
-from .epilogue import NO_EPILOGUE, Activation, Epilogue
+from .epilogue import NO_EPILOGUE, SMOOTH, Activation, Epilogue
 from .launch import Launch
 from .launch_plan import address, device_and_stream, launch_plan, multiprocessors
 from .layouts import accumulator, dense_like
-from .plan import VECTOR_BYTES
+from .plan import VECTOR_BYTES, cost_of
 from .records import FIRST, LAST, MIDDLE, Buffers, Forward, Gradients, LayerNormOptions, Wanted
 from .row_gradients import (
     column_gradients_kernel,
@@ -63,10 +63,10 @@ class RowSignature:
 
 def _forward(
     signature: RowSignature, dims: int, keep: bool, parameters_aligned: bool, activation: Activation,
-    *rest: Any,
+    residual: bool, *rest: Any,
 ) -> RowLaunchPlan:  # fmt: skip
     size = signature.rows(dims)
-    kind, plan = row_plan.forward(size)
+    kind, plan = row_plan.forward(size, residual and cost_of(activation.name) == SMOOTH)
     kernel = row_norm_kernel if kind == "one_pass" else long_row_norm_kernel
     act, bound = {"ACT": activation}, signature.aligned and parameters_aligned
     launch = Launch(kernel, plan, _FORWARD, act, bound, without=() if keep else ("stats",))
@@ -144,7 +144,7 @@ def forward(
         residual_at = residual.data_ptr()
     plan = launch_plan(
         _forward, x, index, x_at | (residual_at or 0), len(shape), keep, aligned, activation,
-        residual is None, weight_dtype, bias_dtype, signature=RowSignature,
+        residual is not None, weight_dtype, bias_dtype, signature=RowSignature,
     )  # fmt: skip
     y = torch.empty_like(x)
     stats = plan.acc_like.new_empty_strided((2, plan.rows), (plan.rows, 1)) if keep else plan.acc_like

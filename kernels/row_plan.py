@@ -153,8 +153,9 @@ class Rows:
 
 
 @lru_cache(maxsize=4096)
-def forward(size: Rows) -> tuple[str, RowPlan]:
-    """("one_pass" or "two_pass", the plan of the forward)."""
+def forward(size: Rows, heavy: bool = False) -> tuple[str, RowPlan]:
+    """("one_pass" or "two_pass", the plan of the forward). heavy: a residual is added, before a smooth
+    activation. Its loads are in flight as well, and with 4 of each Triton 3.6 spills [sass]."""
     shared = size.shared_by(HELD[size.itemsize] if size.vectors else HELD_SINGLES)
     if shared is None:
         registers = LONG_REGISTERS[size.itemsize] if size.vectors else 128
@@ -162,7 +163,8 @@ def forward(size: Rows) -> tuple[str, RowPlan]:
         return "two_pass", size.plan(size.rows, tile, LONG_WARPS, registers, LONG_LOADS, along=True)
     across, lanes, parts = shared
     at_once = max(1, max(FORWARD_WARPS, across) * size.line // lanes)
-    unroll = max(1, LOADS // parts) if size.vectors else 1  # narrow loads are several already
+    most = LOADS // 2 if heavy else LOADS
+    unroll = max(1, most // parts) if size.vectors else 1  # narrow loads are several already
     while unroll > 1 and ceil_div(size.rows, unroll * at_once) < 2 * size.sms:
         unroll //= 2
     group = min(unroll * at_once, power_of_two(size.rows))

@@ -78,6 +78,7 @@ SPLIT = [
 COVERING = [
     Case((8, 24, 7, 7), FP16),
     group_norm((3, 12, 5, 5), FP16, groups=3),
+    group_norm((3, 12, 5, 5), FP16, True, groups=3),
     layer_norm((7, 768), FP16),
     layer_norm((2, 8201)),
 ]

@@ -37,7 +37,7 @@ PLANNED = [
 
 
 def stepped(seed: int) -> tuple[list[Execution], dict[str, Tensor]]:
-    """A training step of a layer whose channels are shared by several programs, and its results."""
+    """A training step of a layer, and its results. With two_launches, several programs share a channel."""
     x = torch.randn(8, 64, 14, 14, generator=torch.Generator().manual_seed(0)).bfloat16()
     x = x.contiguous(memory_format=torch.channels_last).requires_grad_()
     layer = bnfast.BatchNorm2d(64, activation="relu")
@@ -96,6 +96,7 @@ def programs() -> Iterator[dict[str, Program]]:
     execute._programs.clear()
 
 
+@pytest.mark.usefixtures("two_launches")
 @pytest.mark.parametrize("change", BROKEN, ids=lambda change: change.__name__)
 def test_what_is_broken_is_found_in_every_schedule(
     change: Callable[[str], str], programs: dict[str, Program], monkeypatch: pytest.MonkeyPatch
@@ -111,6 +112,7 @@ def test_what_is_broken_is_found_in_every_schedule(
             trained(seed)
 
 
+@pytest.mark.usefixtures("two_launches")
 @pytest.mark.parametrize("kernel", ["statistics_kernel", "gradient_sums_kernel"])
 def test_a_barrier_less_is_found_unless_it_changes_nothing(
     kernel: str, programs: dict[str, Program], monkeypatch: pytest.MonkeyPatch
@@ -158,6 +160,7 @@ def test_the_barrier_before_partial_results_are_overwritten(
     assert sum(removed) == 1
 
 
+@pytest.mark.usefixtures("two_launches")
 def test_every_schedule_gives_the_same_and_no_fault() -> None:
     def counts(launch: Execution) -> tuple[object, ...]:
         """The table of statistics is loaded by several programs at a time."""
@@ -172,6 +175,7 @@ def test_every_schedule_gives_the_same_and_no_fault() -> None:
     assert found[0] == found[1] == found[2]
 
 
+@pytest.mark.usefixtures("two_launches")
 @pytest.mark.parametrize(("again", "reads", "writes"), [("no", 2, 1), ("ld", 4, 1), ("st", 2, 2)])
 def test_what_is_moved_again_is_counted(
     again: str, reads: int, writes: int, programs: dict[str, Program], monkeypatch: pytest.MonkeyPatch
