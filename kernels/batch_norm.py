@@ -119,9 +119,9 @@ def forward(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, buffers: Buffers, options: BatchNormOptions,
     epilogue: Epilogue = NO_EPILOGUE, keep: bool = True, private: bool = False,
 ) -> Forward:  # fmt: skip
-    """Training takes two launches, which update the running statistics and the batch counter in place. Eval
-    takes one. stats is [4, C], for Batch Renormalization [6, C], and in eval empty unless `keep`: whether a
-    backward will follow. private: see launch.workspace."""
+    """Training takes one launch or two (see batch_plan.py), which update the running statistics and the batch
+    counter in place. Eval takes one. stats is [4, C], for Batch Renormalization [6, C], and in eval empty
+    unless `keep`: whether a backward will follow. private: see launch.workspace."""
     if not options.training:
         return _inference(x, weight, bias, buffers, options.eps, epilogue, keep)
     index, stream = device_and_stream(x)
@@ -207,9 +207,9 @@ def backward(
     x: Tensor, dy: Tensor, stats: Tensor, weight: Tensor | None, bias: Tensor | None,
     options: BatchNormOptions, wanted: Wanted, epilogue: Epilogue = NO_EPILOGUE, private: bool = False,
 ) -> Gradients:  # fmt: skip
-    """Training takes two launches, one if dx is not wanted. Eval takes one, which reads x only if a parameter
-    needs a gradient or an activation needs its slope. weight and bias are not read: stats contains gamma and
-    beta."""
+    """Training takes one launch or two (see batch_plan.py), one if dx is not wanted. Eval takes one, which
+    reads x only if a parameter needs a gradient or an activation needs its slope. weight and bias are not
+    read: stats contains gamma and beta."""
     index, stream = device_and_stream(x)
     training, (need_dx, weight_dtype, bias_dtype) = options.training, wanted
     # hooks of saved tensors may return them in another memory order

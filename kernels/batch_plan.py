@@ -29,6 +29,7 @@ from .views import VECTOR_BYTES, View, ceil_div, nchw_view, nchw_whole_view, nhw
 # What launches wait for, in microseconds, beside TILE and MERGE_STEP; rates in bytes a microsecond, and sizes
 # in bytes. All are assumptions for an H200, about those of benchmarks/model.py.
 GAP = 1.5  # from one launch to the next, with the atomic of the last program
+QUEUED = 1.0  # a load while memory is busy
 FOLD = 0.4  # lanes to one channel, and the coefficients through L2; more channels take longer
 MEMORY_RATE, L2_RATE = 33e3, 42e3  # an SM's share of what memory and L2 give
 SM_RATE = 64e3  # what one SM gets of either, if others take little
@@ -79,33 +80,35 @@ class WholePlan(PassPlan):
     handed: ClassVar[int] = 0  # to other programs
 
 
-def _views(x: Problem, p: Pass, warps: int) -> Iterator[tuple[View, int]]:
-    """Those whose blocks are whole channels, with the loads that a thread may have in flight."""
+def _views(x: Problem, p: Pass, warps: int) -> Iterator[tuple[View, int, bool]]:
+    """Those whose blocks are whole channels, with the loads that a thread may have in flight, and whether it
+    may then keep its tile."""
     vector = VECTOR_BYTES // x.itemsize
     if x.channels_last:
         for size in ROW_BYTES if x.c % vector == 0 else ():
             lanes = size // x.itemsize
             if lanes <= power_of_two(x.c):
-                yield nhwc_view(x.n * x.s, x.c, x.itemsize, lanes), FEW_LOADS
+                yield nhwc_view(x.n * x.s, x.c, x.itemsize, lanes), FEW_LOADS, False
     elif x.s > 2 * warps * WARP * vector:
-        yield nchw_view(x.n, x.c, x.s, warps * WARP * vector), LOADS
+        yield nchw_view(x.n, x.c, x.s, warps * WARP * vector), LOADS, True
     else:
         for channels in CHANNELS:
             # more than that would be reduced in several steps
             if channels == 1 or (channels <= x.c and channels * power_of_two(x.s) <= 4 * warps * WARP):
-                loads = LOADS if channels * p.inputs <= 2 else FEW_LOADS
-                yield nchw_whole_view(x.n, x.c, x.s, channels), loads
+                view, simple = nchw_whole_view(x.n, x.c, x.s, channels), channels * p.inputs <= 2
+                yield view, LOADS if simple else FEW_LOADS, True
+                if channels == 2 and not simple:
+                    yield view, LOADS, False
 
 
 def _plans(x: Problem, p: Pass) -> Iterator[WholePlan]:
     for most in WARPS:
-        for view, loads in _views(x, p, most):
+        for view, loads, keeps in _views(x, p, most):
             if p.packed and (view.width % 8 or view.pitch % 8):
                 continue
             program = Program(most, 16 // most, 128, FEW_LOADS if p.heavy else loads)
             tile, warps, registers, per_sm, tiles = fitted(x, view, program, p.first, True)
-            held = tiles == 1 and not x.channels_last
-            tile = replace(reducing(tile, view, warps, registers, 1, 1), held=held)
+            tile = replace(reducing(tile, view, warps, registers, 1), held=keeps and tiles == 1)
             yield WholePlan(
                 view, tile, warps, registers, tiles, 1, p.first, x.itemsize, per_sm=per_sm
             )  # fmt: skip
@@ -125,6 +128,8 @@ def _one_launch(plan: WholePlan, x: Problem, p: Pass) -> float:
         return inf
     fold = FOLD * (2 if x.channels_last else min(tile.channels, 3))
     second = x.bytes * p.once / memory if tile.held else _again(x, p, p.inputs * x.bytes)
+    if turns * plan.tiles > 1:  # these load and compute in turns, so that loads wait behind others
+        memory = min(memory, x.sms * plan.bytes_per_program * min(of_sm, plan.per_sm) / QUEUED)
     streaming = p.inputs * x.bytes / memory + second
     waiting = turns * (plan.tiles * TILE * (1 if tile.held else 1.5) + fold)
     of_block = x.bytes / blocks * (p.inputs * (1 if tile.held else 2) + p.once)

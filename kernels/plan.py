@@ -169,8 +169,10 @@ def _evened(tiles: int, splits: int) -> int:
     return even if even >= 0.85 * splits else splits
 
 
-def reducing(tile: Tile, view: View, warps: int, registers: int, splits: int, group_size: int) -> Tile:
-    """The tile with what a reduction does at a time: as much as its registers hold."""
+def reducing(
+    tile: Tile, view: View, warps: int, registers: int, splits: int, group_size: int = 1, wide: bool = False
+) -> Tile:  # fmt: skip
+    """The tile with what a reduction does at a time: as much as its registers hold. wide: in fp64."""
     threads, channels, channels_at_once = WARP * warps, view.channels_per_block, view.lanes
     if view.mode != "nhwc":
         # beside eight loads, Triton 3.9 spills two registers at 4 [sass]
@@ -181,7 +183,7 @@ def reducing(tile: Tile, view: View, warps: int, registers: int, splits: int, gr
     values = (8 if registers >= 128 else 2) * threads
     members = min(power_of_two(group_size), values)
     groups = min(power_of_two(view.channels // group_size), values // members)
-    ahead = min(IN_FLIGHT, power_of_two(ceil_div(splits, partials)))
+    ahead = min(1 if wide else IN_FLIGHT, power_of_two(ceil_div(splits, partials)))
     return replace(
         tile, channels=channels, channels_per_iter=channels_at_once, partials_per_iter=partials,
         iters_in_flight=ahead, lanes_per_channel=view.lanes_per_channel, groups_per_iter=groups,
@@ -236,7 +238,7 @@ def _pass(
     strips, programs = view.blocks * samples, x.sms * min(per_sm, program.per_sm)
     splits = _evened(tiles, programs // strips if reduces else ceil_div(programs, strips))
     if reduces:
-        tile = reducing(tile, view, warps, registers, splits, group_size)
+        tile = reducing(tile, view, warps, registers, splits, group_size, x.itemsize == 8)
     plan = PassPlan(view, tile, warps, registers, tiles, splits, inputs, x.itemsize, samples, group_size)
     return plan, tiles * strips >= programs
 
@@ -247,7 +249,10 @@ def _in_few_programs(plan: PassPlan) -> PassPlan:
 
     def splits_in(turns: int) -> PassPlan:
         splits = ceil_div(plan.tiles, turns)
-        tile = reducing(plan.tile, plan.view, plan.warps, plan.registers, splits, plan.group_size)
+        wide = plan.itemsize == 8
+        tile = reducing(
+            plan.tile, plan.view, plan.warps, plan.registers, splits, plan.group_size, wide
+        )  # fmt: skip
         return replace(plan, splits=splits, tile=tile)
 
     def microseconds(each: PassPlan) -> float:
