@@ -201,8 +201,11 @@ def statistics_kernel(
     tl.store(counts_ptr + split * g.blocks, values_per_channel(sums.seen, g, T).to(ACC))
     if is_last_program(semaphores_ptr + sample * g.blocks + block, g.splits):
         c = channels_of_block(block, tl.arange(0, T.channels), channels_per_block(g, T), g)
-        loaded = NORM.load_forward(c, params, ACC)
+        if ACC == tl.float32:  # fp64 has no registers for it meanwhile [sass]
+            loaded = NORM.load_forward(c, params, ACC)
         m = merge_moments(sample_ptr, counts_ptr, c, g, T, ACC)
+        if ACC == tl.float64:
+            loaded = NORM.load_forward(c, params, ACC)
         ws = Workspace(sample, sample_ptr, semaphores_ptr, stats_ptr, loaded)
         NORM.finalize_forward(c, m, ws, params, options, g, T, NORM, ACC)
 
