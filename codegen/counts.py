@@ -63,7 +63,9 @@ def counted(kernel: str, code: Any, programs: int, arguments: dict[str, Any]) ->
         return run(program, kernel, programs, code.metadata.shared, handed, 1, only=only, counting=False)
 
     semaphores, middle = arguments.get("semaphores_ptr"), programs // 2
-    if semaphores is not None and arguments["splits"] > 1:
+    # that share a counter: those of a block, or, of those that hand over nothing, all
+    sharing = arguments.get("splits", 1) if "partials_ptr" in arguments else programs
+    if semaphores is not None and sharing > 1:
         semaphores.fill_(NOBODY_IS_LAST)
     some = executed(middle, PROGRAMS)
     n = min(PROGRAMS, programs - middle)
@@ -76,8 +78,8 @@ def counted(kernel: str, code: Any, programs: int, arguments: dict[str, Any]) ->
     if semaphores is None:
         return Counts(*mine)
     # One counter for each block of channels, then one for each sample whose blocks are merged.
-    blocks = programs // arguments["splits"]
-    semaphores[:blocks] = arguments["splits"] - 1
+    blocks = programs // sharing
+    semaphores[:blocks] = sharing - 1
     semaphores[blocks:] = arguments["blocks"] - 1
     last = executed(middle, 1)
     if semaphores.count_nonzero() == len(semaphores):

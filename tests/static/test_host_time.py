@@ -22,7 +22,6 @@ pytestmark = pytest.mark.static
 BUDGETS = {("batch_norm", 1): 2.8, ("batch_norm", 2): 3.3, ("layer_norm", 1): 4.5}
 
 
-@pytest.mark.usefixtures("two_launches")
 @pytest.mark.parametrize("mode", ["without gradient", "with gradient"])
 @pytest.mark.parametrize(("function", "launches"), BUDGETS)
 def test_a_forward_is_within_its_budget(

@@ -64,7 +64,7 @@ def test_samples_are_of_the_grid(programs: int) -> None:
 
 
 def test_samples_stand_for_their_launch(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Counts of some programs are about those of all."""
+    """Counts of some programs are about those of all, whichever configuration they make Inductor choose."""
     case = Case("BatchNorm", (16, 64, 28, 28), 0, BF16, True, "relu")
     (sources,) = inductor.generated([case])
     assert not isinstance(sources, str)
@@ -77,8 +77,8 @@ def test_samples_stand_for_their_launch(monkeypatch: pytest.MonkeyPatch) -> None
             for a, b in zip(every[way], few[way], strict=True):
                 assert a.kernel == b.kernel
                 assert b.read + b.written == pytest.approx(a.read + a.written, rel=0.1), a.kernel
-                assert b.instructions == pytest.approx(a.instructions, rel=0.15), a.kernel
-                assert b.fetched == pytest.approx(a.fetched, rel=0.25), a.kernel
+                assert b.programs * b.instructions == pytest.approx(a.programs * a.instructions, rel=0.15)
+                assert b.programs * b.fetched == pytest.approx(a.programs * a.fetched, rel=0.25), a.kernel
 
 
 def test_the_command(

@@ -22,7 +22,9 @@ class Executed:
             with fake_driver():
                 code = self.kernel[grid](*arguments, **options)
             given = dict(zip(self.kernel.arg_names, arguments, strict=False))
-            self.launched.append(execute._execute(self.kernel.__name__, code, *grid, given, self.seeds, 0))
+            self.launched.append(
+                execute._execute(self.kernel.__name__, code, *grid, given, self.seeds, 0, ())
+            )
             return self.launched[-1]
 
         return launch
