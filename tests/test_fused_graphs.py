@@ -92,13 +92,13 @@ def flows(t: Moved, *tensors: Tensor | None) -> list[tuple[float, float]]:
 
 
 @pytest.mark.compiled
-@pytest.mark.usefixtures("several_programs")
+@pytest.mark.usefixtures("several_programs", "two_launches")
 @pytest.mark.parametrize(("norm", "after", "layout", "shape"), TRAFFIC, ids=str)
 def test_bytes(
     norm: str, after: tuple[str, bool], layout: str, shape: tuple[int, ...], executed: list[Execution]
 ) -> None:
-    """BatchNorm with relu moves 3T and 5T; with a residual 4T + T/16 and 6T + T/16, for the mask. silu reads
-    the residual again in place of a mask. A one-pass group is read once."""
+    """In two launches BatchNorm with relu moves 3T and 5T; with a residual 4T + T/16 and 6T + T/16, for the
+    mask. silu reads the residual again in place of a mask. A one-pass group is read once."""
     (activation, residual), (forward, backward, passes) = after, NORMS[norm]
     g = given(shape, torch.bfloat16, "train", layout, residual)
     x, dy, z, vectors = g["x"], g["dy"], g.get("z"), (g["weight"], g["bias"])

@@ -74,7 +74,7 @@ SMALL = [
 
 
 @pytest.mark.compiled
-@pytest.mark.usefixtures("several_programs")
+@pytest.mark.usefixtures("several_programs", "two_launches")
 @pytest.mark.parametrize("made", SMALL, ids=str)
 def test_launches_move_what_they_are_given(
     made: tuple[str, tuple[int, ...], int, bool, str | None, bool], executed: list[Execution]
