@@ -1,6 +1,6 @@
 """Changes Triton's interpreter for tests. It then rounds to bf16 as the hardware does (unchanged, it
-truncates fp32 to bf16 and mishandles subnormals), takes half the time, and runs every kernel with every
-numpy."""
+truncates fp32 to bf16 and mishandles subnormals), sums in a tree, takes half the time, and runs every kernel
+with every numpy."""
 
 from __future__ import annotations
 
@@ -52,6 +52,16 @@ def prepared() -> Iterator[None]:
             made.data = made.data.astype(np.bool_)
         return made
 
+    # numpy adds what it reduces in pairs only along the last axis, and one after the other along any other.
+    # A GPU adds in a tree along each.
+    def tree_sum(self: Any, input: Any) -> Any:
+        values, axis = input.handle.data, self.axis
+        last = values.reshape(-1) if axis is None else np.ascontiguousarray(np.moveaxis(values, axis, -1))
+        total = np.sum(last, axis=-1)
+        if self.keep_dims:
+            total = total.reshape((1,) * values.ndim) if axis is None else np.expand_dims(total, axis)
+        return self.to_tensor(total, input.dtype)
+
     # 32-bit arithmetic is not repeated in 64 bits to detect an overflow, which tensors small enough for the
     # interpreter cannot reach.
     quick = dataclasses.replace(builder.options, sanitize_overflow=False)
@@ -59,6 +69,7 @@ def prepared() -> Iterator[None]:
         mock.patch.object(interpreter, "_convert_float", convert_float),
         mock.patch.object(interpreter, "_patch_lang", patch_lang),
         mock.patch.object(interpreter, "_patch_lang_tensor", patch_lang_tensor),
+        mock.patch.object(interpreter.ReduceOps, "sum", tree_sum),
         mock.patch.multiple(builder, create_splat=create_splat, options=quick),
     ):
         yield

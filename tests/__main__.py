@@ -1,7 +1,8 @@
 """`python3 -m tests`: everything that can be checked on this machine, in one command that sets itself up.
 
-    python3 -m tests                all of it; with the oldest PyTorch and Triton, what covers every kernel
-    python3 -m tests --all          all of it with every Triton, and with the oldest PyTorch
+    python3 -m tests                all tests; half of the cases of each that compiles, and with the oldest
+                                    PyTorch and Triton what covers every kernel
+    python3 -m tests --all          all cases with every Triton, and with the oldest PyTorch
     python3 -m tests --quick        in three minutes: every sixth case of each test of kernels and layers
     python3 -m tests -- -k running  what follows the two dashes goes to every pytest
 
@@ -48,7 +49,12 @@ TESTS = ("tests", "--ignore=tests/static", "-m")
 WHOLE = Gate("interpreter and torch", (*TESTS, "not static and not gpu and not compiled"), interpret=True)
 COMPILED = Gate("compiled PTX", (*TESTS, "compiled and not gpu", "--compiled"))
 QUICK = Gate(WHOLE.name, (*TESTS, "not static and not gpu and not slow", "--sample=6"), interpret=True)
-STATIC = Gate("static", ("tests/static", "-m", "static"))
+BUDGETS = Gate("budgets", (*files("static/test_budgets"), "-m", "static"))
+STATIC = Gate("static", ("tests/static", f"--ignore={BUDGETS.selection[0]}", "-m", "static"))
+# Compiling takes most of the time of both, and neighbouring cases compile much that is alike.
+HALVES = tuple(
+    Gate(f"{gate.name}, half of the cases", (*gate.selection, "--sample=2")) for gate in (COMPILED, STATIC)
+)
 GPU = Gate("gpu", (*TESTS, "gpu"))
 LIBRARIES = Gate("libraries", files(
     "test_carrying_subclasses", "convert/test_folding", "convert/test_libraries", "convert/test_models",
@@ -74,7 +80,6 @@ PERTURBED = tuple(
     ), *COMPILED.selection[-3:], f"--perturb={n}"))
     for n in (1, 2)
 )  # fmt: skip
-COVERING = Gate("static", (*files("static/test_budgets"), "-m", "static"))
 
 
 @dataclass(frozen=True)
@@ -175,7 +180,8 @@ def in_environments(everything: bool, extra: list[str]) -> Iterator[Outcome]:
     and what is not run on this machine, and why."""
     here, newest = metadata.version("triton"), TRITONS[-1]
     further = everything and not no_compiler()
-    whole = (WHOLE, COMPILED, *([EXECUTED] if further else []), STATIC)
+    compiling = (COMPILED, *([EXECUTED] if further else []), STATIC) if everything else HALVES
+    whole = (WHOLE, *compiling, BUDGETS)
     on_newest = (*whole, *(PERTURBED if further else []))
     yield from (suite(gate, f"Triton {here}", extra) for gate in (on_newest if here == newest else whole))
     if os.environ.get("BNFAST_NO_SETUP") == "1":
@@ -183,7 +189,7 @@ def in_environments(everything: bool, extra: list[str]) -> Iterator[Outcome]:
         return
     for triton in TRITONS[:0:-1] if everything else (newest,):
         if triton != here:
-            gates = on_newest if everything and triton == newest else (STATIC,)
+            gates = on_newest if everything and triton == newest else (compiling[-1], BUDGETS)
             make = functools.partial(environment.layered, requirements=[f"triton=={triton}"])
             yield from elsewhere(f"Triton {triton}", f"triton-{triton}", make, gates, extra)
     if metadata.version("torch").partition("+")[0] == pinned("torch", "requirements.txt"):
@@ -195,7 +201,7 @@ def in_environments(everything: bool, extra: list[str]) -> Iterator[Outcome]:
     oldest = {name: pinned(name, "requirements-oldest.txt") for name in ("torch", "triton")}
     if any(metadata.version(name).partition("+")[0] != version for name, version in oldest.items()):
         make = functools.partial(environment.separate, names=("requirements.txt", "requirements-oldest.txt"))
-        gates = whole if everything else (OLDEST, SOME_COMPILED, COVERING)
+        gates = whole if everything else (OLDEST, SOME_COMPILED, BUDGETS)
         yield from elsewhere(" and ".join(map(" ".join, oldest.items())), "oldest", make, gates, extra)
 
 

@@ -12,7 +12,7 @@ import pytest
 from packaging.requirements import Requirement
 
 from benchmarks import environment
-from tests.__main__ import COVERING, EXECUTED, LIBRARIES, OLDEST, PERTURBED, TRITONS, pinned
+from tests.__main__ import BUDGETS, EXECUTED, LIBRARIES, OLDEST, PERTURBED, TRITONS, pinned
 
 FILES = ("requirements.txt", "requirements-oldest.txt")
 
@@ -85,7 +85,7 @@ def test_the_oldest_pair_takes_the_place_of_the_pinned_one() -> None:
 def test_the_files_of_the_gates_exist() -> None:
     named = [
         each
-        for gate in (COVERING, EXECUTED, LIBRARIES, OLDEST, *PERTURBED)
+        for gate in (BUDGETS, EXECUTED, LIBRARIES, OLDEST, *PERTURBED)
         for each in gate.selection
         if "tests/" in each
     ]

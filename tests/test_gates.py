@@ -17,6 +17,7 @@ import codegen
 from bnfast.ptx import library
 from codegen import __main__ as command
 from tests.__main__ import (
+    BUDGETS,
     COMPILED,
     EXECUTED,
     GPU,
@@ -29,6 +30,8 @@ from tests.__main__ import (
     feasible,
     no_compiler,
 )  # fmt: skip
+
+EACH_ONCE = (WHOLE, COMPILED, STATIC, BUDGETS, GPU)
 
 COLLECT = """
 import json, sys
@@ -92,11 +95,14 @@ def test_without_a_compiler_nothing_is_held_against_budgets(
 
 def holds(gate: Gate, name: str, marks: list[str]) -> bool:
     """Whether pytest, told what the gate tells it, runs a test."""
-    folder, *options = gate.selection
+    place, *options = gate.selection
     ignored = [option.removeprefix("--ignore=") for option in options if option.startswith("--ignore=")]
     marked = Expression.compile(options[options.index("-m") + 1])
-    inside = name.startswith(f"{folder}/") and not name.startswith(tuple(f"{each}/" for each in ignored))
-    return inside and marked.evaluate(lambda mark, **_: mark in marks)
+    return (
+        name.startswith(place)
+        and not name.startswith(tuple(ignored))
+        and marked.evaluate(lambda mark, **_: mark in marks)
+    )
 
 
 @pytest.mark.slow
@@ -109,7 +115,7 @@ def test_every_test_is_in_one_gate(tmp_path: Path) -> None:
     )  # fmt: skip
     found, held = json.loads(file.read_text(encoding="utf-8")), Counter[str]()
     for name, marks in found:
-        gates = [gate.name for gate in (WHOLE, COMPILED, STATIC, GPU) if holds(gate, name, marks)]
+        gates = [gate.name for gate in EACH_ONCE if holds(gate, name, marks)]
         assert len(gates) == 1, (name, gates)
         held += Counter(gates)
-    assert set(held) == {gate.name for gate in (WHOLE, COMPILED, STATIC, GPU)}
+    assert set(held) == {gate.name for gate in EACH_ONCE}

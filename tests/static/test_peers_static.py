@@ -26,6 +26,14 @@ CASES = [
 ]
 
 
+@pytest.fixture
+def one_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of those from which Inductor chooses, the first."""
+    best = sides.best
+    monkeypatch.setattr(sides, "best", lambda candidates: best(candidates[:1]))
+
+
+@pytest.mark.usefixtures("one_configuration")
 def test_both_sides_of_each_norm() -> None:
     """Both are right, and count what the expression has to move."""
     for case, sources in zip(CASES, inductor.generated(CASES), strict=True):
@@ -63,8 +71,9 @@ def test_samples_are_of_the_grid(programs: int) -> None:
         assert len({each % SMS for each in chosen}) == work.SAMPLED // work.OF_SM
 
 
+@pytest.mark.usefixtures("one_configuration")
 def test_samples_stand_for_their_launch(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Counts of some programs are about those of all, whichever configuration they make Inductor choose."""
+    """Counts of some programs are about those of all."""
     case = Case("BatchNorm", (16, 64, 28, 28), 0, BF16, True, "relu")
     (sources,) = inductor.generated([case])
     assert not isinstance(sources, str)
@@ -75,10 +84,10 @@ def test_samples_stand_for_their_launch(monkeypatch: pytest.MonkeyPatch) -> None
     for every, few in zip(whole, some, strict=True):
         for way in DIRECTIONS:
             for a, b in zip(every[way], few[way], strict=True):
-                assert a.kernel == b.kernel
+                assert (a.kernel, a.programs) == (b.kernel, b.programs)
                 assert b.read + b.written == pytest.approx(a.read + a.written, rel=0.1), a.kernel
-                assert b.programs * b.instructions == pytest.approx(a.programs * a.instructions, rel=0.15)
-                assert b.programs * b.fetched == pytest.approx(a.programs * a.fetched, rel=0.25), a.kernel
+                assert b.instructions == pytest.approx(a.instructions, rel=0.15), a.kernel
+                assert b.fetched == pytest.approx(a.fetched, rel=0.25), a.kernel
 
 
 def test_the_command(
