@@ -29,7 +29,7 @@ def counted(case: Case, direction: str) -> tuple[int, int]:
     n, c, s = case.shape[0], case.shape[1], prod(case.shape[2:])
     # where both layouts describe x, the kernels see it as layouts.is_channels_last does
     memory = (case.dtype.itemsize, s == 1 or (case.channels_last and c > 1))
-    epilogue = EpiloguePlan.of(case.activation or "none", case.residual, c, s, memory)
+    epilogue = EpiloguePlan.of(case.activation or "none", case.residual, c, s, memory[1])
     planned: Any = batch_plan.batch_norm(n, c, s, *memory, sms=SMS, epilogue=epilogue)
     if case.groups:
         planned = group_plan.group_norm(n, c, s, case.groups, *memory, sms=SMS, epilogue=epilogue)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .batch_plan import Pass, plan_whole
 from .elementwise import gradient_transform_kernel, transform_kernel
-from .epilogue import IDENTITY, NO_EPILOGUE, Activation, Epilogue, EpiloguePlan
+from .epilogue import IDENTITY, NO_EPILOGUE, Activation, Epilogue, EpiloguePlan, kind_of
 from .launch import Launch, workspace
 from .launch_plan import LaunchPlan, Signature, address, device_and_stream, launch_plan
 from .layouts import dense, dense_like
@@ -43,7 +43,7 @@ _PARAMETERS = ("weight", "bias", "running_mean", "running_var")
 
 def _train(
     signature: Signature, cumulative: bool, renorm: bool, guarded: bool, activation: Activation,
-    residual: bool, mask: bool, *rest: Any,
+    residual: bool, mask: str, *rest: Any,
 ) -> LaunchPlan:  # fmt: skip
     norm = replace(BATCH_RENORM if renorm else BATCH_NORM, cumulative=cumulative, guarded=guarded)
     counts = cumulative or renorm  # reads the counter: for the average, or for Batch Renorm's schedule
@@ -88,11 +88,11 @@ def _scale(signature: Signature, *dtypes: Any) -> LaunchPlan:
 
 def _gradients(
     signature: Signature, training: bool, renorm: bool, need_dx: bool, activation: Activation,
-    has_residual: bool, residual: bool, *rest: Any,
+    kept: str, *rest: Any,
 ) -> LaunchPlan:  # fmt: skip
     norm = BATCH_RENORM if renorm else BATCH_NORM
     if training and need_dx:
-        epilogue = EpiloguePlan(activation.name, has_residual, has_residual and not residual)
+        epilogue = EpiloguePlan(activation.name, bool(kept), kept if kept != "residual" else "")
         whole = plan_whole(signature.x, Pass.backward(epilogue))
         if whole is not None:
             constants = {"NORM": norm, "ACT": activation}
@@ -100,8 +100,8 @@ def _gradients(
             return LaunchPlan(only, None, signature.acc_like, signature.columns)
     transform = None
     if training and need_dx:
-        constants = {"NORM": BATCH_NORM, "ACT": IDENTITY if has_residual else activation}
-        rename = {"dy": "dresidual"} if has_residual else {}
+        constants = {"NORM": BATCH_NORM, "ACT": IDENTITY if kept else activation}
+        rename = {"dy": "dresidual"} if kept else {}
         transform = signature.elementwise(
             gradient_transform_kernel, 2, _BACKWARD, constants, rename=rename, overlap=LAST
         )
@@ -110,7 +110,7 @@ def _gradients(
         without.append("dx")
     constants = {"NORM": norm, "ACT": activation}
     return signature.reduction(
-        gradient_sums_kernel, 2 + residual, _BACKWARD, constants, transform, without=without,
+        gradient_sums_kernel, 2 + (kept == "residual"), _BACKWARD, constants, transform, without=without,
         overlap=ALONE if transform is None else FIRST,
     )  # fmt: skip
 
@@ -147,7 +147,7 @@ def forward(
         vectors |= residual_at or 0
     plan = launch_plan(
         _train, x, index, vectors, momentum is None, renorm is not None, guarded, epilogue.activation,
-        residual is not None, relu_mask is not None, weight_type, bias_type, mean_type, var_type,
+        residual is not None, kind_of(relu_mask), weight_type, bias_type, mean_type, var_type,
         batches is None,
     )  # fmt: skip
     y = torch.empty_like(x)
@@ -179,7 +179,7 @@ def _inference(
     addresses = [address(t) for t in given]
     dtypes = [None if t is None else t.dtype for t in given]
     vectors = x.data_ptr() | (address(residual) or 0)
-    kinds = (epilogue.activation, residual is not None, relu_mask is None)
+    kinds = (epilogue.activation, residual is not None, kind_of(relu_mask))
     plan = launch_plan(_eval, x, index, vectors, keep, *kinds, *dtypes)
     y = torch.empty_like(x)
     stats = plan.acc_like.new_empty((4, x.shape[1]) if keep else 0)
@@ -217,9 +217,9 @@ def backward(
     dy = dense_like(dy, x)
     channels, dtypes = x.shape[1], (dy.dtype, weight_dtype, bias_dtype)
     residual, relu_mask = epilogue.in_backward(x)
-    has_residual = residual is not None or relu_mask is not None
+    kept = kind_of(relu_mask) if residual is None else "residual"
     dx = torch.empty_like(x) if need_dx else None
-    dresidual = torch.empty_like(x) if has_residual else None
+    dresidual = torch.empty_like(x) if kept else None
     dweight = None if weight_dtype is None else stats.new_empty(channels, dtype=weight_dtype)
     dbias = None if bias_dtype is None else stats.new_empty(channels, dtype=bias_dtype)
     given = (x, dy, dx, dweight, dbias, stats, residual, relu_mask, dresidual)
@@ -231,10 +231,9 @@ def backward(
         return dx, None, None, None
     renorm = stats.shape[0] == 6
     plan = launch_plan(
-        _gradients, x, index, vectors, training, renorm, need_dx, epilogue.activation, has_residual,
-        residual is not None, dtypes,
+        _gradients, x, index, vectors, training, renorm, need_dx, epilogue.activation, kept, dtypes,
     )  # fmt: skip
-    dx_coeffs = stats.new_empty_strided((3, channels), (channels, 1)) if training and need_dx else None
+    dx_coeffs = None if plan.second is None else stats.new_empty_strided((3, channels), (channels, 1))
     partials, semaphores = workspace(index, stream, plan.acc_like, plan.partials, plan.semaphores, private)
     tensors = (*given, partials, semaphores, dx_coeffs, None)
     addresses += [None if t is None else t.data_ptr() for t in (partials, semaphores, dx_coeffs, None)]

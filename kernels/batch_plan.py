@@ -41,6 +41,7 @@ WARPS = (8, 4, 2, 1, 16)
 # residual, computes a smooth activation, or compares or gathers the lanes of several channels. With a channel
 # in each lane there are no registers to keep a tile [sass].
 LOADS, FEW_LOADS = 8, 4
+BYTE = 0.5  # of an element of 16 bits
 CHANNELS = (1, 2, 4, 8)  # of a contiguous program, at most
 ROW_BYTES = (64, 32)  # of the channels of a channels_last program: whole sectors, few enough to finalize
 
@@ -50,26 +51,26 @@ class Pass(NamedTuple):
 
     inputs: the tensors that are read for sums and then for results: x, and in a backward dy. first: those
     that are read for the sums. once: what is moved once, in multiples of x. activation: whose slope is
-    computed for the sums. packed: whether relu's mask is moved, whose bytes must each belong to one block.
-    heavy: what is done to an element takes many registers."""
+    computed for the sums. heavy: what is done to an element takes many registers."""
 
     inputs: int
     first: int
     once: float
     activation: str
-    packed: bool
     heavy: bool
 
     @classmethod
     def forward(cls, epilogue: EpiloguePlan) -> Pass:
         residual = epilogue.residual
-        return cls(1, 1, 1 + residual, "none", epilogue.mask, residual or cost_of(epilogue.activation) > 1)
+        once = 1 + residual + BYTE * (epilogue.mask == "bytes")
+        heavy = residual or cost_of(epilogue.activation) > 1
+        return cls(1, 1, once, "none", heavy)
 
     @classmethod
     def backward(cls, epilogue: EpiloguePlan) -> Pass:
         kept, activation = epilogue.kept, epilogue.activation
-        once = {"": 1, "residual": 3, "mask": 2}[kept]
-        return cls(2, 2 + (kept == "residual"), once, activation, kept == "mask", cost_of(activation) > 1)
+        once = {"": 1.0, "residual": 3.0, "bits": 2.0, "bytes": 2 + BYTE}[kept]
+        return cls(2, 2 + (kept == "residual"), once, activation, cost_of(activation) > 1)
 
 
 @dataclass(frozen=True)
@@ -104,8 +105,6 @@ def _views(x: Problem, p: Pass, warps: int) -> Iterator[tuple[View, int, bool]]:
 def _plans(x: Problem, p: Pass) -> Iterator[WholePlan]:
     for most in WARPS:
         for view, loads, keeps in _views(x, p, most):
-            if p.packed and (view.width % 8 or view.pitch % 8):
-                continue
             program = Program(most, 16 // most, 128, FEW_LOADS if p.heavy else loads)
             tile, warps, registers, per_sm, tiles = fitted(x, view, program, p.first, True)
             tile = replace(reducing(tile, view, warps, registers, 1), held=keeps and tiles == 1)
@@ -120,13 +119,14 @@ def _again(x: Problem, p: Pass, cached: float) -> float:
     return max((moved - cached) / (MEMORY_RATE * x.sms), moved / (L2_RATE * x.sms))
 
 
-def _one_launch(plan: WholePlan, x: Problem, p: Pass) -> float:
-    """Microseconds. Infinity if programs would have to read x from memory again."""
+def _one_launch(plan: WholePlan, x: Problem, p: Pass) -> tuple[float, bool, float]:
+    """Microseconds, and what decides between plans that take as many. Infinity if programs would have to read
+    x from memory again."""
     tile, blocks, memory = plan.tile, plan.view.blocks, MEMORY_RATE * x.sms
     of_sm, turns = ceil_div(blocks, x.sms), ceil_div(blocks, x.sms * plan.per_sm)
     if not tile.held and p.inputs * x.bytes / blocks * min(of_sm, plan.per_sm) > CACHED:
-        return inf
-    fold = FOLD * (2 if x.channels_last else min(tile.channels, 3))
+        return inf, False, inf
+    fold = FOLD * (2 if x.channels_last else tile.channels.bit_length())
     second = x.bytes * p.once / memory if tile.held else _again(x, p, p.inputs * x.bytes)
     if turns * plan.tiles > 1:  # these load and compute in turns, so that loads wait behind others
         memory = min(memory, x.sms * plan.bytes_per_program * min(of_sm, plan.per_sm) / QUEUED)
@@ -139,7 +139,10 @@ def _one_launch(plan: WholePlan, x: Problem, p: Pass) -> float:
     loads = VECTOR_BYTES // (tile.vec * x.itemsize)
     instructions = of_thread * (10 * p.inputs + 3.5 * loads + 12 * p.heavy) + 150 * min(tile.channels, 3)
     issuing = of_sm * plan.warps * instructions / ISSUED
-    return max(streaming + fold, waiting, of_sm * of_block / rate + fold, issuing)
+    time = max(streaming + fold, waiting, of_sm * of_block / rate + fold, issuing)
+    # Of plans that wait as long, the one that issues least, unless a thread has more loads than it issues
+    # before it waits for the first [sass].
+    return time, of_thread * p.inputs / tile.vec > LOADS, issuing
 
 
 def _two_launches(x: Problem, p: Pass) -> float:
@@ -156,7 +159,7 @@ def plan_whole(x: Problem, p: Pass) -> WholePlan | None:
     """None: two launches take less time."""
     times = {plan: _one_launch(plan, x, p) for plan in _plans(x, p)}
     best = min(times, key=times.__getitem__, default=None)
-    return None if best is None or times[best] > _two_launches(x, p) else best
+    return None if best is None or times[best][0] > _two_launches(x, p) else best
 
 
 def batch_norm(

@@ -24,8 +24,7 @@ from .reduce import PARAMETERS, SIZES
 
 
 class Results(NamedTuple):
-    """Pointers to where y goes, to the residual that it takes, and to where the bits of relu's mask go, or
-    None."""
+    """Pointers to where y goes, to the residual that it takes, and to where relu's mask goes, or None."""
 
     y: Any
     residual: Any
@@ -42,8 +41,11 @@ def finish_tile(y, to, t, block, index, start, g, T: tl.constexpr, ACT: tl.const
     activated = activate(y, ACT).to(to.y.dtype.element_ty)
     write(to.y + base + t.offs, activated, t.mask)
     if to.relu_mask is not None:  # after the other store: before it, Triton 3.9 spills a register [sass]
-        bits = tile(block, index, g, T, False, True)
-        tl.store(to.relu_mask + start // 8 + bits.base + bits.offs, pack(y > 0), mask=bits.mask)
+        if to.relu_mask.dtype.element_ty == tl.uint8:
+            bits = tile(block, index, g, T, False, True)
+            tl.store(to.relu_mask + start // 8 + bits.base + bits.offs, pack(y > 0), mask=bits.mask)
+        else:
+            tl.store(to.relu_mask + base + t.offs, y > 0, mask=t.mask)
 
 
 @triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=PARAMETERS)
@@ -58,7 +60,8 @@ def transform_kernel(
     """NORM: the Normalizer that reads its coefficients from stats; None: the running statistics are used,
     as in eval, and stats, if given, receives the coefficients for a backward. not CENTRED: y = scale * x,
     which is the whole backward of eval if no parameter needs a gradient. ACT: the activation (see
-    activations.py). relu_mask receives one bit for each element of x, 1 where relu lets it through."""
+    activations.py). relu_mask receives a bit or a byte for each element of x, 1 where relu lets it
+    through."""
     ACC: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
     g = Geometry(
         rows, pitch_v, width_v, inner, channels, tiles, pieces, total_v, blocks, splits, group_size, groups

@@ -148,9 +148,9 @@ IDENTITY = Activation("none")  # only kernels and plans see it
 
 
 class Epilogue(NamedTuple):
-    """The epilogue of a call. mask: whether relu's backward may use a mask of one bit an element, 1 where
-    relu lets it through, in place of the residual. In a backward, residual is what the forward has kept:
-    the residual or this mask."""
+    """The epilogue of a call. mask: whether relu's backward may use a mask, 1 where relu lets an element
+    through, in place of the residual. In a backward, residual is what the forward has kept: the residual or
+    this mask."""
 
     activation: Activation = IDENTITY
     residual: Tensor | None = None
@@ -160,44 +160,56 @@ class Epilogue(NamedTuple):
         """(the residual in x's memory order, an empty tensor for the mask if there will be one)."""
         if self.residual is None:
             return None, None
-        s = x.numel() // max(1, x.shape[0] * x.shape[1])
-        mask = None
-        if self.mask and packs(x.shape[1], s, x.element_size(), is_channels_last(x)):
-            mask = torch.empty(x.numel() // 8, dtype=torch.uint8, device=x.device)
-        return dense_like(self.residual, x), mask
+        return dense_like(self.residual, x), empty_mask(x) if self.mask else None
 
     def in_backward(self, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """(the residual in x's memory order, None) or (None, the mask)."""
         kept = self.residual
         if kept is None:
             return None, None
-        return (None, kept.contiguous()) if kept.dtype == torch.uint8 else (dense_like(kept, x), None)
+        return (None, kept.contiguous()) if kept.dtype in MASKS else (dense_like(kept, x), None)
 
 
 NO_EPILOGUE = Epilogue()
+MASKS = {torch.uint8: "bits", torch.bool: "bytes"}  # relu's mask, by its dtype
+
+
+def empty_mask(x: Tensor) -> Tensor:
+    """For relu's mask of x, in x's memory order: a bit for each element, or a byte."""
+    s = x.numel() // max(1, x.shape[0] * x.shape[1])
+    if packs(x.shape[1], s, is_channels_last(x)):
+        return x.new_empty(x.numel() // 8, dtype=torch.uint8)
+    return x.new_empty(x.numel(), dtype=torch.bool)
+
+
+def kind_of(mask: Tensor | None) -> str:
+    """EpiloguePlan.mask."""
+    return "" if mask is None else MASKS[mask.dtype]
 
 
 class EpiloguePlan(NamedTuple):
-    """The epilogue as the plan of a training step sees it. mask: whether the backward uses relu's mask in
-    place of the residual."""
+    """The epilogue as the plan of a training step sees it. mask: "bits" or "bytes" of relu's mask, which the
+    backward uses in place of the residual, or ""."""
 
     activation: str = "none"
     residual: bool = False
-    mask: bool = False
+    mask: str = ""
 
     @classmethod
-    def of(cls, activation: str, residual: bool, c: int, s: int, memory: tuple[int, bool]) -> EpiloguePlan:
-        """With a mask if relu's backward uses one. activation: its name, or "none". memory: itemsize and
-        channels_last, as in batch_plan.batch_norm."""
-        return cls(activation, residual, residual and activation == "relu" and packs(c, s, *memory))
+    def of(cls, activation: str, residual: bool, c: int, s: int, channels_last: bool) -> EpiloguePlan:
+        """With a mask if relu's backward uses one. activation: its name, or "none"."""
+        mask = (
+            ("bits" if packs(c, s, channels_last) else "bytes") if residual and activation == "relu" else ""
+        )
+        return cls(activation, residual, mask)
 
     @property
     def kept(self) -> str:
-        """What the backward reads for the residual: "residual", "mask" or, without an activation, "", since
+        """What the backward reads for the residual: "residual", a mask or, without an activation, "", since
         the residual's gradient is dy."""
         if not self.residual or self.activation == "none":
             return ""
-        return "mask" if self.mask else "residual"
+        return self.mask or "residual"
 
     @property
     def activation_of_dx(self) -> str:
@@ -212,10 +224,10 @@ class EpiloguePlan(NamedTuple):
     def backward_bytes(self, elements: int, itemsize: int) -> int:
         """The residual or the mask is read and dresidual written, which is then read in place of dy."""
         each = elements * itemsize
-        return {"": 0, "residual": 2 * each, "mask": each}[self.kept] + self._mask_bytes(elements)
+        return {"": 0, "residual": 2 * each}.get(self.kept, each) + self._mask_bytes(elements)
 
     def _mask_bytes(self, elements: int) -> int:
-        return elements // 8 if self.kept == "mask" else 0
+        return {"bits": elements // 8, "bytes": elements}.get(self.kept, 0)
 
 
 NO_EPILOGUE_PLAN = EpiloguePlan()

@@ -204,6 +204,19 @@ def few_by_lane(values, g, T: tl.constexpr):
 
 
 @triton.jit
+def row_of_channels(values, g, T: tl.constexpr):
+    """[channels] -> the value of each lane's channel, [1, lanes], or [1, 1] if a block is one channel."""
+    if T.mode == "nhwc" or T.one_channel:
+        row = values
+    elif T.few_channels:
+        row = few_by_lane(values, g, T)
+    else:
+        k = tl.arange(0, T.lanes) // g.inner
+        row = tl.gather(values, tl.where(k < T.channels, k, 0), 0)
+    return row[None, :]
+
+
+@triton.jit
 def sum_by_channel(values, offs_k, g, T: tl.constexpr):
     """What sum_rows returns -> the sums of the block's offs_k-th channels, of offs_k's shape. Lanes out of
     bounds are left out."""

@@ -17,7 +17,7 @@ from torch import Tensor
 from . import row_plan
 from .column_sums import column_sums_kernel
 from .elementwise import gradient_transform_kernel, transform_kernel
-from .epilogue import IDENTITY, NO_EPILOGUE, Activation, Epilogue
+from .epilogue import IDENTITY, NO_EPILOGUE, Activation, Epilogue, kind_of
 from .group_plan import OnePassPlan, one_pass
 from .launch import Launch, workspace
 from .launch_plan import LaunchPlan, Signature, address, device_and_stream, launch_plan
@@ -50,12 +50,12 @@ def _one_pass(signature: Signature, kind: str, *how: Any) -> OnePassPlan | None:
 
 
 def _forward(
-    signature: Signature, groups: int, kind: str, activation: Activation, relu_mask: bool, residual: bool,
+    signature: Signature, groups: int, kind: str, activation: Activation, mask: str, residual: bool,
     *rest: Any,
 ) -> LaunchPlan:  # fmt: skip
     signature.groups = groups
     act = {"ACT": activation}
-    plan = _one_pass(signature, kind, 1, activation.name, "mask" if relu_mask else "")
+    plan = _one_pass(signature, kind, 1, activation.name, mask)
     if plan is not None:
         only = Launch(group_norm_kernel, plan, _FORWARD, act, signature.aligned)
         return LaunchPlan(only, None, signature.acc_like, signature.columns)
@@ -86,7 +86,7 @@ def forward(
     residual_at, relu_mask_at = address(residual), address(relu_mask)
     vectors = x.data_ptr() | (residual_at or 0)
     plan = launch_plan(
-        _forward, x, index, vectors, groups, kind, epilogue.activation, relu_mask is not None,
+        _forward, x, index, vectors, groups, kind, epilogue.activation, kind_of(relu_mask),
         residual is not None, *dtypes,
     )  # fmt: skip
     y = torch.empty_like(x)
@@ -120,7 +120,7 @@ class _Gradients:
 
 def _backward(
     signature: Signature, groups: int, kind: str, need_dx: bool, need_parameters: bool,
-    activation: Activation, has_residual: bool, relu_mask: bool, residual: bool, *rest: Any,
+    activation: Activation, kept: str, *rest: Any,
 ) -> _Gradients:  # fmt: skip
     signature.groups = groups
     parameters, act = None, {"ACT": activation}
@@ -131,7 +131,6 @@ def _backward(
             column_sums_kernel, columns, _BACKWARD, {}, signature.aligned, rename=rename, overlap=LAST
         )
     without = [] if need_parameters else ["sums"]
-    kept = "mask" if relu_mask else "residual" if residual else ""
     held = _one_pass(signature, kind, 2, activation.name, kept) if need_dx else None
     if held is not None:
         only = Launch(
@@ -141,15 +140,15 @@ def _backward(
         return _Gradients(only, parameters, None, True, signature.acc_like)
     transform = None
     if need_dx:
-        constants = {"NORM": _normalizer(signature, kind), "ACT": IDENTITY if has_residual else activation}
-        rename = {"dy": "dresidual"} if has_residual else {}
+        constants = {"NORM": _normalizer(signature, kind), "ACT": IDENTITY if kept else activation}
+        rename = {"dy": "dresidual"} if kept else {}
         transform = signature.elementwise(
             gradient_transform_kernel, 2, _BACKWARD, constants, rename=rename, overlap=LAST
         )
     without += ["dx", "dweight", "dbias"] + ([] if need_dx else ["dx_coeffs"])
     constants = {"NORM": _normalizer(signature, kind), **act}
     plan = signature.reduction(
-        gradient_sums_kernel, 2 + residual, _BACKWARD, constants, without=without,
+        gradient_sums_kernel, 2 + (kept == "residual"), _BACKWARD, constants, without=without,
         overlap=FIRST if need_parameters or need_dx else ALONE,
     )  # fmt: skip
     return _Gradients(
@@ -176,15 +175,15 @@ def backward(
         dweight = stats.new_empty(c, dtype=weight_dtype or stats.dtype)
         dbias = stats.new_empty(c, dtype=bias_dtype or stats.dtype)
     residual, relu_mask = epilogue.in_backward(x)
-    has_residual = residual is not None or relu_mask is not None
-    dresidual = torch.empty_like(x) if has_residual else None
+    kept = kind_of(relu_mask) if residual is None else "residual"
+    dresidual = torch.empty_like(x) if kept else None
     given = (x, dy, dx, weight, stats, dweight, dbias, bias, residual, relu_mask, dresidual)
     addresses = [None if t is None else t.data_ptr() for t in given]
     dtypes = (dy.dtype, *(None if t is None else t.dtype for t in (weight, bias)), weight_dtype, bias_dtype)
     vectors = x.data_ptr() | dy.data_ptr() | stats.data_ptr() | (address(residual) or 0)
     plan = launch_plan(
         _backward, x, index, vectors, groups, kind, need_dx, dweight is not None, epilogue.activation,
-        has_residual, relu_mask is not None, residual is not None, dtypes,
+        kept, dtypes,
     )  # fmt: skip
     sums = None if plan.parameters is None else stats.new_empty((n, 2, c))
     partials = semaphores = dx_coeffs = None

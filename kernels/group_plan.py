@@ -95,15 +95,14 @@ def one_pass(
 ) -> OnePassPlan | None:
     """The plan of one launch which reads each of `inputs` tensors once (1: forward, 2: backward). None: a
     group does not fit in a program's registers, or is not one run of memory, and is read twice. kept: what
-    the backward reads of a residual, "residual", "mask" or ""; a program has no registers for a third
-    tensor."""
+    the backward reads of a residual (see EpiloguePlan); a program has no registers for a third tensor."""
     if x.channels_last and x.s > 1:
         return None
     if inputs > 1 and kept == "residual":
         return None
     plan = plan_one_pass(x.n, groups, x.c // groups, x.s, x.itemsize, x.aligned, inputs, activation)
     # a vector's bits of relu's mask are one byte
-    return None if plan is not None and kept == "mask" and plan.tile.vec != 8 else plan
+    return None if plan is not None and kept == "bits" and plan.tile.vec != 8 else plan
 
 
 def two_pass(

@@ -101,7 +101,7 @@ def group_norm_kernel(
     groups, group_size, inner_v, groups_per_sample,
     T: tl.constexpr, ACT: tl.constexpr,
 ):  # fmt: skip
-    """stats: [2, groups], mean and rstd. residual, relu_mask (with vec 8 only) and ACT are as in
+    """stats: [2, groups], mean and rstd. residual, relu_mask (bits with vec 8 only) and ACT are as in
     elementwise.py."""
     ACC: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
     TILES: tl.constexpr = T.tiles
@@ -140,7 +140,10 @@ def group_norm_kernel(
         activated = activate(y, ACT).to(y_ptr.dtype.element_ty)
         write(y_ptr + base + offs, activated, mask)
         if relu_mask_ptr is not None:
-            tl.store(relu_mask_ptr + base // 8 + byte_of(offs), pack(y > 0), mask=mask)
+            if relu_mask_ptr.dtype.element_ty == tl.uint8:
+                tl.store(relu_mask_ptr + base // 8 + byte_of(offs), pack(y > 0), mask=mask)
+            else:
+                tl.store(relu_mask_ptr + base + offs, y > 0, mask=mask)
 
 
 @triton.jit
@@ -208,8 +211,11 @@ def group_norm_gradients_kernel(
         offs, mask, offs_c, exists = vectors(first, k, g, T)
         grad = dys[k]  # 0 where the mask is not set
         if relu_mask_ptr is not None:
-            relu_mask = tl.load(relu_mask_ptr + base // 8 + byte_of(offs), mask=mask, other=0)
-            grad = tl.where(unpack(relu_mask), grad, 0.0)
+            if relu_mask_ptr.dtype.element_ty == tl.uint8:
+                passes = unpack(tl.load(relu_mask_ptr + base // 8 + byte_of(offs), mask=mask, other=0))
+            else:
+                passes = tl.load(relu_mask_ptr + base + offs, mask=mask, other=0)
+            grad = tl.where(passes, grad, 0.0)
         elif SLOPED:
             affine = affine_of(offs_c, exists, mean, rstd, weight_ptr, bias_ptr, T, ACC)
             grad = before_activation(grad, xs[k], affine, None, offs, mask, ACT, ACC)

@@ -26,7 +26,7 @@ from .geometry import (
     tile,
     values_per_channel,
 )
-from .memory import let_next_launch_start, load_shared, store_rows, write
+from .memory import let_next_launch_start, load_shared, read, store_rows, write
 from .moments import (
     Moments,
     finite_or_zero,
@@ -234,12 +234,12 @@ def gradient_tile(
         residual_ptr = None if p.residual is None else p.residual + base
         grad = before_activation(grad, x, affine, residual_ptr, t.offs, t.mask, ACT, ACC)
     elif p.relu_mask is not None:
-        bits = tile(block, index, g, T, False, True)
-        relu_mask = tl.load(
-            p.relu_mask + start // 8 + bits.base + bits.offs, mask=bits.mask, other=0,
-            eviction_policy="evict_first",
-        )  # fmt: skip
-        grad = tl.where(unpack(relu_mask), grad, 0.0)
+        if p.relu_mask.dtype.element_ty == tl.uint8:
+            bits = tile(block, index, g, T, False, True)
+            passes = unpack(read(p.relu_mask + start // 8 + bits.base + bits.offs, bits.mask))
+        else:
+            passes = read(p.relu_mask + base + t.offs, t.mask)
+        grad = tl.where(passes, grad, 0.0)
     if p.dresidual is not None:
         tl.store(p.dresidual + base + t.offs, grad.to(p.dresidual.dtype.element_ty), mask=t.mask)
     return grad, x

@@ -9,16 +9,10 @@ from math import gcd
 VECTOR_BYTES = 16
 
 
-def packs(c: int, s: int, itemsize: int, channels_last: bool) -> bool:
-    """Whether every part of an address is a multiple of 8 elements, whatever plan.py chooses, so that each
-    byte of relu's mask belongs to one tile. In nchw_packed, blocks begin on multiples of 16 bytes only, and
-    only if they hold several channels."""
-    if channels_last:
-        return c % 8 == 0
-    if s % 8 == 0:
-        return True
-    smallest = 4 * 32 * VECTOR_BYTES // itemsize  # lanes of the smallest program
-    return itemsize == 2 and c * s % 8 == 0 and s * (8 // gcd(s, 8)) <= smallest
+def packs(c: int, s: int, channels_last: bool) -> bool:
+    """Whether relu's mask has a bit for each element of x, and not a byte: where each byte then belongs to
+    one tile, whatever plan.py chooses, since every part of an address is a multiple of 8 elements."""
+    return (c if channels_last else s) % 8 == 0
 
 
 def ceil_div(a: int, b: int) -> int:

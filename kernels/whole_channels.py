@@ -15,6 +15,7 @@ from .geometry import (
     channels_of_block,
     channels_per_block,
     lanes_and_channels,
+    row_of_channels,
     sum_by_channel,
     sum_rows,
     tile,
@@ -68,11 +69,9 @@ def batch_norm_kernel(
         loaded = NORM.load_forward(mine, params, ACC)
     ws = Workspace(0, None, None, stats_ptr, loaded)
     m = moments_of_channels(sums, offs_k, mine, g, T)
-    NORM.finalize_forward(mine, m, ws, params, options, g, T, NORM, ACC)
-    tl.debug_barrier()  # what is stored of a channel, all threads with its lanes may load
-    c = lanes_and_channels(block, g, T)
-    mean, scale, shift = NORM.coefficients(c, 0, stats_ptr, params, g, ACC)
-    mean, scale, shift = by_lane(mean, T), by_lane(scale, T), by_lane(shift, T)
+    mean, scale, shift = NORM.finalize_forward(mine, m, ws, params, options, g, T, NORM, ACC)
+    mean, scale = row_of_channels(mean, g, T), row_of_channels(scale, g, T)
+    shift = row_of_channels(shift, g, T)
     to = Results(y_ptr, residual_ptr, relu_mask_ptr)
     if T.held:
         t = tile(block, 0, g, T)
@@ -93,7 +92,7 @@ def batch_norm_kernel(
 
 @triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=PARAMETERS)
 def batch_norm_gradients_kernel(
-    dy_ptr, x_ptr, dx_ptr, stats_ptr, dx_coeffs_ptr, dweight_ptr, dbias_ptr,
+    dy_ptr, x_ptr, dx_ptr, stats_ptr, dweight_ptr, dbias_ptr,
     residual_ptr, relu_mask_ptr, dresidual_ptr,
     count: tl.float64,
     rows, pitch_v, width_v, inner, channels, tiles, pieces, total_v, blocks, splits, group_size, groups,
@@ -128,14 +127,12 @@ def batch_norm_gradients_kernel(
         sum_by_channel(sum_rows(sum_dy, g, T), offs_k, g, T),
         sum_by_channel(sum_rows(sum_dy_xmu, g, T), offs_k, g, T),
     )
-    out = Gradients(dx_coeffs_ptr, dweight_ptr, dbias_ptr, None, count)
+    out = Gradients(None, dweight_ptr, dbias_ptr, None, count)
     ws = Workspace(0, None, None, stats_ptr, loaded)
-    NORM.finalize_backward(mine, sums, ws, params, out, g, T, ACC)
-    tl.debug_barrier()
-    c_dy, c_xmu, c_one = NORM.dx_coefficients(c, 0, stats_ptr, dx_coeffs_ptr, params, g, ACC)
-    c_dy, c_xmu, c_one = by_lane(c_dy, T), by_lane(c_xmu, T), by_lane(c_one, T)
+    c_xmu, c_one = NORM.finalize_backward(mine, sums, ws, params, out, g, T, ACC)
+    c_xmu, c_one = row_of_channels(c_xmu, g, T), row_of_channels(c_one, g, T)
     if T.held:
-        dx = c_dy * grad.to(ACC) + c_xmu * (x.to(ACC) - mean) + c_one
+        dx = scale * grad.to(ACC) + c_xmu * (x.to(ACC) - mean) + c_one
         write(dx_ptr + t.base + t.offs, dx, t.mask)
     else:
         for step in tl.range(0, g.tiles):
@@ -147,7 +144,7 @@ def batch_norm_gradients_kernel(
                 more_grad = read(dy_ptr + t.base + t.offs, t.mask).to(ACC)
                 if ACT.name != "none":
                     more_grad = before_activation(
-                        more_grad, more_x, Affine(mean, c_dy, shift), None, t.offs, t.mask, ACT, ACC
+                        more_grad, more_x, affine, None, t.offs, t.mask, ACT, ACC
                     )  # fmt: skip
-            dx = c_dy * more_grad + c_xmu * (more_x - mean) + c_one
+            dx = scale * more_grad + c_xmu * (more_x - mean) + c_one
             write(dx_ptr + t.base + t.offs, dx, t.mask)

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 import bnfast
 from bnfast.kernels import plan, views
-from bnfast.kernels.epilogue import Activation, Epilogue
+from bnfast.kernels.batch_plan import Pass, plan_whole
+from bnfast.kernels.epilogue import Activation, Epilogue, EpiloguePlan
 from bnfast.kernels.records import Problem
 from bnfast.ptx import Execution
 from tests.support import kernel_calls as kernels
@@ -83,7 +84,7 @@ TRAFFIC = [
         ["contiguous", "channels_last"],
         [(8, 24, 7, 7), (4, 16, 14, 14), (2, 8, 66, 64)],
     )
-] + [("group that is held", ("relu", True), "contiguous", (4, 16, 8, 8))]
+] + [("group that is held", ("relu", True), "contiguous", shape) for shape in ((4, 16, 8, 8), (4, 16, 7, 7))]
 
 
 def flows(t: Moved, *tensors: Tensor | None) -> list[tuple[float, float]]:
@@ -97,8 +98,8 @@ def flows(t: Moved, *tensors: Tensor | None) -> list[tuple[float, float]]:
 def test_bytes(
     norm: str, after: tuple[str, bool], layout: str, shape: tuple[int, ...], executed: list[Execution]
 ) -> None:
-    """In two launches BatchNorm with relu moves 3T and 5T; with a residual 4T + T/16 and 6T + T/16, for the
-    mask. silu reads the residual again in place of a mask. A one-pass group is read once."""
+    """In two launches BatchNorm with relu moves 3T and 5T; with a residual 4T and 6T and a mask, of a bit or
+    byte for each element. silu reads the residual again in place of a mask. A one-pass group is read once."""
     (activation, residual), (forward, backward, passes) = after, NORMS[norm]
     g = given(shape, torch.bfloat16, "train", layout, residual)
     x, dy, z, vectors = g["x"], g["dy"], g.get("z"), (g["weight"], g["bias"])
@@ -107,7 +108,8 @@ def test_bytes(
         y, table, mask = forward(x, *vectors, Epilogue(Activation(activation), z, keeps))
     assert t.launches == passes
     assert (mask is not None) == keeps
-    assert mask is None or mask.nbytes * 16 == x.nbytes
+    bits = (shape[1] if layout == "channels_last" else shape[2] * shape[3]) % 8 == 0
+    assert mask is None or mask.nbytes * (8 if bits else 1) == x.numel()
     assert flows(t, x, y) == [(passes, 0.0), (0.0, 1.0)]
     assert flows(t, z, mask) == [(1.0, 0.0)] * residual + [(0.0, 1.0)] * keeps
     kept = z if mask is None else mask
@@ -123,15 +125,19 @@ def test_bytes(
     n=st.integers(1, 300), c=st.integers(1, 300), s=st.integers(1, 4000), itemsize=st.sampled_from((2, 4, 8)),
     last=st.booleans(), aligned=st.booleans(), sms=st.sampled_from((2, 132)), group=st.booleans(),
 )  # fmt: skip
-def test_where_there_is_a_mask_no_byte_is_two_programs(
+def test_where_a_mask_has_bits_no_byte_is_two_programs(
     n: int, c: int, s: int, itemsize: int, last: bool, aligned: bool, sms: int, group: bool
 ) -> None:
     last = last or s == 1
-    if not views.packs(c, s, itemsize, last):
+    if not views.packs(c, s, last):
         return
     x = Problem(1 if group else n, c, s, itemsize, last, aligned, sms)
     rest = (n, c) if group else ()
-    for planned in (plan.plan_elementwise(x, 2, *rest), plan.plan_reduction(x, 2, *rest)):
-        view = planned.view
+    planned = [plan.plan_elementwise(x, 2, *rest), plan.plan_reduction(x, 2, *rest)]
+    if not group:
+        after = EpiloguePlan.of("relu", True, c, s, last)
+        planned += filter(None, (plan_whole(x, Pass.forward(after)), plan_whole(x, Pass.backward(after))))
+    for each in planned:
+        view = each.view
         numbers = [view.pitch, view.width, view.lanes] + [view.total] * (view.mode == "nhwc_packed" or group)
-        assert not any(number % 8 for number in numbers), planned
+        assert not any(number % 8 for number in numbers), each

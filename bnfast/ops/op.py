@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from ..dispatch import KERNELS, TORCH, batched, choose_route, elsewhere, ordinary, watched
-from ..kernels.epilogue import IDENTITY, NO_EPILOGUE, Activation, Epilogue
+from ..kernels.epilogue import IDENTITY, MASKS, NO_EPILOGUE, Activation, Epilogue
 from ..kernels.plan import TooLarge
 from ..kernels.records import NO_BUFFERS, Buffers, Forward, Gradients, Wanted, new
 from ..reference.batchnorm import wide
@@ -237,6 +237,8 @@ def _slope(
     """The activation's derivative, differentiable, in the accumulator's dtype."""
     if kept is not None and kept.dtype == torch.uint8:
         bits = (kept[:, None] >> torch.arange(8, device=x.device, dtype=torch.uint8)) & 1
-        return bits.flatten().as_strided(x.shape, x.stride())
+        kept = bits.flatten()
+    if kept is not None and kept.dtype in MASKS:
+        return kept.as_strided(x.shape, x.stride())
     v = norm.reference(x, weight, bias, stats, options)
     return activation.slope(v if kept is None else v + wide(kept))

@@ -8,15 +8,14 @@ warm-up in a pool, and a cached workspace must not live there."""
 from __future__ import annotations
 
 from collections.abc import Callable
-from math import prod
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..dispatch import elsewhere
-from ..kernels import layouts, views
-from ..kernels.epilogue import NO_EPILOGUE, Activation, Epilogue
+from ..kernels import layouts
+from ..kernels.epilogue import NO_EPILOGUE, Activation, Epilogue, empty_mask
 from ..kernels.records import Buffers, Forward, Gradients, Wanted
 
 # The last arguments of every forward and backward. relu_mask: whether to return relu's mask (see
@@ -79,8 +78,8 @@ def forward_operator(
         *_, options, epilogue, keep = arguments(x, *rest)
         y = layout.y_like(x)
         stats = x.new_empty(stats_shape(x, options, keep), dtype=layouts.accumulator(x))
-        masked = layout.masks and epilogue.mask and epilogue.residual is not None and _packs(y)
-        return y, stats, y.new_empty(y.numel() // 8 if masked else 0, dtype=torch.uint8)
+        masked = layout.masks and epilogue.mask and epilogue.residual is not None
+        return y, stats, empty_mask(y) if masked else y.new_empty(0, dtype=torch.uint8)
 
     more = "".join(f"{part}, " for part in (buffers, packing.schema) if part)
     schema = f"{name}(Tensor x, Tensor? weight, Tensor? bias, {more}{_FORWARD}) -> (Tensor, Tensor, Tensor)"
@@ -162,8 +161,3 @@ def _epilogue(
     if activation == "none" and residual is None:
         return NO_EPILOGUE
     return Epilogue(Activation(activation, parameter), residual, relu_mask)
-
-
-def _packs(y: Tensor) -> bool:
-    """Whether Epilogue.in_forward makes a mask for an x in y's memory order."""
-    return views.packs(y.shape[1], prod(y.shape[2:]), y.element_size(), layouts.is_channels_last(y))

@@ -43,7 +43,8 @@ def finalize_forward(c, m, ws, params, options, g, T: tl.constexpr, NORM: tl.con
     mean = m.pivot + m.shift
     variance = m.m2 / tl.where(m.count > 0, m.count, 1.0)
     rstd = reciprocal_std(variance, as_scalar(options.eps, ACC), ACC)
-    store_rows(ws.stats_ptr, c, g.channels, mean, ws.loaded.weight * rstd, ws.loaded.bias, rstd)
+    scale, shift = ws.loaded.weight * rstd, ws.loaded.bias
+    store_rows(ws.stats_ptr, c, g.channels, mean, scale, shift, rstd)
     if NORM.cumulative:
         factor = 1.0 / (ws.loaded.batches + 1)
     else:
@@ -53,6 +54,7 @@ def finalize_forward(c, m, ws, params, options, g, T: tl.constexpr, NORM: tl.con
     if params.running_var is not None:
         unbiased = m.m2 / tl.where(m.count > 1, m.count - 1, 1.0)
         ema_update(params.running_var, c, ws.loaded.running_var, unbiased, factor)
+    return mean, scale, shift
 
 
 @triton.jit
@@ -90,14 +92,13 @@ def load_backward(c, sample, stats_ptr, params, g, ACC: tl.constexpr):
 
 
 @triton.jit
-def store_dx_coefficients(c, sums, out, g, scale, rstd, ACC: tl.constexpr):
-    """Stores the coefficients of dx, [3, channels], if dx is wanted."""
+def coefficients_of_dx(c, sums, out, g, scale, rstd, ACC: tl.constexpr):
+    """c_xmu and c_one; c_dy is the scale. All are stored, [3, channels], if a later launch needs them."""
+    n = as_scalar(out.count, ACC)
+    c_xmu, c_one = -scale * (rstd * (rstd * (sums.dy_xmu / n))), -scale * (sums.dy / n)
     if out.dx_coeffs is not None:
-        n = as_scalar(out.count, ACC)
-        c_xmu_ptr = out.dx_coeffs + g.channels + c.offs
-        tl.store(out.dx_coeffs + c.offs, scale, mask=c.mask)
-        tl.store(c_xmu_ptr, -scale * (rstd * (rstd * (sums.dy_xmu / n))), mask=c.mask)
-        tl.store(out.dx_coeffs + 2 * g.channels + c.offs, -scale * (sums.dy / n), mask=c.mask)
+        store_rows(out.dx_coeffs, c, g.channels, scale, c_xmu, c_one)
+    return c_xmu, c_one
 
 
 @triton.jit
@@ -106,11 +107,11 @@ def finalize_backward(c, sums, ws, params, out, g, T: tl.constexpr, ACC: tl.cons
 
     dx = scale * (dy - sums.dy / n - (x - mean) * rstd^2 * sums.dy_xmu / n)."""
     scale, rstd = ws.loaded
-    store_dx_coefficients(c, sums, out, g, scale, rstd, ACC)
     if out.weight is not None:
         store_as(out.weight + c.offs, rstd * sums.dy_xmu, c.mask)
     if out.bias is not None:
         store_as(out.bias + c.offs, sums.dy, c.mask)
+    return coefficients_of_dx(c, sums, out, g, scale, rstd, ACC)
 
 
 @triton.jit

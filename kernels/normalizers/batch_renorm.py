@@ -6,7 +6,7 @@ import triton.language as tl
 
 from ..memory import Channels, as_scalar, load_row, store_as, store_rows
 from ..moments import not_negative
-from .batch_norm import coefficients, dx_coefficients, ema_update, load_forward, store_dx_coefficients
+from .batch_norm import coefficients, coefficients_of_dx, dx_coefficients, ema_update, load_forward
 from .common import Normalizer, reciprocal_std
 
 
@@ -53,7 +53,8 @@ def finalize_forward(c, m, ws, params, options, g, T: tl.constexpr, NORM: tl.con
         d = clip((mean - old_mean) / old_sigma, -d_limit, d_limit)
         factor = as_scalar(options.momentum, ACC)
     gamma = ws.loaded.weight
-    store_rows(ws.stats_ptr, c, g.channels, mean, gamma * r * rstd, ws.loaded.bias + gamma * d, rstd)
+    scale, shift = gamma * r * rstd, ws.loaded.bias + gamma * d
+    store_rows(ws.stats_ptr, c, g.channels, mean, scale, shift, rstd)
     tl.store(ws.stats_ptr + 4 * g.channels + c.offs, r, mask=c.mask)
     tl.store(ws.stats_ptr + 5 * g.channels + c.offs, d, mask=c.mask)
     updated = c.mask
@@ -62,6 +63,7 @@ def finalize_forward(c, m, ws, params, options, g, T: tl.constexpr, NORM: tl.con
     ema_update(params.running_mean, Channels(c.offs, updated), old_mean, mean, factor)
     sigma = old_sigma + factor * (sigma_batch - old_sigma)
     store_as(params.running_var + c.offs, not_negative(sigma * sigma - eps), updated)
+    return mean, scale, shift
 
 
 @triton.jit
@@ -82,12 +84,12 @@ def load_backward(c, sample, stats_ptr, params, g, ACC: tl.constexpr):
 def finalize_backward(c, sums, ws, params, out, g, T: tl.constexpr, ACC: tl.constexpr):
     """As BatchNorm's. scale includes r, and the value that gamma multiplies is r * xhat + d."""
     scale, rstd, r, d = ws.loaded
-    store_dx_coefficients(c, sums, out, g, scale, rstd, ACC)
     if out.weight is not None:
         dweight = rstd * sums.dy_xmu
         store_as(out.weight + c.offs, r * dweight + d * sums.dy, c.mask)
     if out.bias is not None:
         store_as(out.bias + c.offs, sums.dy, c.mask)
+    return coefficients_of_dx(c, sums, out, g, scale, rstd, ACC)
 
 
 BATCH_RENORM = Normalizer(

@@ -21,11 +21,12 @@ class Normalizer:
 
     load_forward(c, params, ACC) returns what finalize_forward needs beside the moments: it is loaded before
     these are waited for, and handed over as ws.loaded.
-    finalize_forward(c, m, ws, params, options, g, T, NORM, ACC) turns the moments m of channels c into stats.
+    finalize_forward(c, m, ws, params, options, g, T, NORM, ACC) turns the moments m of channels c into stats;
+    BatchNorm's also returns what `coefficients` loads from there.
     coefficients(c, sample, stats_ptr, params, g, ACC) returns (mean, scale, shift) of a sample's channels.
     load_backward(c, sample, stats_ptr, params, g, ACC) is finalize_backward's.
     finalize_backward(c, sums, ws, params, out, g, T, ACC) turns their gradient sums into the parameters'
-    gradients and into dx_coeffs, from which
+    gradients and into dx_coeffs, of which BatchNorm's returns c_xmu and c_one, and from which
     dx_coefficients(c, sample, stats_ptr, dx_coeffs_ptr, params, g, ACC) returns (c_dy, c_xmu, c_one).
     cumulative and guarded say how running statistics are updated: see batch_norm.py and batch_renorm.py."""
 

@@ -91,12 +91,15 @@ def test_too_large_goes_to_torch(norm: str, direction: str, after: str | None) -
 
 
 @layers.both_layouts
+@pytest.mark.parametrize("side", [8, 9])
 @pytest.mark.parametrize("norm", ["batch", "batch, eval", "group", "instance"])
-def test_a_bit_for_each_element_is_kept(norm: str, last: bool) -> None:
-    """Of relu with a residual: x, the statistics, the parameters, and T / 16 of mask; never z or y."""
-    x = data(8, 16, 8, 8, dtype=torch.bfloat16, last=last).requires_grad_()
+def test_a_mask_is_kept(norm: str, side: int, last: bool) -> None:
+    """Of relu with a residual: x, the statistics, the parameters, and a mask, of bits or, where planes are no
+    multiple of 8, of bytes; never z or y."""
+    x = data(8, 16, side, side, dtype=torch.bfloat16, last=last).requires_grad_()
     *leaves, z = x, *parameters(norm, x, "relu")
-    for after, residual, mask in (("relu", [z], x.nbytes // 16), ("silu", [z], None), ("relu", [], 0)):
+    size = x.nbytes // (16 if last or side % 8 == 0 else 2)
+    for after, residual, mask in (("relu", [z], size), ("silu", [z], None), ("relu", [], 0)):
         kept: dict[int, int] = {}  # the bytes of each storage
 
         def pack(t: Tensor, kept: dict[int, int] = kept) -> Tensor:

@@ -63,13 +63,21 @@ def test_programs_that_keep_their_channels() -> None:
         assert forward.tile.held
 
 
-def test_mask_bytes_belong_to_one_block() -> None:
-    """Of planes of 49 positions, 8 channels; of 196, 2."""
-    for s, least in ((49, 8), (196, 2), (784, 1)):
-        for plan in planned(32, 512, s, epilogue=EpiloguePlan("relu", True, True)):
-            if plan is not None:
-                assert plan.tile.channels % least == 0
-                assert plan.view.width % 8 == 0
+@pytest.mark.parametrize(("c", "s"), [(512, 49), (2048, 49), (1024, 196), (512, 784)])
+def test_small_planes_with_a_residual(c: int, s: int) -> None:
+    """Relu's mask does not bind channels together, so a program of a small batch has one and keeps it."""
+    for plan in planned(4, c, s, epilogue=EpiloguePlan.of("relu", True, c, s, False)):
+        assert plan is not None
+        assert plan.programs == c
+        assert plan.tile.held
+
+
+def test_what_waits_as_long_issues_less() -> None:
+    """Of four images of 14x14, a warp has all that a program loads in flight, or two if dy is loaded too."""
+    forward, backward = planned(4, 512, 196)
+    assert forward is not None
+    assert backward is not None
+    assert (forward.warps, backward.warps) == (1, 2)
 
 
 SHAPES = [

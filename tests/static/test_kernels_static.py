@@ -142,7 +142,7 @@ BATCH_NORM = [
     *layers("BatchRenorm", (64, 256, 56, 56)),
     *layers("BatchNorm", (256, 256, 14, 14), after=[*NAMES[1:], "z + gelu"], last=LAST),
     *layers("BatchNorm", (256, 64, 112, 112), after=["relu", "z + relu"]),
-    # keeps z in place of a mask
+    # with bytes of relu's mask
     *layers("BatchNorm", (256, 256, 14, 14), after=["z + relu"], dtypes=[FP32]),
 ]
 # diffusion networks, where a program holds a group or not, and volumes
