@@ -20,11 +20,14 @@ from .views import VECTOR_BYTES, ceil_div, floor_power_of_two, power_of_two
 # activations need registers of their own, as fp64 does.
 ONE_PASS_TILES = {1: 10, 2: 5}
 ONE_PASS_TILES_OF_SMOOTH = 4
+ONE_PASS_TILES_WITH_BITS = 9  # of relu's mask, which a forward writes
 
 
-def _most_tiles(inputs: int, itemsize: int, activation: str) -> int:
+def _most_tiles(inputs: int, itemsize: int, activation: str, kept: str) -> int:
     smooth = activation != "none" and ACTIVATIONS[activation].cost == SMOOTH
-    return ONE_PASS_TILES_OF_SMOOTH if inputs > 1 and (smooth or itemsize == 8) else ONE_PASS_TILES[inputs]
+    if inputs > 1 and (smooth or itemsize == 8):
+        return ONE_PASS_TILES_OF_SMOOTH
+    return ONE_PASS_TILES_WITH_BITS if inputs == 1 and kept == "bits" else ONE_PASS_TILES[inputs]
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,7 @@ class OnePassPlan:
 @lru_cache(maxsize=4096)
 def plan_one_pass(
     samples: int, groups: int, group_size: int, inner: int, itemsize: int, aligned: bool, inputs: int,
-    activation: str = "none",
+    activation: str = "none", kept: str = "",
 ) -> OnePassPlan | None:  # fmt: skip
     """The plan for `samples` times `groups` contiguous groups of group_size channels of `inner` positions, of
     `inputs` tensors each. None: a group is too large, or would leave too much of its tiles empty."""
@@ -65,7 +68,7 @@ def plan_one_pass(
     if all_groups * group_size * 2 >= INT32:
         return None
     load_bytes = max(4, vec * itemsize)  # bytes of registers that a load takes
-    most = _most_tiles(inputs, itemsize, activation)
+    most = _most_tiles(inputs, itemsize, activation, kept)
     if load_bytes < VECTOR_BYTES:  # more addresses for the same bytes
         most = most * 3 // 4 * VECTOR_BYTES // load_bytes
     for warps in (4, 8, 16):
@@ -100,7 +103,7 @@ def one_pass(
         return None
     if inputs > 1 and kept == "residual":
         return None
-    plan = plan_one_pass(x.n, groups, x.c // groups, x.s, x.itemsize, x.aligned, inputs, activation)
+    plan = plan_one_pass(x.n, groups, x.c // groups, x.s, x.itemsize, x.aligned, inputs, activation, kept)
     # a vector's bits of relu's mask are one byte
     return None if plan is not None and kept == "bits" and plan.tile.vec != 8 else plan
 

@@ -53,8 +53,11 @@ class Program:
 REDUCE = (Program(8, 2, 128, 8), Program(4, 4, 128, 8), Program(4, 4, 128, 2), Program(4, 4, 128, 0))
 # In nchw a tile is one channel and a thread has fewer loads, so there are more threads.
 REDUCE_NCHW = (Program(8, 4, 64, 4), Program(4, 8, 64, 4), Program(4, 8, 64, 0))
-# A single row of whole channels is one tile, with no second one to load meanwhile: many small programs.
+# A single row of whole channels is one tile, with no second one to load meanwhile: many small programs. If
+# there are enough channels, a program is a warp, which sums without shared memory.
 REDUCE_ROW = (Program(4, 8, 64, 2), Program(4, 8, 64, 0))
+REDUCE_ROW_SMOOTH = (Program(4, 4, 128, 2), Program(4, 4, 128, 0))
+REDUCE_ROW_BY_WARPS = Program(1, 16, 128, 8)
 # Elementwise programs have nothing to merge, and small ones start and end more smoothly.
 # By the cost of the activation (epilogue.ACTIVATIONS): piecewise linear ones take a few registers, as mask
 # bits do; smooth ones many, since their intermediate values are all live at once [sass].
@@ -180,7 +183,8 @@ def reducing(
         channels_at_once = min(channels, max(1, values * threads // view.lanes_per_channel))
     # 4 values a thread, so that loads overlap within 64 registers
     partials = min(power_of_two(splits), max(1, 4 * threads // channels))
-    values = (8 if registers >= 128 else 2) * threads
+    # a warp, which takes many turns, waits for more at a time
+    values = (2 if registers < 128 else 16 if warps == 1 else 8) * threads
     members = min(power_of_two(group_size), values)
     groups = min(power_of_two(view.channels // group_size), values // members)
     ahead = min(1 if wide else IN_FLIGHT, power_of_two(ceil_div(splits, partials)))
@@ -275,7 +279,9 @@ def plan_reduction(
     if not channels_last and s > 2 * REDUCE[0].warps * WARP * (VECTOR_BYTES // itemsize):
         programs = REDUCE_NCHW_ACTIVATED if cost else REDUCE_NCHW
     elif not channels_last and n == 1:
-        programs = REDUCE_ROW
+        programs = REDUCE_ROW if cost < 2 else REDUCE_ROW_SMOOTH
+        if itemsize < 8 and s % (VECTOR_BYTES // itemsize) == 0:  # fp64 has no registers for it [sass]
+            programs = (REDUCE_ROW_BY_WARPS, *programs)
     for program in programs:
         view = _reduce_view(n, c, s, itemsize, channels_last, program)
         plan, full = _pass(x, view, program, inputs, True, samples, group_size)

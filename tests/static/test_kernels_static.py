@@ -78,9 +78,9 @@ def check(each: Launched, whole: bool = True) -> None:
     if kernel in WHOLE:  # the first tile, those that follow, and all of them again, as wide each time
         again = len(read) - bool(given(each, ("residual_ptr",)))
         assert report.loads[width] >= (2 * again + len(read)) * planned, (kernel, report.loads)
-    single = (
-        {1} if given(each, ("relu_mask_ptr",)) else {max(4, read[0].itemsize)} if kernel in BY_ROW else set()
-    )
+    single = {max(4, read[0].itemsize)} if kernel in BY_ROW else set()
+    for mask in given(each, ("relu_mask_ptr",)):
+        single = {1 if mask.dtype == torch.uint8 else tile.vec}
     assert set(loads) - single == {width}, (kernel, loads)
 
 
@@ -144,6 +144,7 @@ BATCH_NORM = [
     *layers("BatchNorm", (256, 64, 112, 112), after=["relu", "z + relu"]),
     # with bytes of relu's mask
     *layers("BatchNorm", (256, 256, 14, 14), after=["z + relu"], dtypes=[FP32]),
+    *layers("BatchNorm", (4, 2048, 7, 7), (32, 512, 14, 14), after=["z + relu"], dtypes=DTYPES),
 ]
 # diffusion networks, where a program holds a group or not, and volumes
 GROUPS = [
@@ -164,6 +165,9 @@ GROUPS = [
         "GroupNorm", (16, 1024, 32, 32), (16, 512, 32, 32),
         after=["relu", "gelu", "z", "z + relu", "z + gelu"], groups=32,
     ),
+    *layers("GroupNorm", (16, 1152, 32, 32), (16, 1280, 32, 32), after=["z + relu"], groups=32),
+    # a program for each channel of a sample, which reads three tensors
+    *layers("GroupNorm", (4, 2048, 7, 7), (2, 2560, 32, 32), after=["z + mish"], dtypes=DTYPES, groups=32),
 ]  # fmt: skip
 
 
