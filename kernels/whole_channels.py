@@ -67,6 +67,7 @@ def batch_norm_kernel(
     sums, raw = sums_by_lane(x_ptr, block, 0, g, T, ACC)
     if T.mode == "nhwc":
         loaded = NORM.load_forward(mine, params, ACC)
+        tl.debug_barrier()  # all warps with a channel have loaded before one of them stores
     ws = Workspace(0, None, None, stats_ptr, loaded)
     m = moments_of_channels(sums, offs_k, mine, g, T)
     mean, scale, shift = NORM.finalize_forward(mine, m, ws, params, options, g, T, NORM, ACC)

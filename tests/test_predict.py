@@ -204,6 +204,8 @@ def test_counted_bytes_are_the_sweeps_and_little_more(suite: str, network: Netwo
         moved, launched = predict.counted(case, direction)
         assert launched == sweeping or layout == "contiguous" or suite == "small"
         passes = (twice if launched == sweeping else once) + case.residual
+        bits = (case.shape[1] if case.channels_last else prod(case.shape[2:])) % 8 == 0
+        mask = case.residual * prod(case.shape) // (8 if bits else 1)
         # cells of 64 values hand over a good part of what they are; those that matter do not
         spare = 1.04 if case.x_bytes > 5e7 else 1.7
-        assert passes * case.x_bytes <= moved <= spare * passes * case.x_bytes
+        assert passes * case.x_bytes + mask <= moved <= spare * (passes * case.x_bytes + mask)
