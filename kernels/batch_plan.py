@@ -88,7 +88,7 @@ def _views(x: Problem, p: Pass, warps: int) -> Iterator[tuple[View, int, bool]]:
     if x.channels_last:
         for size in ROW_BYTES if x.c % vector == 0 else ():
             lanes = size // x.itemsize
-            if lanes <= power_of_two(x.c):
+            if 8 <= lanes <= power_of_two(x.c):  # whole bytes of relu's mask, which has bits
                 yield nhwc_view(x.n * x.s, x.c, x.itemsize, lanes), FEW_LOADS, False
     elif x.s > 2 * warps * WARP * vector:
         yield nchw_view(x.n, x.c, x.s, warps * WARP * vector), LOADS, True
