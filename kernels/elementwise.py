@@ -41,11 +41,12 @@ def finish_tile(y, to, t, block, index, start, g, T: tl.constexpr, ACT: tl.const
     activated = activate(y, ACT).to(to.y.dtype.element_ty)
     write(to.y + base + t.offs, activated, t.mask)
     if to.relu_mask is not None:  # after the other store: before it, Triton 3.9 spills a register [sass]
+        passes = ~(y <= 0)  # NaN too, as in torch
         if to.relu_mask.dtype.element_ty == tl.uint8:
             bits = tile(block, index, g, T, False, True)
-            tl.store(to.relu_mask + start // 8 + bits.base + bits.offs, pack(y > 0), mask=bits.mask)
+            tl.store(to.relu_mask + start // 8 + bits.base + bits.offs, pack(passes), mask=bits.mask)
         else:
-            tl.store(to.relu_mask + base + t.offs, y > 0, mask=t.mask)
+            tl.store(to.relu_mask + base + t.offs, passes, mask=t.mask)
 
 
 @triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=PARAMETERS)

@@ -61,7 +61,6 @@ ACTIVATIONS = {
     "hardswish": Row(
         F.hardswish,
         lambda v: torch.where(v <= -3, 0.0, torch.where(v < 3, v / 3 + 0.5, 1.0)),
-        PIECEWISE,
     ),
     "hardsigmoid": Row(F.hardsigmoid, lambda v: _ones_where((v > -3) & (v < 3), v) / 6, PIECEWISE),
     "mish": Row(F.mish, _mish_slope),

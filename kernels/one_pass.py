@@ -140,10 +140,11 @@ def group_norm_kernel(
         activated = activate(y, ACT).to(y_ptr.dtype.element_ty)
         write(y_ptr + base + offs, activated, mask)
         if relu_mask_ptr is not None:
+            passes = ~(y <= 0)  # NaN too, as in torch
             if relu_mask_ptr.dtype.element_ty == tl.uint8:
-                tl.store(relu_mask_ptr + base // 8 + byte_of(offs), pack(y > 0), mask=mask)
+                tl.store(relu_mask_ptr + base // 8 + byte_of(offs), pack(passes), mask=mask)
             else:
-                tl.store(relu_mask_ptr + base + offs, y > 0, mask=mask)
+                tl.store(relu_mask_ptr + base + offs, passes, mask=mask)
 
 
 @triton.jit

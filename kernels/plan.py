@@ -56,7 +56,7 @@ REDUCE_NCHW = (Program(8, 4, 64, 4), Program(4, 8, 64, 4), Program(4, 8, 64, 0))
 # A single row of whole channels is one tile, with no second one to load meanwhile: many small programs. If
 # there are enough channels, a program is a warp, which sums without shared memory.
 REDUCE_ROW = (Program(4, 8, 64, 2), Program(4, 8, 64, 0))
-REDUCE_ROW_SMOOTH = (Program(4, 4, 128, 2), Program(4, 4, 128, 0))
+REDUCE_ROW_WIDE = (Program(4, 4, 128, 2), Program(4, 4, 128, 0))  # smooth activations, or with the residual
 REDUCE_ROW_BY_WARPS = Program(1, 16, 128, 8)
 # Elementwise programs have nothing to merge, and small ones start and end more smoothly.
 # By the cost of the activation (epilogue.ACTIVATIONS): piecewise linear ones take a few registers, as mask
@@ -279,7 +279,7 @@ def plan_reduction(
     if not channels_last and s > 2 * REDUCE[0].warps * WARP * (VECTOR_BYTES // itemsize):
         programs = REDUCE_NCHW_ACTIVATED if cost else REDUCE_NCHW
     elif not channels_last and n == 1:
-        programs = REDUCE_ROW if cost < 2 else REDUCE_ROW_SMOOTH
+        programs = REDUCE_ROW if cost < 2 and inputs < 3 else REDUCE_ROW_WIDE
         if itemsize < 8 and s % (VECTOR_BYTES // itemsize) == 0:  # fp64 has no registers for it [sass]
             programs = (REDUCE_ROW_BY_WARPS, *programs)
     for program in programs:

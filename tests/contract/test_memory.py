@@ -113,6 +113,23 @@ def test_a_mask_is_kept(norm: str, side: int, last: bool) -> None:
         assert mask is None or sum(kept.values()) <= x.nbytes + mask + 4096
 
 
+@layers.both_layouts
+@pytest.mark.parametrize("side", [8, 9])
+@pytest.mark.parametrize("norm", ["batch", "batch, eval", "group", "instance"])
+def test_a_mask_lets_nan_through(norm: str, side: int, last: bool) -> None:
+    """As torch's relu does: a residual that is not a number has the gradient of y."""
+    x = data(2, 16, side, side, last=last)
+    rest = parameters(norm, x, "relu")
+    z = rest[-1].detach().clone()
+    z[1, 3, 2, 1] = float("nan")
+    z.requires_grad_()
+    y = norms(norm)[0](x.requires_grad_(), *rest[:-1], z, activation="relu")
+    (dz,) = torch.autograd.grad(y, z, torch.full_like(y, 2.0))
+    assert y.isnan().sum() == 1
+    assert dz[1, 3, 2, 1] == 2.0
+    assert_close(dz, 2.0 * ~(y <= 0))
+
+
 NAMES = ("x", "weight", "bias", "running_mean", "running_var")
 INFERENCE = [
     (names, wanted)

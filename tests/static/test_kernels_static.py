@@ -142,6 +142,8 @@ BATCH_NORM = [
     *layers("BatchRenorm", (64, 256, 56, 56)),
     *layers("BatchNorm", (256, 256, 14, 14), after=[*NAMES[1:], "z + gelu"], last=LAST),
     *layers("BatchNorm", (256, 64, 112, 112), after=["relu", "z + relu"]),
+    *layers("BatchNorm", (32, 96, 12, 12), after=["hardswish"], last=LAST),
+    *layers("BatchNorm", (4, 16, 8, 8), after=["z + relu"], dtypes=[FP64], last=LAST),
     # with bytes of relu's mask
     *layers("BatchNorm", (256, 256, 14, 14), after=["z + relu"], dtypes=[FP32]),
     *layers("BatchNorm", (4, 2048, 7, 7), (32, 512, 14, 14), after=["z + relu"], dtypes=DTYPES),
@@ -167,7 +169,10 @@ GROUPS = [
     ),
     *layers("GroupNorm", (16, 1152, 32, 32), (16, 1280, 32, 32), after=["z + relu"], groups=32),
     # a program for each channel of a sample, which reads three tensors
-    *layers("GroupNorm", (4, 2048, 7, 7), (2, 2560, 32, 32), after=["z + mish"], dtypes=DTYPES, groups=32),
+    *layers(
+        "GroupNorm", (4, 2048, 7, 7), (2, 2560, 32, 32), after=["z + mish", "z + hardswish"], dtypes=DTYPES,
+        groups=32,
+    ),
 ]  # fmt: skip
 
 
