@@ -98,7 +98,7 @@ def flows(t: Moved, *tensors: Tensor | None) -> list[tuple[float, float]]:
 def test_bytes(
     norm: str, after: tuple[str, bool], layout: str, shape: tuple[int, ...], executed: list[Execution]
 ) -> None:
-    """In two launches BatchNorm with relu moves 3T and 5T; with a residual 4T and 6T and a mask, of a bit or
+    """In two launches BatchNorm with relu moves 3T and 5T; with a residual 4T and 6T, and a mask: a bit or a
     byte for each element. silu reads the residual again in place of a mask. A one-pass group is read once."""
     (activation, residual), (forward, backward, passes) = after, NORMS[norm]
     g = given(shape, torch.bfloat16, "train", layout, residual)

@@ -39,7 +39,7 @@ def finalize_forward(c, m, ws, params, options, g, T: tl.constexpr, NORM: tl.con
     unbiased, as in torch.
 
     NORM.cumulative (momentum=None): the factor of the average is 1 / (batches + 1), read from the device; the
-    second launch increments the counter."""
+    counter is incremented after all have read it."""
     mean = m.pivot + m.shift
     variance = m.m2 / tl.where(m.count > 0, m.count, 1.0)
     rstd = reciprocal_std(variance, as_scalar(options.eps, ACC), ACC)
